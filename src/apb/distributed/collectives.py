@@ -1,0 +1,68 @@
+"""The few collectives that strategies need, with a group of one process as the ordinary case."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class Pending:
+    """A collective that has been started; ``wait`` gives its result."""
+
+    result: Tensor
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """Block (on a GPU: make the current stream wait) until the result is there."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.result
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share a prompt. ``Group()`` is a single process that talks to nobody."""
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_world(cls) -> Group:
+        """All processes of torch.distributed where it is initialised, else a single one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def all_gather(self, x: Tensor) -> Pending:
+        """Start to gather same-shaped ``x`` of all ranks; the result is (size, *x.shape) in rank order."""
+        if self.size == 1:
+            return Pending(x.unsqueeze(0))
+        result = x.new_empty((self.size, *x.shape))
+        flat = result.view(self.size * x.shape[0], *x.shape[1:])
+        work = dist.all_gather_into_tensor(flat, x.contiguous(), group=self.process_group, async_op=True)
+        return Pending(result, work)
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """Same-shaped ``x`` of all ranks on rank 0, in rank order; None on the others."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=0, group=self.process_group)
+        return parts
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Overwrite ``x`` with rank 0's on every rank, and return it."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self.process_group)
+        return x
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.process_group)

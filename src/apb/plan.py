@@ -1,0 +1,276 @@
+"""Who computes which rows, at which positions: pure Python arithmetic, decided before anything runs.
+
+Nothing here allocates memory in proportion to the document: a plan for ten million tokens is as small as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from .errors import InputError
+
+# Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
+SHORTEST_WORTH_CUTTING = 8192
+# Defaults of the paper's table 8: anchor = block / 4, passing = block / 8, both capped; eight blocks.
+DEFAULT_BLOCKS = 8
+LARGEST_ANCHOR = 8192
+LARGEST_PASSING = 8192
+
+
+class Anchor(Enum):
+    """What a strategy puts in front of its blocks."""
+
+    NONE = "none"
+    WITH_QUERY = "prefix + query + first document tokens, rows shared out over the ranks"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What planning has to know about a strategy."""
+
+    exact: bool
+    anchor: Anchor = Anchor.NONE
+    one_block: bool = False
+
+
+# One line per strategy; its attention lives in strategies/<name>.py.
+METHODS: dict[str, Method] = {
+    "full": Method(exact=True, one_block=True),
+    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous slice of the document, at true positions [start, stop); block 0 also holds the prefix."""
+
+    index: int
+    start: int
+    stop: int
+    rank: int
+    round: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Kind(Enum):
+    """What the rows of a span are."""
+
+    ANCHOR = "anchor"
+    BLOCK = "block"
+    QUERY = "query"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one rank's forward pass: rows [row, row + len) stand at positions [start, stop)."""
+
+    kind: Kind
+    start: int
+    stop: int
+    row: int
+    block: int = -1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """Where these rows are in the rank's row order."""
+        return slice(self.row, self.row + len(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An immutable plan of one prefill. Make one with :meth:`build`.
+
+    Attributes:
+        strategy: name of the method.
+        prefix, document, query: lengths in tokens.
+        blocks: number of blocks H that the document is cut into.
+        ranks: number of processes, each with one device.
+        rounds: forward passes that the blocks are spread over (consecutive blocks share a round).
+        anchor_length: l_a, tokens of the anchor; 0 where there is none.
+        passing_length: l_p, key/value pairs per KV head that a block passes on; 0 where nothing is passed.
+    """
+
+    strategy: str
+    prefix: int
+    document: int
+    query: int
+    blocks: int
+    ranks: int
+    rounds: int
+    anchor_length: int
+    passing_length: int
+
+    @classmethod
+    def build(
+        cls,
+        prefix: int,
+        document: int,
+        query: int,
+        blocks: int | None = None,
+        ranks: int = 1,
+        anchor_length: int | None = None,
+        passing_length: int | None = None,
+        strategy: str = "apb",
+        rounds: int = 1,
+    ) -> Plan:
+        """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
+
+        With one block there is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
+        """
+        method = method_of(strategy)
+        at_least("prefix", prefix, 0)
+        at_least("document", document, 1)
+        at_least("query", query, 1)
+        at_least("ranks", ranks, 1)
+        at_least("rounds", rounds, 1)
+        if method.one_block:
+            blocks = 1
+        elif blocks is None:
+            blocks = _default_blocks(document, ranks)
+        at_least("blocks", blocks, 1)
+        if blocks > document:
+            raise InputError(
+                f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
+            )
+        if rounds > blocks:
+            raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+        if blocks == 1:
+            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
+        block_length = document // blocks
+        if anchor_length is None:
+            anchor_length = max(min(block_length // 4, LARGEST_ANCHOR), prefix + query)
+        elif anchor_length < prefix + query:
+            raise InputError(
+                f"An anchor of {anchor_length} tokens does not hold the prefix ({prefix}) and the query ({query}); "
+                f"make the anchor at least {prefix + query} tokens long or shorten the query."
+            )
+        if passing_length is None:
+            passing_length = min(block_length // 8, LARGEST_PASSING)
+        at_least("passing length", passing_length, 0)
+        total = prefix + document + query
+        return cls(
+            strategy, prefix, document, query, blocks, ranks, rounds, min(anchor_length, total), passing_length
+        )
+
+    # -- the document ------------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is that of full attention (always so with one block)."""
+        return METHODS[self.strategy].exact or self.blocks == 1
+
+    @property
+    def query_start(self) -> int:
+        """True position of the query's first token."""
+        return self.prefix + self.document
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.prefix + self.document + self.query
+
+    @property
+    def anchored(self) -> int:
+        """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
+        return max(self.anchor_length - self.query, 0)
+
+    def block(self, index: int) -> Block:
+        """Block ``index`` (0-based). Slices are those of ``numpy.array_split``: the first n mod H are one longer."""
+        if not 0 <= index < self.blocks:
+            raise IndexError(f"block {index} of {self.blocks}")
+        length, longer = divmod(self.document, self.blocks)
+        start = self.prefix + index * length + min(index, longer)
+        stop = start + length + (index < longer)
+        # Snake order (Spava, arXiv 2601.21444): late blocks attend to more passed pairs, so each turn over the ranks
+        # runs against the one before it and every rank gets early blocks together with late ones.
+        turn, place = divmod(index, self.ranks)
+        rank = place if turn % 2 == 0 else self.ranks - 1 - place
+        return Block(index, 0 if index == 0 else start, stop, rank, index * self.rounds // self.blocks)
+
+    def owned(self, rank: int) -> Iterator[Block]:
+        """The blocks of a rank, in document order."""
+        for turn in range(0, self.blocks, self.ranks):
+            for index in range(turn, min(turn + self.ranks, self.blocks)):
+                block = self.block(index)
+                if block.rank == rank:
+                    yield block
+
+    def selectable(self, block: Block) -> int:
+        """How many tokens of a block may be selected: those that do not stand in the anchor (its last ones)."""
+        return block.stop - min(max(block.start, self.anchored), block.stop)
+
+    def passed(self, index: int) -> int:
+        """How many pairs per KV head block ``index`` passes on; the last block has nobody to pass to."""
+        if index == self.blocks - 1:
+            return 0
+        return min(self.passing_length, self.selectable(self.block(index)))
+
+    # -- the rows of a rank ------------------------------------------------------------------------------------------
+
+    @property
+    def tail_rank(self) -> int:
+        """The rank whose cache holds the query's and the generated tokens' keys and values."""
+        return self.ranks - 1
+
+    def anchor_share(self, rank: int) -> tuple[int, int]:
+        """Positions [start, stop) of the anchor whose rows this rank computes; the ranks' shares tile the anchor."""
+        return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
+
+    def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
+        """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query."""
+        spans: list[Span] = []
+        row = 0
+
+        def add(kind: Kind, start: int, stop: int, block: int = -1) -> None:
+            nonlocal row
+            spans.append(Span(kind, start, stop, row, block))
+            row += stop - start
+
+        if round == 0 and self.anchor_length:
+            add(Kind.ANCHOR, *self.anchor_share(rank))
+        for block in self.owned(rank):
+            if block.round == round:
+                add(Kind.BLOCK, block.start, block.stop, block.index)
+        add(Kind.QUERY, self.query_start, self.total)
+        return tuple(spans)
+
+    def to_dict(self) -> dict[str, int]:
+        """The plan's numbers, as the command line prints them."""
+        return {
+            "blocks": self.blocks,
+            "ranks": self.ranks,
+            "rounds": self.rounds,
+            "anchor_length": self.anchor_length,
+            "passing_length": self.passing_length,
+            "prefix_tokens": self.prefix,
+            "document_tokens": self.document,
+            "query_tokens": self.query,
+        }
+
+
+def method_of(strategy: str) -> Method:
+    """The planning traits of a strategy; InputError for an unknown name."""
+    if strategy not in METHODS:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}.")
+    return METHODS[strategy]
+
+
+def at_least(name: str, value: int, limit: int) -> None:
+    """InputError unless ``value`` is a whole number of at least ``limit``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
+    if value < limit:
+        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+
+
+def _default_blocks(document: int, ranks: int) -> int:
+    if document < SHORTEST_WORTH_CUTTING:
+        return 1
+    return ranks * -(-DEFAULT_BLOCKS // ranks)
