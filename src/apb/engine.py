@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,9 @@ class Engine:
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
-        strategy = make_strategy(plan, self.group, make_compressor(self.compressor, self._heads, self._seed), self.backend)
+        strategy = make_strategy(
+            plan, self.group, make_compressor(self.compressor, self._heads, self._seed), self.backend
+        )
         kept = strategy.cached_rows
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
@@ -193,7 +195,7 @@ class Engine:
 
     def stream(
         self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Generation]:
         """Read a prompt and yield the answer's text piece by piece; the pieces joined are ``generate``'s text.
 
         The generator's return value is the :class:`Generation`.
@@ -204,7 +206,7 @@ class Engine:
 
     def _tokens(
         self, prompt: Prompt, sampling: Sampling, progress: Progress | None
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, Generation]:
         """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
         session = self.prefill(prompt, max_new_tokens=sampling.max_new_tokens, progress=progress)
         watch = Stopwatch(self.device)
@@ -221,9 +223,7 @@ class Engine:
                     yield piece
         return self._result(session, text, token_ids, ended, watch.seconds())
 
-    def _result(
-        self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float
-    ) -> Generation:
+    def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
         # The slowest and the largest rank count, and every rank reports the same.
         figures = torch.tensor(
             [session.timing["prefill_s"], decode_s, peak_bytes(self.device)], dtype=torch.float64, device=self.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -130,15 +130,24 @@ def decode(session: Session, sampling: Sampling, model: Any, group: Group) -> It
         choice = torch.zeros(2, dtype=torch.long, device=device)
         if group.rank == 0:
             # The processors may write into what they are given; the session's logits stay as they are.
-            scores = processors(ids[:, : prompt + step], session.logits.unsqueeze(0).clone())
+            scores = processors(_long(ids[:, : prompt + step]), _float(session.logits.unsqueeze(0).clone()))
             ids[0, prompt + step] = choice[0] = _pick(scores, sampling.temperature > 0, generator)
             if criteria:
-                choice[1] = criteria(ids[:, : prompt + step + 1], scores).any()
+                choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
         token, ended = group.broadcast(choice).tolist()
         yield token, bool(ended)
         if ended or step + 1 == sampling.max_new_tokens:
             return
         session.extend([token])
+
+
+# transformers annotates its processors and criteria with torch's legacy tensor types.
+def _long(x: Tensor) -> torch.LongTensor:
+    return cast(torch.LongTensor, x)
+
+
+def _float(x: Tensor) -> torch.FloatTensor:
+    return cast(torch.FloatTensor, x)
 
 
 def _pick(scores: Tensor, sample: bool, generator: torch.Generator) -> Tensor:

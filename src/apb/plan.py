@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 
 from .errors import InputError
 
@@ -155,9 +156,7 @@ class Plan:
             passing_length = min(block_length // 8, LARGEST_PASSING)
         at_least("passing length", passing_length, 0)
         total = prefix + document + query
-        return cls(
-            strategy, prefix, document, query, blocks, ranks, rounds, min(anchor_length, total), passing_length
-        )
+        return cls(strategy, prefix, document, query, blocks, ranks, rounds, min(anchor_length, total), passing_length)
 
     # -- the document ------------------------------------------------------------------------------------------------
 
@@ -211,6 +210,14 @@ class Plan:
         if index == self.blocks - 1:
             return 0
         return min(self.passing_length, self.selectable(self.block(index)))
+
+    def contexts(self) -> list[int]:
+        """For every block, how many pairs beside its own its rows attend to: the anchor and what earlier blocks pass.
+
+        Block 0 has none of it: it holds the prefix and the anchor's document tokens itself.
+        """
+        before = accumulate(self.passed(index) for index in range(self.blocks - 1))
+        return [0, *(self.anchor_length + pairs for pairs in before)]
 
     # -- the rows of a rank ------------------------------------------------------------------------------------------
 

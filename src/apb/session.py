@@ -93,9 +93,7 @@ class Session:
 
     def _positions(self, rank: int) -> Tensor:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
-        held = [
-            torch.arange(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK
-        ]
+        held = [torch.arange(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
         if rank == self.plan.tail_rank:
             held.append(torch.arange(self.plan.query_start, self._cache.total))
         return torch.cat(held) if held else torch.arange(0)

@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed it and warns of the old name; 2.11 knows only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass
 class Pending:
@@ -45,7 +48,7 @@ class Group:
             return Pending(x.unsqueeze(0))
         result = x.new_empty((self.size, *x.shape))
         flat = result.view(self.size * x.shape[0], *x.shape[1:])
-        work = dist.all_gather_into_tensor(flat, x.contiguous(), group=self.process_group, async_op=True)
+        work = _all_gather(flat, x.contiguous(), group=self.process_group, async_op=True)
         return Pending(result, work)
 
     def gather(self, x: Tensor) -> list[Tensor] | None:

@@ -34,7 +34,7 @@ def local_device(device: torch.device) -> torch.device:
     """This rank's own device: with several GPUs on a machine each rank takes the one of its local rank."""
     if device.type != "cuda" or device.index is not None or not under_torchrun():
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def join(device: torch.device) -> Group:
@@ -44,7 +44,7 @@ def join(device: torch.device) -> Group:
     if world_size() == 1:
         return Group()
     if device.type == "cuda":
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
             raise InputError(
                 f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine need as many GPUs, "
                 f"and there are {torch.cuda.device_count()}; use fewer ranks or --device cpu."

@@ -97,8 +97,8 @@ class Attachment:
         self._calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
         before = self._before_rope.pop(index) if self._before_rope is not None else None
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self._attend(index, *rows, scale, before).unsqueeze(0)
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return self._attend(index, q, k, v, scale, before).unsqueeze(0)
 
 
 def _attention(

@@ -42,7 +42,9 @@ def _sources(module: nn.Module) -> dict[str, nn.Module]:
     """The submodules whose outputs are q, k and v before RoPE. Norms of q and k stand before RoPE where they exist."""
     sources = {}
     for part, names in {"q": ("q_norm", "q_proj"), "k": ("k_norm", "k_proj"), "v": ("v_proj",)}.items():
-        source = next((getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None)
+        source = next(
+            (getattr(module, name) for name in names if isinstance(getattr(module, name, None), nn.Module)), None
+        )
         if source is None:
             raise InputError(
                 f"Trained heads need {' or '.join(names)} in the attention layer, and {type(module).__name__} has "

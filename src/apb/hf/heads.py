@@ -65,7 +65,15 @@ def _read(path: Path) -> dict[str, Tensor]:
 
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, _safetensors_error()) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        pickle.UnpicklingError,
+        _safetensors_error(),
+    ) as error:
         raise InputError(f"The heads file {path} cannot be read as safetensors or torch weights: {error}") from error
     if not isinstance(loaded, dict):
         raise InputError(f"The heads file {path} holds a {type(loaded).__name__}, not a dictionary of tensors.")

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..cost import ModelShape
 from ..errors import InputError
 from ..plan import Plan
 
@@ -51,7 +52,7 @@ def load_model(
         loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
-    return loaded.to(device).eval()
+    return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
 
 
 def check_supported(config: Any) -> None:
@@ -59,7 +60,7 @@ def check_supported(config: Any) -> None:
     text = config.get_text_config()
     name = config.model_type
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if known and not MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._supports_attention_backend:
+    if known and not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], "_supports_attention_backend", False):
         raise InputError(
             f"The attention of {name!r} models cannot be taken over: "
             "their code in transformers does not go through its attention interface."
@@ -126,3 +127,27 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The numbers of a model that costs depend on, counted on its modules without making any weight."""
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=head_dim,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocabulary=text.vocab_size,
+        layer_parameters=sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and id(module) not in embeddings
+        ),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )

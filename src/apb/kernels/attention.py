@@ -75,7 +75,8 @@ def _check(q: Tensor, segments: list[Segment]) -> None:
             )
         if k.shape[2] != head_dim or k.shape[1] == 0 or heads % k.shape[1]:
             raise InputError(
-                f"Segment {number}: {k.shape[1]} KV heads of {k.shape[2]} do not serve {heads} query heads of {head_dim}."
+                f"Segment {number}: {k.shape[1]} KV heads of {k.shape[2]} do not serve "
+                f"{heads} query heads of {head_dim}."
             )
         if {k.dtype, v.dtype, q.dtype} != {q.dtype} or {k.device, v.device, q.device} != {q.device}:
             raise InputError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -34,8 +32,7 @@ class APB(Strategy):
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
         self._width = max(filled)
-        # How much of the run block h sees; block 0 sees nothing of it, having the prefix and those tokens itself.
-        self._seen = [0] + [plan.anchor_length + before for before in accumulate(passed)][: plan.blocks - 1]
+        self._contexts = plan.contexts()
 
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
@@ -53,7 +50,7 @@ class APB(Strategy):
                 out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
         if self.anchor:
             # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
-            segment = Segment(*pairs[:, : self.anchor.stop], causal=True)
+            segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
             out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
 
     def _share(self, layer: Layer) -> Pending:
@@ -92,5 +89,5 @@ class APB(Strategy):
 
     def _context(self, pairs: Tensor, span: Span) -> list[Segment]:
         """Anchor and passing block of one block: a leading part of the run."""
-        seen = self._seen[span.block]
-        return [Segment(*pairs[:, :seen])] if seen else []
+        seen = self._contexts[span.block]
+        return [Segment(pairs[0, :seen], pairs[1, :seen])] if seen else []

@@ -1,0 +1,27 @@
+"""Options that several commands share, worded once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.")
+]
+Strategy = Annotated[str, typer.Option(help="How the document is read: apb or full.")]
+Blocks = Annotated[int | None, typer.Option(help="Blocks the document is cut into.")]
+Ranks = Annotated[
+    int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
+]
+AnchorLength = Annotated[int | None, typer.Option(help="Tokens of the anchor; a quarter of a block if left out.")]
+PassingLength = Annotated[
+    int | None, typer.Option(help="Pairs a block passes on, per KV head; an eighth of a block if left out.")
+]
+Compressor = Annotated[
+    str | None,
+    typer.Option(
+        help="What chooses them: query, retaining, recent or random. By default query, with --heads retaining."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
