@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..compressors import Head
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 
@@ -61,26 +61,12 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise InputError(f"The heads file {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        pickle.UnpicklingError,
-        _safetensors_error(),
-    ) as error:
-        raise InputError(f"The heads file {path} cannot be read as safetensors or torch weights: {error}") from error
+    except Exception as error:  # readers of both formats raise whatever the bytes lead them to
+        raise InputError(
+            f"The heads file {path} cannot be read as safetensors or torch weights: {first_line(error)}."
+        ) from error
     if not isinstance(loaded, dict):
         raise InputError(f"The heads file {path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
     return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-
-
-def _safetensors_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..cost import ModelShape
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..plan import Plan
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -27,10 +27,12 @@ def shipped_model() -> Path:
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder or hub id; InputError where there is none."""
+    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
+        raise InputError(f"The model folder {str(model)!r} does not exist.")
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"The model {str(model)!r} cannot be loaded: {first_line(error)}.") from error
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -38,7 +40,7 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
 
 
 def load_model(
@@ -51,7 +53,7 @@ def load_model(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The weights of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
 
 
@@ -123,10 +125,6 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype not in DTYPES:
         raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def model_shape(config: Any) -> ModelShape:
