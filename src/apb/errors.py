@@ -1,4 +1,4 @@
-"""The one exception that means "the request was wrong", as opposed to "it failed"."""
+"""The errors with a meaning of their own: the request was wrong; a rank was lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ class InputError(ValueError):
     The message is one sentence with the offending value, the limit, and what to do. The command line prints it and
     exits with status 2; the server answers it with a 4xx.
     """
+
+
+class RankError(RuntimeError):
+    """A rank died or failed, or all were told to stop; no rank is left. The message says which and why."""
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, RankError
 from . import doctor, generate, plan
 
 app = typer.Typer(
@@ -44,6 +44,8 @@ def run(command: typer.Typer) -> int:
         return _say(f"{error.format_message().rstrip('.')}; see apb --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
+    except RankError as error:
+        return _say(str(error), FAILED)
     except BrokenPipeError:
         # The reader of our output went away (head, less): nothing is wrong, and nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,11 +7,9 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Errors only from transformers and torch's launcher; no progress bars of theirs. Results carry the facts."""
+    """No log lines and no progress bars but our own: what matters of theirs reaches the user as an exception."""
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("torch.distributed", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError
+from ..errors import InputError, RankError
 from .collectives import Group
 
 # How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).
@@ -81,6 +81,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
 
     When one of them dies or fails the others are ended within seconds; raises RankError that says which and why.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -97,19 +98,30 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     )
     with _threads_shared(ranks):
         try:
-            elastic_launch(config, function)(*args)
+            elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            raise RankError(rank, failure.exitcode, ranks, _reason(failure)) from None
+            # A rank that was killed makes the others fail too, when they next talk to it: it is the one to name.
+            killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+            rank, failure = killed[0] if killed else error.get_first_failure()
+            raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise RankError(f"{error.sigval.name} was received; all ranks were ended.") from None
 
 
-class RankError(RuntimeError):
-    """A rank died or failed, and the others were ended."""
+def _run_rank(function: Callable[..., None], *args: Any) -> None:
+    """What a started process does: the function, with failures told to the launcher instead of to the terminal."""
+    from torch.distributed.elastic.multiprocessing.errors import record
 
-    def __init__(self, rank: int, exitcode: int, ranks: int, reason: str) -> None:
-        super().__init__(f"Rank {rank} of {ranks} {reason}; the other ranks were ended.")
-        self.rank = rank
-        self.exitcode = exitcode
+    # Python's own handler waits for the main thread to return from a collective, which it may never do.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        record(function)(*args)
+    except Exception:
+        if os.environ.get("APB_TRACEBACK"):
+            raise
+        os._exit(1)
 
 
 def _reason(failure: Any) -> str:
