@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .plan import Kind, Plan
+from .plan import METHODS, Anchor, Kind, Plan
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
 
 def _gathered_rows(plan: Plan) -> int:
     """Pairs per KV head that each rank contributes to a layer's collective (the widest rank's; others are padded)."""
-    if plan.blocks == 1:
+    if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
         return 0
     widths = []
     for rank in range(plan.ranks):

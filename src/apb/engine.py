@@ -21,7 +21,7 @@ from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .hf.heads import load_heads
 from .kernels.attention import choose
-from .plan import Kind, Plan, method_of
+from .plan import METHODS, Anchor, Kind, Plan, method_of
 from .prompt import Prompt
 from .session import Session, Stopwatch, forward
 from .strategies import Layer, make_strategy
@@ -105,7 +105,7 @@ class Engine:
         """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
 
         Options:
-            strategy: "apb" or "full".
+            strategy: "apb", "full" or "star".
             blocks, anchor_length, passing_length: as in :meth:`apb.Plan.build`; None for the defaults.
             compressor: "query", "retaining", "recent" or "random"; by default "retaining" where heads are given, else
                 "query".
@@ -266,7 +266,9 @@ def _head_dim(model: PreTrainedModel) -> int:
 def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:
     """Token ids and positions, (1, rows) each, of a rank's rows."""
     whole = prompt.token_ids
-    anchor = (prompt.prefix + prompt.query + prompt.document[: plan.anchor_length])[: plan.anchor_length]
+    anchor = whole
+    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
+        anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
     ids: list[int] = []
     positions: list[int] = []
     for span in plan.spans(rank):

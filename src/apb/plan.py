@@ -24,7 +24,10 @@ class Anchor(Enum):
     """What a strategy puts in front of its blocks."""
 
     NONE = "none"
-    WITH_QUERY = "prefix + query + first document tokens, rows shared out over the ranks"
+    # prefix + query + first document tokens; its rows are shared out over the ranks
+    WITH_QUERY = "with query"
+    # the first tokens of block 0 at their own positions; every rank without block 0 computes all of it
+    FIRST_BLOCK = "first block"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "full": Method(exact=True, one_block=True),
     "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
+    "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK),
 }
 
 
@@ -144,19 +148,13 @@ class Plan:
             raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
         if blocks == 1:
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
-        block_length = document // blocks
-        if anchor_length is None:
-            anchor_length = max(min(block_length // 4, LARGEST_ANCHOR), prefix + query)
-        elif anchor_length < prefix + query:
-            raise InputError(
-                f"An anchor of {anchor_length} tokens does not hold the prefix ({prefix}) and the query ({query}); "
-                f"make the anchor at least {prefix + query} tokens long or shorten the query."
-            )
+        anchor_length = _anchor_length(method, prefix, document, query, blocks, anchor_length)
         if passing_length is None:
-            passing_length = min(block_length // 8, LARGEST_PASSING)
+            passing_length = min(document // blocks // 8, LARGEST_PASSING)
         at_least("passing length", passing_length, 0)
-        total = prefix + document + query
-        return cls(strategy, prefix, document, query, blocks, ranks, rounds, min(anchor_length, total), passing_length)
+        if method.anchor is not Anchor.WITH_QUERY:
+            passing_length = 0
+        return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
 
     # -- the document ------------------------------------------------------------------------------------------------
 
@@ -178,7 +176,8 @@ class Plan:
     @property
     def anchored(self) -> int:
         """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
-        return max(self.anchor_length - self.query, 0)
+        inserted = self.query if METHODS[self.strategy].anchor is Anchor.WITH_QUERY else 0
+        return max(self.anchor_length - inserted, 0)
 
     def block(self, index: int) -> Block:
         """Block ``index`` (0-based). Slices are those of ``numpy.array_split``: the first n mod H are one longer."""
@@ -227,7 +226,14 @@ class Plan:
         return self.ranks - 1
 
     def anchor_share(self, rank: int) -> tuple[int, int]:
-        """Positions [start, stop) of the anchor whose rows this rank computes; the ranks' shares tile the anchor."""
+        """Positions [start, stop) of the anchor whose rows this rank computes.
+
+        With the query inside, the ranks' shares tile the anchor. Star computes it anew on every rank that has blocks
+        but not block 0, whose own rows they are.
+        """
+        if METHODS[self.strategy].anchor is Anchor.FIRST_BLOCK:
+            blocks = [block.index for block in self.owned(rank)]
+            return 0, self.anchor_length if blocks and blocks[0] != 0 else 0
         return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
 
     def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
@@ -275,6 +281,31 @@ def at_least(name: str, value: int, limit: int) -> None:
         raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
     if value < limit:
         raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+
+
+def _anchor_length(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:
+    """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
+    if method.anchor is Anchor.NONE:
+        return 0
+    if method.anchor is Anchor.FIRST_BLOCK:
+        first_block = prefix + -(-document // blocks)
+        if asked is None:
+            return first_block
+        at_least("anchor length", asked, 0)
+        if asked > first_block:
+            raise InputError(
+                f"An anchor of {asked} tokens is longer than the first block, whose beginning it is "
+                f"({first_block} tokens); ask for at most that."
+            )
+        return asked
+    if asked is None:
+        return max(min(document // blocks // 4, LARGEST_ANCHOR), prefix + query)
+    if asked < prefix + query:
+        raise InputError(
+            f"An anchor of {asked} tokens does not hold the prefix ({prefix}) and the query ({query}); "
+            f"make the anchor at least {prefix + query} tokens long or shorten the query."
+        )
+    return min(asked, prefix + document + query)
 
 
 def _default_blocks(document: int, ranks: int) -> int:

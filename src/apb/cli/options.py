@@ -9,7 +9,7 @@ import typer
 Model = Annotated[
     str | None, typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.")
 ]
-Strategy = Annotated[str, typer.Option(help="How the document is read: apb or full.")]
+Strategy = Annotated[str, typer.Option(help="How the document is read: apb, star or full.")]
 Blocks = Annotated[int | None, typer.Option(help="Blocks the document is cut into.")]
 Ranks = Annotated[
     int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")

@@ -8,10 +8,11 @@ from ..plan import Plan
 from .apb import APB
 from .base import Layer, Strategy
 from .full import Full
+from .star import Star
 
 __all__ = ["STRATEGIES", "Layer", "Strategy", "make_strategy"]
 
-STRATEGIES: dict[str, type[Strategy]] = {"apb": APB, "full": Full}
+STRATEGIES: dict[str, type[Strategy]] = {"apb": APB, "full": Full, "star": Star}
 
 
 def make_strategy(plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> Strategy:
