@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from models import tiny_model
-from oracle import dense_prefill
 
 from apb import Engine, Prompt, Segment, attention
+from models import tiny_model
+from oracle import dense_prefill
 
 pytestmark = [
     pytest.mark.gpu,
