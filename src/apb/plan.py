@@ -287,11 +287,12 @@ def _anchor_length(method: Method, prefix: int, document: int, query: int, block
     """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
     if method.anchor is Anchor.NONE:
         return 0
+    if asked is not None:
+        at_least("anchor length", asked, 0)
     if method.anchor is Anchor.FIRST_BLOCK:
         first_block = prefix + -(-document // blocks)
         if asked is None:
             return first_block
-        at_least("anchor length", asked, 0)
         if asked > first_block:
             raise InputError(
                 f"An anchor of {asked} tokens is longer than the first block, whose beginning it is "
