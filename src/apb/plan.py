@@ -194,11 +194,11 @@ class Plan:
 
     def owned(self, rank: int) -> Iterator[Block]:
         """The blocks of a rank, in document order."""
-        for turn in range(0, self.blocks, self.ranks):
-            for index in range(turn, min(turn + self.ranks, self.blocks)):
-                block = self.block(index)
-                if block.rank == rank:
-                    yield block
+        for first in range(0, self.blocks, self.ranks):
+            forward = first // self.ranks % 2 == 0
+            index = first + (rank if forward else self.ranks - 1 - rank)
+            if index < self.blocks:
+                yield self.block(index)
 
     def selectable(self, block: Block) -> int:
         """How many tokens of a block may be selected: those that do not stand in the anchor (its last ones)."""
