@@ -8,6 +8,8 @@ from importlib.metadata import version
 
 import torch
 
+from . import __version__
+
 
 def device_name(device: torch.device) -> str:
     """The product name of a GPU or of this machine's processor."""
@@ -23,7 +25,7 @@ def device_name(device: torch.device) -> str:
 def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Versions, device and dtype: what one must know to compare two results."""
     return {
-        "apb": version("apb"),
+        "apb": __version__,
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),

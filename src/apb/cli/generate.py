@@ -45,10 +45,8 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together hold p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
     allow_extrapolation: Annotated[
         bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
     ] = False,
@@ -120,7 +118,7 @@ def answer(request: Request) -> None:
     from ..distributed import launch
     from ..engine import Engine
     from ..prompt import Prompt
-    from .progress import LayerProgress
+    from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -128,7 +126,7 @@ def answer(request: Request) -> None:
     prints = engine.group.rank == 0
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
-    with LayerProgress(f"Reading {len(prompt)} tokens", shown=prints) as progress:
+    with Bar(f"Reading {len(prompt)} tokens", "layer", shown=prints) as progress:
         pieces = engine.stream(prompt, progress=progress.update, **request.sampling)
         while True:
             try:

@@ -25,3 +25,7 @@ Compressor = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]

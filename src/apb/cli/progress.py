@@ -1,4 +1,4 @@
-"""Progress of a prefill on standard error."""
+"""Progress on standard error."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class LayerProgress:
-    """A bar over the layers of a prefill, with the time left; closed when the answer begins.
+class Bar:
+    """A bar with the time left. ``update`` is what :meth:`apb.Engine.prefill` takes as ``progress``."""
 
-    ``update`` is what :meth:`apb.Engine.prefill` takes as ``progress``.
-    """
-
-    def __init__(self, title: str, shown: bool = True) -> None:
+    def __init__(self, title: str, unit: str, shown: bool = True) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("layer {task.completed} of {task.total}"),
+            TextColumn(unit + " {task.completed} of {task.total}"),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
@@ -27,11 +24,11 @@ class LayerProgress:
         self._open = False
         self._closed = False
 
-    def __enter__(self) -> LayerProgress:
+    def __enter__(self) -> Bar:
         return self
 
     def update(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` layers are computed."""
+        """Show that ``done`` of ``total`` are."""
         if not self._open:
             self._open = True
             self._bar.start()

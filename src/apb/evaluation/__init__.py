@@ -1,0 +1,1 @@
+"""Measuring answers: generated tasks, and the official long-context collections."""

@@ -1,0 +1,7 @@
+"""Generated long-context tasks: documents of any length, questions about them, and what is right."""
+
+from .base import QUERY_START, TASKS, Sample, generate, score
+from .filler import FILLERS
+from .material import TaskError
+
+__all__ = ["FILLERS", "QUERY_START", "TASKS", "Sample", "TaskError", "generate", "score"]

@@ -1,0 +1,116 @@
+"""Samples of the tasks: `generate` makes one of an exact length, `score` judges what a model answers."""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+from typing import Any
+
+from .chains import variable_tracking
+from .chapters import headings
+from .filler import FILLERS
+from .material import Builder, Encoder, Material, TaskError, Tokenizer, weave
+from .needles import multikey, multiquery, multivalue, single
+from .words import common_words, frequent_words
+
+TASKS: dict[str, Builder] = {
+    "single": single,
+    "multikey": multikey,
+    "multivalue": multivalue,
+    "multiquery": multiquery,
+    "variable_tracking": variable_tracking,
+    "headings": headings,
+    "common_words": common_words,
+    "frequent_words": frequent_words,
+}
+"""The kinds of tasks by name."""
+
+QUERY_START = "\n\n"
+"""Stands between the document and the question."""
+
+SHORTEST = 192
+"""Fewer tokens than this leave no room for a task."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document, a question about it and the answers; `length` is the number of tokens with room for the answer."""
+
+    task: str
+    document: str
+    query: str
+    answers: tuple[str, ...]
+    seed: int
+    length: int
+
+    @property
+    def answer(self) -> str:
+        """The answers as the shipped model was taught to give them."""
+        return ", ".join(self.answers)
+
+
+def size(text: str, tokenizer: Tokenizer) -> int:
+    """Number of tokens of a text, tokenized in pieces: some tokenizers are slow on one very long text."""
+    return len(tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
+
+@lru_cache(maxsize=4)
+def encoder_of(tokenizer: Tokenizer) -> Encoder:
+    """The encoder of a tokenizer, kept with what it has tokenized."""
+    return Encoder(tokenizer)
+
+
+def arrange(material: Material, rng: Random, room: int, encoder: Encoder) -> str:
+    """The document of a material, of at most `room` tokens by the encoder's count."""
+    if material.body is not None:
+        return "".join(material.body)
+    filler = FILLERS[material.filler or "prose"](rng)
+    return "".join(weave(material.facts, filler, rng, room, encoder))
+
+
+def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options: Any) -> Sample:
+    """One sample of `length` tokens: prefix (BOS), document, query, and room for the answer and its end.
+
+    The sample never has more tokens than that, and at most about one percent fewer. It depends on the arguments alone.
+
+    Args:
+        task: a name in `TASKS`.
+        tokenizer: anything with `encode(text, add_special_tokens=False)`.
+        length: number of tokens in all.
+        seed: the same seed gives the same sample.
+        options: what the task's builder takes, e.g. `distractor_needles`, `hops`, `haystack`.
+    """
+    if task not in TASKS:
+        raise TaskError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}")
+    if length < SHORTEST:
+        raise TaskError(f"a sample of {length} tokens is too short: ask for {SHORTEST} or more")
+    if options.get("haystack") not in (None, *FILLERS):
+        raise TaskError(f"there is no haystack {options['haystack']!r}: choose one of {', '.join(FILLERS)}")
+    encoder = encoder_of(tokenizer)
+    prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
+    goal = length
+    for _ in range(8):
+        # Counts by segments are exact for word-level tokenizers; for others the goal is corrected by the true count.
+        rng = Random(f"{task} {seed}")
+        material = TASKS[task](rng, goal - 64, encoder, **options)
+        question = material.questions[0]
+        ends = size(QUERY_START + question.text, tokenizer) + size(" " + ", ".join(question.answers), tokenizer) + 1
+        if material.body is not None:
+            rng = Random(f"{task} {seed}")
+            material = TASKS[task](rng, goal - prefix - ends, encoder, **options)
+            question = material.questions[0]
+        document = arrange(material, rng, goal - prefix - ends, encoder)
+        total = prefix + size(document, tokenizer) + ends
+        if 0.988 * length <= total <= length:
+            break
+        goal = max(SHORTEST, int(goal * (length - 2) / total) - (1 if total > length else 0))
+    if total > length:
+        raise TaskError(f"a sample of {length} tokens cannot be made: the shortest has {total}")
+    return Sample(task, document, question.text, question.answers, seed, total)
+
+
+def score(sample: Sample, prediction: str) -> float:
+    """Share of the answers, from 0 to 100, that stand in the prediction as whole words, whatever their case."""
+    text = prediction.lower()
+    found = [re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text) is not None for answer in sample.answers]
+    return 100.0 * sum(found) / len(found)

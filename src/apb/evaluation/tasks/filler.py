@@ -1,0 +1,139 @@
+"""Haystacks: sentences that say nothing a question asks about.
+
+A sentence is a list of segments: strings that begin with a space, a line break or a punctuation mark, so that a
+word-level tokenizer gives the tokens of the joined text as the joined tokens of the segments.
+"""
+
+import re
+from collections.abc import Callable
+from random import Random
+
+from .lexicon import ADJECTIVES, NAMES, NOUNS, PLACES, VERBS, WORDS
+
+Sentence = list[str]
+Template = tuple[str | tuple[str, ...], ...]
+
+
+def spaced(words: tuple[str, ...]) -> tuple[str, ...]:
+    """The words, each with the space before it."""
+    return tuple(" " + word for word in words)
+
+
+SLOTS: dict[str, tuple[str, ...]] = {
+    "adj": spaced(ADJECTIVES),
+    "noun": spaced(NOUNS),
+    "verb": spaced(VERBS),
+    "name": spaced(NAMES),
+    "place": spaced(PLACES),
+    "count": tuple(f" {n}" for n in range(2, 100)),
+    "time": spaced(("morning", "evening", "night", "week", "month", "year", "afternoon", "day")),
+    "season": spaced(("spring", "summer", "autumn", "march", "april", "june", "july", "august", "october")),
+    "way": spaced(("slowly", "quickly", "often", "never", "always", "rarely", "once", "twice", "again", "together")),
+}
+
+SHAPES = """
+The {adj}{noun}{verb} the{noun} near the{place}.
+On that{time},{name}{verb} a{adj}{noun} and left.
+Nobody at the{place} knew why the{noun} was so{adj}.
+{name} and{name} walked to the{place} with a{noun}.
+There were{count}{adj} seats in the old{place}.
+When the{noun} was{adj},{name} went home.
+It was a{adj}{time} in the{place}, and the{noun} was gone.
+The{noun} of the{adj}{place} had been there for{count} years.
+In{season} the people of the{place}{verb} each{adj}{noun}{way}.
+{name}{verb} the{adj}{noun}, because the{noun} was{adj}.
+Some say that the{place} was{adj}, others that it was{adj}.
+After{count} days the{noun} came back to the{place}.
+They{verb} it{way}, as one does in a{adj}{place}.
+Every{time} a{noun} stood before the{adj}{place}.
+The letter from{name} spoke of a{noun} and of{count} more.
+What{name}{verb} that{time} was not a{noun} but a{adj}{noun}.
+By{season} the{adj}{noun} had{way}{verb} the{place}.
+A{noun}, a{noun} and a{adj}{noun} lay on the floor of the{place}.
+Between the{place} and the{place} there was only a{adj}{noun}.
+{name} had{count} of them, all{adj} and none{adj}.
+The road to the{place} was{adj} in{season}.
+So the{noun}{verb} the{noun}, and nobody{way} asked.
+"My{noun} is{adj}," said{name}{way}.
+It took{count} people to move the{adj}{noun} out of the{place}.
+Near the{place},{name}{verb} both the{noun} and the{noun}.
+If the{time} had been less{adj}, the{noun} would have stayed.
+The{adj}{adj}{noun} was sold at the{place} in{season}.
+{name} wrote to{name} about the{noun} from the{place}.
+Not one{noun} in{count} was as{adj} as that.
+Later that{time} the{place} was{adj} and empty.
+The{place} lies{count} miles from the{adj}{place}.
+For{name} the{noun} was{way} more than a{noun}.
+Then the{time} ended and the{adj}{noun} was put away.
+Who{verb} the{noun}? It was{name}, of course.
+The keeper of the{place}{verb} a{noun} for the{adj}{noun}.
+"""
+
+NOISE = (
+    "The grass grows slowly in the field. The sky stays blue all day. The sun goes down behind the hill. "
+    "We walk on and we come back. So it was and so it is."
+)
+
+
+def parse(shape: str) -> Template:
+    """Cut a shape into literals and slots; the first literal gets the space that joins it to the text before."""
+    items: list[str | tuple[str, ...]] = []
+    for part in re.split(r"(\{\w+\})", shape.strip()):
+        if part.startswith("{"):
+            items.append(SLOTS[part[1:-1]])
+        elif part:
+            items.append(part if items else " " + part)
+    return tuple(items)
+
+
+TEMPLATES: tuple[Template, ...] = tuple(parse(shape) for shape in SHAPES.strip().splitlines())
+NOISE_SENTENCES: tuple[str, ...] = tuple(" " + part + "." for part in NOISE.rstrip(".").split(". "))
+SOUP_WORDS = spaced(WORDS)
+
+
+def paragraph(sentence: Sentence) -> Sentence:
+    """The sentence as the first one of a new paragraph."""
+    return ["\n\n" + sentence[0].lstrip(), *sentence[1:]]
+
+
+def prose(rng: Random) -> Callable[[], Sentence]:
+    """Running text: sentences of many shapes, with paragraph breaks after three to nine of them."""
+    draw, left = rng.random, 0
+
+    def sentence() -> Sentence:
+        nonlocal left
+        template = TEMPLATES[int(draw() * len(TEMPLATES))]
+        segments = [item if type(item) is str else item[int(draw() * len(item))] for item in template]
+        left -= 1
+        if left > 0:
+            return segments
+        left = 3 + int(draw() * 7)
+        return paragraph(segments)
+
+    return sentence
+
+
+def noise(rng: Random) -> Callable[[], Sentence]:
+    """The same few sentences over and over."""
+    index = int(rng.random() * len(NOISE_SENTENCES)) - 1
+
+    def sentence() -> Sentence:
+        nonlocal index
+        index = (index + 1) % len(NOISE_SENTENCES)
+        return [NOISE_SENTENCES[index]]
+
+    return sentence
+
+
+def soup(rng: Random) -> Callable[[], Sentence]:
+    """Random words without grammar, six to fifteen to a sentence."""
+    draw, count = rng.random, len(SOUP_WORDS)
+
+    def sentence() -> Sentence:
+        return [*(SOUP_WORDS[int(draw() * count)] for _ in range(6 + int(draw() * 10))), "."]
+
+    return sentence
+
+
+FILLERS: dict[str, Callable[[Random], Callable[[], Sentence]]] = {"prose": prose, "noise": noise, "soup": soup}
+"""Kinds of haystack: each gives, for a random generator, a function that makes the next sentence."""

@@ -1,0 +1,124 @@
+"""Needles: sentences that give a key (adjective and noun) a six-digit number, hidden in filler."""
+
+from random import Random
+
+from .filler import FILLERS, Sentence, parse, spaced
+from .lexicon import ADJECTIVES, NOUNS
+from .material import Encoder, Fact, Material, Pair, Question, distinct_pairs, number, pick
+
+KEY_ADJECTIVES = spaced(ADJECTIVES)
+KEY_NOUNS = spaced(NOUNS)
+STATEMENTS = (
+    "The number of the{adj}{noun} is{value}.",
+    "Remember that the{adj}{noun} has the number{value}.",
+    "The{adj}{noun} was given the number{value}.",
+    "For the{adj}{noun} the register shows{value}.",
+    "Anyone who asks for the{adj}{noun} must say{value}.",
+)
+QUESTIONS = (
+    "What is the number of the{adj}{noun}?",
+    "Which number belongs to the{adj}{noun}?",
+    "What number was given to the{adj}{noun}?",
+    "What does the register show for the{adj}{noun}?",
+)
+SEVERAL = ("What are all the numbers of the{adj}{noun}?", "Which numbers belong to the{adj}{noun}?")
+LIST_STARTS = ("What are the numbers of", "Which numbers belong to")
+STATEMENT_SIZE = 16
+"""About the number of tokens of a statement."""
+
+
+def fill(template: str, key: Pair, value: str = "") -> Sentence:
+    """The segments of a statement or a question about a key."""
+    head, _, tail = template.partition("{adj}{noun}")
+    tail, marked, rest = tail.partition("{value}")
+    segments = [*parse(head), *key, tail]
+    return [*segments, " " + value, rest] if marked else segments  # type: ignore[list-item]
+
+
+def statement(rng: Random, key: Pair, value: str, forms: tuple[str, ...] = STATEMENTS) -> Sentence:
+    """A needle."""
+    return fill(pick(rng, forms), key, value)
+
+
+def draw_keys(rng: Random, count: int) -> list[Pair]:
+    """Distinct keys, each two words with the space before them."""
+    return distinct_pairs(rng, KEY_ADJECTIVES, KEY_NOUNS, count)
+
+
+def ask_one(rng: Random, key: Pair, value: str, task: str) -> Question:
+    """A question for the one number of a key."""
+    return Question(fill(pick(rng, QUESTIONS), key), (value,), task)
+
+
+def ask_all(rng: Random, key: Pair, values: tuple[str, ...]) -> Question:
+    """A question for all numbers of one key, in the order of the text."""
+    return Question(fill(pick(rng, SEVERAL), key), values, "multivalue")
+
+
+def ask_list(rng: Random, keys: list[Pair], values: tuple[str, ...]) -> Question:
+    """One question for the numbers of several keys, in the order of the question."""
+    segments = [" " + pick(rng, LIST_STARTS)]
+    for index, key in enumerate(keys):
+        segments += [" and the" if index and index == len(keys) - 1 else ", the" if index else " the", *key]
+    return Question([*segments, "?"], values, "multiquery")
+
+
+def distractors(rng: Random, count: int, room: int, used: int, keys: list[Pair]) -> list[Fact]:
+    """Needles with other keys: `count`, or as many as fit beside `used` tokens in nine tenths of the room."""
+    count = max(0, min(count, (room * 9 // 10 - used) // STATEMENT_SIZE, len(keys)))
+    return [Fact(rng.random(), statement(rng, key, number(rng))) for key in keys[:count]]
+
+
+def single(rng: Random, room: int, encoder: Encoder, haystack: str | None = None) -> Material:
+    """One needle in filler; `haystack` names the kind of filler (drawn when not given)."""
+    return multikey(rng, room, encoder, distractor_needles=0, haystack=haystack, task="single")
+
+
+def multikey(
+    rng: Random,
+    room: int,
+    encoder: Encoder,
+    distractor_needles: int = 64,
+    haystack: str | None = None,
+    task: str = "multikey",
+) -> Material:
+    """One needle that is asked for among `distractor_needles` with other keys (as many as fit)."""
+    key, *others = draw_keys(rng, 1 + distractor_needles)
+    value = number(rng)
+    facts = [Fact(rng.random(), statement(rng, key, value))]
+    facts += distractors(rng, distractor_needles, room, 2 * STATEMENT_SIZE, others)
+    return Material(facts, [ask_one(rng, key, value, task)], filler=haystack or pick(rng, list(FILLERS)))
+
+
+def multivalue(
+    rng: Random,
+    room: int,
+    encoder: Encoder,
+    values: int = 4,
+    distractor_needles: int = 16,
+    haystack: str | None = None,
+) -> Material:
+    """One key with several values at different places, and needles with other keys; all values, in text order."""
+    key, *others = draw_keys(rng, 1 + distractor_needles)
+    numbers = tuple(dict.fromkeys(number(rng) for _ in range(values)))
+    places = sorted(rng.random() for _ in numbers)
+    facts = [Fact(place, statement(rng, key, value)) for place, value in zip(places, numbers, strict=True)]
+    facts += distractors(rng, distractor_needles, room, values * STATEMENT_SIZE, others)
+    return Material(facts, [ask_all(rng, key, numbers)], filler=haystack or pick(rng, list(FILLERS)))
+
+
+def multiquery(
+    rng: Random,
+    room: int,
+    encoder: Encoder,
+    queries: int = 4,
+    distractor_needles: int = 16,
+    haystack: str | None = None,
+) -> Material:
+    """One question for the numbers of several keys, among needles with other keys."""
+    keys = draw_keys(rng, queries + distractor_needles)
+    values = tuple(number(rng) for _ in range(queries))
+    asked = keys[:queries]
+    facts = [Fact(rng.random(), statement(rng, key, value)) for key, value in zip(asked, values, strict=True)]
+    facts += distractors(rng, distractor_needles, room, queries * STATEMENT_SIZE, keys[queries:])
+    return Material(facts, [ask_list(rng, asked, values)], filler=haystack or pick(rng, list(FILLERS)))
