@@ -61,7 +61,8 @@ def settings(
 ) -> list[Setting]:
     """All combinations that differ: blocks count only where a strategy cuts, compressors only where it passes."""
     found: dict[Setting, None] = {}
-    for strategy, count, compressor in product(strategies, blocks or [None], compressors or ["query"]):
+    counts: list[int | None] = [*blocks] or [None]
+    for strategy, count, compressor in product(strategies, counts, compressors or ["query"]):
         cuts = not method_of(strategy).one_block
         passes = METHODS[strategy].anchor is Anchor.WITH_QUERY
         setting = Setting(
