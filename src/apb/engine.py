@@ -70,6 +70,7 @@ class Engine:
         self._seed = seed
         self._heads = self._load_heads(heads) if heads else None
         self._attachment = Attachment.of(model)
+        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -117,8 +118,10 @@ class Engine:
         return cls(model, tokenizer, **options)
 
     def close(self) -> None:
-        """Give the model back as it was before the engine."""
-        self._attachment.release()
+        """Give the model back as it was before the engine. No prompt can be read after that; closing again is no harm."""
+        if not self._closed:
+            self._closed = True
+            self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
