@@ -22,7 +22,7 @@ from .hf.cache import ShardCache
 from .hf.heads import load_heads
 from .kernels.attention import choose
 from .plan import METHODS, Anchor, Kind, Plan, method_of
-from .prompt import Prompt
+from .prompt import Prompt, check_tokens
 from .session import Session, Stopwatch, forward
 from .strategies import Layer, make_strategy
 
@@ -136,14 +136,7 @@ class Engine:
             strategy=self.strategy,
         )
         loading.check_length(self.model.config, plan, max_new_tokens, self.allow_extrapolation)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        highest = max(map(max, (part for part in (prompt.prefix, prompt.document, prompt.query) if part)))
-        lowest = min(map(min, (part for part in (prompt.prefix, prompt.document, prompt.query) if part)))
-        if lowest < 0 or highest >= vocabulary:
-            raise InputError(
-                f"Token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {vocabulary}; "
-                "make the prompt with this model's tokenizer."
-            )
+        check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
     def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, progress: Progress | None = None) -> Session:

@@ -28,6 +28,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = _attention_modules(model)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
         self._attend: Attend | None = None
         self._calls = 0
