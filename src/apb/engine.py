@@ -22,7 +22,7 @@ from .hf.cache import ShardCache
 from .hf.heads import load_heads
 from .kernels.attention import choose
 from .plan import METHODS, Anchor, Kind, Plan, method_of
-from .prompt import Prompt
+from .prompt import Prompt, check_tokens
 from .session import Session, Stopwatch, forward
 from .strategies import Layer, make_strategy
 
@@ -70,6 +70,7 @@ class Engine:
         self._seed = seed
         self._heads = self._load_heads(heads) if heads else None
         self._attachment = Attachment.of(model)
+        self._closed = False
 
     @classmethod
     def from_pretrained(
@@ -117,8 +118,10 @@ class Engine:
         return cls(model, tokenizer, **options)
 
     def close(self) -> None:
-        """Give the model back as it was before the engine."""
-        self._attachment.release()
+        """Give the model back as it was before the engine. No prompt can be read after that; closing again is no harm."""
+        if not self._closed:
+            self._closed = True
+            self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
@@ -133,14 +136,7 @@ class Engine:
             strategy=self.strategy,
         )
         loading.check_length(self.model.config, plan, max_new_tokens, self.allow_extrapolation)
-        vocabulary = self.model.get_input_embeddings().num_embeddings
-        highest = max(map(max, (part for part in (prompt.prefix, prompt.document, prompt.query) if part)))
-        lowest = min(map(min, (part for part in (prompt.prefix, prompt.document, prompt.query) if part)))
-        if lowest < 0 or highest >= vocabulary:
-            raise InputError(
-                f"Token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {vocabulary}; "
-                "make the prompt with this model's tokenizer."
-            )
+        check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
     def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, progress: Progress | None = None) -> Session:

@@ -198,11 +198,11 @@ class Plan:
 
     def owned(self, rank: int) -> Iterator[Block]:
         """The blocks of a rank, in document order."""
-        for turn in range(0, self.blocks, self.ranks):
-            for index in range(turn, min(turn + self.ranks, self.blocks)):
-                block = self.block(index)
-                if block.rank == rank:
-                    yield block
+        for first in range(0, self.blocks, self.ranks):
+            forward = first // self.ranks % 2 == 0
+            index = first + (rank if forward else self.ranks - 1 - rank)
+            if index < self.blocks:
+                yield self.block(index)
 
     def selectable(self, block: Block) -> int:
         """How many tokens of a block may be selected: those that do not stand in the anchor (its last ones)."""
@@ -294,11 +294,12 @@ def _anchor_length(method: Method, prefix: int, document: int, query: int, block
     """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
     if method.anchor is Anchor.NONE:
         return 0
+    if asked is not None:
+        at_least("anchor length", asked, 0)
     if method.anchor is Anchor.FIRST_BLOCK:
         first_block = prefix + -(-document // blocks)
         if asked is None:
             return first_block
-        at_least("anchor length", asked, 0)
         if asked > first_block:
             raise InputError(
                 f"An anchor of {asked} tokens is longer than the first block, whose beginning it is "

@@ -92,6 +92,16 @@ class Prompt:
         return cls.from_text(tokenizer, document, query)
 
 
+def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
+    """InputError where a token id is not below ``vocabulary``."""
+    lowest, highest = min(token_ids), max(token_ids)
+    if lowest < 0 or highest >= vocabulary:
+        raise InputError(
+            f"Token id {lowest if lowest < 0 else highest} is outside the model's vocabulary of {vocabulary}; "
+            "make the prompt with this model's tokenizer."
+        )
+
+
 def _refuse_blank(document: str, query: str) -> None:
     if not document.strip():
         raise InputError("The document is empty; give a text with at least one word.")

@@ -14,6 +14,7 @@ from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .plan import Kind, Plan
+from .prompt import check_tokens
 from .strategies.base import attend_shards
 
 
@@ -54,6 +55,7 @@ class Session:
         """
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
+        check_tokens(token_ids, self._attachment.vocabulary)
         start, count = self._cache.total, len(token_ids)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:

@@ -28,6 +28,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.modules = _attention_modules(model)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
         self._attend: Attend | None = None
         self._calls = 0
@@ -71,6 +72,8 @@ class Attachment:
             total: tokens of the whole prompt and answer so far, over all ranks (RoPE variants depend on it).
             before_rope: whether to hand q, k, v before RoPE to ``attend``.
         """
+        if not self._users:
+            raise RuntimeError("The engine was closed and its model given back; make a new engine to go on.")
         self._attend, self.total, self._calls = attend, total, 0
         self._before_rope = BeforeRope(self.modules) if before_rope else None
         try:

@@ -13,6 +13,7 @@ from .segment import Segment
 
 __all__ = ["BACKENDS", "Segment", "attention", "choose"]
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BACKENDS = {"reference": reference.attention, "torch": sdpa.attention}
 
 
@@ -65,6 +66,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
 def _check(q: Tensor, segments: list[Segment]) -> None:
     if q.dim() != 3:
         raise InputError(f"q must be (rows, heads, head_dim), not {tuple(q.shape)}.")
+    if q.dtype not in DTYPES:
+        raise InputError(f"q, k and v must be floating-point numbers of 16 bits or more, not {q.dtype}.")
     _, heads, head_dim = q.shape
     for number, segment in enumerate(segments):
         k, v = segment.k, segment.v

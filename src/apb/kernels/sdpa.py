@@ -51,9 +51,10 @@ def _square(rows: int, segment: Segment) -> list[tuple[int, Tensor, Tensor, bool
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    # The kernels take (1, heads, rows, head_dim), any strides but the last; KV heads may be fewer than query heads.
-    # Some give the lse of padding rows too, or as a column: (1, heads, >= rows[, 1]).
-    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    # The kernels take (1, heads, rows, head_dim), KV heads may be fewer than query heads; strides are free but for the
+    # last: it must be 1, and not all of them check that. Some give the lse of padding rows too, or as a column:
+    # (1, heads, >= rows[, 1]).
+    q4, k4, v4 = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, causal, scale=scale)
     elif q.dtype == torch.float32:
