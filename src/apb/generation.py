@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -83,7 +83,8 @@ class Sampling:
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
-    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention.
+    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention;
+    ``choice`` says why the strategy "auto" took the one it did.
     """
 
     text: str
@@ -94,7 +95,8 @@ class Generation:
     plan: dict[str, int]
     timing: dict[str, float]
     memory: dict[str, int]
-    fingerprint: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, str]
+    choice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
