@@ -87,5 +87,5 @@ def test_budgets_are_numbers_or_shares():
     assert (plan.vertical_size, plan.slash_size) == (100, 50)
     assert Plan.build(**sizes).slash_size == 1000
     for wrong in (0, -3, 1.5, 0.0):
-        with pytest.raises(InputError, match="(?i)vertical size"):
+        with pytest.raises(InputError, match=r"(?i)vertical size"):
             Plan.build(**sizes, vertical_size=wrong)
