@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of full attention: so with one block, or where no column or diagonal is left out."""
+        """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
         method = METHODS[self.strategy]
         if method.sparse:
             return max(self.vertical_size, self.slash_size) >= self.query_start
