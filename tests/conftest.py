@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 
-# Before torch and transformers are imported: no test may reach the network, and ranks must not fight for the cores.
+# Before torch and transformers are imported, and for the processes that tests start: no test may reach the network, and
+# threads must not fight for the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from hypothesis import settings
