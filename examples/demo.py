@@ -70,4 +70,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        sys.exit(f"demo: {error}")
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -5,7 +5,7 @@ Nothing here allocates memory in proportion to the document: a plan for ten mill
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
@@ -36,14 +36,17 @@ class Method:
 
     exact: bool
     anchor: Anchor = Anchor.NONE
-    one_block: bool = False
+    # The number of blocks on so many ranks, where the method leaves no choice.
+    blocks: Callable[[int], int] | None = None
 
 
 # One line per strategy; its attention lives in strategies/<name>.py.
 METHODS: dict[str, Method] = {
-    "full": Method(exact=True, one_block=True),
+    "full": Method(exact=True, blocks=lambda ranks: 1),
     "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
     "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK),
+    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
+    "ulysses": Method(exact=True, blocks=lambda ranks: ranks),
 }
 
 
@@ -127,7 +130,8 @@ class Plan:
     ) -> Plan:
         """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
 
-        With one block there is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
+        Exact methods choose their blocks themselves, and have neither anchor nor passing blocks. With one block there
+        is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
         """
         method = method_of(strategy)
         at_least("prefix", prefix, 0)
@@ -135,12 +139,12 @@ class Plan:
         at_least("query", query, 1)
         at_least("ranks", ranks, 1)
         at_least("rounds", rounds, 1)
-        if method.one_block:
-            blocks = 1
+        if method.blocks is not None:
+            blocks = method.blocks(ranks)
         elif blocks is None:
             blocks = _default_blocks(document, ranks)
         at_least("blocks", blocks, 1)
-        if blocks > document:
+        if blocks > document and method.blocks is None:
             raise InputError(
                 f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
             )
@@ -211,10 +215,13 @@ class Plan:
         return min(self.passing_length, self.selectable(self.block(index)))
 
     def contexts(self) -> list[int]:
-        """For every block, how many pairs beside its own its rows attend to: the anchor and what earlier blocks pass.
+        """For every block, how many pairs beside its own its rows attend to.
 
-        Block 0 has none of it: it holds the prefix and the anchor's document tokens itself.
+        In an exact method all before it; else the anchor and what earlier blocks pass. Block 0 has none of it: it
+        holds the prefix and the anchor's document tokens itself.
         """
+        if METHODS[self.strategy].exact:
+            return [self.block(index).start for index in range(self.blocks)]
         before = accumulate(self.passed(index) for index in range(self.blocks - 1))
         return [0, *(self.anchor_length + pairs for pairs in before)]
 

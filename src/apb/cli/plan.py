@@ -11,6 +11,8 @@ from . import options
 
 # A short question with its chat template; the length of the document is what matters.
 QUERY_TOKENS = 32
+# Strategies that gain nothing from more ranks: planned on one.
+ONE_DEVICE = ("full",)
 
 
 def plan(
@@ -30,16 +32,15 @@ def plan(
     at_least("length", length, 1)
     at_least("ranks", size, 1)
     plans = {}
-    for name, method in METHODS.items():
-        one = method.one_block
+    for name in METHODS:
         plans[name] = Plan.build(
             prefix=1,
             document=length,
             query=QUERY_TOKENS,
-            blocks=None if one else blocks,
-            ranks=1 if one else size,
-            anchor_length=None if one else anchor_length,
-            passing_length=None if one else passing_length,
+            blocks=blocks,
+            ranks=1 if name in ONE_DEVICE else size,
+            anchor_length=anchor_length if name == "apb" else None,
+            passing_length=passing_length,
             strategy=name,
         )
 

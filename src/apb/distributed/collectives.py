@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +14,18 @@ from torch import Tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-@dataclass
 class Pending:
     """A collective that has been started; ``wait`` gives its result."""
 
-    result: Tensor
-    work: dist.Work | None = None
+    def __init__(self, result: Tensor, *works: dist.Work) -> None:
+        self._result = result
+        self._works = list(works)
 
     def wait(self) -> Tensor:
         """Block (on a GPU: make the current stream wait) until the result is there."""
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return self.result
+        while self._works:
+            self._works.pop().wait()
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,35 @@ class Group:
         flat = result.view(self.size * x.shape[0], *x.shape[1:])
         work = _all_gather(flat, x.contiguous(), group=self.process_group, async_op=True)
         return Pending(result, work)
+
+    def shift(self, x: Tensor) -> Pending:
+        """Start to send ``x`` to the next rank round the ring; the result is the previous rank's, of the same shape."""
+        if self.size == 1:
+            return Pending(x)
+        result = torch.empty_like(x)
+        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, after, self.process_group),
+                dist.P2POp(dist.irecv, result, before, self.process_group),
+            ]
+        )
+        return Pending(result, *works)
+
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Send ``parts[r]`` to rank r; the result's part r, of shape ``shapes[r]``, is what rank r sent here."""
+        if self.size == 1:
+            return list(parts)
+        received = parts[0].new_empty(sum(math.prod(shape) for shape in shapes))
+        dist.all_to_all_single(
+            received,
+            torch.cat([part.reshape(-1) for part in parts]),
+            [math.prod(shape) for shape in shapes],
+            [part.numel() for part in parts],
+            group=self.process_group,
+        )
+        pieces = received.split([math.prod(shape) for shape in shapes])
+        return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
         """Same-shaped ``x`` of all ranks on rank 0, in rank order; None on the others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import uuid
@@ -53,6 +54,8 @@ def join(device: torch.device) -> Group:
         dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
+    # A process that ends with its threads of communication still running is aborted, and torchrun calls that a failure.
+    atexit.register(leave)
     return Group.of_world()
 
 

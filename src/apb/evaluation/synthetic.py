@@ -63,7 +63,7 @@ def settings(
     found: dict[Setting, None] = {}
     counts: list[int | None] = [*blocks] or [None]
     for strategy, count, compressor in product(strategies, counts, compressors or ["query"]):
-        cuts = not method_of(strategy).one_block
+        cuts = method_of(strategy).blocks is None
         passes = METHODS[strategy].anchor is Anchor.WITH_QUERY
         setting = Setting(
             strategy,

@@ -1,4 +1,7 @@
-"""Attention through torch's own fused kernels: flash on the CPU, cuDNN on Hopper and later, flash elsewhere."""
+"""Attention through torch's own fused kernels.
+
+Flash on the CPU; on GPUs cuDNN from Hopper on and flash before, and the memory-efficient kernel for fp32.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,15 @@ def _square(rows: int, segment: Segment) -> list[tuple[int, Tensor, Tensor, bool
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     # The kernels take (1, heads, rows, head_dim), KV heads may be fewer than query heads; strides are free but for the
-    # last: it must be 1, and not all of them check that.
+    # last: it must be 1, and not all of them check that. Some give the lse of padding rows too, or as a column:
+    # (1, heads, >= rows[, 1]).
     q4, k4, v4 = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, causal, scale=scale)
+    elif q.dtype == torch.float32:
+        # This kernel knows no grouped heads: its keys and values are repeated.
+        k4, v4 = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k4, v4))
+        out, lse = _aten._scaled_dot_product_efficient_attention(q4, k4, v4, None, True, 0.0, causal, scale=scale)[:2]
     elif _cudnn(q):
         out, lse = _aten._scaled_dot_product_cudnn_attention(q4, k4, v4, None, True, 0.0, causal, scale=scale)[:2]
     else:
@@ -70,8 +78,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return None
     if device.type != "cuda":
         return f"device type {device.type} has no fused attention that returns its log-sum-exp"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"fused attention on GPUs takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.float64:
+        return "fused attention on GPUs takes bfloat16, float16 or float32, not float64"
     if head_dim % 8 or head_dim > 256:
         return f"fused attention on GPUs takes head dims that are multiples of 8 up to 256, not {head_dim}"
     return None

@@ -8,11 +8,19 @@ from ..plan import Plan
 from .apb import APB
 from .base import Layer, Strategy
 from .full import Full
+from .ring import Ring
 from .star import Star
+from .ulysses import Ulysses
 
 __all__ = ["STRATEGIES", "Layer", "Strategy", "make_strategy"]
 
-STRATEGIES: dict[str, type[Strategy]] = {"apb": APB, "full": Full, "star": Star}
+STRATEGIES: dict[str, type[Strategy]] = {
+    "apb": APB,
+    "full": Full,
+    "ring": Ring,
+    "star": Star,
+    "ulysses": Ulysses,
+}
 
 
 def make_strategy(plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> Strategy:

@@ -113,9 +113,7 @@ def padding(rng: Random, tokens: int, encoder: Encoder) -> Sentence:
     return [*words, "."] if words else []
 
 
-def weave(
-    facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: int, encoder: Encoder
-) -> list[str]:
+def weave(facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: int, encoder: Encoder) -> list[str]:
     """Put the facts, at their places, into as much filler as makes a document of at most `room` tokens."""
     facts = sorted(facts, key=lambda fact: fact.place)
     left = room - sum([encoder.count(fact.segments) for fact in facts])
