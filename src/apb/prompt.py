@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,12 @@ class Prompt:
         messages = [{"role": "user", "content": f"{_SENTINEL}\n\n{query}"}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        from jinja2 import TemplateError
+
+        try:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise InputError(f"The tokenizer's chat template refuses this prompt: {first_line(error)}.") from error
         before, found, after = rendered.partition(_SENTINEL)
         if not found:
             raise InputError("The tokenizer's chat template drops the user's text; use Prompt.from_text instead.")

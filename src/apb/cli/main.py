@@ -38,8 +38,14 @@ def main() -> None:
 def run(command: typer.Typer) -> int:
     """Run a command line; its exit status."""
     try:
-        status = typer.main.get_command(command).main(prog_name="apb", standalone_mode=False)
+        # Not its main(): that swallows Ctrl-C and closed pipes, each version of typer in its own way.
+        parsed = typer.main.get_command(command)
+        with parsed.make_context("apb", sys.argv[1:]) as context:
+            status = parsed.invoke(context)
+        sys.stdout.flush()
         return int(status or DONE)
+    except typer.Exit as leaving:
+        return leaving.exit_code
     except InputError as error:
         return _say(str(error), WRONG_INPUT)
     except UsageError as error:
