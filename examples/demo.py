@@ -1,6 +1,6 @@
 """Ask a question of a long document, with apb and with full attention: what `make demo` runs.
 
-    python examples/demo.py [--document FILE --query TEXT]
+    python examples/demo.py [--document FILE --query TEXT] [--out FILE.json]
 
 Without a document one is generated: running text in which many facts of one kind are hidden, of which one is asked.
 """
@@ -8,6 +8,7 @@ Without a document one is generated: running text in which many facts of one kin
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ SEED = 2025
 
 def answer(engine: Engine, prompt: Prompt) -> Generation:
     """Read and answer, with a progress bar."""
-    with Bar(f"{engine.strategy:>4}: reading {len(prompt)} tokens", "layer") as bar:
+    with Bar(f"{engine.reading.strategy:>4}: reading {len(prompt)} tokens", "layer") as bar:
         return engine.generate(prompt, max_new_tokens=32, progress=bar.update)
 
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--document", help="text file to read; generated if left out")
     parser.add_argument("--query", help="the question; needed with --document")
+    parser.add_argument("--out", type=Path, help="also write both results there, as JSON")
     arguments = parser.parse_args()
     if (arguments.document is None) != (arguments.query is None):
         raise InputError("DOCUMENT and QUERY go together: give both, or neither.")
@@ -60,6 +62,10 @@ def main() -> None:
         print(f"{result.strategy:>4}: read in {seconds:6.2f} s ({note}), answer:{' ' + result.text.strip()}")
     ratio = exact.timing["prefill_s"] / fast.timing["prefill_s"]
     print(f"apb read the document {ratio:.1f} times faster than full attention.")
+    if arguments.out:
+        report = {"command": "python " + " ".join(sys.argv), "query": query, "expected": expected, "ratio": ratio}
+        report["results"] = [fast.to_dict(), exact.to_dict()]
+        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     if expected is not None:
         right = expected in fast.text
         print(f"The document says {expected}: apb's answer is {'right' if right else 'WRONG'}.")

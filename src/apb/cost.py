@@ -120,7 +120,7 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
             pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
         elif span.kind is Kind.BLOCK:
             kept += length
-            pairs += length * (length + 1) // 2 + length * contexts[span.block]
+            pairs += _block_pairs(plan, length, contexts[span.block])
             scored += length if plan.passed(span.block) else 0
     pairs += plan.query * kept
     if rank == plan.tail_rank:
@@ -128,11 +128,6 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         kept += plan.query
     pair_flops = 4 * model.heads * model.head_dim * model.layers
     gathered = _gathered_rows(plan)
-    query_floats = plan.query * model.heads * (model.head_dim + 1)
-    sent = 0
-    if plan.ranks > 1:
-        message = gathered * model.cache_row * element_bytes + query_floats * model.layers * 4
-        sent = (plan.ranks - 1) * message
     # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
     # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
     wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
@@ -143,10 +138,18 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         linear_flops=2 * rows * model.layer_parameters + 2 * model.hidden * model.vocabulary,
         attention_flops=pairs * pair_flops,
         scoring_flops=_scoring_flops(plan, model, compressor) * scored,
-        sent_bytes=sent,
+        sent_bytes=_sent(plan, rank, model, element_bytes),
         cache_bytes=cache * element_bytes,
         peak_bytes=(model.parameters + cache + activations) * element_bytes,
     )
+
+
+def _block_pairs(plan: Plan, length: int, context: int) -> int:
+    """Query-key pairs of a block's rows, of so many tokens and so many keys before them."""
+    if METHODS[plan.strategy].sparse:
+        seen = min(plan.vertical_size + plan.slash_size, length)
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+    return length * (length + 1) // 2 + length * context
 
 
 def _gathered_rows(plan: Plan) -> int:
@@ -158,6 +161,24 @@ def _gathered_rows(plan: Plan) -> int:
         start, stop = plan.anchor_share(rank)
         widths.append(stop - start + sum(plan.passed(block.index) for block in plan.owned(rank)))
     return max(widths)
+
+
+def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
+    """Bytes a rank sends over all layers of a prefill."""
+    others = plan.ranks - 1
+    query = plan.query * model.heads * (model.head_dim + 1) * model.layers * 4  # partial outputs and lse, in fp32
+    rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
+    if plan.strategy == "ring":
+        document = others * max(rows) * model.cache_row
+    elif plan.strategy == "ulysses":
+        # q, k and v of this rank's rows go to the ranks that have the heads, and their outputs come back.
+        kv_heads = min(max(model.kv_heads, plan.ranks), model.heads)
+        there = rows[rank] * (model.heads + 2 * kv_heads)
+        back = (sum(rows) - rows[rank]) * model.heads
+        document = (there * others // plan.ranks + back // plan.ranks) * model.head_dim * model.layers
+    else:
+        document = others * _gathered_rows(plan) * model.cache_row
+    return document * element_bytes + others * query
 
 
 def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:

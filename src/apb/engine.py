@@ -10,19 +10,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressors import Head, check_compressor, make_compressor
+from .compressors import Head, make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import join, local_device
 from .errors import InputError
 from .generation import Detokenizer, Generation, Sampling, decode
-from .hardware import fingerprint, peak_bytes
+from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .hf.heads import load_heads
 from .kernels.attention import choose
-from .plan import METHODS, Anchor, Kind, Plan, method_of
+from .plan import METHODS, Anchor, Kind, Plan
 from .prompt import Prompt, check_tokens
+from .reading import Reading
 from .session import Session, Stopwatch, forward
 from .strategies import Layer, make_strategy
 
@@ -41,34 +42,22 @@ class Engine:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        strategy: str = "apb",
-        blocks: int | None = None,
-        anchor_length: int | None = None,
-        passing_length: int | None = None,
-        compressor: str | None = None,
-        heads: str | Path | None = None,
         seed: int = 0,
         backend: str = "auto",
-        allow_extrapolation: bool = False,
+        **reading: Any,
     ) -> None:
-        method_of(strategy)
-        self.compressor = compressor or ("retaining" if heads else "query")
-        check_compressor(self.compressor, heads is not None)
+        self.reading = Reading(**reading)
         loading.check_supported(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         choose(backend, self.device, self.dtype, _head_dim(model))
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.strategy = strategy
-        self.blocks = blocks
-        self.anchor_length = anchor_length
-        self.passing_length = passing_length
         self.backend = backend
-        self.allow_extrapolation = allow_extrapolation
         self.group: Group = join(self.device)
-        self._seed = seed
-        self._heads = self._load_heads(heads) if heads else None
+        heads = self._load_heads(self.reading.heads) if self.reading.heads else None
+        self._compressor = make_compressor(self.reading.scorer, heads, seed)
+        self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
         self._attachment = Attachment.of(model)
         self._closed = False
 
@@ -91,7 +80,7 @@ class Engine:
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
             options: see :meth:`from_model`.
         """
-        method_of(options.get("strategy", "apb"))
+        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend")})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device))
@@ -106,36 +95,22 @@ class Engine:
         """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
 
         Options:
-            strategy: "apb", "full" or "star".
-            blocks, anchor_length, passing_length: as in :meth:`apb.Plan.build`; None for the defaults.
-            compressor: "query", "retaining", "recent" or "random"; by default "retaining" where heads are given, else
-                "query".
-            heads: file of retaining heads.
+            strategy, blocks, anchor_length, passing_length, vertical_size, slash_size, compressor, heads,
+                allow_extrapolation, approximate: as in :class:`apb.reading.Reading`.
             seed: of the compressor "random".
             backend: attention back-end, "auto", "torch" or "reference".
-            allow_extrapolation: go beyond the positions that the model was trained for.
         """
         return cls(model, tokenizer, **options)
 
     def close(self) -> None:
-        """Give the model back as it was before the engine. No prompt can be read after that; closing again is no harm."""
+        """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
         if not self._closed:
             self._closed = True
             self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
-        plan = Plan.build(
-            prefix=len(prompt.prefix),
-            document=len(prompt.document),
-            query=len(prompt.query),
-            blocks=self.blocks,
-            ranks=self.group.size,
-            anchor_length=self.anchor_length,
-            passing_length=self.passing_length,
-            strategy=self.strategy,
-        )
-        loading.check_length(self.model.config, plan, max_new_tokens, self.allow_extrapolation)
+        plan = self.reading.plan(prompt, self.group.size, self.model.config, self._hardware, max_new_tokens)
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
@@ -149,9 +124,7 @@ class Engine:
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
-        strategy = make_strategy(
-            plan, self.group, make_compressor(self.compressor, self._heads, self._seed), self.backend
-        )
+        strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         kept = strategy.cached_rows
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
@@ -239,6 +212,7 @@ class Engine:
             },
             memory={"peak_bytes": int(peak)},
             fingerprint=fingerprint(self.device, self.dtype),
+            choice=session.plan.reason,
         )
 
     def _load_heads(self, path: str | Path) -> list[Head]:

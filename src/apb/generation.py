@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -84,7 +84,8 @@ class Sampling:
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
-    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention.
+    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention;
+    ``choice`` says why the strategy "auto" took the one it did.
     """
 
     text: str
@@ -95,7 +96,8 @@ class Generation:
     plan: dict[str, int]
     timing: dict[str, float]
     memory: dict[str, int]
-    fingerprint: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, str]
+    choice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""

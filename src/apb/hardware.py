@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import platform
 import resource
+from dataclasses import dataclass
 from importlib.metadata import version
 
+import psutil
 import torch
 
 from . import __version__
+from .cost import KNOWN_CEILINGS, Ceilings
 
 
 def device_name(device: torch.device) -> str:
@@ -20,6 +23,30 @@ def device_name(device: torch.device) -> str:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What every rank runs on, as far as plans depend on it.
+
+    Attributes:
+        memory: bytes that a rank may use.
+        element_bytes: bytes of one number of weights, activations and cache.
+        ceilings: rates the device reaches, where they are known.
+    """
+
+    memory: int
+    element_bytes: int
+    ceilings: Ceilings | None
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, ranks: int) -> Hardware:
+        """This machine's: a GPU of its own for each rank, or a share of the host's memory."""
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = psutil.virtual_memory().total // ranks
+        return cls(memory, dtype.itemsize, KNOWN_CEILINGS.get(device_name(device)))
 
 
 def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:

@@ -5,6 +5,7 @@ Nothing here allocates memory in proportion to the document: a plan for ten mill
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -18,6 +19,9 @@ SHORTEST_WORTH_CUTTING = 8192
 DEFAULT_BLOCKS = 8
 LARGEST_ANCHOR = 8192
 LARGEST_PASSING = 8192
+# Columns and diagonals of the vertical-slash pattern in MInference's published configurations.
+DEFAULT_VERTICAL = 1000
+DEFAULT_SLASH = 6096
 
 
 class Anchor(Enum):
@@ -38,6 +42,10 @@ class Method:
     anchor: Anchor = Anchor.NONE
     # The number of blocks on so many ranks, where the method leaves no choice.
     blocks: Callable[[int], int] | None = None
+    # Whether every row sees only some columns and diagonals.
+    sparse: bool = False
+    # Whether the query heads are scattered over the ranks.
+    scatters_heads: bool = False
 
 
 # One line per strategy; its attention lives in strategies/<name>.py.
@@ -46,7 +54,8 @@ METHODS: dict[str, Method] = {
     "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
     "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK),
     "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
-    "ulysses": Method(exact=True, blocks=lambda ranks: ranks),
+    "ulysses": Method(exact=True, blocks=lambda ranks: ranks, scatters_heads=True),
+    "minference": Method(exact=False, blocks=lambda ranks: 1, sparse=True),
 }
 
 
@@ -103,6 +112,8 @@ class Plan:
         rounds: forward passes that the blocks are spread over (consecutive blocks share a round).
         anchor_length: l_a, tokens of the anchor; 0 where there is none.
         passing_length: l_p, key/value pairs per KV head that a block passes on; 0 where nothing is passed.
+        vertical_size, slash_size: columns and diagonals that each head sees in a sparse method; 0 in the others.
+        reason: why this strategy was chosen, where it was not the user who chose.
     """
 
     strategy: str
@@ -114,6 +125,9 @@ class Plan:
     rounds: int
     anchor_length: int
     passing_length: int
+    vertical_size: int = 0
+    slash_size: int = 0
+    reason: str | None = None
 
     @classmethod
     def build(
@@ -127,6 +141,8 @@ class Plan:
         passing_length: int | None = None,
         strategy: str = "apb",
         rounds: int = 1,
+        vertical_size: int | float | None = None,
+        slash_size: int | float | None = None,
     ) -> Plan:
         """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
 
@@ -150,6 +166,11 @@ class Plan:
             )
         if rounds > blocks:
             raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+        if method.sparse:
+            total = prefix + document + query
+            vertical = _budget("vertical size", vertical_size, DEFAULT_VERTICAL, total)
+            slash = _budget("slash size", slash_size, DEFAULT_SLASH, total)
+            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0, vertical, slash)
         if blocks == 1:
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
         anchor_length = _anchor_length(method, prefix, document, query, blocks, anchor_length)
@@ -164,8 +185,11 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of full attention (always so with one block)."""
-        return METHODS[self.strategy].exact or self.blocks == 1
+        """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
+        method = METHODS[self.strategy]
+        if method.sparse:
+            return max(self.vertical_size, self.slash_size) >= self.query_start
+        return method.exact or self.blocks == 1
 
     @property
     def query_start(self) -> int:
@@ -282,12 +306,33 @@ def method_of(strategy: str) -> Method:
     return METHODS[strategy]
 
 
+def check_heads(strategy: str, heads: int, ranks: int) -> None:
+    """InputError where a strategy scatters query heads over ranks that do not divide them."""
+    if METHODS[strategy].scatters_heads and heads % ranks:
+        raise InputError(
+            f"The strategy {strategy!r} needs query heads that divide by the ranks, and {heads} do not divide by "
+            f"{ranks}; use another number of ranks, or the strategy 'ring'."
+        )
+
+
 def at_least(name: str, value: int, limit: int) -> None:
     """InputError unless ``value`` is a whole number of at least ``limit``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
     if value < limit:
         raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+
+
+def _budget(name: str, asked: int | float | None, default: int, total: int) -> int:
+    """A budget given as a number (int) or as a share of the prompt (float in (0, 1]), in tokens, at most all."""
+    if isinstance(asked, float):
+        if not 0 < asked <= 1:
+            raise InputError(f"A {name} given as a share must be above 0 and at most 1, not {asked}.")
+        asked = math.ceil(asked * total)
+    elif asked is None:
+        asked = default
+    at_least(name, asked, 1)
+    return min(asked, total)
 
 
 def _anchor_length(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from .distributed.collectives import Group
 from .errors import InputError
@@ -92,6 +93,19 @@ class Session:
         for order, part in zip(orders, parts, strict=True):
             whole[:, order.to(shard.device)] = part[:, : len(order)]
         return whole[0].transpose(0, 1), whole[1].transpose(0, 1)
+
+    def to_dynamic_cache(self) -> DynamicCache | None:
+        """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.
+
+        Give the model back first (:meth:`apb.Engine.close`), and pass ``generate`` all tokens so far and at least one
+        more. Every rank must call it.
+        """
+        cache = DynamicCache()
+        for layer in range(len(self._cache)):
+            keys, values = self.gather_kv(layer)
+            if keys is not None and values is not None:
+                cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
+        return cache if self._group.rank == 0 else None
 
     def _positions(self, rank: int) -> Tensor:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""

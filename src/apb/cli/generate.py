@@ -24,7 +24,8 @@ class Request:
     model: str
     document: str
     query: str
-    engine: dict[str, Any]
+    loading: dict[str, Any]
+    reading: dict[str, Any]
     sampling: dict[str, Any]
     as_json: bool
 
@@ -40,6 +41,11 @@ def generate(
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
     heads: Annotated[Path | None, typer.Option(help="File of trained retaining heads.")] = None,
+    vertical_size: options.VerticalSize = None,
+    slash_size: options.SlashSize = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
@@ -70,17 +76,18 @@ def generate(
         model=str(model or loading.shipped_model()),
         document=text,
         query=query,
-        engine={
+        loading={"dtype": dtype, "device": place.type, "trust_remote_code": trust_remote_code},
+        reading={
             "strategy": strategy,
             "blocks": blocks,
             "anchor_length": anchor_length,
             "passing_length": passing_length,
+            "vertical_size": options.budget("--vertical-size", vertical_size),
+            "slash_size": options.budget("--slash-size", slash_size),
             "compressor": compressor,
             "heads": None if heads is None else str(heads),
-            "dtype": dtype,
-            "device": place.type,
             "allow_extrapolation": allow_extrapolation,
-            "trust_remote_code": trust_remote_code,
+            "approximate": approximate,
         },
         sampling={
             "max_new_tokens": max_new_tokens,
@@ -122,7 +129,7 @@ def answer(request: Request) -> None:
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(request.model, **request.engine)
+    engine = Engine.from_pretrained(request.model, **request.loading, **request.reading)
     prints = engine.group.rank == 0
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
@@ -145,6 +152,8 @@ def answer(request: Request) -> None:
         return
     print(flush=True)
     kind = "exact" if result.exact else "approximate"
+    if result.choice:
+        print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
         f"read {len(prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
@@ -167,36 +176,24 @@ def _ranks(asked: int | None, device: torch.device) -> int:
 
 def _check(request: Request, ranks: int, device: torch.device) -> None:
     """Everything that can be wrong with a request, before a process is started or a weight is read."""
-    from ..compressors import check_compressor
+    from ..hardware import Hardware
     from ..hf import loading
     from ..hf.heads import load_heads
-    from ..plan import Plan, method_of
     from ..prompt import Prompt
+    from ..reading import Reading
 
-    engine = request.engine
-    method_of(engine["strategy"])
-    compressor = engine["compressor"] or ("retaining" if engine["heads"] else "query")
-    check_compressor(compressor, engine["heads"] is not None)
-    loading.pick_dtype(engine["dtype"], device)
-    config = loading.load_config(request.model, engine["trust_remote_code"])
+    reading = Reading(**request.reading)
+    dtype = loading.pick_dtype(request.loading["dtype"], device)
+    remote_code = request.loading["trust_remote_code"]
+    config = loading.load_config(request.model, remote_code)
     loading.check_supported(config)
-    tokenizer = loading.load_tokenizer(request.model, engine["trust_remote_code"])
-    prompt = Prompt.for_model(tokenizer, request.document, request.query)
-    plan = Plan.build(
-        prefix=len(prompt.prefix),
-        document=len(prompt.document),
-        query=len(prompt.query),
-        blocks=engine["blocks"],
-        ranks=ranks,
-        anchor_length=engine["anchor_length"],
-        passing_length=engine["passing_length"],
-        strategy=engine["strategy"],
-    )
-    loading.check_length(config, plan, request.sampling["max_new_tokens"], engine["allow_extrapolation"])
-    if engine["heads"]:
+    prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
+    hardware = Hardware.of(device, dtype, ranks)
+    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"])
+    if reading.heads:
         shape = loading.model_shape(config)
         load_heads(
-            engine["heads"],
+            reading.heads,
             layers=shape.layers,
             heads=shape.heads,
             kv_heads=shape.kv_heads,

@@ -12,7 +12,7 @@ from . import options
 # A short question with its chat template; the length of the document is what matters.
 QUERY_TOKENS = 32
 # Strategies that gain nothing from more ranks: planned on one.
-ONE_DEVICE = ("full",)
+ONE_DEVICE = ("full", "minference")
 
 
 def plan(

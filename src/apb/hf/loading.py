@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..cost import ModelShape
 from ..errors import InputError, first_line
-from ..plan import Plan
+from ..plan import Plan, check_heads
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -81,8 +81,8 @@ def check_supported(config: Any) -> None:
         raise InputError("'gpt_oss' models have attention sinks, which are not supported.")
 
 
-def check_length(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
-    """InputError where the prompt and the answer do not fit the model's positions or its sliding windows."""
+def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
+    """InputError where a plan does not fit the model: its positions, its sliding windows, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
     limit = getattr(text, "max_position_embeddings", None)
@@ -92,6 +92,7 @@ def check_length(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: 
             f"{total - limit} more than the model's {limit}; shorten the document or pass --allow-extrapolation "
             "(allow_extrapolation=True) to go beyond what the model was trained for."
         )
+    check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
     slides = "sliding_attention" in types if types else getattr(text, "use_sliding_window", True)

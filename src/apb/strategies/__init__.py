@@ -8,6 +8,7 @@ from ..plan import Plan
 from .apb import APB
 from .base import Layer, Strategy
 from .full import Full
+from .minference import MInference
 from .ring import Ring
 from .star import Star
 from .ulysses import Ulysses
@@ -17,6 +18,7 @@ __all__ = ["STRATEGIES", "Layer", "Strategy", "make_strategy"]
 STRATEGIES: dict[str, type[Strategy]] = {
     "apb": APB,
     "full": Full,
+    "minference": MInference,
     "ring": Ring,
     "star": Star,
     "ulysses": Ulysses,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from ..kernels.attention import Segment
+from ..plan import check_heads
 from .base import Layer, Strategy
 
 
@@ -22,8 +22,7 @@ class Ulysses(Strategy):
         size = self.group.size
         span = self.blocks[0]
         heads, kv_heads = layer.q.shape[1], layer.k.shape[1]
-        if heads % size:
-            raise InputError(heads_sentence(heads, size))
+        check_heads(self.plan.strategy, heads, size)
         share = heads // size
         wanted = [_kv_heads_of(rank * share, share, heads // kv_heads) for rank in range(size)]
         own_kv = len(wanted[self.group.rank])
@@ -43,14 +42,6 @@ class Ulysses(Strategy):
         result, _ = self.attention(q, [Segment(k, v, causal=True)], layer.scale)
         mine = (len(span), share, head_dim)
         out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)
-
-
-def heads_sentence(heads: int, ranks: int) -> str:
-    """Why so many heads cannot be scattered over so many ranks."""
-    return (
-        f"The strategy 'ulysses' needs query heads that divide by the ranks, and {heads} do not divide by {ranks}; "
-        "use another number of ranks, or the strategy 'ring'."
-    )
 
 
 def _kv_heads_of(first: int, count: int, group: int) -> list[int]:
