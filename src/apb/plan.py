@@ -363,6 +363,15 @@ def _anchor_length(method: Method, prefix: int, document: int, query: int, block
     return min(asked, prefix + document + query)
 
 
+def kv_heads_of(first: int, count: int, group: int) -> list[int]:
+    """KV heads that query heads [first, first + count) read, as an attention with grouped heads expects them."""
+    per_head = [head // group for head in range(first, first + count)]
+    kept = sorted(set(per_head))
+    even = len(per_head) % len(kept) == 0
+    regular = even and [kept[i // (count // len(kept))] for i in range(count)] == per_head
+    return kept if regular else per_head
+
+
 def _default_blocks(document: int, ranks: int) -> int:
     if document < SHORTEST_WORTH_CUTTING:
         return 1

@@ -91,6 +91,8 @@ def test_tokens_do_not_depend_on_the_question() -> None:
         (lambda: apb.Prompt.from_text(PLAIN, "", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, " \n\t", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, "d", " "), ["query", "empty"]),
+        (lambda: apb.Prompt.from_text(PLAIN, "d", "q\udcff"), ["query", "character 1", "UTF-8"]),
+        (lambda: apb.Prompt.from_chat(CHAT, "\udcff", "q"), ["document", "character 0", "UTF-8"]),
         (lambda: apb.Prompt.from_chat(CHAT, "", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_chat(CHAT, "d", ""), ["query", "empty"]),
         (lambda: apb.Prompt.from_chat(PLAIN, "d", "q"), ["chat template", "from_text"]),
