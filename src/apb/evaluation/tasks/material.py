@@ -85,14 +85,6 @@ def pick(rng: Random, items: Sequence[Any]) -> Any:
     return items[int(rng.random() * len(items))]
 
 
-def distinct_pairs(rng: Random, first: Sequence[str], second: Sequence[str], count: int) -> list[Pair]:
-    """Pairs of words, no pair twice."""
-    found: dict[Pair, None] = {}
-    while len(found) < count:
-        found[(pick(rng, first), pick(rng, second))] = None
-    return list(found)
-
-
 def number(rng: Random) -> str:
     """A six-digit number."""
     return str(100_000 + int(rng.random() * 900_000))

@@ -4,7 +4,7 @@ from random import Random
 
 from .filler import FILLERS, Sentence, parse, spaced
 from .lexicon import ADJECTIVES, NOUNS
-from .material import Encoder, Fact, Material, Pair, Question, distinct_pairs, number, pick
+from .material import Encoder, Fact, Material, Pair, Question, TaskError, number, pick
 
 KEY_ADJECTIVES = spaced(ADJECTIVES)
 KEY_NOUNS = spaced(NOUNS)
@@ -41,8 +41,11 @@ def statement(rng: Random, key: Pair, value: str, forms: tuple[str, ...] = STATE
 
 
 def draw_keys(rng: Random, count: int) -> list[Pair]:
-    """Distinct keys, each two words with the space before them."""
-    return distinct_pairs(rng, KEY_ADJECTIVES, KEY_NOUNS, count)
+    """Keys of two words, each with the space before it; no word belongs to two keys of one document."""
+    most = min(len(KEY_ADJECTIVES), len(KEY_NOUNS))
+    if count > most:
+        raise TaskError(f"{count} keys were asked for, but there are words for {most}")
+    return list(zip(rng.sample(KEY_ADJECTIVES, count), rng.sample(KEY_NOUNS, count), strict=True))
 
 
 def ask_one(rng: Random, key: Pair, value: str, task: str) -> Question:

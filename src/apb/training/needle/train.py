@@ -129,11 +129,11 @@ class Trainer:
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
         length = batch.pop("length")
-        tokens, places, spans, kinds = (batch[k].to(self.device, non_blocking=True) for k in batch)
+        tokens, places, spans, kinds, weights = (batch[k].to(self.device, non_blocking=True) for k in batch)
         tokens, spans = tokens.long(), spans.long()
         nll, right = self.network(tokens, length, places.long())
         answer = spans > 0
-        known = nll.where(answer, 0).sum() / answer.sum().clamp(min=1)
+        known = (nll * weights).sum() / weights.sum().clamp(min=1)
         rest = nll.where(~answer, 0).sum() / (~answer).sum().clamp(min=1)
         loss = known + self.settings.language * rest
         loss.backward()
