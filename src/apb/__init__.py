@@ -1,3 +1,40 @@
-"""Ask a question of a very long text: fast prefill for any causal decoder of transformers."""
+"""Ask a question of a very long text: fast prefill for any causal decoder of transformers.
+
+Importing this package is cheap: torch and transformers are imported when a name that needs them is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .errors import InputError
+    from .generation import Generation
+    from .kernels.attention import Segment, attention
+    from .plan import Plan
+    from .prompt import Prompt
+    from .session import Session
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Engine": ".engine",
+    "Generation": ".generation",
+    "InputError": ".errors",
+    "Plan": ".plan",
+    "Prompt": ".prompt",
+    "Segment": ".kernels.attention",
+    "Session": ".session",
+    "attention": ".kernels.attention",
+}
+__all__ = ["Engine", "Generation", "InputError", "Plan", "Prompt", "Segment", "Session", "__version__", "attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'apb' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
+from ...errors import InputError
 from .filler import Sentence, spaced
 from .lexicon import NOUNS
 
@@ -76,7 +77,7 @@ Builder = Callable[..., Material]
 """(rng, room, encoder, **options) -> Material; `room` is about the number of tokens that the document may have."""
 
 
-class TaskError(ValueError):
+class TaskError(InputError):
     """The request for a sample cannot be met."""
 
 
@@ -105,9 +106,7 @@ def padding(rng: Random, tokens: int, encoder: Encoder) -> Sentence:
     return [*words, "."] if words else []
 
 
-def weave(
-    facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: int, encoder: Encoder
-) -> list[str]:
+def weave(facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: int, encoder: Encoder) -> list[str]:
     """Put the facts, at their places, into as much filler as makes a document of at most `room` tokens."""
     facts = sorted(facts, key=lambda fact: fact.place)
     left = room - sum([encoder.count(fact.segments) for fact in facts])

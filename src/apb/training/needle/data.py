@@ -207,7 +207,14 @@ def make_row(rng: Random, length: int, encoder: Encoder, bos: int, eos: int, har
 
 
 def make_batch(
-    rng: Random, length: int, encoder: Encoder, bos: int, eos: int, hard: bool, tokens: int = BATCH, selected: int = SELECTED
+    rng: Random,
+    length: int,
+    encoder: Encoder,
+    bos: int,
+    eos: int,
+    hard: bool,
+    tokens: int = BATCH,
+    selected: int = SELECTED,
 ) -> dict[str, Any]:
     """`tokens` tokens of contexts; where the loss is taken, to which answer each place belongs, and the answers' kinds."""
     flat = numpy.full(tokens, eos, dtype=numpy.int16)

@@ -133,7 +133,11 @@ def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict
     results: list[dict[str, Any]] = []
     workers = max(1, min(14, (os.cpu_count() or 2) - 1))
     with multiprocessing.get_context("fork").Pool(workers, _start, (str(model),)) as pool:
-        work = [[(task, length, SEEDS + i) for i in range(max(1, samples // (1 + (task in ONCE))))] for length in lengths for task in TASKS]
+        work = [
+            [(task, length, SEEDS + i) for i in range(max(1, samples // (1 + (task in ONCE))))]
+            for length in lengths
+            for task in TASKS
+        ]
         made = [pool.map_async(make_item, part, chunksize=4) for part in work]
         network = Network(load(model, device), compiled=device != "cpu")
         plain = AutoModelForCausalLM.from_pretrained(model, dtype="bfloat16" if device != "cpu" else "float32")

@@ -131,7 +131,9 @@ class Network:
                             times[backend, expand] = time.perf_counter() - start
                     except RuntimeError as error:
                         times.pop((backend, expand), None)
-                        print(f"length {length}: {backend.name} expand={expand} not possible: {error}"[:300], flush=True)
+                        print(
+                            f"length {length}: {backend.name} expand={expand} not possible: {error}"[:300], flush=True
+                        )
             self.backends[length] = min(times, key=lambda key: times[key])
             shown = ", ".join(f"{key[0].name} expand={key[1]} {t * 1e3:.1f} ms" for key, t in times.items())
             print(f"attention at length {length}: {shown}", flush=True)

@@ -100,7 +100,9 @@ def optimizer_of(model: LlamaForCausalLM, settings: Settings) -> torch.optim.Ada
 class Trainer:
     """The state of a run: network, optimizer, curriculum, counts of right answers, log."""
 
-    def __init__(self, out: Path, seconds: float, device: str, seed: int, init: Path | None, settings: Settings) -> None:
+    def __init__(
+        self, out: Path, seconds: float, device: str, seed: int, init: Path | None, settings: Settings
+    ) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         torch.manual_seed(seed)
         self.out, self.seconds, self.settings = out, seconds, settings

@@ -1,0 +1,201 @@
+"""``apb generate``: ask a question of a document."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import options
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a rank needs to answer, checked before any process starts; plain values, so that it travels."""
+
+    model: str
+    document: str
+    query: str
+    loading: dict[str, Any]
+    reading: dict[str, Any]
+    sampling: dict[str, Any]
+    as_json: bool
+
+
+def generate(
+    document: Annotated[str, typer.Option(help="Text file to read, or - for standard input.")],
+    query: Annotated[str, typer.Option(help="The question.")],
+    model: options.Model = None,
+    strategy: options.Strategy = "apb",
+    blocks: options.Blocks = None,
+    ranks: options.Ranks = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    compressor: options.Compressor = None,
+    heads: Annotated[Path | None, typer.Option(help="File of trained retaining heads.")] = None,
+    vertical_size: options.VerticalSize = None,
+    slash_size: options.SlashSize = None,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together hold p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    allow_extrapolation: Annotated[
+        bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ask a question of a document. The answer goes to standard output, progress and notes to standard error."""
+    text = read_document(document)
+
+    from ..distributed import launch
+    from ..generation import Sampling
+    from ..hf import loading
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    place = loading.pick_device(device)
+    size = _ranks(ranks, place)
+    request = Request(
+        model=str(model or loading.shipped_model()),
+        document=text,
+        query=query,
+        loading={"dtype": dtype, "device": place.type, "trust_remote_code": trust_remote_code},
+        reading={
+            "strategy": strategy,
+            "blocks": blocks,
+            "anchor_length": anchor_length,
+            "passing_length": passing_length,
+            "vertical_size": options.budget("--vertical-size", vertical_size),
+            "slash_size": options.budget("--slash-size", slash_size),
+            "compressor": compressor,
+            "heads": None if heads is None else str(heads),
+            "allow_extrapolation": allow_extrapolation,
+            "approximate": approximate,
+        },
+        sampling={
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+        },
+        as_json=as_json,
+    )
+    Sampling(**request.sampling)
+    _check(request, size, place)
+    if launch.under_torchrun() or size == 1:
+        answer(request)
+    else:
+        launch.launch(answer, size, request)
+
+
+def read_document(path: str) -> str:
+    """The text of a file, or of standard input for ``-``."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"The document {path!r} cannot be read: {error.strerror}.") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"The document {path!r} is not UTF-8 text: byte {error.start} cannot be decoded; convert it to UTF-8 first."
+        ) from error
+
+
+def answer(request: Request) -> None:
+    """One rank's part of an answer; rank 0 prints."""
+    from ..distributed import launch
+    from ..engine import Engine
+    from ..prompt import Prompt
+    from .progress import Bar
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    engine = Engine.from_pretrained(request.model, **request.loading, **request.reading)
+    prints = engine.group.rank == 0
+    assert engine.tokenizer is not None, "from_pretrained loads one"
+    prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
+    with Bar(f"Reading {len(prompt)} tokens", "layer", shown=prints) as progress:
+        pieces = engine.stream(prompt, progress=progress.update, **request.sampling)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as stop:
+                result = stop.value
+                break
+            progress.close()
+            if prints and not request.as_json:
+                print(piece, end="", flush=True)
+    launch.leave()
+    if not prints:
+        return
+    if request.as_json:
+        print(json.dumps(result.to_dict()))
+        return
+    print(flush=True)
+    kind = "exact" if result.exact else "approximate"
+    if result.choice:
+        print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
+    print(
+        f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
+        f"read {len(prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
+        f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _ranks(asked: int | None, device: torch.device) -> int:
+    from ..distributed import launch
+
+    if launch.under_torchrun():
+        size = launch.world_size()
+        if asked not in (None, size):
+            raise InputError(f"--ranks {asked} was given, but torchrun started {size}; leave --ranks out.")
+        return size
+    launch.check_ranks(asked or 1 if asked is None else asked, device)
+    return asked or 1
+
+
+def _check(request: Request, ranks: int, device: torch.device) -> None:
+    """Everything that can be wrong with a request, before a process is started or a weight is read."""
+    from ..hardware import Hardware
+    from ..hf import loading
+    from ..hf.heads import load_heads
+    from ..prompt import Prompt
+    from ..reading import Reading
+
+    reading = Reading(**request.reading)
+    dtype = loading.pick_dtype(request.loading["dtype"], device)
+    remote_code = request.loading["trust_remote_code"]
+    config = loading.load_config(request.model, remote_code)
+    loading.check_supported(config)
+    prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
+    hardware = Hardware.of(device, dtype, ranks)
+    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"])
+    if reading.heads:
+        shape = loading.model_shape(config)
+        load_heads(
+            reading.heads,
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+        )

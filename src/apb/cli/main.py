@@ -1,0 +1,67 @@
+"""``apb``: the commands, and the one place where errors become a sentence and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import typer
+
+from ..errors import InputError, RankError
+from . import doctor, evaluate, generate, plan
+
+app = typer.Typer(
+    name="apb",
+    help="Ask a question of a very long text.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("generate")(generate.generate)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
+app.add_typer(evaluate.app, name="eval")
+
+# typer brings its own copy of click in some versions and uses click in others; this is the class in either.
+UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 it failed, 2 the input was wrong, 130 interrupted."""
+    sys.exit(run(app))
+
+
+def run(command: typer.Typer) -> int:
+    """Run a command line; its exit status."""
+    try:
+        status = typer.main.get_command(command).main(prog_name="apb", standalone_mode=False)
+        return int(status or DONE)
+    except InputError as error:
+        return _say(str(error), WRONG_INPUT)
+    except UsageError as error:
+        return _say(f"{error.format_message().rstrip('.')}; see apb --help.", WRONG_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _say("interrupted", INTERRUPTED)
+    except RankError as error:
+        return _say(str(error), FAILED)
+    except BrokenPipeError:
+        # The reader of our output went away (head, less): nothing is wrong, and nobody is left to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except Exception as error:
+        if os.environ.get("APB_TRACEBACK"):
+            raise
+        text = " ".join(str(error).split()) or "no message"
+        return _say(f"{type(error).__name__}: {text} (set APB_TRACEBACK=1 to see where)", FAILED)
+
+
+def _say(sentence: str, status: int) -> int:
+    print(f"apb: {sentence}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

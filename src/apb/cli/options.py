@@ -1,0 +1,56 @@
+"""Options that several commands share, worded once."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError
+
+Model = Annotated[
+    str | None, typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.")
+]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        help="How the document is read: apb, star or minference (approximate), full, ring or ulysses, or auto."
+    ),
+]
+Blocks = Annotated[int | None, typer.Option(help="Blocks the document is cut into.")]
+Ranks = Annotated[
+    int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
+]
+AnchorLength = Annotated[int | None, typer.Option(help="Tokens of the anchor; a quarter of a block if left out.")]
+PassingLength = Annotated[
+    int | None, typer.Option(help="Pairs a block passes on, per KV head; an eighth of a block if left out.")
+]
+Compressor = Annotated[
+    str | None,
+    typer.Option(
+        help="What chooses them: query, retaining, recent or random. By default query, with --heads retaining."
+    ),
+]
+VerticalSize = Annotated[
+    str | None, typer.Option(help="Columns that each head sees under minference: a number, or a share such as 0.1.")
+]
+SlashSize = Annotated[
+    str | None, typer.Option(help="Diagonals that each head sees under minference: a number, or a share such as 0.1.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]
+
+
+def budget(option: str, text: str | None) -> int | float | None:
+    """A number of tokens ("1000"), or a share of the prompt ("0.1", "10%"), as the plan takes them."""
+    if text is None:
+        return None
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return float(text) if "." in text else int(text)
+    except ValueError as error:
+        raise InputError(f"{option} takes a number such as 1000 or a share such as 0.1, not {text!r}.") from error

@@ -1,0 +1,120 @@
+"""``apb plan``: what a document of some length would cost, before anything runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+
+# A short question with its chat template; the length of the document is what matters.
+QUERY_TOKENS = 32
+# Strategies that gain nothing from more ranks: planned on one.
+ONE_DEVICE = ("full", "minference")
+
+
+def plan(
+    length: Annotated[int, typer.Option(help="Tokens of the document.")],
+    model: options.Model = None,
+    blocks: options.Blocks = None,
+    ranks: options.Ranks = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """The plan for a document of that many tokens (bfloat16, a question of 32 tokens) and its predicted costs."""
+    from ..errors import InputError
+    from ..plan import METHODS, Plan, at_least
+
+    size = 1 if ranks is None else ranks
+    at_least("length", length, 1)
+    at_least("ranks", size, 1)
+    plans = {}
+    for name in METHODS:
+        plans[name] = Plan.build(
+            prefix=1,
+            document=length,
+            query=QUERY_TOKENS,
+            blocks=blocks,
+            ranks=1 if name in ONE_DEVICE else size,
+            anchor_length=anchor_length if name == "apb" else None,
+            passing_length=passing_length,
+            strategy=name,
+        )
+
+    from ..hf import loading
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    config = loading.load_config(model or loading.shipped_model())
+    loading.check_supported(config)
+    rows = [_row(chosen, loading.model_shape(config)) for chosen in plans.values()]
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not rows:
+        raise InputError("There is no strategy to plan for.")
+    report = {"model": str(model or "needle"), "length": length, "max_positions": limit, "strategies": rows}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print(report)
+
+
+def _row(chosen: Any, shape: Any) -> dict[str, Any]:
+    from ..cost import predict
+
+    return {
+        "strategy": chosen.strategy,
+        "exact": chosen.exact,
+        "plan": chosen.to_dict(),
+        **predict(chosen, shape).to_dict(_ceilings()),
+    }
+
+
+def _ceilings() -> Any:
+    import torch
+
+    from ..cost import KNOWN_CEILINGS
+
+    return KNOWN_CEILINGS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{report['length']:,} tokens, {report['model']}")
+    table.add_column("")
+    for row in report["strategies"]:
+        table.add_column(row["strategy"], justify="right")
+    lines = {
+        "exact": lambda row: "yes" if row["exact"] else "no",
+        "ranks": lambda row: str(row["plan"]["ranks"]),
+        "blocks": lambda row: f"{row['plan']['blocks']:,}",
+        "rounds": lambda row: str(row["plan"]["rounds"]),
+        "anchor length": lambda row: f"{row['plan']['anchor_length']:,}",
+        "passing length": lambda row: f"{row['plan']['passing_length']:,}",
+        "linear FLOPs": lambda row: f"{row['linear_flops']:.3g}",
+        "attention FLOPs": lambda row: f"{row['attention_flops']:.3g}",
+        "sent per rank": lambda row: _bytes(row["sent_bytes_per_rank"]),
+        "cache per rank": lambda row: _bytes(row["cache_bytes_per_rank"]),
+        "peak per rank": lambda row: _bytes(row["peak_bytes_per_rank"]),
+        "seconds": lambda row: "unknown here" if row["seconds"] is None else f"{row['seconds']:.2f}",
+    }
+    for name, cell in lines.items():
+        table.add_row(name, *(cell(row) for row in report["strategies"]))
+    console.print(table)
+    limit = report["max_positions"]
+    if limit is not None and report["length"] > limit:
+        console.print(f"The model was trained for {limit:,} positions: reading this needs --allow-extrapolation.")
+
+
+def _bytes(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.4g} {unit}"
+        value /= 1024
+    return f"{value:.4g} TiB"

@@ -1,0 +1,37 @@
+"""Which key/value pairs a block passes on: one file a method, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..errors import InputError
+from .base import BlockView, Compressor
+from .query import Query
+from .random import Random
+from .recent import Recent
+from .retaining import Head, Retaining
+
+__all__ = ["COMPRESSORS", "BlockView", "Compressor", "Head", "check_compressor", "make_compressor"]
+
+COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, Random, Recent, Retaining)}
+
+
+def check_compressor(name: str, has_heads: bool) -> None:
+    """InputError for an unknown name, or for heads that are missing or that nothing would use."""
+    if name not in COMPRESSORS:
+        raise InputError(f"Unknown compressor {name!r}; choose one of {', '.join(sorted(COMPRESSORS))}.")
+    if name == Retaining.name and not has_heads:
+        raise InputError(
+            "The compressor 'retaining' scores with trained heads and none were given; "
+            "name a file of heads, or use the compressor 'query', which needs none."
+        )
+    if name != Retaining.name and has_heads:
+        raise InputError(f"Heads were given but the compressor {name!r} does not use them; use 'retaining'.")
+
+
+def make_compressor(name: str, heads: Sequence[Head] | None = None, seed: int = 0) -> Compressor:
+    """The compressor of that name; ``heads`` (one a layer) for 'retaining', ``seed`` for 'random'."""
+    check_compressor(name, heads is not None)
+    if heads is not None:
+        return Retaining(heads)
+    return Random(seed) if name == Random.name else COMPRESSORS[name]()

@@ -1,0 +1,191 @@
+"""What a plan costs: FLOPs, bytes sent, memory, and seconds where the hardware's ceilings are known.
+
+Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention counts only pairs that are not masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .plan import METHODS, Anchor, Kind, Plan
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that costs depend on.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
+        layer_parameters: weights of all layers' linear maps together: each row of a pass multiplies with all of them.
+        parameters: all weights, embeddings included.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    layer_parameters: int
+    parameters: int
+
+    @property
+    def cache_row(self) -> int:
+        """Numbers that one token's keys and values take, over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates that the hardware reaches: FLOP/s in linear maps and in attention, bytes/s between devices."""
+
+    linear: float
+    attention: float
+    link: float
+
+
+# Measured with bf16 and random data: large matrix products, causal attention of 32K rows through cuDNN, a 256 MB
+# all-gather between two devices over NVLink.
+KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9)}
+
+
+@dataclass(frozen=True)
+class RankCost:
+    """What one rank does in prefill."""
+
+    linear_flops: int
+    attention_flops: int
+    scoring_flops: int
+    sent_bytes: int
+    cache_bytes: int
+    peak_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """All floating-point operations."""
+        return self.linear_flops + self.attention_flops + self.scoring_flops
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Time at the ceilings, with nothing overlapped."""
+        return (
+            self.linear_flops / ceilings.linear
+            + (self.attention_flops + self.scoring_flops) / ceilings.attention
+            + self.sent_bytes / ceilings.link
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a plan costs: every rank's part."""
+
+    ranks: tuple[RankCost, ...]
+
+    @property
+    def flops(self) -> int:
+        """Over all ranks."""
+        return sum(rank.flops for rank in self.ranks)
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The slowest rank's time."""
+        return max(rank.seconds(ceilings) for rank in self.ranks)
+
+    def to_dict(self, ceilings: Ceilings | None = None) -> dict[str, Any]:
+        """Totals, the largest rank's bytes, and the ranks one by one."""
+        return {
+            "flops": self.flops,
+            "linear_flops": sum(rank.linear_flops for rank in self.ranks),
+            "attention_flops": sum(rank.attention_flops + rank.scoring_flops for rank in self.ranks),
+            "sent_bytes_per_rank": max(rank.sent_bytes for rank in self.ranks),
+            "cache_bytes_per_rank": max(rank.cache_bytes for rank in self.ranks),
+            "peak_bytes_per_rank": max(rank.peak_bytes for rank in self.ranks),
+            "seconds": None if ceilings is None else self.seconds(ceilings),
+            "per_rank": [asdict(rank) | {"flops": rank.flops} for rank in self.ranks],
+        }
+
+
+def predict(plan: Plan, model: ModelShape, element_bytes: int = 2, compressor: str = "query") -> Cost:
+    """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number."""
+    return Cost(tuple(_rank(plan, rank, model, element_bytes, compressor) for rank in range(plan.ranks)))
+
+
+def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str) -> RankCost:
+    contexts = plan.contexts()
+    rows = pairs = scored = kept = 0
+    for span in plan.spans(rank):
+        length = len(span)
+        rows += length
+        if span.kind is Kind.ANCHOR:
+            pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+        elif span.kind is Kind.BLOCK:
+            kept += length
+            pairs += _block_pairs(plan, length, contexts[span.block])
+            scored += length if plan.passed(span.block) else 0
+    pairs += plan.query * kept
+    if rank == plan.tail_rank:
+        pairs += plan.query * (plan.query + 1) // 2
+        kept += plan.query
+    pair_flops = 4 * model.heads * model.head_dim * model.layers
+    gathered = _gathered_rows(plan)
+    # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
+    # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
+    wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
+    pair_row = 2 * model.kv_heads * model.head_dim
+    activations = rows * wide + 2 * gathered * plan.ranks * pair_row
+    cache = kept * model.cache_row
+    return RankCost(
+        linear_flops=2 * rows * model.layer_parameters + 2 * model.hidden * model.vocabulary,
+        attention_flops=pairs * pair_flops,
+        scoring_flops=_scoring_flops(plan, model, compressor) * scored,
+        sent_bytes=_sent(plan, rank, model, element_bytes),
+        cache_bytes=cache * element_bytes,
+        peak_bytes=(model.parameters + cache + activations) * element_bytes,
+    )
+
+
+def _block_pairs(plan: Plan, length: int, context: int) -> int:
+    """Query-key pairs of a block's rows, of so many tokens and so many keys before them."""
+    if METHODS[plan.strategy].sparse:
+        seen = min(plan.vertical_size + plan.slash_size, length)
+        return seen * (seen + 1) // 2 + (length - seen) * seen
+    return length * (length + 1) // 2 + length * context
+
+
+def _gathered_rows(plan: Plan) -> int:
+    """Pairs per KV head that each rank contributes to a layer's collective (the widest rank's; others are padded)."""
+    if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
+        return 0
+    widths = []
+    for rank in range(plan.ranks):
+        start, stop = plan.anchor_share(rank)
+        widths.append(stop - start + sum(plan.passed(block.index) for block in plan.owned(rank)))
+    return max(widths)
+
+
+def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
+    """Bytes a rank sends over all layers of a prefill."""
+    others = plan.ranks - 1
+    query = plan.query * model.heads * (model.head_dim + 1) * model.layers * 4  # partial outputs and lse, in fp32
+    rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
+    if plan.strategy == "ring":
+        document = others * max(rows) * model.cache_row
+    elif plan.strategy == "ulysses":
+        # q, k and v of this rank's rows go to the ranks that have the heads, and their outputs come back.
+        kv_heads = min(max(model.kv_heads, plan.ranks), model.heads)
+        there = rows[rank] * (model.heads + 2 * kv_heads)
+        back = (sum(rows) - rows[rank]) * model.heads
+        document = (there * others // plan.ranks + back // plan.ranks) * model.head_dim * model.layers
+    else:
+        document = others * _gathered_rows(plan) * model.cache_row
+    return document * element_bytes + others * query
+
+
+def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
+    """FLOPs over all layers to score one token."""
+    if compressor == "query":
+        return 2 * plan.query * model.heads * model.head_dim * model.layers
+    if compressor == "retaining":
+        features = (model.heads + 2 * model.kv_heads) * model.head_dim
+        return 2 * 1024 * (features + model.kv_heads) * model.layers
+    return 0

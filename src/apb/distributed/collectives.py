@@ -1,0 +1,101 @@
+"""The few collectives that strategies need, with a group of one process as the ordinary case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed it and warns of the old name; 2.11 knows only that.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending:
+    """A collective that has been started; ``wait`` gives its result."""
+
+    def __init__(self, result: Tensor, *works: dist.Work) -> None:
+        self._result = result
+        self._works = list(works)
+
+    def wait(self) -> Tensor:
+        """Block (on a GPU: make the current stream wait) until the result is there."""
+        while self._works:
+            self._works.pop().wait()
+        return self._result
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that share a prompt. ``Group()`` is a single process that talks to nobody."""
+
+    rank: int = 0
+    size: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of_world(cls) -> Group:
+        """All processes of torch.distributed where it is initialised, else a single one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls()
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def all_gather(self, x: Tensor) -> Pending:
+        """Start to gather same-shaped ``x`` of all ranks; the result is (size, *x.shape) in rank order."""
+        if self.size == 1:
+            return Pending(x.unsqueeze(0))
+        result = x.new_empty((self.size, *x.shape))
+        flat = result.view(self.size * x.shape[0], *x.shape[1:])
+        work = _all_gather(flat, x.contiguous(), group=self.process_group, async_op=True)
+        return Pending(result, work)
+
+    def shift(self, x: Tensor) -> Pending:
+        """Start to send ``x`` to the next rank round the ring; the result is the previous rank's, of the same shape."""
+        if self.size == 1:
+            return Pending(x)
+        result = torch.empty_like(x)
+        before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, x, after, self.process_group),
+                dist.P2POp(dist.irecv, result, before, self.process_group),
+            ]
+        )
+        return Pending(result, *works)
+
+    def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Send ``parts[r]`` to rank r; the result's part r, of shape ``shapes[r]``, is what rank r sent here."""
+        if self.size == 1:
+            return list(parts)
+        received = parts[0].new_empty(sum(math.prod(shape) for shape in shapes))
+        dist.all_to_all_single(
+            received,
+            torch.cat([part.reshape(-1) for part in parts]),
+            [math.prod(shape) for shape in shapes],
+            [part.numel() for part in parts],
+            group=self.process_group,
+        )
+        pieces = received.split([math.prod(shape) for shape in shapes])
+        return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def gather(self, x: Tensor) -> list[Tensor] | None:
+        """Same-shaped ``x`` of all ranks on rank 0, in rank order; None on the others."""
+        if self.size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(x.contiguous(), parts, dst=0, group=self.process_group)
+        return parts
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Overwrite ``x`` with rank 0's on every rank, and return it."""
+        if self.size > 1:
+            dist.broadcast(x, src=0, group=self.process_group)
+        return x
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        if self.size > 1:
+            dist.barrier(group=self.process_group)

@@ -1,0 +1,150 @@
+"""Starting processes on this machine, or joining those that torchrun started."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import InputError, RankError
+from .collectives import Group
+
+# How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).
+_PATIENCE = timedelta(minutes=30)
+
+
+def under_torchrun() -> bool:
+    """Whether this process was started as one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def world_size() -> int:
+    """Number of ranks this process belongs to; 1 outside torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
+
+
+def local_device(device: torch.device) -> torch.device:
+    """This rank's own device: with several GPUs on a machine each rank takes the one of its local rank."""
+    if device.type != "cuda" or device.index is not None or not under_torchrun():
+        return device
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def join(device: torch.device) -> Group:
+    """The group of all ranks: initialises torch.distributed (NCCL on GPUs, else gloo) where torchrun asks for it."""
+    if dist.is_available() and dist.is_initialized():
+        return Group.of_world()
+    if world_size() == 1:
+        return Group()
+    if device.type == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
+            raise InputError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine need as many GPUs, "
+                f"and there are {torch.cuda.device_count()}; use fewer ranks or --device cpu."
+            )
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=_PATIENCE)
+    # A process that ends with its threads of communication still running is aborted, and torchrun calls that a failure.
+    atexit.register(leave)
+    return Group.of_world()
+
+
+def leave() -> None:
+    """Take torch.distributed down, where it is up."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def check_ranks(ranks: int, device: torch.device) -> None:
+    """InputError where this machine cannot start that many processes."""
+    if ranks < 1:
+        raise InputError(f"Ranks must be at least 1, not {ranks}.")
+    if device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise InputError(
+            f"{ranks} ranks need {ranks} GPUs and this machine has {torch.cuda.device_count()}; "
+            "use fewer ranks or --device cpu."
+        )
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and ranks > max(8 * cores, 16):
+        raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
+
+
+def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
+    """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
+
+    When one of them dies or fails the others are ended within seconds; raises RankError that says which and why.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+    )
+    with _threads_shared(ranks):
+        try:
+            elastic_launch(config, _run_rank)(function, *args)
+        except ChildFailedError as error:
+            # A rank that was killed makes the others fail too, when they next talk to it: it is the one to name.
+            killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
+            rank, failure = killed[0] if killed else error.get_first_failure()
+            raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
+        except SignalException as error:
+            if error.sigval == signal.SIGINT:
+                raise KeyboardInterrupt from None
+            raise RankError(f"{error.sigval.name} was received; all ranks were ended.") from None
+
+
+def _run_rank(function: Callable[..., None], *args: Any) -> None:
+    """What a started process does: the function, with failures told to the launcher instead of to the terminal."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    # Python's own handler waits for the main thread to return from a collective, which it may never do.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        record(function)(*args)
+    except Exception:
+        if os.environ.get("APB_TRACEBACK"):
+            raise
+        os._exit(1)
+
+
+def _reason(failure: Any) -> str:
+    if failure.exitcode < 0:
+        return f"was killed by {signal.Signals(-failure.exitcode).name}"
+    message = failure.message
+    if isinstance(message, dict):
+        message = message.get("message", "")
+    lines = [line for line in str(message).splitlines() if line.strip()]
+    return f"failed: {lines[-1].strip()}" if lines else f"ended with status {failure.exitcode}"
+
+
+@contextmanager
+def _threads_shared(ranks: int) -> Iterator[None]:
+    """Share the cores out between the processes, unless the user said how many threads each gets."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]

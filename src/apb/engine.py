@@ -1,0 +1,247 @@
+"""The engine: a model, a strategy and the ranks, from a prompt to a session to an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .compressors import Head, make_compressor
+from .distributed.collectives import Group
+from .distributed.launch import join, local_device
+from .errors import InputError
+from .generation import Detokenizer, Generation, Sampling, decode
+from .hardware import Hardware, fingerprint, peak_bytes
+from .hf import loading
+from .hf.attach import Attachment
+from .hf.cache import ShardCache
+from .hf.heads import load_heads
+from .kernels.attention import choose
+from .plan import METHODS, Anchor, Kind, Plan
+from .prompt import Prompt, check_tokens
+from .reading import Reading
+from .session import Session, Stopwatch, forward
+from .strategies import Layer, make_strategy
+
+# Called with (layers done, layers in all) while a prompt is read.
+Progress = Callable[[int, int], None]
+
+
+class Engine:
+    """Reads prompts with one strategy and answers. Make one with :meth:`from_pretrained` or :meth:`from_model`.
+
+    Under ``torchrun`` every rank makes the same engine and the same calls, and gets the same results.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        seed: int = 0,
+        backend: str = "auto",
+        **reading: Any,
+    ) -> None:
+        self.reading = Reading(**reading)
+        loading.check_supported(model.config)
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        choose(backend, self.device, self.dtype, _head_dim(model))
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.backend = backend
+        self.group: Group = join(self.device)
+        heads = self._load_heads(self.reading.heads) if self.reading.heads else None
+        self._compressor = make_compressor(self.reading.scorer, heads, seed)
+        self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
+        self._attachment = Attachment.of(model)
+        self._closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Engine:
+        """Load a checkpoint folder or hub id.
+
+        Args:
+            model: folder or id.
+            dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
+            device: "cpu" or "cuda"; a GPU where there is one if None.
+            trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
+            options: see :meth:`from_model`.
+        """
+        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend")})
+        config = loading.load_config(model, trust_remote_code)
+        loading.check_supported(config)
+        place = local_device(loading.pick_device(device))
+        weights = loading.pick_dtype(dtype, place)
+        tokenizer = loading.load_tokenizer(model, trust_remote_code)
+        return cls(loading.load_model(model, weights, place, trust_remote_code), tokenizer, **options)
+
+    @classmethod
+    def from_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> Engine:
+        """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
+
+        Options:
+            strategy, blocks, anchor_length, passing_length, vertical_size, slash_size, compressor, heads,
+                allow_extrapolation, approximate: as in :class:`apb.reading.Reading`.
+            seed: of the compressor "random".
+            backend: attention back-end, "auto", "torch" or "reference".
+        """
+        return cls(model, tokenizer, **options)
+
+    def close(self) -> None:
+        """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
+        if not self._closed:
+            self._closed = True
+            self._attachment.release()
+
+    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
+        """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        plan = self.reading.plan(prompt, self.group.size, self.model.config, self._hardware, max_new_tokens)
+        check_tokens(prompt.token_ids, self._attachment.vocabulary)
+        return plan
+
+    def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, progress: Progress | None = None) -> Session:
+        """Read a prompt.
+
+        Args:
+            prompt: what to read.
+            max_new_tokens: tokens that room is made for after the prompt; more may follow, at the price of a copy.
+            progress: called after each layer's attention.
+        """
+        plan = self.plan(prompt, max_new_tokens)
+        rank = self.group.rank
+        strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+        kept = strategy.cached_rows
+        keeps_new = rank == plan.tail_rank
+        layers = len(self._attachment.modules)
+        cache = ShardCache(
+            layers,
+            capacity=kept.stop - kept.start + (max_new_tokens if keeps_new else 0),
+            keeps_new=keeps_new,
+            prefill_rows=kept,
+        )
+        cache.total = plan.total
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
+            out = strategy.attend(Layer(layer, q, k, v, scale, before_rope))
+            if progress is not None:
+                progress(layer + 1, layers)
+            return out
+
+        needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
+        ids, positions = _rows(prompt, plan, rank)
+        self.group.barrier()
+        watch = Stopwatch(self.device)
+        with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
+            logits = forward(self._attachment, ids.to(self.device), positions.to(self.device), cache, self.group)
+        cache.prefill_rows = None
+        return Session(
+            self._attachment, plan, self.group, cache, logits, watch.seconds(), prompt.token_ids, self.backend
+        )
+
+    def generate(self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any) -> Generation:
+        """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`."""
+        tokens = self._tokens(prompt, Sampling(**sampling), progress)
+        while True:
+            try:
+                next(tokens)
+            except StopIteration as stop:
+                return stop.value
+
+    def stream(
+        self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any
+    ) -> Generator[str, None, Generation]:
+        """Read a prompt and yield the answer's text piece by piece; the pieces joined are ``generate``'s text.
+
+        The generator's return value is the :class:`Generation`.
+        """
+        if self.tokenizer is None:
+            raise InputError("Streaming text needs a tokenizer; give one to Engine.from_model.")
+        return self._tokens(prompt, Sampling(**sampling), progress)
+
+    def _tokens(
+        self, prompt: Prompt, sampling: Sampling, progress: Progress | None
+    ) -> Generator[str, None, Generation]:
+        """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
+        session = self.prefill(prompt, max_new_tokens=sampling.max_new_tokens, progress=progress)
+        watch = Stopwatch(self.device)
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
+        token_ids: list[int] = []
+        text, ended = "", False
+        for token, ended in decode(session, sampling, self.model, self.group):
+            token_ids.append(token)
+            if detokenizer is not None:
+                last = ended or len(token_ids) == sampling.max_new_tokens
+                piece = detokenizer.add(token, last)
+                text += piece
+                if piece:
+                    yield piece
+        return self._result(session, text, token_ids, ended, watch.seconds())
+
+    def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
+        # The slowest and the largest rank count, and every rank reports the same.
+        figures = torch.tensor(
+            [session.timing["prefill_s"], decode_s, peak_bytes(self.device)], dtype=torch.float64, device=self.device
+        )
+        prefill_s, decode_s, peak = self.group.all_gather(figures).wait().amax(0).tolist()
+        return Generation(
+            text=text,
+            token_ids=token_ids,
+            finish_reason="stop" if ended else "length",
+            strategy=session.plan.strategy,
+            exact=session.plan.exact,
+            plan=session.plan.to_dict(),
+            timing={
+                "prefill_s": prefill_s,
+                "decode_s": decode_s,
+                "decode_tokens_per_s": len(token_ids) / decode_s if decode_s else 0.0,
+            },
+            memory={"peak_bytes": int(peak)},
+            fingerprint=fingerprint(self.device, self.dtype),
+            choice=session.plan.reason,
+        )
+
+    def _load_heads(self, path: str | Path) -> list[Head]:
+        text = self.model.config.get_text_config()
+        return load_heads(
+            path,
+            layers=text.num_hidden_layers,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=_head_dim(self.model),
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    text = model.config.get_text_config()
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:
+    """Token ids and positions, (1, rows) each, of a rank's rows."""
+    whole = prompt.token_ids
+    anchor = whole
+    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
+        anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
+    ids: list[int] = []
+    positions: list[int] = []
+    for span in plan.spans(rank):
+        ids += (anchor if span.kind is Kind.ANCHOR else whole)[span.start : span.stop]
+        positions += range(span.start, span.stop)
+    return torch.tensor([ids]), torch.tensor([positions])

@@ -1,0 +1,20 @@
+"""The errors with a meaning of their own: the request was wrong; a rank was lost."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """A request that cannot be carried out as asked.
+
+    The message is one sentence with the offending value, the limit, and what to do. The command line prints it and
+    exits with status 2; the server answers it with a 4xx.
+    """
+
+
+class RankError(RuntimeError):
+    """A rank died or failed, or all were told to stop; no rank is left. The message says which and why."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, cut to the one line that fits into a sentence of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")

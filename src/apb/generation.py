@@ -1,0 +1,177 @@
+"""Choosing tokens and turning them into text: transformers' processors and criteria around a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import EosTokenCriteria
+
+from .errors import InputError
+from .plan import at_least
+
+if TYPE_CHECKING:
+    from .distributed.collectives import Group
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: the answer's longest length.
+        temperature: 0 for the most likely token, else the divisor of the logits.
+        top_k, top_p: keep only the k most likely tokens, or the likeliest that together hold p; None keeps all.
+        seed: of the random draws; the same seed gives the same text on the same set-up. None draws one.
+        logits_processor, stopping_criteria: more of transformers' own, applied before these.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    logits_processor: LogitsProcessorList | None = None
+    stopping_criteria: StoppingCriteriaList | None = None
+
+    def __post_init__(self) -> None:
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        if not self.temperature >= 0:
+            raise InputError(f"The temperature must be 0 or more, not {self.temperature}.")
+        if self.top_k is not None:
+            at_least("top_k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+
+    def processors(self, generation_config: Any) -> LogitsProcessorList:
+        """The logits processors these settings mean, in transformers' order."""
+        processors = LogitsProcessorList()
+        penalty = getattr(generation_config, "repetition_penalty", None)
+        if penalty not in (None, 1.0):
+            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+        processors.extend(self.logits_processor or ())
+        if self.temperature > 0:
+            processors.append(TemperatureLogitsWarper(float(self.temperature)))
+            if self.top_k is not None:
+                processors.append(TopKLogitsWarper(self.top_k))
+            if self.top_p is not None:
+                processors.append(TopPLogitsWarper(self.top_p))
+        return processors
+
+    def criteria(self, eos_ids: list[int], device: torch.device) -> StoppingCriteriaList:
+        """The stopping criteria beside ``max_new_tokens``."""
+        criteria = StoppingCriteriaList(self.stopping_criteria or ())
+        if eos_ids:
+            criteria.append(EosTokenCriteria(torch.tensor(eos_ids, device=device)))
+        return criteria
+
+
+@dataclass
+class Generation:
+    """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
+
+    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention;
+    ``choice`` says why the strategy "auto" took the one it did.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    strategy: str
+    exact: bool
+    plan: dict[str, int]
+    timing: dict[str, float]
+    memory: dict[str, int]
+    fingerprint: dict[str, str]
+    choice: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids at which a model's answer ends, from its generation configuration, else its configuration."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def decode(session: Session, sampling: Sampling, model: Any, group: Group) -> Iterator[tuple[int, bool]]:
+    """Generate tokens after a session: yields (token id, whether the model or a criterion ended there).
+
+    Rank 0 chooses and tells the others, so that all of them yield the same.
+    """
+    device = session.logits.device
+    processors = sampling.processors(getattr(model, "generation_config", None))
+    criteria = sampling.criteria(eos_ids(model), device)
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+    prompt = len(session.token_ids)
+    ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
+    ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
+    for step in range(sampling.max_new_tokens):
+        choice = torch.zeros(2, dtype=torch.long, device=device)
+        if group.rank == 0:
+            # The processors may write into what they are given; the session's logits stay as they are.
+            scores = processors(_long(ids[:, : prompt + step]), _float(session.logits.unsqueeze(0).clone()))
+            ids[0, prompt + step] = choice[0] = _pick(scores, sampling.temperature > 0, generator)
+            if criteria:
+                choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
+        token, ended = group.broadcast(choice).tolist()
+        yield token, bool(ended)
+        if ended or step + 1 == sampling.max_new_tokens:
+            return
+        session.extend([token])
+
+
+# transformers annotates its processors and criteria with torch's legacy tensor types.
+def _long(x: Tensor) -> torch.LongTensor:
+    return cast(torch.LongTensor, x)
+
+
+def _float(x: Tensor) -> torch.FloatTensor:
+    return cast(torch.FloatTensor, x)
+
+
+def _pick(scores: Tensor, sample: bool, generator: torch.Generator) -> Tensor:
+    if not sample:
+        return scores[0].argmax()
+    return torch.multinomial(scores[0].softmax(-1), 1, generator=generator)[0]
+
+
+class Detokenizer:
+    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._told = ""
+
+    def add(self, token: int, last: bool = False) -> str:
+        """The new text that a token brings; held back while it ends in the middle of a character."""
+        self._ids.append(token)
+        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        if not last and text.endswith("\ufffd"):
+            return ""
+        piece = text[len(self._told) :]
+        self._told = text
+        return piece

@@ -1,0 +1,74 @@
+"""What this process runs on: names, versions, memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import psutil
+import torch
+
+from . import __version__
+from .cost import KNOWN_CEILINGS, Ceilings
+
+
+def device_name(device: torch.device) -> str:
+    """The product name of a GPU or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What every rank runs on, as far as plans depend on it.
+
+    Attributes:
+        memory: bytes that a rank may use.
+        element_bytes: bytes of one number of weights, activations and cache.
+        ceilings: rates the device reaches, where they are known.
+    """
+
+    memory: int
+    element_bytes: int
+    ceilings: Ceilings | None
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, ranks: int) -> Hardware:
+        """This machine's: a GPU of its own for each rank, or a share of the host's memory."""
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:
+            memory = psutil.virtual_memory().total // ranks
+        return cls(memory, dtype.itemsize, KNOWN_CEILINGS.get(device_name(device)))
+
+
+def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Versions, device and dtype: what one must know to compare two results."""
+    return {
+        "apb": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": device_name(device),
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far: what torch allocated on a GPU, or this process's resident set on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU's queued work, so that a clock read next tells the truth."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,1 @@
+"""All that knows transformers: taking over a model's attention, its cache, its RoPE, loading."""

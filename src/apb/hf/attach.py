@@ -1,0 +1,144 @@
+"""Taking over a model's attention, its code untouched: one function registered with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from ..errors import InputError
+from .before_rope import BeforeRope
+from .rope import pin_length
+
+NAME = "apb"
+
+# (layer index, q, k, v, scale, q/k/v before RoPE or None) -> output; shapes as in strategies.Layer.
+Attend = Callable[[int, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+
+
+class Attachment:
+    """A model whose attention this package computes, until :meth:`release`. Made with :meth:`of`.
+
+    The model's own modules, weights and code stay as they are. While attached it runs only inside :meth:`running`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.modules = _attention_modules(model)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        self.total = 0
+        self._attend: Attend | None = None
+        self._calls = 0
+        self._before_rope: BeforeRope | None = None
+        self._original = model.config._attn_implementation
+        model.set_attn_implementation(NAME)
+        if model.config._attn_implementation != NAME:
+            raise InputError(
+                f"The attention of {type(model).__name__} cannot be taken over: "
+                "it does not go through transformers' attention interface."
+            )
+        for module in self.modules:
+            module.apb = self  # type: ignore[assignment]
+        self._unpin = pin_length(model, lambda: self.total)
+        self._users = 0
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Attachment:
+        """The attachment of a model, shared by all engines on it; each must :meth:`release` it once."""
+        attached = (getattr(module, "apb", None) for module in model.modules())
+        attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(model)
+        attachment._users += 1
+        return attachment
+
+    def release(self) -> None:
+        """Give the model back as it was, when the last engine on it does so."""
+        self._users -= 1
+        if self._users:
+            return
+        for module in self.modules:
+            del module.apb
+        self._unpin()
+        self.model.set_attn_implementation(self._original)
+
+    @contextmanager
+    def running(self, attend: Attend, total: int, before_rope: bool = False) -> Iterator[None]:
+        """Let ``attend`` compute every layer's attention of the forward pass inside.
+
+        Args:
+            attend: see :data:`Attend`.
+            total: tokens of the whole prompt and answer so far, over all ranks (RoPE variants depend on it).
+            before_rope: whether to hand q, k, v before RoPE to ``attend``.
+        """
+        if not self._users:
+            raise RuntimeError("The engine was closed and its model given back; make a new engine to go on.")
+        self._attend, self.total, self._calls = attend, total, 0
+        self._before_rope = BeforeRope(self.modules) if before_rope else None
+        try:
+            yield
+            if self._calls != len(self.modules):
+                raise RuntimeError(
+                    f"{type(self.model).__name__} has {len(self.modules)} attention layers "
+                    f"but {self._calls} called the attention function: its results cannot be trusted."
+                )
+        finally:
+            self._attend = None
+            if self._before_rope is not None:
+                self._before_rope.remove()
+                self._before_rope = None
+
+    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """One layer: q (1, heads, rows, d), k and v (1, kv_heads, keys, d) -> (1, rows, heads, d)."""
+        if self._attend is None:
+            raise RuntimeError(
+                "This model is attached to an apb.Engine; call engine.close() before you use it in another way."
+            )
+        if q.shape[0] != 1:
+            raise InputError(f"One prompt at a time: the batch has {q.shape[0]} rows.")
+        self._calls += 1
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        before = self._before_rope.pop(index) if self._before_rope is not None else None
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return self._attend(index, q, k, v, scale, before).unsqueeze(0)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls instead of its own attention."""
+    attachment = getattr(module, "apb", None)
+    if attachment is None:
+        raise RuntimeError(f"{type(module).__name__} was not there when the model was attached to an apb.Engine.")
+    if attention_mask is not None:
+        raise InputError("Attention masks (padding) are not supported: give one prompt without padding.")
+    window = kwargs.get("sliding_window")
+    if window is not None and attachment.total > window:
+        raise InputError(f"A sliding window of {window} tokens is not supported for {attachment.total} tokens.")
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise InputError(f"Attention with {name} is not supported.")
+    return attachment(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+# No mask is registered under this name, so transformers builds none: the plan says what every row sees.
+AttentionInterface.register(NAME, _attention)
+
+
+def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    found = [
+        module
+        for module in model.modules()
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+    ]
+    if not found:
+        raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")
+    return found

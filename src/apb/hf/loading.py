@@ -1,0 +1,152 @@
+"""Finding, checking and loading models: everything about a checkpoint that can be said before its weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..cost import ModelShape
+from ..errors import InputError, first_line
+from ..plan import Plan, check_heads
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def shipped_model() -> Path:
+    """The folder of the small model that comes with this package."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "models" / "needle", package.parents[1] / "models" / "needle"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise InputError("The model that ships with apb is not in this installation; name another one with --model.")
+
+
+def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint folder or hub id; InputError where there is none."""
+    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
+        raise InputError(f"The model folder {str(model)!r} does not exist.")
+    try:
+        return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The model {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+
+
+def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder or hub id."""
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+
+
+def load_model(
+    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference.
+
+    Safetensors, or torch files read with ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``.
+    """
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+    return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
+
+
+def check_supported(config: Any) -> None:
+    """InputError, naming the model and the reason, where its attention cannot be taken over."""
+    text = config.get_text_config()
+    name = config.model_type
+    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if known and not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], "_supports_attention_backend", False):
+        raise InputError(
+            f"The attention of {name!r} models cannot be taken over: "
+            "their code in transformers does not go through its attention interface."
+        )
+    if not known and not getattr(config, "auto_map", None):
+        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    odd = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        raise InputError(f"{name!r} models cap their attention logits, which is not supported.")
+    if getattr(text, "kv_lora_rank", None) is not None:
+        raise InputError(f"{name!r} models use latent attention (MLA), which is not supported.")
+    if name == "gpt_oss":
+        raise InputError("'gpt_oss' models have attention sinks, which are not supported.")
+
+
+def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
+    """InputError where a plan does not fit the model: its positions, its sliding windows, its number of heads."""
+    text = config.get_text_config()
+    total = plan.total + new_tokens
+    limit = getattr(text, "max_position_embeddings", None)
+    if limit is not None and total > limit and not allow_extrapolation:
+        raise InputError(
+            f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
+            f"{total - limit} more than the model's {limit}; shorten the document or pass --allow-extrapolation "
+            "(allow_extrapolation=True) to go beyond what the model was trained for."
+        )
+    check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    slides = "sliding_attention" in types if types else getattr(text, "use_sliding_window", True)
+    if window is not None and slides and total > window:
+        raise InputError(
+            f"{config.model_type!r} layers see a sliding window of {window} tokens and the prompt and the answer need "
+            f"{total}; sliding windows are not supported beyond their own length."
+        )
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device asked for, or a GPU where there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {device!r}; choose cpu or cuda.") from error
+    if picked.type not in ("cpu", "cuda"):
+        raise InputError(f"Unknown device {device!r}; choose cpu or cuda.")
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("CUDA was asked for, but torch sees no GPU here; use --device cpu.")
+    return picked
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or bfloat16 on a GPU and float32 on the CPU."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise InputError(f"Unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def model_shape(config: Any) -> ModelShape:
+    """The numbers of a model that costs depend on, counted on its modules without making any weight."""
+    text = config.get_text_config()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=head_dim,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocabulary=text.vocab_size,
+        layer_parameters=sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, torch.nn.Linear) and id(module) not in embeddings
+        ),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )

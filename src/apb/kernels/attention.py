@@ -1,0 +1,88 @@
+"""The one attention operation that every strategy and decode are calls of, and the choice of its back-end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from . import reference, sdpa
+from .segment import Segment
+
+__all__ = ["BACKENDS", "Segment", "attention", "choose"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+BACKENDS = {"reference": reference.attention, "torch": sdpa.attention}
+
+
+def attention(
+    q: Tensor, segments: Sequence[Segment], scale: float | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of the rows ``q`` over the union of several key/value segments.
+
+    Args:
+        q: (rows, heads, head_dim), bf16, fp16, fp32 or fp64; any strides.
+        segments: :class:`Segment` with k, v (keys, kv_heads, head_dim) of q's dtype and device; kv_heads divides heads
+            (grouped queries: head h reads KV head h // (heads / kv_heads)). May be empty, and may hold zero keys.
+        scale: factor on q.k before the softmax; 1 / sqrt(head_dim) if None.
+        backend: "reference" (fp32 matrices), "torch" (torch's fused kernels) or "auto".
+
+    Returns:
+        out: (rows, heads, head_dim) in q's dtype; 0 in a row that sees no key.
+        lse: (heads, rows) fp32, the natural log of the sum of exponentials; -inf in a row that sees no key.
+
+    Raises:
+        InputError: shapes, dtypes or devices that do not fit together, or a back-end that cannot serve them.
+
+    >>> import torch, apb
+    >>> q, k, v = (torch.randn(n, h, 64) for n, h in ((5, 4), (9, 2), (9, 2)))
+    >>> out, lse = apb.attention(q, [apb.Segment(k, v, causal=True)])
+    >>> out.shape, lse.shape
+    (torch.Size([5, 4, 64]), torch.Size([4, 5]))
+    """
+    segments = list(segments)
+    _check(q, segments)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    return BACKENDS[choose(backend, q.device, q.dtype, q.shape[-1])[0]](q, segments, scale)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+    """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
+    if backend not in ("auto", *BACKENDS):
+        raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
+    obstacle = sdpa.why_not(device, dtype, head_dim)
+    if backend == "torch" and obstacle:
+        raise InputError(f"The attention back-end 'torch' cannot be used here: {obstacle}; choose 'reference'.")
+    if backend != "auto":
+        return backend, "asked for"
+    if obstacle:
+        return "reference", obstacle
+    return "torch", f"torch's fused attention serves {device.type} in {str(dtype).removeprefix('torch.')}"
+
+
+def _check(q: Tensor, segments: list[Segment]) -> None:
+    if q.dim() != 3:
+        raise InputError(f"q must be (rows, heads, head_dim), not {tuple(q.shape)}.")
+    if q.dtype not in DTYPES:
+        raise InputError(f"q, k and v must be floating-point numbers of 16 bits or more, not {q.dtype}.")
+    _, heads, head_dim = q.shape
+    for number, segment in enumerate(segments):
+        k, v = segment.k, segment.v
+        if k.dim() != 3 or k.shape != v.shape:
+            raise InputError(
+                f"Segment {number}: k and v must both be (keys, kv_heads, head_dim), "
+                f"not {tuple(k.shape)} and {tuple(v.shape)}."
+            )
+        if k.shape[2] != head_dim or k.shape[1] == 0 or heads % k.shape[1]:
+            raise InputError(
+                f"Segment {number}: {k.shape[1]} KV heads of {k.shape[2]} do not serve "
+                f"{heads} query heads of {head_dim}."
+            )
+        if {k.dtype, v.dtype, q.dtype} != {q.dtype} or {k.device, v.device, q.device} != {q.device}:
+            raise InputError(
+                f"Segment {number}: q, k and v must share dtype and device, "
+                f"not {q.dtype}/{q.device}, {k.dtype}/{k.device} and {v.dtype}/{v.device}."
+            )

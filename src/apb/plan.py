@@ -1,0 +1,367 @@
+"""Who computes which rows, at which positions: pure Python arithmetic, decided before anything runs.
+
+Nothing here allocates memory in proportion to the document: a plan for ten million tokens is as small as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import accumulate
+
+from .errors import InputError
+
+# Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
+SHORTEST_WORTH_CUTTING = 8192
+# Defaults of the paper's table 8: anchor = block / 4, passing = block / 8, both capped; eight blocks.
+DEFAULT_BLOCKS = 8
+LARGEST_ANCHOR = 8192
+LARGEST_PASSING = 8192
+# Columns and diagonals of the vertical-slash pattern in MInference's published configurations.
+DEFAULT_VERTICAL = 1000
+DEFAULT_SLASH = 6096
+
+
+class Anchor(Enum):
+    """What a strategy puts in front of its blocks."""
+
+    NONE = "none"
+    # prefix + query + first document tokens; its rows are shared out over the ranks
+    WITH_QUERY = "with query"
+    # the first tokens of block 0 at their own positions; every rank without block 0 computes all of it
+    FIRST_BLOCK = "first block"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What planning has to know about a strategy."""
+
+    exact: bool
+    anchor: Anchor = Anchor.NONE
+    # The number of blocks on so many ranks, where the method leaves no choice.
+    blocks: Callable[[int], int] | None = None
+    # Whether every row sees only some columns and diagonals.
+    sparse: bool = False
+    # Whether the query heads are scattered over the ranks.
+    scatters_heads: bool = False
+
+
+# One line per strategy; its attention lives in strategies/<name>.py.
+METHODS: dict[str, Method] = {
+    "full": Method(exact=True, blocks=lambda ranks: 1),
+    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
+    "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK),
+    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
+    "ulysses": Method(exact=True, blocks=lambda ranks: ranks, scatters_heads=True),
+    "minference": Method(exact=False, blocks=lambda ranks: 1, sparse=True),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A contiguous slice of the document, at true positions [start, stop); block 0 also holds the prefix."""
+
+    index: int
+    start: int
+    stop: int
+    rank: int
+    round: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Kind(Enum):
+    """What the rows of a span are."""
+
+    ANCHOR = "anchor"
+    BLOCK = "block"
+    QUERY = "query"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one rank's forward pass: rows [row, row + len) stand at positions [start, stop)."""
+
+    kind: Kind
+    start: int
+    stop: int
+    row: int
+    block: int = -1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """Where these rows are in the rank's row order."""
+        return slice(self.row, self.row + len(self))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An immutable plan of one prefill. Make one with :meth:`build`.
+
+    Attributes:
+        strategy: name of the method.
+        prefix, document, query: lengths in tokens.
+        blocks: number of blocks H that the document is cut into.
+        ranks: number of processes, each with one device.
+        rounds: forward passes that the blocks are spread over (consecutive blocks share a round).
+        anchor_length: l_a, tokens of the anchor; 0 where there is none.
+        passing_length: l_p, key/value pairs per KV head that a block passes on; 0 where nothing is passed.
+        vertical_size, slash_size: columns and diagonals that each head sees in a sparse method; 0 in the others.
+        reason: why this strategy was chosen, where it was not the user who chose.
+    """
+
+    strategy: str
+    prefix: int
+    document: int
+    query: int
+    blocks: int
+    ranks: int
+    rounds: int
+    anchor_length: int
+    passing_length: int
+    vertical_size: int = 0
+    slash_size: int = 0
+    reason: str | None = None
+
+    @classmethod
+    def build(
+        cls,
+        prefix: int,
+        document: int,
+        query: int,
+        blocks: int | None = None,
+        ranks: int = 1,
+        anchor_length: int | None = None,
+        passing_length: int | None = None,
+        strategy: str = "apb",
+        rounds: int = 1,
+        vertical_size: int | float | None = None,
+        slash_size: int | float | None = None,
+    ) -> Plan:
+        """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
+
+        Exact methods choose their blocks themselves, and have neither anchor nor passing blocks. With one block there
+        is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
+        """
+        method = method_of(strategy)
+        at_least("prefix", prefix, 0)
+        at_least("document", document, 1)
+        at_least("query", query, 1)
+        at_least("ranks", ranks, 1)
+        at_least("rounds", rounds, 1)
+        if method.blocks is not None:
+            blocks = method.blocks(ranks)
+        elif blocks is None:
+            blocks = _default_blocks(document, ranks)
+        at_least("blocks", blocks, 1)
+        if blocks > document and method.blocks is None:
+            raise InputError(
+                f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
+            )
+        if rounds > blocks:
+            raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+        if method.sparse:
+            total = prefix + document + query
+            vertical = _budget("vertical size", vertical_size, DEFAULT_VERTICAL, total)
+            slash = _budget("slash size", slash_size, DEFAULT_SLASH, total)
+            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0, vertical, slash)
+        if blocks == 1:
+            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
+        anchor_length = _anchor_length(method, prefix, document, query, blocks, anchor_length)
+        if passing_length is None:
+            passing_length = min(document // blocks // 8, LARGEST_PASSING)
+        at_least("passing length", passing_length, 0)
+        if method.anchor is not Anchor.WITH_QUERY:
+            passing_length = 0
+        return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
+
+    # -- the document ------------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result is that of full attention: so with one block, or where no column or diagonal is left out."""
+        method = METHODS[self.strategy]
+        if method.sparse:
+            return max(self.vertical_size, self.slash_size) >= self.query_start
+        return method.exact or self.blocks == 1
+
+    @property
+    def query_start(self) -> int:
+        """True position of the query's first token."""
+        return self.prefix + self.document
+
+    @property
+    def total(self) -> int:
+        """Tokens of the whole prompt."""
+        return self.prefix + self.document + self.query
+
+    @property
+    def anchored(self) -> int:
+        """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
+        inserted = self.query if METHODS[self.strategy].anchor is Anchor.WITH_QUERY else 0
+        return max(self.anchor_length - inserted, 0)
+
+    def block(self, index: int) -> Block:
+        """Block ``index`` (0-based). Slices are those of ``numpy.array_split``: the first n mod H are one longer."""
+        if not 0 <= index < self.blocks:
+            raise IndexError(f"block {index} of {self.blocks}")
+        length, longer = divmod(self.document, self.blocks)
+        start = self.prefix + index * length + min(index, longer)
+        stop = start + length + (index < longer)
+        # Snake order (Spava, arXiv 2601.21444): late blocks attend to more passed pairs, so each turn over the ranks
+        # runs against the one before it and every rank gets early blocks together with late ones.
+        turn, place = divmod(index, self.ranks)
+        rank = place if turn % 2 == 0 else self.ranks - 1 - place
+        return Block(index, 0 if index == 0 else start, stop, rank, index * self.rounds // self.blocks)
+
+    def owned(self, rank: int) -> Iterator[Block]:
+        """The blocks of a rank, in document order."""
+        for first in range(0, self.blocks, self.ranks):
+            forward = first // self.ranks % 2 == 0
+            index = first + (rank if forward else self.ranks - 1 - rank)
+            if index < self.blocks:
+                yield self.block(index)
+
+    def selectable(self, block: Block) -> int:
+        """How many tokens of a block may be selected: those that do not stand in the anchor (its last ones)."""
+        return block.stop - min(max(block.start, self.anchored), block.stop)
+
+    def passed(self, index: int) -> int:
+        """How many pairs per KV head block ``index`` passes on; the last block has nobody to pass to."""
+        if index == self.blocks - 1:
+            return 0
+        return min(self.passing_length, self.selectable(self.block(index)))
+
+    def contexts(self) -> list[int]:
+        """For every block, how many pairs beside its own its rows attend to.
+
+        In an exact method all before it; else the anchor and what earlier blocks pass. Block 0 has none of it: it
+        holds the prefix and the anchor's document tokens itself.
+        """
+        if METHODS[self.strategy].exact:
+            return [self.block(index).start for index in range(self.blocks)]
+        before = accumulate(self.passed(index) for index in range(self.blocks - 1))
+        return [0, *(self.anchor_length + pairs for pairs in before)]
+
+    # -- the rows of a rank ------------------------------------------------------------------------------------------
+
+    @property
+    def tail_rank(self) -> int:
+        """The rank whose cache holds the query's and the generated tokens' keys and values."""
+        return self.ranks - 1
+
+    def anchor_share(self, rank: int) -> tuple[int, int]:
+        """Positions [start, stop) of the anchor whose rows this rank computes.
+
+        With the query inside, the ranks' shares tile the anchor. Star computes it anew on every rank that has blocks
+        but not block 0, whose own rows they are.
+        """
+        if METHODS[self.strategy].anchor is Anchor.FIRST_BLOCK:
+            blocks = [block.index for block in self.owned(rank)]
+            return 0, self.anchor_length if blocks and blocks[0] != 0 else 0
+        return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
+
+    def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
+        """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query."""
+        spans: list[Span] = []
+        row = 0
+
+        def add(kind: Kind, start: int, stop: int, block: int = -1) -> None:
+            nonlocal row
+            spans.append(Span(kind, start, stop, row, block))
+            row += stop - start
+
+        if round == 0 and self.anchor_length:
+            add(Kind.ANCHOR, *self.anchor_share(rank))
+        for block in self.owned(rank):
+            if block.round == round:
+                add(Kind.BLOCK, block.start, block.stop, block.index)
+        add(Kind.QUERY, self.query_start, self.total)
+        return tuple(spans)
+
+    def to_dict(self) -> dict[str, int]:
+        """The plan's numbers, as the command line prints them."""
+        return {
+            "blocks": self.blocks,
+            "ranks": self.ranks,
+            "rounds": self.rounds,
+            "anchor_length": self.anchor_length,
+            "passing_length": self.passing_length,
+            "prefix_tokens": self.prefix,
+            "document_tokens": self.document,
+            "query_tokens": self.query,
+        }
+
+
+def method_of(strategy: str) -> Method:
+    """The planning traits of a strategy; InputError for an unknown name."""
+    if strategy not in METHODS:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}.")
+    return METHODS[strategy]
+
+
+def check_heads(strategy: str, heads: int, ranks: int) -> None:
+    """InputError where a strategy scatters query heads over ranks that do not divide them."""
+    if METHODS[strategy].scatters_heads and heads % ranks:
+        raise InputError(
+            f"The strategy {strategy!r} needs query heads that divide by the ranks, and {heads} do not divide by "
+            f"{ranks}; use another number of ranks, or the strategy 'ring'."
+        )
+
+
+def at_least(name: str, value: int, limit: int) -> None:
+    """InputError unless ``value`` is a whole number of at least ``limit``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
+    if value < limit:
+        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+
+
+def _budget(name: str, asked: int | float | None, default: int, total: int) -> int:
+    """A budget given as a number (int) or as a share of the prompt (float in (0, 1]), in tokens, at most all."""
+    if isinstance(asked, float):
+        if not 0 < asked <= 1:
+            raise InputError(f"A {name} given as a share must be above 0 and at most 1, not {asked}.")
+        asked = math.ceil(asked * total)
+    elif asked is None:
+        asked = default
+    at_least(name, asked, 1)
+    return min(asked, total)
+
+
+def _anchor_length(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:
+    """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
+    if method.anchor is Anchor.NONE:
+        return 0
+    if asked is not None:
+        at_least("anchor length", asked, 0)
+    if method.anchor is Anchor.FIRST_BLOCK:
+        first_block = prefix + -(-document // blocks)
+        if asked is None:
+            return first_block
+        if asked > first_block:
+            raise InputError(
+                f"An anchor of {asked} tokens is longer than the first block, whose beginning it is "
+                f"({first_block} tokens); ask for at most that."
+            )
+        return asked
+    if asked is None:
+        return max(min(document // blocks // 4, LARGEST_ANCHOR), prefix + query)
+    if asked < prefix + query:
+        raise InputError(
+            f"An anchor of {asked} tokens does not hold the prefix ({prefix}) and the query ({query}); "
+            f"make the anchor at least {prefix + query} tokens long or shorten the query."
+        )
+    return min(asked, prefix + document + query)
+
+
+def _default_blocks(document: int, ranks: int) -> int:
+    if document < SHORTEST_WORTH_CUTTING:
+        return 1
+    return ranks * -(-DEFAULT_BLOCKS // ranks)

@@ -1,0 +1,122 @@
+"""How prompts are to be read: what users choose, checked once for the engine and for the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .compressors import check_compressor
+from .cost import Ceilings, Cost, ModelShape, predict
+from .errors import InputError
+from .plan import METHODS, SHORTEST_WORTH_CUTTING, Plan, method_of
+from .prompt import Prompt
+
+if TYPE_CHECKING:
+    from .hardware import Hardware
+
+AUTO = "auto"
+# Where the hardware's ceilings are not known, candidates are compared by FLOPs, with 100 FLOPs to a byte sent.
+_UNKNOWN_HARDWARE = Ceilings(linear=1e14, attention=1e14, link=1e12)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The options of :class:`apb.Engine` that say how a prompt is read; None leaves a choice to the plan.
+
+    Attributes:
+        strategy: a name of plan.METHODS, or "auto": full attention for short documents, else what is predicted to be
+            fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
+        blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
+        compressor: "query", "retaining", "recent" or "random"; by default "retaining" where heads are given, else
+            "query".
+        heads: file of retaining heads.
+        allow_extrapolation: go beyond the positions that the model was trained for.
+        approximate: allow "auto" to choose a strategy that is not exact.
+    """
+
+    strategy: str = "apb"
+    blocks: int | None = None
+    anchor_length: int | None = None
+    passing_length: int | None = None
+    vertical_size: int | float | None = None
+    slash_size: int | float | None = None
+    compressor: str | None = None
+    heads: str | Path | None = None
+    allow_extrapolation: bool = False
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy != AUTO:
+            method_of(self.strategy)
+        check_compressor(self.scorer, self.heads is not None)
+
+    @property
+    def scorer(self) -> str:
+        """The compressor's name, with the default filled in."""
+        return self.compressor or ("retaining" if self.heads else "query")
+
+    def plan(self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int) -> Plan:
+        """The plan by which a prompt is read; InputError where it cannot be.
+
+        Args:
+            prompt: what to read.
+            ranks: processes that read it together.
+            config: the model's configuration.
+            hardware: what every rank runs on.
+            new_tokens: room that the answer needs.
+        """
+        from .hf.loading import check_fit, model_shape  # transformers: not needed to make a Reading
+
+        sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
+        if self.strategy == AUTO:
+            plan = self._choose(sizes, ranks, model_shape(config), hardware)
+        else:
+            plan = self._build(self.strategy, sizes, ranks)
+        check_fit(config, plan, new_tokens, self.allow_extrapolation)
+        return plan
+
+    def _build(self, strategy: str, sizes: dict[str, int], ranks: int) -> Plan:
+        return Plan.build(
+            **sizes,
+            ranks=ranks,
+            strategy=strategy,
+            blocks=self.blocks,
+            anchor_length=self.anchor_length,
+            passing_length=self.passing_length,
+            vertical_size=self.vertical_size,
+            slash_size=self.slash_size,
+        )
+
+    def _choose(self, sizes: dict[str, int], ranks: int, shape: ModelShape, hardware: Hardware) -> Plan:
+        if sizes["document"] < SHORTEST_WORTH_CUTTING and ranks == 1:
+            reason = f"the document has fewer than {SHORTEST_WORTH_CUTTING} tokens"
+            return replace(self._build("full", sizes, ranks), reason=reason)
+        names = [name for name, method in METHODS.items() if method.exact or self.approximate]
+        plans = [
+            self._build(name, sizes, ranks)
+            for name in names
+            if not METHODS[name].scatters_heads or shape.heads % ranks == 0
+        ]
+        costs = [(plan, predict(plan, shape, hardware.element_bytes, self.scorer)) for plan in plans]
+        return fastest(costs, hardware)
+
+
+def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:
+    """The plan with the least predicted time among those that fit into memory, with the reason written into it."""
+    fitting = [(plan, cost) for plan, cost in costs if _peak(cost) <= hardware.memory]
+    if not fitting:
+        plan, cost = min(costs, key=lambda item: _peak(item[1]))
+        raise InputError(
+            f"No strategy fits: {plan.strategy} needs least, {_peak(cost) / 2**30:.1f} GiB a rank, and a rank has "
+            f"{hardware.memory / 2**30:.1f} GiB; use more ranks or a shorter document."
+        )
+    ceilings = hardware.ceilings or _UNKNOWN_HARDWARE
+    plan, cost = min(fitting, key=lambda item: item[1].seconds(ceilings))
+    names = ", ".join(candidate.strategy for candidate, _ in fitting)
+    busiest = max(rank.flops for rank in cost.ranks)
+    return replace(plan, reason=f"predicted fastest of {names} that fit: {busiest:.3g} FLOPs on the busiest rank")
+
+
+def _peak(cost: Cost) -> int:
+    return max(rank.peak_bytes for rank in cost.ranks)

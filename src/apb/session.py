@@ -1,0 +1,137 @@
+"""A prompt that has been read: its cache, spread over the ranks, and the distribution of the next token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from .distributed.collectives import Group
+from .errors import InputError
+from .hardware import synchronize
+from .hf.attach import Attachment
+from .hf.cache import ShardCache
+from .plan import Kind, Plan
+from .prompt import check_tokens
+from .strategies.base import attend_shards
+
+
+class Session:
+    """What :meth:`apb.Engine.prefill` gives. Every rank holds one and makes the same calls on it.
+
+    Attributes:
+        logits: (vocab,) fp32, for the token after the last one read; the same on all ranks.
+        plan: the plan the prompt was read by.
+        timing: ``prefill_s``, seconds this rank took.
+        token_ids: the prompt's tokens and those given to :meth:`extend`.
+    """
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        plan: Plan,
+        group: Group,
+        cache: ShardCache,
+        logits: Tensor,
+        prefill_s: float,
+        token_ids: Sequence[int],
+        backend: str,
+    ) -> None:
+        self.plan = plan
+        self.logits = logits
+        self.timing = {"prefill_s": prefill_s}
+        self.token_ids = list(token_ids)
+        self._attachment = attachment
+        self._group = group
+        self._cache = cache
+        self._backend = backend
+
+    def extend(self, token_ids: Sequence[int]) -> Tensor:
+        """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
+
+        One token is a decode step; several are read in one pass.
+        """
+        if not token_ids:
+            raise InputError("No tokens were given to read; pass at least one token id.")
+        check_tokens(token_ids, self._attachment.vocabulary)
+        start, count = self._cache.total, len(token_ids)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
+            ends_here = self._cache.keeps_new
+            return attend_shards(
+                q, k, v, scale=scale, group=self._group, ends_here=ends_here, backend=self._backend
+            ).wait()
+
+        device = self.logits.device
+        ids = torch.tensor([list(token_ids)], device=device)
+        positions = torch.arange(start, start + count, device=device).unsqueeze(0)
+        self._cache.total = start + count
+        with torch.no_grad(), self._attachment.running(attend, self._cache.total):
+            self.logits = forward(self._attachment, ids, positions, self._cache, self._group)
+        self.token_ids.extend(token_ids)
+        return self.logits
+
+    def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
+
+        Tokens in document order: prefix, document, query, then what was read since. Every rank must call it.
+        """
+        if not 0 <= layer < len(self._cache):
+            raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
+        shard = torch.stack(self._cache.shard(layer))  # (2, tokens, kv_heads, head_dim)
+        orders = [self._positions(rank) for rank in range(self.plan.ranks)]
+        width = max(len(order) for order in orders)
+        padded = shard.new_zeros(2, width, *shard.shape[2:])
+        padded[:, : shard.shape[1]] = shard
+        parts = self._group.gather(padded)
+        if parts is None:
+            return None, None
+        whole = shard.new_empty(2, self._cache.total, *shard.shape[2:])
+        for order, part in zip(orders, parts, strict=True):
+            whole[:, order.to(shard.device)] = part[:, : len(order)]
+        return whole[0].transpose(0, 1), whole[1].transpose(0, 1)
+
+    def to_dynamic_cache(self) -> DynamicCache | None:
+        """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.
+
+        Give the model back first (:meth:`apb.Engine.close`), and pass ``generate`` all tokens so far and at least one
+        more. Every rank must call it.
+        """
+        cache = DynamicCache()
+        for layer in range(len(self._cache)):
+            keys, values = self.gather_kv(layer)
+            if keys is not None and values is not None:
+                cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
+        return cache if self._group.rank == 0 else None
+
+    def _positions(self, rank: int) -> Tensor:
+        """True positions of the tokens in a rank's shard, in the order in which it holds them."""
+        held = [torch.arange(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
+        if rank == self.plan.tail_rank:
+            held.append(torch.arange(self.plan.query_start, self._cache.total))
+        return torch.cat(held) if held else torch.arange(0)
+
+
+def forward(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache, group: Group) -> Tensor:
+    """One pass of the model over this rank's rows (1, rows); logits (vocab,) fp32 of the last row, rank 0's on all."""
+    output = attachment.model(
+        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    )
+    return group.broadcast(output.logits[0, -1].float().contiguous())
+
+
+class Stopwatch:
+    """Seconds since it was made, with a GPU's queued work finished at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        synchronize(device)
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        synchronize(self._device)
+        return time.perf_counter() - self._start

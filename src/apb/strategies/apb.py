@@ -1,0 +1,93 @@
+"""APB (arXiv 2502.12085): every block sees the anchor, what earlier blocks pass on, and itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compressors import BlockView, Compressor
+from ..compressors.base import select, take
+from ..distributed.collectives import Group, Pending
+from ..kernels.attention import Segment
+from ..kernels.merge import merge
+from ..plan import Plan, Span
+from .base import Layer, Strategy
+
+
+class APB(Strategy):
+    """One all-gather a layer carries the anchor's shares and the selected pairs; a block's own part runs meanwhile.
+
+    What is gathered becomes one run of pairs [anchor | passed by block 0 | passed by block 1 | ...], of which every
+    block sees a leading part: the anchor and what the blocks before it passed on (section 2 of the paper's method).
+    """
+
+    def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
+        super().__init__(plan, group, compressor, backend)
+        # Where each piece of that run lies in the gathered message: (rank, first pair, last pair + 1).
+        self._pieces: list[tuple[int, int, int]] = []
+        filled = [0] * plan.ranks
+        passed = [plan.passed(index) for index in range(plan.blocks)]
+        shares = [(rank, stop - start) for rank in range(plan.ranks) for start, stop in [plan.anchor_share(rank)]]
+        for rank, count in shares + [(plan.block(index).rank, count) for index, count in enumerate(passed)]:
+            self._pieces.append((rank, filled[rank], filled[rank] + count))
+            filled[rank] += count
+        self._width = max(filled)
+        self._contexts = plan.contexts()
+
+    def attend_document(self, layer: Layer, out: Tensor) -> None:
+        """See :meth:`Strategy.attend_document`."""
+        pending = self._share(layer)
+        if self.group.size == 1:  # nothing to wait for: one call over all segments saves the merge
+            pairs = self._arrange(pending.wait())
+            for span in self.blocks:
+                segments = [*self._context(pairs, span), self.own(layer, span)]
+                out[span.rows], _ = self.attention(layer.q[span.rows], segments, layer.scale)
+        else:
+            own = [self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale) for span in self.blocks]
+            pairs = self._arrange(pending.wait())
+            for span, (alone, lse) in zip(self.blocks, own, strict=True):
+                others, others_lse = self.attention(layer.q[span.rows], self._context(pairs, span), layer.scale)
+                out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
+        if self.anchor:
+            # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
+            segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
+            out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
+
+    def _share(self, layer: Layer) -> Pending:
+        """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""
+        packed = layer.k.new_empty(2, self._width, *layer.k.shape[1:])
+        row = 0
+        if self.anchor:
+            row = len(self.anchor)
+            packed[0, :row], packed[1, :row] = layer.k[self.anchor.rows], layer.v[self.anchor.rows]
+        for span in self.blocks:
+            count = self.plan.passed(span.block)
+            if count:
+                chosen = self.choose(layer, span, count)
+                packed[0, row : row + count] = take(layer.k[span.rows], chosen)
+                packed[1, row : row + count] = take(layer.v[span.rows], chosen)
+                row += count
+        return self.group.all_gather(packed)
+
+    def choose(self, layer: Layer, span: Span, count: int) -> Tensor:
+        """Rows (kv_heads, count) of a block that it passes on, counted from the block's first row, ascending."""
+        block = self.plan.block(span.block)
+        view = BlockView(
+            layer=layer.index,
+            block=block,
+            k=layer.k[span.rows],
+            v=layer.v[span.rows],
+            query=layer.q[self.query.rows],
+            scale=layer.scale,
+            before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
+        )
+        return select(self.compressor.score(view), count, self.plan.selectable(block))
+
+    def _arrange(self, gathered: Tensor) -> Tensor:
+        """From (ranks, 2, pairs, kv_heads, head_dim) as gathered to (2, pairs, kv_heads, head_dim) as blocks see it."""
+        return torch.cat([gathered[rank, :, start:stop] for rank, start, stop in self._pieces], 1)
+
+    def _context(self, pairs: Tensor, span: Span) -> list[Segment]:
+        """Anchor and passing block of one block: a leading part of the run."""
+        seen = self._contexts[span.block]
+        return [Segment(pairs[0, :seen], pairs[1, :seen])] if seen else []

@@ -1,0 +1,16 @@
+"""Exact attention over the whole prompt on one rank: what everything else is measured against."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .base import Layer, Strategy
+
+
+class Full(Strategy):
+    """One block, seen causally. On several ranks the others hold only the query's rows."""
+
+    def attend_document(self, layer: Layer, out: Tensor) -> None:
+        """See :meth:`Strategy.attend_document`."""
+        for span in self.blocks:
+            out[span.rows], _ = self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale)

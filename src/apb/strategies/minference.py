@@ -1,0 +1,55 @@
+"""MInference (arXiv 2407.02490): every head sees a few columns and diagonals, estimated from the last queries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels.vertical_slash import vertical_slash
+from .base import Layer, Strategy
+
+# The prompt's last rows, by whose attention columns and diagonals are chosen.
+ESTIMATING_ROWS = 64
+# Always seen: the prompt's first columns (sinks) and the diagonals next to the main one.
+FIRST_COLUMNS = 30
+LAST_DIAGONALS = 100
+
+
+class MInference(Strategy):
+    """The vertical-slash pattern for all heads, on one device; the query's rows attend to everything."""
+
+    def attend_document(self, layer: Layer, out: Tensor) -> None:
+        """See :meth:`Strategy.attend_document`."""
+        for span in self.blocks:
+            columns, diagonals = self.choose(layer)
+            rows = span.rows
+            out[rows] = vertical_slash(layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale)
+
+    def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
+        prompt, heads, _ = layer.q.shape
+        group = heads // layer.k.shape[1]
+        columns = torch.zeros(heads, prompt, dtype=torch.bool, device=layer.q.device)
+        diagonals = torch.zeros_like(columns)
+        first = max(prompt - ESTIMATING_ROWS, 0)
+        rows = torch.arange(first, prompt, device=layer.q.device)
+        hidden = torch.arange(prompt, device=layer.q.device) > rows[:, None]
+        for head in range(heads):  # one at a time: (rows, prompt) of all heads together would not be small
+            scores = (layer.q[first:, head] @ layer.k[:, head // group].T).float() * layer.scale
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            column = weights.sum(0)
+            column[:FIRST_COLUMNS] = float("inf")
+            columns[head] = _best(column, self.plan.vertical_size)
+            diagonal = torch.zeros(prompt, device=layer.q.device)
+            for row, weight in zip(range(first, prompt), weights, strict=True):
+                diagonal[: row + 1] += weight[: row + 1].flip(0)
+            diagonal[:LAST_DIAGONALS] = float("inf")
+            diagonals[head] = _best(diagonal, self.plan.slash_size)
+        return columns, diagonals
+
+
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` highest of (tokens,) scores; of equal ones the earlier."""
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
+    return chosen

@@ -1,0 +1,63 @@
+"""Ring attention (arXiv 2310.01889), balanced by giving every rank an early and a late chunk (zigzag)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..compressors import Compressor
+from ..distributed.collectives import Group
+from ..kernels.attention import Segment
+from ..kernels.merge import merge
+from ..plan import Plan
+from .base import Layer, Strategy
+
+
+class Ring(Strategy):
+    """Exact. Rank r of R holds chunks r and 2R-1-r; keys and values travel round while the part at hand is computed.
+
+    Every step after the first computes as much on every rank: the early chunk of an earlier rank is seen by all rows
+    and its late chunk by none; both chunks of a later rank are seen by the late rows alone. What is masked is skipped.
+    """
+
+    def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
+        super().__init__(plan, group, compressor, backend)
+        self._lengths = [[len(block) for block in plan.owned(rank)] for rank in range(plan.ranks)]
+        self._width = max(map(sum, self._lengths))
+
+    def attend_document(self, layer: Layer, out: Tensor) -> None:
+        """See :meth:`Strategy.attend_document`."""
+        rank, size = self.group.rank, self.group.size
+        early, late = self.blocks
+        rows, split = slice(early.row, late.rows.stop), len(early)
+        q, scale = layer.q[rows], layer.scale
+        travelling = layer.k.new_empty(2, self._width, *layer.k.shape[1:])
+        travelling[0, : len(q)], travelling[1, : len(q)] = layer.k[rows], layer.v[rows]
+
+        arriving = self.group.shift(travelling)
+        parts = (
+            self.attention(q[:split], [self.own(layer, early)], scale),
+            self.attention(q[split:], [*self._chunks(travelling, rank)[:1], self.own(layer, late)], scale),
+        )
+        merged, lse = torch.cat([part[0].float() for part in parts]), torch.cat([part[1] for part in parts], 1)
+        for step in range(1, size):
+            travelling = arriving.wait()
+            if step + 1 < size:
+                arriving = self.group.shift(travelling)
+            source = (rank - step) % size
+            chunks = self._chunks(travelling, source)
+            if source < rank:
+                seen, seen_lse = self.attention(q, chunks[:1], scale)
+                merged, lse = merge((merged, seen), (lse, seen_lse))
+            else:
+                seen, seen_lse = self.attention(q[split:], chunks, scale)
+                merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
+        out[rows] = merged.to(out.dtype)
+
+    def _chunks(self, travelling: Tensor, source: int) -> list[Segment]:
+        """A rank's early and late chunk in what it sent round: (2, width, kv_heads, head_dim)."""
+        early, late = self._lengths[source]
+        return [
+            Segment(travelling[0, :early], travelling[1, :early]),
+            Segment(travelling[0, early : early + late], travelling[1, early : early + late]),
+        ]

@@ -1,0 +1,101 @@
+"""On an NVIDIA GPU: the back-ends against fp64, the engine against transformers and against the dense oracle."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from apb import Engine, Prompt, Segment, attention
+from models import tiny_model
+from oracle import dense_prefill
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Nothing here can run without the hardware that it is about.
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
+]
+
+TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
+
+
+def dense(q, segments, scale):
+    """fp64 attention of (rows, heads, d) over the segments, as one masked softmax: out and lse."""
+    rows, heads, _ = q.shape
+    scores, values = [], []
+    for segment in segments:
+        keys, group = segment.k.shape[0], heads // segment.k.shape[1]
+        score = torch.einsum("rhd,khd->hrk", q.double(), segment.k.double().repeat_interleave(group, 1)) * scale
+        if segment.causal:
+            hidden = torch.ones(rows, keys, dtype=torch.bool, device=q.device).triu(keys - rows + 1)
+            score = score.masked_fill(hidden, float("-inf"))
+        scores.append(score)
+        values.append(segment.v.double().repeat_interleave(group, 1))
+    score = torch.cat(scores, -1)
+    return torch.einsum("hrk,khd->rhd", score.softmax(-1), torch.cat(values)), score.logsumexp(-1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (6, 2, 64), (8, 8, 64), (8, 1, 128)])
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_torch_backend_agrees_with_fp64(dtype, heads, kv_heads, head_dim, rows):
+    """Full and causal segments of ragged lengths, in the strides transformers hands over, give fp64's out and lse."""
+    torch.manual_seed(0)
+
+    def tensor(length, count):
+        # (1, heads, length, d) memory seen as (length, heads, d), and the other way round: both occur.
+        return torch.randn(count, length, head_dim, device="cuda").to(dtype).transpose(0, 1)
+
+    q = torch.randn(rows, heads, head_dim, device="cuda").to(dtype)
+    segments = [Segment(tensor(length, kv_heads), tensor(length, kv_heads)) for length in (257, 0, 33)]
+    segments.append(Segment(tensor(rows + 130, kv_heads), tensor(rows + 130, kv_heads), causal=True))
+    out, lse = attention(q, segments, backend="torch")
+    expected, expected_lse = dense(q, segments, head_dim**-0.5)
+    assert ((out.double() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+    assert (lse.double() - expected_lse).abs().max().item() < 1e-4
+
+
+def prompt() -> Prompt:
+    draw = random.Random(0)
+    return Prompt.from_tokens([1, 2], [draw.randrange(97) for _ in range(1003)], [5, 6, 7, 8])
+
+
+def test_full_is_transformers():
+    """In fp32 the engine's logits are those of transformers' eager attention on the same GPU."""
+    model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64).cuda()
+    expected = model(torch.tensor([prompt().token_ids], device="cuda")).logits[0, -1]
+    engine = Engine.from_model(model, strategy="full")
+    assert (engine.prefill(prompt()).logits - expected).abs().max().item() < 1e-4
+    engine.close()
+
+
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_apb_is_the_oracle(blocks):
+    """In fp32 logits and every layer's cache are the dense oracle's."""
+    model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64)
+    expected = dense_prefill(
+        model, prompt().prefix, prompt().document, prompt().query, blocks=blocks, anchor_length=40, passing_length=16
+    )
+    assert expected.margins > 1e-4, "the selection of this seed is a coin toss: take another"
+    engine = Engine.from_model(model.cuda(), strategy="apb", blocks=blocks, anchor_length=40, passing_length=16)
+    session = engine.prefill(prompt())
+    assert (session.logits.cpu() - expected.logits).abs().max().item() < 1e-4
+    for layer, (keys, values) in enumerate(zip(expected.keys, expected.values, strict=True)):
+        got_keys, got_values = session.gather_kv(layer)
+        assert (got_keys.cpu() - keys).abs().max().item() < 1e-4
+        assert (got_values.cpu() - values).abs().max().item() < 1e-4
+    engine.close()
+
+
+def test_bf16_stays_near_fp32():
+    """bf16 through the fused kernels gives the fp32 distribution to bf16 rounding, and the same cache length."""
+    model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64).cuda()
+    options = {"strategy": "apb", "blocks": 4, "anchor_length": 40, "passing_length": 2000}
+    engine = Engine.from_model(model, **options)
+    expected = engine.prefill(prompt()).logits
+    engine.close()
+    engine = Engine.from_model(model.bfloat16(), **options)
+    got = engine.prefill(prompt()).logits
+    engine.close()
+    assert ((got - expected).norm() / expected.norm()).item() < 0.1

@@ -1,0 +1,89 @@
+"""Tiny decoders with random weights, for tests: peaky attention, well separated scores, logits far from uniform."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def tiny_model(
+    family: str,
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    layers: int = 3,
+    hidden: int = 64,
+    vocab: int = 97,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A fp32 model in eval mode with eager attention. `head_dim` need not be hidden / heads (Llama's own config still
+    wants `hidden` to be a multiple of `heads`). The same arguments give the same weights; torch's global generator
+    is left as it was. Keep three layers or more: what an anchor row sees in one layer changes block rows in
+    the next, and only the layer after that shows it to the query and the cache."""
+    config_class, model_class = FAMILIES[family]
+    options = {"sliding_window": None} if family == "mistral" else {}
+    config = config_class(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+        **options,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = model_class(config).to(torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            if name.endswith("bias"):
+                weight.copy_(0.5 * noise)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.copy_(1.5 + 0.3 * noise)
+            elif weight.ndim == 1:  # the other norms
+                weight.copy_(1.0 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                weight.copy_(noise)
+            else:  # linear: keeps the variance, times a gain that makes attention and logits peaky
+                gain = 2.4 if any(part in name for part in ("q_proj", "k_proj", "lm_head")) else 1.0
+                weight.copy_(gain * weight.shape[1] ** -0.5 * noise)
+    return model.requires_grad_(False)
+
+
+def tiny_heads(model: PreTrainedModel, *, hidden: int = 32, seed: int = 0) -> dict[str, Tensor]:
+    """Random retaining heads for `model` under the names of a heads file: per layer fc1 (hidden, (heads + 2 kv_heads) *
+    head_dim) and fc2 (kv_heads, hidden), no bias."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        key_width = attention.k_proj.out_features
+        width = attention.q_proj.out_features + 2 * key_width
+        name = f"model.layers.{index}.self_attn"
+        weights[f"{name}.fc1.weight"] = torch.randn(hidden, width, generator=generator) * width**-0.5
+        weights[f"{name}.fc2.weight"] = torch.randn(key_width // attention.head_dim, hidden, generator=generator)
+    return weights

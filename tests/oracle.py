@@ -1,0 +1,249 @@
+"""Dense reference of approximate blockwise prefill: one softmax over one explicit mask, and nothing clever.
+
+All rows [A | B_1 .. B_H | Q] (anchor, blocks, query) go through the decoder layers together. Per layer and KV head a
+boolean matrix says which row sees which row's key; a token that a block passes on is simply that token's own column,
+made visible to the rows of later blocks. Everything runs in the model's dtype: fp32, or fp64 after `model.double()`.
+Shapes: rows = len(A) + p + n + m, for a prefix of p tokens, a document of n and a query of m; d = head_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+POOL = 5  # width of the max-pool over a block's scores
+Tokens = Sequence[int] | Tensor
+Score = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class OracleResult:
+    """logits (vocab,): for the token after the query.
+    keys, values: per layer (kv_heads, p + n + m, d), keys after RoPE, in document order.
+    selected: per layer, per block (all H of them, though nothing follows the last): (kv_heads, count), the true
+        positions of the tokens passed on, ascending. count is 0 with one block, star, or no compressor.
+    margins: how far the closest decision was from a coin toss (see `select`), over all layers, heads and blocks;
+        infinite where no score decided anything."""
+
+    logits: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    selected: list[list[Tensor]]
+    margins: float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which token stands in which row. Row `anchor + t` is the token at true position t, for every t."""
+
+    tokens: list[int]  # (rows,)
+    positions: list[int]  # (rows,) for RoPE
+    anchor: int  # rows of the anchor: 0 with one block, and for star, whose anchor is a part of block 1
+    shared: range  # rows that all rows of blocks 2.. see: the anchor
+    blocks: list[range]  # true positions of each block; block 1 starts with the prefix
+    query: range  # true positions
+    first_eligible: int  # true positions before this one are prefix, or stand in the anchor
+
+
+def lay_out(prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: int | None, strategy: str) -> Layout:
+    """The rows of a prefill. Refuses what the definition leaves open: an empty query, an empty block."""
+    x, doc, q = ([int(token) for token in part] for part in prompt)
+    if strategy not in ("apb", "star"):
+        raise ValueError(f"unknown strategy {strategy!r}")
+    if not q or not 1 <= blocks <= max(len(doc), 1):
+        raise ValueError("the query and every block need at least one token")
+    if (strategy == "apb" and blocks > 1 and anchor_length is None) or (anchor_length or 0) < 0:
+        raise ValueError("apb with several blocks needs an anchor_length, and no length is negative")
+
+    sizes = [len(part) for part in np.array_split(np.arange(len(doc)), blocks)]
+    ends = [len(x) + end for end in np.cumsum(sizes).tolist()]
+    ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    anchor = (x + q + doc)[:anchor_length] if strategy == "apb" and blocks > 1 else []
+    return Layout(
+        tokens=anchor + x + doc + q,
+        positions=[*range(len(anchor)), *range(len(x) + len(doc) + len(q))],
+        anchor=len(anchor),
+        shared=ranges[0][:anchor_length] if strategy == "star" else range(len(anchor)),
+        blocks=ranges,
+        query=range(len(x) + len(doc), len(x) + len(doc) + len(q)),
+        first_eligible=len(x) + max(0, len(anchor) - len(x) - len(q)),
+    )
+
+
+def causal(size: int) -> Tensor:
+    """(size, size), True where a row sees a column."""
+    return torch.ones(size, size, dtype=torch.bool).tril()
+
+
+def visibility(layout: Layout, selected: list[Tensor]) -> Tensor:
+    """(kv_heads, rows, rows), True where a row sees a column. selected: per block (kv_heads, count), true positions."""
+    rows, at = len(layout.tokens), layout.anchor
+    mask = torch.zeros(selected[0].shape[0], rows, rows, dtype=torch.bool)
+    mask[:, :at, :at] = causal(at)
+    for index, block in enumerate(layout.blocks):
+        own = slice(at + block.start, at + block.stop)
+        mask[:, own, own] = causal(len(block))
+        if index > 0:
+            mask[:, own, layout.shared.start : layout.shared.stop] = True
+        for earlier in selected[:index]:
+            for head, positions in enumerate(earlier):
+                mask[head, own, at + positions] = True
+    first = at + layout.query.start
+    mask[:, first:, at:first] = True
+    mask[:, first:, first:] = causal(len(layout.query))
+    return mask
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (heads, rows, d), halves convention, by cos and sin (rows, d)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q (heads, rows, d), k and v (kv_heads, rows, d) of x (rows, hidden), before RoPE, after q_norm and k_norm."""
+    q, k, v = (
+        getattr(attention, name)(x).unflatten(-1, (-1, attention.head_dim)) for name in ("q_proj", "k_proj", "v_proj")
+    )
+    if hasattr(attention, "q_norm"):
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    return q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+
+
+def scaled_logits(attention: Any, q: Tensor, k: Tensor) -> Tensor:
+    """(kv_heads, group, queries, keys) of q (heads, queries, d) and k (kv_heads, keys, d), both after RoPE."""
+    scaling = getattr(attention, "scaling", attention.head_dim**-0.5)
+    return q.unflatten(0, (k.shape[0], -1)) @ k.transpose(1, 2)[:, None] * scaling
+
+
+def attend(attention: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """(queries, heads * d): masked softmax of the whole matrix. mask (kv_heads, queries, keys), True = visible."""
+    logits = scaled_logits(attention, q, k).masked_fill(~mask.to(q.device)[:, None], -math.inf)
+    return (logits.softmax(-1) @ v[:, None]).flatten(0, 1).transpose(0, 1).flatten(1)
+
+
+def pool(scores: Tensor) -> Tensor:
+    """Max-pool of (kv_heads, tokens), inside the block: stride 1, padded so that the length stays."""
+    return nn.functional.max_pool1d(scores[None], POOL, stride=1, padding=POOL // 2)[0]
+
+
+def select(raw: Tensor, pooled: Tensor, eligible: Sequence[int], count: int) -> tuple[list[int], float]:
+    """The `count` best of the `eligible` tokens of one block and KV head by `pooled` (tokens,), ties to the earlier.
+
+    Also the margin: the gap, relative to the larger of the two, between the last selected and the first rejected
+    score. Pooling makes these two equal when both windows hold the same token; then the order is certain as long as no
+    other token's `raw` score (tokens,) comes close, so the gap is the one to the nearest of those. Infinite where
+    nobody is selected or nobody rejected."""
+    order = sorted(eligible, key=lambda token: (-float(pooled[token]), token))
+    chosen, rejected = order[:count], order[count:]
+    if not chosen or not rejected:
+        return sorted(chosen), math.inf
+    last, other = float(pooled[chosen[-1]]), float(pooled[rejected[0]])
+    if last == other:
+        other = sorted(raw.tolist(), key=lambda score: abs(score - last))[1]  # [0] is the token they share
+    size = max(abs(last), abs(other))
+    return sorted(chosen), abs(last - other) / size if size > 0 else 0.0
+
+
+def query_scores(attention: Any, q: Tensor, k: Tensor) -> Tensor:
+    """(kv_heads, tokens): the attention that the query rows q (heads, m, d) pay to each key of a block k (kv_heads,
+    tokens, d), were there nothing but the block; both after RoPE; mean over rows and the group's heads."""
+    return scaled_logits(attention, q, k).softmax(-1).mean(dim=(1, 2))
+
+
+def retaining_scores(heads: Mapping[str, Tensor], index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(kv_heads, tokens) by the trained heads of layer `index`: q (heads, tokens, d), k and v (kv_heads, tokens, d)
+    before RoPE."""
+    fc1, fc2 = (heads[f"model.layers.{index}.self_attn.{name}.weight"].to(q) for name in ("fc1", "fc2"))
+    x = torch.cat([part.transpose(0, 1).flatten(1) for part in (q, k, v)], dim=-1)
+    return (nn.functional.silu(x @ fc1.T) @ fc2.T).T
+
+
+@torch.no_grad()
+def dense_prefill(
+    model: PreTrainedModel,
+    prefix: Tokens,
+    document: Tokens,
+    query: Tokens,
+    *,
+    blocks: int,
+    anchor_length: int | None,
+    passing_length: int,
+    compressor: str | None = "query",
+    strategy: str = "apb",
+    heads: Mapping[str, Tensor] | None = None,
+    score: Score | None = None,
+) -> OracleResult:
+    """Prefill by strategy "apb" or "star"; one block is plain causal attention under either.
+    compressor: "query", "recent", "retaining" (needs `heads`: a heads file's tensors by name), None (nothing passed).
+    score(layer, block), both counted from 0, gives (kv_heads, tokens of the block, prefix included) in the compressor's
+    place; these scores are used as they are, not pooled. star ignores compressor, score and passing_length, and its
+    anchor_length is the number of block 1's first tokens that later blocks see (None: all)."""
+    if passing_length < 0 or (score is None and compressor not in ("query", "recent", "retaining", None)):
+        raise ValueError(f"a negative passing_length, or an unknown compressor: {passing_length}, {compressor!r}")
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy)
+    passes = strategy == "apb" and blocks > 1 and passing_length > 0 and (compressor is not None or score is not None)
+    at, decoder = layout.anchor, model.model
+    hidden = decoder.embed_tokens(torch.tensor(layout.tokens, device=model.device))  # (rows, hidden)
+    cos, sin = (part[0] for part in decoder.rotary_emb(hidden, torch.tensor([layout.positions], device=model.device)))
+    keys, values, selections, margins = [], [], [], [math.inf]
+
+    for index, layer in enumerate(decoder.layers):
+        attention = layer.self_attn
+        raw_q, raw_k, v = project(attention, layer.input_layernorm(hidden))
+        q, k = rope(raw_q, cos, sin), rope(raw_k, cos, sin)
+
+        selected = []
+        for number, block in enumerate(layout.blocks):
+            own = slice(at + block.start, at + block.stop)
+            eligible = [t - block.start for t in block if t >= layout.first_eligible] if passes else []
+            if not eligible or (score is None and compressor == "recent"):
+                chosen = [eligible[-passing_length:] for _ in k]
+            else:
+                if score is not None:
+                    raw = pooled = score(index, number)
+                else:
+                    if compressor == "retaining":
+                        raw = retaining_scores(heads or {}, index, raw_q[:, own], raw_k[:, own], v[:, own])
+                    else:
+                        raw = query_scores(attention, q[:, at + layout.query.start :], k[:, own])
+                    pooled = pool(raw)
+                assert raw.shape == (k.shape[0], len(block)), "one score per KV head and token of the block"
+                picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pooled, strict=True)]
+                chosen = [tokens for tokens, _ in picks]
+                margins += [margin for _, margin in picks]
+            selected.append(torch.tensor(chosen, dtype=torch.long).reshape(k.shape[0], -1) + block.start)
+
+        hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected)))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+        keys.append(k[:, at:])
+        values.append(v[:, at:])
+        selections.append(selected)
+
+    logits = model.lm_head(decoder.norm(hidden[-1]))
+    return OracleResult(logits, keys, values, selections, min(margins))
+
+
+@torch.no_grad()
+def dense_decode(model: PreTrainedModel, result: OracleResult, token_ids: Tokens) -> Tensor:
+    """logits (len(token_ids), vocab), row i for the token after token_ids[i]: the tokens follow the query, see all of
+    prefix, document and query in the oracle's cache, and themselves causally. `result` is not changed."""
+    tokens, past = [int(token) for token in token_ids], result.keys[0].shape[1]
+    positions = torch.arange(past, past + len(tokens), device=model.device)
+    hidden = model.model.embed_tokens(torch.tensor(tokens, device=model.device))
+    cos, sin = (part[0] for part in model.model.rotary_emb(hidden, positions[None]))
+    mask = torch.cat([torch.ones(len(tokens), past, dtype=torch.bool), causal(len(tokens))], dim=1)[None]
+    for layer, old_k, old_v in zip(model.model.layers, result.keys, result.values, strict=True):
+        q, k, v = project(layer.self_attn, layer.input_layernorm(hidden))
+        q, k = rope(q, cos, sin), torch.cat([old_k, rope(k, cos, sin)], dim=1)
+        mixed = attend(layer.self_attn, q, k, torch.cat([old_v, v], dim=1), mask)
+        hidden = hidden + layer.self_attn.o_proj(mixed)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(model.model.norm(hidden))

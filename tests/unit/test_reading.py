@@ -1,0 +1,91 @@
+"""The strategy "auto": what it chooses, and why."""
+
+from __future__ import annotations
+
+import pytest
+
+from apb import Engine, InputError, Prompt
+from apb.cost import Ceilings, ModelShape
+from apb.hardware import Hardware
+from apb.reading import Reading
+from models import tiny_model
+
+# The 8B shape: long documents are dominated by attention.
+SHAPE = ModelShape(
+    layers=32,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    hidden=4096,
+    intermediate=14336,
+    vocabulary=128256,
+    layer_parameters=6_979_321_856,
+    parameters=8_030_261_248,
+)
+GPU = Hardware(memory=141 * 10**9, element_bytes=2, ceilings=Ceilings(linear=7e14, attention=6e14, link=2e11))
+
+
+def choose(document, ranks=1, hardware=GPU, **options):
+    sizes = {"prefix": 1, "document": document, "query": 30}
+    return Reading(strategy="auto", **options)._choose(sizes, ranks, SHAPE, hardware)
+
+
+def test_short_documents_are_read_in_full():
+    """Below 8K tokens nothing is gained by cutting, whatever is allowed."""
+    plan = choose(5000, approximate=True)
+    assert plan.strategy == "full"
+    assert "8192" in plan.reason
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_only_exact_strategies_unless_allowed(ranks):
+    """Without leave to approximate the choice is exact; several ranks take a parallel strategy."""
+    plan = choose(131072, ranks)
+    assert plan.exact
+    assert plan.strategy in (("full", "ring") if ranks == 1 else ("ring", "ulysses"))
+    assert "predicted fastest" in plan.reason
+
+
+def test_approximate_wins_on_long_documents():
+    """With leave, the cheapest by FLOPs is taken: at 512K that is not an exact one."""
+    assert not choose(524288, ranks=2, approximate=True).exact
+
+
+def test_ulysses_only_where_heads_divide():
+    """Three ranks do not divide 32 heads."""
+    assert "ulysses" not in choose(131072, 3).reason
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers():
+    """No strategy fits 20 GB: the sentence says what is needed and what there is."""
+    small = Hardware(memory=20 * 10**9, element_bytes=2, ceilings=None)
+    with pytest.raises(InputError, match=r"needs least, \d+\.\d GiB a rank, and a rank has 18\.6 GiB"):
+        choose(131072, hardware=small)
+
+
+def test_the_result_says_what_was_chosen():
+    """The generation names the strategy and the reason; a strategy that the user named has none."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    prompt = Prompt.from_tokens([1], [5, 6, 7, 8, 9], [2, 3])
+    result = Engine.from_model(model, strategy="auto").generate(prompt, max_new_tokens=2)
+    assert result.strategy == "full"
+    assert result.choice == "the document has fewer than 8192 tokens"
+    assert Engine.from_model(model, strategy="full").generate(prompt, max_new_tokens=2).choice is None
+
+
+def test_a_session_continues_in_transformers():
+    """The cache handed over as transformers' own lets model.generate go on to the same tokens."""
+    import torch
+
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    prompt = Prompt.from_tokens([1], [(37 * i + 11) % 97 for i in range(90)], [2, 3])
+    for strategy, options in (("full", {}), ("apb", {"blocks": 4, "anchor_length": 9, "passing_length": 5})):
+        engine = Engine.from_model(model, strategy=strategy, **options)
+        expected = engine.generate(prompt, max_new_tokens=12).token_ids
+        session = engine.prefill(prompt)
+        first = int(session.logits.argmax())
+        cache = session.to_dynamic_cache()
+        engine.close()
+        ids = torch.tensor([[*prompt.token_ids, first]])
+        generated = model.generate(ids, past_key_values=cache, max_new_tokens=11, do_sample=False, eos_token_id=None)
+        assert generated[0, len(prompt) :].tolist() == expected
