@@ -43,7 +43,7 @@ def settings(task: str, length: int) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def shard(model: str, task: str, length: int, count: int, seed: int, threads: int) -> dict[str, float]:
+def shard(model: str, device: str, threads: int, task: str, length: int, count: int, seed: int) -> dict[str, float]:
     """Sum of scores of one shard of samples: name of a row -> sum."""
     import torch
 
@@ -51,7 +51,7 @@ def shard(model: str, task: str, length: int, count: int, seed: int, threads: in
     from apb.evaluation.synthetic import Setting, evaluate
 
     torch.set_num_threads(threads)
-    engine = Engine.from_pretrained(model)
+    engine = Engine.from_pretrained(model, device=device)
     rows = settings(task, length)
     chosen = [Setting(**options) for options in rows.values()]
     results = evaluate(engine, [task], [length], chosen, count, seed)
@@ -108,7 +108,11 @@ def main() -> None:
         )
 
     with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(shard, model, *work, threads): work for work in shards}
+        gpus = max(1, torch.cuda.device_count())
+        places = [f"cuda:{number % gpus}" if device.type == "cuda" else "cpu" for number in range(len(shards))]
+        futures = {
+            pool.submit(shard, model, place, threads, *work): work for place, work in zip(places, shards, strict=True)
+        }
         for number, future in enumerate(as_completed(futures), 1):
             task, length, count, seed = futures[future]
             counts[task, length] += count

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
-# Before torch and transformers are imported: no test may reach the network, and ranks must not fight for the cores.
+# Before torch and transformers are imported, and for the processes that tests start: no test may reach the network, and
+# threads must not fight for the cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import pytest
 from hypothesis import settings
 
 # No deadline: the first example of a test pays for imports. Derandomised: the same examples on every run.
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint on disk, with a tokenizer of bytes."""
+    from byte_checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(folder)
+    return folder

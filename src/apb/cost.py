@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .plan import METHODS, Anchor, Kind, Plan
+from .plan import METHODS, Anchor, Kind, Plan, kv_heads_of
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,14 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
     if plan.strategy == "ring":
         document = others * max(rows) * model.cache_row
     elif plan.strategy == "ulysses":
-        # q, k and v of this rank's rows go to the ranks that have the heads, and their outputs come back.
-        kv_heads = min(max(model.kv_heads, plan.ranks), model.heads)
-        there = rows[rank] * (model.heads + 2 * kv_heads)
-        back = (sum(rows) - rows[rank]) * model.heads
-        document = (there * others // plan.ranks + back // plan.ranks) * model.head_dim * model.layers
+        # q, k and v of this rank's rows go to the ranks that have the heads, and the outputs of theirs go back.
+        share, group = max(model.heads // plan.ranks, 1), model.heads // model.kv_heads
+        sent = 0
+        for other in range(plan.ranks):
+            if other != rank:
+                kv_heads = len(kv_heads_of(other * share, share, group))
+                sent += rows[rank] * (share + 2 * kv_heads) + rows[other] * share
+        document = sent * model.head_dim * model.layers
     else:
         document = others * _gathered_rows(plan) * model.cache_row
     return document * element_bytes + others * query

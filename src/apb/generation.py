@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -49,8 +50,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         at_least("max_new_tokens", self.max_new_tokens, 1)
-        if not self.temperature >= 0:
-            raise InputError(f"The temperature must be 0 or more, not {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"The temperature must be a number of 0 or more, not {self.temperature}.")
         if self.top_k is not None:
             at_least("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -99,8 +100,11 @@ class Generation:
     choice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values."""
-        return asdict(self)
+        """All fields as plain Python values; ``choice`` only where there was one."""
+        fields = asdict(self)
+        if self.choice is None:
+            del fields["choice"]
+        return fields
 
 
 def eos_ids(model: Any) -> list[int]:

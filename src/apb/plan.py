@@ -185,7 +185,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of full attention: so with one block, or where no column or diagonal is left out."""
+        """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
         method = METHODS[self.strategy]
         if method.sparse:
             return max(self.vertical_size, self.slash_size) >= self.query_start
@@ -286,17 +286,19 @@ class Plan:
         return tuple(spans)
 
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them."""
-        return {
+        """The plan's numbers, as the command line prints them; the budgets of a sparse method only where they count."""
+        numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,
             "rounds": self.rounds,
             "anchor_length": self.anchor_length,
             "passing_length": self.passing_length,
-            "prefix_tokens": self.prefix,
             "document_tokens": self.document,
             "query_tokens": self.query,
         }
+        if METHODS[self.strategy].sparse:
+            numbers |= {"vertical_size": self.vertical_size, "slash_size": self.slash_size}
+        return numbers
 
 
 def method_of(strategy: str) -> Method:
@@ -359,6 +361,15 @@ def _anchor_length(method: Method, prefix: int, document: int, query: int, block
             f"make the anchor at least {prefix + query} tokens long or shorten the query."
         )
     return min(asked, prefix + document + query)
+
+
+def kv_heads_of(first: int, count: int, group: int) -> list[int]:
+    """KV heads that query heads [first, first + count) read, as an attention with grouped heads expects them."""
+    per_head = [head // group for head in range(first, first + count)]
+    kept = sorted(set(per_head))
+    even = len(per_head) % len(kept) == 0
+    regular = even and [kept[i // (count // len(kept))] for i in range(count)] == per_head
+    return kept if regular else per_head
 
 
 def _default_blocks(document: int, ranks: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .errors import InputError
+from .errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +51,7 @@ class Prompt:
 
         The parts are tokenized apart, so that a document's tokens do not depend on the question.
         """
-        _refuse_blank(document, query)
+        _check_texts(document, query)
         bos = tokenizer.bos_token_id
         return cls(
             () if bos is None else (bos,),
@@ -70,11 +70,16 @@ class Prompt:
         """
         if tokenizer.chat_template is None:
             raise InputError("This tokenizer has no chat template; use Prompt.from_text instead of Prompt.from_chat.")
-        _refuse_blank(document, query)
+        _check_texts(document, query)
         messages = [{"role": "user", "content": f"{_SENTINEL}\n\n{query}"}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        from jinja2 import TemplateError
+
+        try:
+            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise InputError(f"The tokenizer's chat template refuses this prompt: {first_line(error)}.") from error
         before, found, after = rendered.partition(_SENTINEL)
         if not found:
             raise InputError("The tokenizer's chat template drops the user's text; use Prompt.from_text instead.")
@@ -102,7 +107,12 @@ def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _refuse_blank(document: str, query: str) -> None:
+def _check_texts(document: str, query: str) -> None:
+    for name, text in (("document", document), ("query", query)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8 come as such characters
+            raise InputError(f"The {name} is not valid text at character {error.start}; give it as UTF-8.") from error
     if not document.strip():
         raise InputError("The document is empty; give a text with at least one word.")
     if not query.strip():

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import doctor, evaluate, generate, plan
+from . import bench, doctor, evaluate, generate, plan, train
 
 app = typer.Typer(
     name="apb",
@@ -22,6 +22,8 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
+app.add_typer(train.app, name="train")
 
 # typer brings its own copy of click in some versions and uses click in others; this is the class in either.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -37,8 +39,14 @@ def main() -> None:
 def run(command: typer.Typer) -> int:
     """Run a command line; its exit status."""
     try:
-        status = typer.main.get_command(command).main(prog_name="apb", standalone_mode=False)
+        # Not its main(): that swallows Ctrl-C and closed pipes, each version of typer in its own way.
+        parsed = typer.main.get_command(command)
+        with parsed.make_context("apb", sys.argv[1:]) as context:
+            status = parsed.invoke(context)
+        sys.stdout.flush()
         return int(status or DONE)
+    except typer.Exit as leaving:
+        return leaving.exit_code
     except InputError as error:
         return _say(str(error), WRONG_INPUT)
     except UsageError as error:

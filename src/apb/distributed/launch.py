@@ -79,6 +79,25 @@ def check_ranks(ranks: int, device: torch.device) -> None:
         raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
 
 
+def ranks_to_use(asked: int | None, device: torch.device) -> int:
+    """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had."""
+    if under_torchrun():
+        if asked not in (None, world_size()):
+            raise InputError(f"--ranks {asked} was given, but torchrun started {world_size()}; leave --ranks out.")
+        return world_size()
+    ranks = 1 if asked is None else asked
+    check_ranks(ranks, device)
+    return ranks
+
+
+def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
+    """Run ``function(*args)`` on so many ranks: in this process where it is one of them, else in started ones."""
+    if under_torchrun() or ranks == 1:
+        function(*args)
+    else:
+        launch(function, ranks, *args)
+
+
 def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
 
@@ -103,9 +122,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
         try:
             elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
-            # A rank that was killed makes the others fail too, when they next talk to it: it is the one to name.
-            killed = [(rank, failure) for rank, failure in error.failures.items() if failure.exitcode < 0]
-            rank, failure = killed[0] if killed else error.get_first_failure()
+            rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -125,6 +142,12 @@ def _run_rank(function: Callable[..., None], *args: Any) -> None:
         if os.environ.get("APB_TRACEBACK"):
             raise
         os._exit(1)
+
+
+def _blame(failure: Any) -> tuple[bool, bool, int]:
+    """Sorts failures, the cause first: a rank that dies or fails makes others fail when they next talk to it."""
+    victim = any(sign in str(failure.message) for sign in ("Connection closed by peer", "Connection reset by peer"))
+    return failure.exitcode >= 0, victim, failure.timestamp
 
 
 def _reason(failure: Any) -> str:

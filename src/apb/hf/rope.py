@@ -18,6 +18,7 @@ def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[],
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        _forget_longer(module, total())
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": _extend(kwargs["position_ids"], total())}
         return (args[0], _extend(args[1], total()), *args[2:]), kwargs
@@ -36,6 +37,14 @@ def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[],
             handle.remove()
 
     return undo
+
+
+def _forget_longer(module: nn.Module, total: int) -> None:
+    """Keep dynamic RoPE from using the frequencies of a longer prompt that was read before: it only ever grows them."""
+    original = getattr(module, "original_max_seq_len", None)
+    if original is not None and total >= original:  # below that, transformers itself goes back to the original ones
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            setattr(module, name, min(int(getattr(module, name)), total - 1))
 
 
 def _extend(positions: Tensor, total: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Segment
-from ..plan import check_heads
+from ..plan import check_heads, kv_heads_of
 from .base import Layer, Strategy
 
 
@@ -24,7 +24,7 @@ class Ulysses(Strategy):
         heads, kv_heads = layer.q.shape[1], layer.k.shape[1]
         check_heads(self.plan.strategy, heads, size)
         share = heads // size
-        wanted = [_kv_heads_of(rank * share, share, heads // kv_heads) for rank in range(size)]
+        wanted = [kv_heads_of(rank * share, share, heads // kv_heads) for rank in range(size)]
         own_kv = len(wanted[self.group.rank])
         width = share + 2 * own_kv
         lengths = [len(self.plan.block(rank)) for rank in range(size)]
@@ -42,12 +42,3 @@ class Ulysses(Strategy):
         result, _ = self.attention(q, [Segment(k, v, causal=True)], layer.scale)
         mine = (len(span), share, head_dim)
         out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)
-
-
-def _kv_heads_of(first: int, count: int, group: int) -> list[int]:
-    """KV heads that query heads [first, first + count) read, as an attention with grouped heads expects them."""
-    per_head = [head // group for head in range(first, first + count)]
-    kept = sorted(set(per_head))
-    even = len(per_head) % len(kept) == 0
-    regular = even and [kept[i // (count // len(kept))] for i in range(count)] == per_head
-    return kept if regular else per_head

@@ -1,0 +1,157 @@
+"""What the ranks of the distributed tests do: everything in one start, since every process costs seconds of imports.
+
+Four processes are started. Groups of the first one, two, three and four of them read every case; each rank writes down
+what it got, and the tests compare that in the process that started them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import apb
+from apb.distributed.collectives import Group, Pending
+from byte_checkpoint import VOCABULARY, byte_tokenizer
+from cases import CASES, Case, Outcome, read
+from models import tiny_model
+
+SIZES = (1, 2, 3, 4)
+PROMPT = Case(1, document=90).prompt
+SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
+
+
+@dataclass
+class Record:
+    """What one rank of a group of some size saw."""
+
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)  # bytes in a prefill
+    cached: dict[str, int] = field(default_factory=dict)  # bytes after it
+    refused: dict[str, str] = field(default_factory=dict)  # the sentence, where a case cannot be run so
+    generated: dict[str, Any] = field(default_factory=dict)
+    collectives: dict[str, Any] = field(default_factory=dict)
+
+
+def everything(folder: str) -> None:
+    """One rank's part of all tests; writes {size: Record} to the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, records = dist.get_rank(), {}
+    for size in SIZES:
+        group = Group(rank, size, dist.new_group(range(size)))
+        if rank < size:
+            records[size] = record(group)
+        dist.barrier()
+    torch.save(records, Path(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def record(group: Group) -> Record:
+    """All that a group of one size does."""
+    seen = Record()
+    for name, case in CASES.items():
+        engine = case.engine()
+        engine.group = group
+        try:
+            with counting() as sent:
+                session = engine.prefill(case.prompt)
+        except apb.InputError as error:
+            seen.refused[name] = str(error)
+            continue
+        seen.sent[name] = sum(sent)
+        shards = [session._cache.shard(layer) for layer in range(3)]
+        seen.cached[name] = sum(part.numel() * part.element_size() for shard in shards for part in shard)
+        seen.outcomes[name] = read(engine, case)
+    seen.generated = generate(group)
+    seen.collectives = collect(group)
+    return seen
+
+
+@contextmanager
+def counting() -> Iterator[list[int]]:
+    """The bytes that this rank sends to others, one entry a call, of the collectives that strategies use."""
+    sent: list[int] = []
+    all_gather, shift, all_to_all = Group.all_gather, Group.shift, Group.all_to_all
+
+    def count(*parts: Tensor) -> int:
+        return sum(part.numel() * part.element_size() for part in parts)
+
+    def counted_all_gather(group: Group, x: Tensor) -> Pending:
+        sent.append((group.size - 1) * count(x))
+        return all_gather(group, x)
+
+    def counted_shift(group: Group, x: Tensor) -> Pending:
+        sent.append(count(x) if group.size > 1 else 0)
+        return shift(group, x)
+
+    def counted_all_to_all(group: Group, parts: list[Tensor], shapes: Any) -> list[Tensor]:
+        sent.append(count(*(part for rank, part in enumerate(parts) if rank != group.rank)))
+        return all_to_all(group, parts, shapes)
+
+    with (
+        patch.object(Group, "all_gather", counted_all_gather),
+        patch.object(Group, "shift", counted_shift),
+        patch.object(Group, "all_to_all", counted_all_to_all),
+    ):
+        yield sent
+
+
+def generate(group: Group) -> dict[str, Any]:
+    """Answers of sampling and of streaming, with a tokenizer of bytes."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY)
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5)
+    engine.group = group
+    prompt = apb.Prompt.from_tokens(
+        *([token % 256 for token in part] for part in (PROMPT.prefix, PROMPT.document, PROMPT.query))
+    )
+    drawn = engine.generate(prompt, **SAMPLING)
+    streamed = "".join(engine.stream(prompt, **SAMPLING))
+    unseeded = engine.generate(prompt, max_new_tokens=24, temperature=1.0)
+    model.generation_config.eos_token_id = drawn.token_ids[5]
+    stopped = engine.generate(prompt, **SAMPLING)
+    return {
+        "drawn": drawn.to_dict(),
+        "streamed": streamed,
+        "unseeded": unseeded.token_ids,
+        "stopped": stopped.to_dict(),
+    }
+
+
+def collect(group: Group) -> dict[str, Any]:
+    """Every collective, on numbers that say which rank they come from."""
+    mine = torch.tensor([[10.0 * group.rank, 10.0 * group.rank + 1]])
+    gathered = group.all_gather(mine)
+    empty = group.all_gather(torch.empty(2, 0, 3))
+    shifted = group.shift(mine)
+    parts = [torch.full((group.rank + 1, to + 1), 10.0 * group.rank + to) for to in range(group.size)]
+    received = group.all_to_all(parts, [(source + 1, group.rank + 1) for source in range(group.size)])
+    told = group.broadcast(mine.clone())
+    group.barrier()
+    waited = gathered.wait()
+    return {
+        "all_gather": waited,
+        "all_gather, waited twice": gathered.wait(),
+        "all_gather of nothing": empty.wait(),
+        "all_gather of a view": group.all_gather(torch.arange(6.0).view(2, 3).T + group.rank).wait(),
+        "shift": shifted.wait(),
+        "all_to_all": received,
+        "broadcast": told,
+        "gather": group.gather(mine),
+    }
+
+
+def fail_on_rank_1() -> None:
+    """One rank fails while the other waits for it."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        raise ValueError("the reason")
+    dist.barrier()

@@ -1,0 +1,127 @@
+"""Several ranks read what one does: the oracle's numbers, the same on all ranks, with the bytes that were predicted."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import ranks
+from apb.cost import predict
+from apb.distributed.launch import launch
+from apb.errors import RankError
+from apb.hf.loading import model_shape
+from apb.plan import Plan
+from cases import CASES, check
+from ranks import SIZES, Record
+
+Records = dict[int, list[Record]]
+GROUPS = [(size, name) for size, name in itertools.product(SIZES, CASES)]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
+    """{size: the records of the ranks of the group of that size}."""
+    folder = tmp_path_factory.mktemp("ranks")
+    launch(ranks.everything, max(SIZES), str(folder))
+    loaded = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
+    return {size: [loaded[rank][size] for rank in range(size)] for size in SIZES}
+
+
+def plan_of(name: str, size: int) -> Plan:
+    case = CASES[name]
+    return Plan.build(
+        case.prefix,
+        case.document,
+        case.query,
+        blocks=case.blocks,
+        ranks=size,
+        anchor_length=case.anchor_length,
+        passing_length=case.passing_length,
+        strategy=case.strategy,
+    )
+
+
+def ran(records: Records, size: int, name: str) -> list[Record]:
+    """The records of a case; skips nothing: a case that was refused must be one that cannot be run so."""
+    refused = {record.refused.get(name) for record in records[size]}
+    assert refused == {None}, refused
+    return records[size]
+
+
+@pytest.mark.parametrize(("size", "name"), GROUPS)
+def test_against_the_oracle(records: Records, size: int, name: str) -> None:
+    """Fewer, as many and more blocks than ranks: rank 0 has the oracle's logits, cache in document order and decode."""
+    check(ran(records, size, name)[0].outcomes[name], name)
+
+
+@pytest.mark.parametrize(("size", "name"), GROUPS)
+def test_all_ranks_agree(records: Records, size: int, name: str) -> None:
+    """Logits are the same to the bit on all ranks, after prefill and in decode; only rank 0 gathers the cache."""
+    first, *others = (record.outcomes[name] for record in ran(records, size, name))
+    for outcome in others:
+        assert torch.equal(outcome.logits, first.logits)
+        assert torch.equal(outcome.decoded, first.decoded)
+        assert outcome.keys == outcome.values == [None] * 3
+
+
+@pytest.mark.parametrize(("size", "name"), GROUPS)
+def test_bytes_are_those_predicted(records: Records, size: int, name: str) -> None:
+    """Every rank sends and keeps what the plan's cost says: to the byte."""
+    case = CASES[name]
+    cost = predict(plan_of(name, size), model_shape(case.model().config), element_bytes=4, compressor=case.compressor)
+    for rank, record in zip(cost.ranks, ran(records, size, name), strict=True):
+        assert record.cached[name] == rank.cache_bytes
+        assert record.sent[name] == rank.sent_bytes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_generated_text_is_the_same_everywhere(records: Records, size: int) -> None:
+    """With a seed and without one, all ranks give the same answer; with one, any number of ranks does; the stream is
+    the text; an EOS ends it on all ranks; timing and memory are told alike."""
+    first, *others = (record.generated for record in records[size])
+    for other in others:
+        assert other == first
+    assert first["streamed"] == first["drawn"]["text"]
+    assert first["drawn"]["token_ids"] == records[1][0].generated["drawn"]["token_ids"]
+    assert first["drawn"]["plan"]["ranks"] == size
+    assert len(first["unseeded"]) == 24
+    assert first["stopped"]["finish_reason"] == "stop"
+    assert first["stopped"]["token_ids"] == first["drawn"]["token_ids"][: len(first["stopped"]["token_ids"])]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_collectives(records: Records, size: int) -> None:
+    """Each collective gives every rank what its description says, views and empty tensors included."""
+    mine = [torch.tensor([[10.0 * rank, 10.0 * rank + 1]]) for rank in range(size)]
+    for rank, record in enumerate(records[size]):
+        got = record.collectives
+        assert torch.equal(got["all_gather"], torch.stack(mine))
+        assert torch.equal(got["all_gather, waited twice"], torch.stack(mine))
+        assert got["all_gather of nothing"].shape == (size, 2, 0, 3)
+        view = torch.tensor([[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]])
+        assert torch.equal(got["all_gather of a view"], torch.stack([view + other for other in range(size)]))
+        assert torch.equal(got["shift"], mine[rank - 1])
+        assert torch.equal(got["broadcast"], mine[0])
+        assert [part.tolist() for part in got["all_to_all"]] == [
+            [[10.0 * source + rank] * (rank + 1)] * (source + 1) for source in range(size)
+        ]
+        if rank == 0:
+            assert torch.equal(torch.stack(got["gather"]), torch.stack(mine))
+        else:
+            assert got["gather"] is None
+
+
+def test_a_rank_that_fails_ends_the_others() -> None:
+    """A rank that fails while another waits for it: both end, and one sentence says which and why."""
+    with pytest.raises(RankError, match=r"^Rank 1 of 2 failed: ValueError: the reason; the other ranks were ended\.$"):
+        launch(ranks.fail_on_rank_1, 2)
+
+
+def test_records_are_of_different_plans(records: Records) -> None:
+    """A check of the checks: the groups did read in different ways."""
+    sent = {size: records[size][0].sent["five blocks"] for size in SIZES}
+    assert len(set(sent.values())) == len(SIZES)
+    assert Path(ranks.__file__).name == "ranks.py"

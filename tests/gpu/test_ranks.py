@@ -1,0 +1,36 @@
+"""On two GPUs: every strategy over NCCL against the dense oracle, and the same tokens on both ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Nothing here can run without the hardware that it is about.
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+def test_two_ranks_agree_with_the_oracle():
+    """Logits and gathered cache of all strategies in fp32 within 1e-4; sampled tokens alike on both ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/gpu/ranks.py"]
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": "src:tests"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 8
+    assert max(errors.values()) < 1e-4, errors

@@ -1,0 +1,412 @@
+"""The command line: what it prints where, the JSON it promises, and a sentence with exit status 2 for what is wrong.
+
+Most commands run in this process; a real one costs seconds of imports, and is started only where the process matters.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import apb
+from apb.cli.main import app, run
+from apb.plan import METHODS
+from models import tiny_heads, tiny_model
+
+TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12  # 576 bytes, as many tokens
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """Standard output, which must be one JSON object and nothing else."""
+        assert self.status == 0, self.err
+        return json.loads(self.out)
+
+    def refused(self, *fragments: str) -> None:
+        """Assert that the input was called wrong: status 2, one sentence on standard error, nothing else anywhere."""
+        assert self.status == 2, (self.status, self.err)
+        assert self.out == ""
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("apb: ")
+        assert self.err.endswith(".\n")
+        assert all(fragment in self.err for fragment in fragments), self.err
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Runs a command line in this process, with `stdin` as its standard input."""
+
+    def call(*arguments: object, stdin: bytes = b"") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["apb", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        status = run(app)
+        return Outcome(status, *capfd.readouterr())
+
+    yield call
+    logging.disable(logging.NOTSET)
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    """A text file."""
+    path = tmp_path / "document.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def ask(cli: Cli, checkpoint: Path, document: Path) -> Cli:
+    """`apb generate` on the tiny checkpoint and the document; options given replace or follow these."""
+
+    def call(*more: object, **replaced: object) -> Outcome:
+        options: dict[str, object] = {"model": checkpoint, "document": document, "query": "Who?", **replaced}
+        given = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
+        return cli("generate", *given, *more)
+
+    return call
+
+
+def started(*arguments: object, **options: Any) -> Outcome:
+    """Run a real `apb` process."""
+    command = [sys.executable, "-m", "apb.cli.main", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False, **options)
+    return Outcome(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> None:
+    """stdout is the answer's text and a newline; progress and a note of what was done are on stderr."""
+    engine = apb.Engine.from_pretrained(checkpoint, blocks=4)
+    prompt = apb.Prompt.from_text(engine.tokenizer, TEXT, "Who?")  # type: ignore[arg-type]
+    expected = engine.generate(prompt, max_new_tokens=12)
+    done = ask("--blocks", 4, "--max-new-tokens", 12)
+    assert (done.status, done.out) == (0, expected.text + "\n")
+    assert "apb: apb (approximate), 4 blocks on 1 ranks: read 583 tokens" in done.err
+    assert "layer 3 of 3" in done.err
+
+
+FIELDS: dict[str, Any] = {
+    "text": str,
+    "token_ids": list,
+    "finish_reason": str,
+    "strategy": str,
+    "exact": bool,
+    "plan": {
+        "blocks": int,
+        "ranks": int,
+        "rounds": int,
+        "anchor_length": int,
+        "passing_length": int,
+        "document_tokens": int,
+        "query_tokens": int,
+    },
+    "timing": {"prefill_s": float, "decode_s": float, "decode_tokens_per_s": float},
+    "memory": {"peak_bytes": int},
+    "fingerprint": {"apb": str, "torch": str, "transformers": str, "python": str, "device": str, "dtype": str},
+}
+
+
+def kinds(value: Any) -> Any:
+    return {name: kinds(part) for name, part in value.items()} if isinstance(value, dict) else type(value)
+
+
+@pytest.mark.parametrize("strategy", ["apb", "full"])
+def test_generate_json(ask: Cli, strategy: str) -> None:
+    """--json prints one object with exactly the promised fields, of the promised types."""
+    report = ask("--json", "--strategy", strategy, "--blocks", 4, "--max-new-tokens", 7).json
+    assert kinds(report) == FIELDS
+    assert (report["strategy"], report["exact"]) == (strategy, strategy == "full")
+    plan = {"blocks": 4, "ranks": 1, "rounds": 1, "anchor_length": 36, "passing_length": 18}
+    if strategy == "full":
+        plan |= {"blocks": 1, "anchor_length": 0, "passing_length": 0}
+    assert report["plan"] == plan | {"document_tokens": 576, "query_tokens": 6}
+    assert len(report["token_ids"]) == 7
+    assert all(type(token) is int for token in report["token_ids"])
+    assert report["finish_reason"] == "length"
+    assert report["fingerprint"]["dtype"] == "float32"
+    assert report["fingerprint"]["apb"] == apb.__version__
+
+
+def test_document_from_standard_input(cli: Cli, ask: Cli, checkpoint: Path) -> None:
+    """A document of - is standard input; a byte order mark is no part of the text."""
+    options = ("--query", "Who?", "--model", checkpoint, "--blocks", 4, "--json", "--max-new-tokens", 7)
+    piped = cli("generate", "--document", "-", *options, stdin=b"\xef\xbb\xbf" + TEXT.encode())
+    assert piped.json["token_ids"] == ask("--blocks", 4, "--json", "--max-new-tokens", 7).json["token_ids"]
+
+
+def test_options_reach_the_engine(ask: Cli, tmp_path: Path) -> None:
+    """Lengths, compressor, heads, dtype, seed and temperature do what they say."""
+    more = ("--json", "--blocks", 4, "--max-new-tokens", 7)
+    plain = ask(*more).json
+    lengths = ask(*more, "--anchor-length", 50, "--passing-length", 9).json
+    assert (lengths["plan"]["anchor_length"], lengths["plan"]["passing_length"]) == (50, 9)
+    assert ask(*more, "--dtype", "bfloat16").json["fingerprint"]["dtype"] == "bfloat16"
+    hot = [ask(*more, "--temperature", 2, "--seed", seed).json["token_ids"] for seed in (1, 1, 2)]
+    assert hot[0] == hot[1]
+    assert hot[0] != hot[2]
+    assert ask(*more, "--temperature", 2, "--seed", 1, "--top-k", 1).json["token_ids"] == plain["token_ids"]
+    heads = tmp_path / "heads.safetensors"
+    save_file(tiny_heads(tiny_model("llama", heads=4, kv_heads=2, head_dim=16)), heads)
+    with_heads = ask(*more, "--heads", heads).json
+    assert with_heads["token_ids"] != plain["token_ids"]
+    assert with_heads == ask(*more, "--heads", heads, "--compressor", "retaining").json | {
+        name: with_heads[name] for name in ("timing", "memory")
+    }
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
+    """Missing, a folder, empty, blank, not UTF-8: each is named with its path or its lack."""
+    ask(document=tmp_path / "nowhere.txt").refused("nowhere.txt", "No such file")
+    ask(document=tmp_path).refused(str(tmp_path), "directory")
+    for content in (b"", b" \n\n\t"):
+        (tmp_path / "empty.txt").write_bytes(content)
+        ask(document=tmp_path / "empty.txt").refused("document is empty")
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    ask(document=tmp_path / "latin.txt").refused("latin.txt", "UTF-8", "byte 2")
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--strategy", "magic"], ["'magic'", "apb", "full"]),
+        (["--compressor", "magic"], ["'magic'", "query"]),
+        (["--compressor", "retaining"], ["'retaining'", "heads"]),
+        (["--heads", "/nowhere/heads.pt"], ["/nowhere/heads.pt"]),
+        (["--blocks", "0"], ["Blocks", "at least 1", "0"]),
+        (["--blocks", "-2"], ["Blocks", "at least 1", "-2"]),
+        (["--blocks", "577"], ["577 blocks", "576 tokens"]),
+        (["--blocks", "many"], ["--blocks", "integer"]),
+        (["--blocks", "4", "--anchor-length", "6"], ["6 tokens", "at least 7"]),
+        (["--blocks", "4", "--passing-length", "-1"], ["Passing length", "-1"]),
+        (["--ranks", "0"], ["Ranks", "at least 1", "0"]),
+        (["--ranks", "9999"], ["9999 ranks", "at most"]),
+        (["--max-new-tokens", "0"], ["ax_new_tokens", "at least 1"]),
+        (
+            ["--max-new-tokens", "4000"],
+            [f"{583 + 4000} positions", f"{583 + 4000 - 4096} more", "--allow-extrapolation"],
+        ),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--top-k", "0"], ["op_k", "at least 1"]),
+        (["--top-p", "2"], ["top_p", "2.0"]),
+        (["--dtype", "float12"], ["'float12'", "bfloat16"]),
+        (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
+        (["--device", "meta"], ["'meta'", "cpu or cuda"]),
+        (["--blok", "3"], ["--blok", "apb --help"]),
+        (["surplus"], ["surplus"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_requests_that_cannot_be_served(ask: Cli, options: list[str], fragments: list[str]) -> None:
+    """Exit status 2 and one sentence with the value and the way out; nothing has run by then."""
+    ask(*options).refused(*fragments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: it cannot be absent")
+def test_a_gpu_that_is_not_there(ask: Cli) -> None:
+    """CUDA asked for where torch sees none is refused, with the way out."""
+    ask("--device", "cuda").refused("CUDA", "--device cpu")
+
+
+def test_questions_that_are_missing(ask: Cli) -> None:
+    """No query, or a blank one, is refused; so is no document."""
+    ask(query=None).refused("--query")
+    ask(query="  ").refused("query is empty")
+    ask(document=None).refused("--document")
+
+
+def test_models_that_are_not_there(ask: Cli, tmp_path: Path) -> None:
+    """A folder that does not exist, an id that is nowhere, a folder without a model, weights that are garbage."""
+    ask(model=tmp_path / "nowhere").refused("nowhere", "does not exist")
+    ask(model="no-such-owner/no-such-model").refused("no-such-owner/no-such-model", "cannot be loaded")
+    ask(model=tmp_path).refused(str(tmp_path), "cannot be loaded")
+
+
+def test_models_that_are_damaged(ask: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """A checkpoint whose weights or configuration cannot be read is refused with its path."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    ask(model=tmp_path).refused(str(tmp_path), "weights", "cannot be loaded")
+    weights.unlink()
+    ask(model=tmp_path).refused(str(tmp_path), "weights", "cannot be loaded")
+    (tmp_path / "config.json").write_text("{")
+    ask(model=tmp_path).refused(str(tmp_path), "cannot be loaded")
+
+
+def test_ranks_that_contradict_torchrun(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under torchrun the number of ranks is torchrun's; another one asked for is refused before anything is joined."""
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    ask("--ranks", 3).refused("--ranks 3", "torchrun started 2")
+
+
+def test_unforeseen_errors_are_one_line(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody foresaw is status 1 and one line that says how to see more."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("first\nsecond")
+
+    monkeypatch.setattr(apb.Engine, "from_pretrained", fail)
+    done = ask()
+    assert (done.status, done.out) == (1, "")
+    assert done.err == "apb: RuntimeError: first second (set APB_TRACEBACK=1 to see where)\n"
+    monkeypatch.setenv("APB_TRACEBACK", "1")
+    with pytest.raises(RuntimeError, match="first"):
+        ask()
+
+
+def test_interrupted(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C is status 130 and one word, not a traceback."""
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apb.Engine, "from_pretrained", interrupt)
+    done = ask()
+    assert (done.status, done.out, done.err) == (130, "", "apb: interrupted\n")
+
+
+# --- plan, doctor, eval --------------------------------------------------------------------------------------------
+
+
+def test_plan_json(cli: Cli, checkpoint: Path) -> None:
+    """Ten million tokens are planned at once: every strategy side by side, with what it would cost."""
+    report = cli("plan", "--length", 10_000_000, "--ranks", 4, "--model", checkpoint, "--json").json
+    assert report["length"] == 10_000_000
+    assert report["max_positions"] == 4096
+    rows = {row["strategy"]: row for row in report["strategies"]}
+    assert set(rows) == set(METHODS)
+    for name, row in rows.items():
+        assert row["exact"] is METHODS[name].exact
+        assert row["plan"]["document_tokens"] == 10_000_000
+        assert len(row["per_rank"]) == row["plan"]["ranks"]
+        for field in ("flops", "linear_flops", "attention_flops", "cache_bytes_per_rank", "peak_bytes_per_rank"):
+            assert type(row[field]) is int
+            assert row[field] > 0
+        assert type(row["sent_bytes_per_rank"]) is int
+        assert row["seconds"] is None or row["seconds"] > 0
+    assert (rows["apb"]["plan"]["blocks"], rows["apb"]["plan"]["ranks"]) == (8, 4)
+    assert rows["full"]["plan"] == rows["full"]["plan"] | {"blocks": 1, "ranks": 1, "anchor_length": 0}
+
+
+def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
+    """Without --json the same numbers are a table, and a length beyond the model's positions is remarked on."""
+    done = cli("plan", "--length", 100_000, "--blocks", 5, "--model", checkpoint)
+    assert done.status == 0
+    for word in ("100,000 tokens", "apb", "full", "anchor", "FLOPs", "4,096 positions"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--length", "0"], ["Length", "at least 1", "0"]),
+        (["--length", "1e6"], ["--length", "integer"]),
+        ([], ["--length"]),
+        (["--length", "100", "--blocks", "101"], ["101 blocks", "100 tokens"]),
+        (["--length", "100", "--ranks", "0"], ["Ranks", "at least 1"]),
+        (["--length", "100", "--blocks", "4", "--anchor-length", "5"], ["5 tokens", "at least 33"]),
+        (["--length", "100", "--model", "/nowhere"], ["/nowhere", "does not exist"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
+)
+def test_plans_that_cannot_be_made(cli: Cli, options: list[str], fragments: list[str]) -> None:
+    """A plan that cannot be made is refused like a request that cannot be served."""
+    cli("plan", *options).refused(*fragments)
+
+
+def test_doctor_json(cli: Cli) -> None:
+    """The machine, every back-end with whether it is used and why, and the ways ranks can talk."""
+    report = cli("doctor", "--json").json
+    assert set(report) == {"machine", "backends", "communication"}
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["cores"] == os.cpu_count()
+    cpu = [row for row in report["backends"] if row["device"] == "cpu"]
+    assert {row["dtype"] for row in cpu} == {"float32", "bfloat16"}
+    for dtype in ("float32", "bfloat16"):
+        assert [row["backend"] for row in cpu if row["dtype"] == dtype and row["used"]] == ["torch"]
+    assert all(row["why"] for row in report["backends"] + report["communication"])
+    assert {row["name"]: row["usable"] for row in report["communication"]}["gloo"] is True
+
+
+def test_doctor_as_tables(cli: Cli) -> None:
+    """Without --json it is for people to read."""
+    done = cli("doctor")
+    assert done.status == 0
+    for word in ("processor", "Attention back-ends", "reference", "gloo"):
+        assert word in done.out
+
+
+@pytest.mark.parametrize("arguments", [[], ["frobnicate"]])
+def test_no_such_command(cli: Cli, arguments: list[str]) -> None:
+    """No command, or an unknown one, is wrong input."""
+    cli(*arguments).refused("apb --help")
+
+
+# --- real processes ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_answers(checkpoint: Path, document: Path) -> None:
+    """A real process: document through a pipe, the JSON alone on stdout, status 0."""
+    options = ("--query", "Who?", "--model", checkpoint, "--blocks", 4, "--json", "--max-new-tokens", 5)
+    done = started("generate", "--document", "-", *options, input=TEXT.encode())
+    assert kinds(done.json) == FIELDS
+    assert "Traceback" not in done.err
+
+
+def test_a_process_that_refuses(checkpoint: Path) -> None:
+    """A real process: status 2, one line on stderr, no traceback, nothing on stdout."""
+    options = ("--query", "Who?", "--model", checkpoint)
+    started("generate", "--document", "/nowhere", *options).refused("/nowhere")
+
+
+def test_help_needs_no_torch() -> None:
+    """`apb --help` is there at once: torch and transformers are imported only by a command that runs."""
+    program = (
+        "import sys, apb.cli.main as main; sys.argv = ['apb', '--help']; status = main.run(main.app); "
+        "assert status == 0, status; assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    for command in ("generate", "plan", "doctor"):
+        assert command in done.stdout.decode()
+
+
+def test_a_reader_that_goes_away(checkpoint: Path, document: Path) -> None:
+    """A closed pipe behind us (head, less) is no error of ours: no traceback, status 0."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "apb.cli.main", "doctor", "--json"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, env=environment, timeout=120, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

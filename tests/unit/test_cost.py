@@ -1,0 +1,257 @@
+"""The cost model against counts: of the oracle's mask, of what a run really multiplies, and of published figures."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+
+import apb
+import apb.strategies.base as strategies
+from apb.cost import KNOWN_CEILINGS, Ceilings, ModelShape, predict
+from apb.hf.loading import model_shape
+from apb.plan import METHODS, Kind, Plan
+from cases import CASES, Case
+from models import FAMILIES, tiny_model
+from oracle import lay_out, visibility
+
+SHAPE = ModelShape(
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    hidden=64,
+    intermediate=128,
+    vocabulary=503,
+    layer_parameters=1000,
+    parameters=5000,
+)
+LLAMA_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
+
+
+def plan_of(case: Case, ranks: int = 1) -> Plan:
+    return Plan.build(
+        case.prefix,
+        case.document,
+        case.query,
+        blocks=case.blocks,
+        ranks=ranks,
+        anchor_length=case.anchor_length,
+        passing_length=case.passing_length,
+        strategy=case.strategy,
+    )
+
+
+def visible_pairs(case: Case, plan: Plan) -> int:
+    """Query-key pairs of one head, counted cell by cell in the oracle's mask."""
+    prompt = case.prompt
+    strategy = "star" if case.strategy == "star" else "apb"
+    layout = lay_out((prompt.prefix, prompt.document, prompt.query), case.blocks, case.anchor_length, strategy)
+    passed = [
+        torch.arange(block.stop - (plan.passed(index) if case.blocks > 1 else 0), block.stop)[None]
+        for index, block in enumerate(layout.blocks)
+    ]
+    return int(visibility(layout, passed).sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_counts_the_masks_cells(name: str, ranks: int) -> None:
+    """4 x heads x head_dim FLOPs for every visible pair of every layer: over all ranks, those of the one big mask.
+    Star alone computes its anchor anew on ranks without block 0."""
+    case = CASES[name]
+    plan = plan_of(case, ranks)
+    expected = visible_pairs(case, plan)
+    if case.strategy == "star":
+        spans = [span for rank in range(ranks) for span in plan.spans(rank) if span.kind is Kind.ANCHOR]
+        expected += sum(len(span) * (len(span) + 1) // 2 for span in spans)
+    cost = predict(plan, SHAPE)
+    assert sum(rank.attention_flops for rank in cost.ranks) == 4 * 4 * 16 * 3 * expected
+
+
+@pytest.mark.parametrize("name", ["five blocks", "anchor longer than a block", "star", "full", "ring", "ulysses"])
+def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in a real prefill: pairs attended, rows through every linear map, bytes of the cache."""
+    case = CASES[name]
+    model = case.model()
+    shape = model_shape(model.config)
+    cost = predict(plan_of(case), shape, element_bytes=4).ranks[0]
+
+    pairs = linear = 0
+    attention = strategies.attention
+
+    def counting(q: Tensor, segments: list[apb.Segment], *args: object) -> tuple[Tensor, Tensor]:
+        nonlocal pairs
+        for segment in segments:
+            for row in range(len(q)):
+                keys = len(segment.k)
+                pairs += max(min(keys, row + keys - len(q) + 1), 0) if segment.causal else keys
+        return attention(q, segments, *args)
+
+    def count_linear(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal linear
+        linear += 2 * output[..., 0].numel() * module.weight.numel()  # type: ignore[operator,union-attr]
+
+    monkeypatch.setattr(strategies, "attention", counting)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(count_linear)
+    session = case.engine(model).prefill(case.prompt)
+    assert cost.attention_flops == 4 * shape.heads * shape.head_dim * pairs
+    assert cost.linear_flops == linear
+    held = [session.gather_kv(layer) for layer in range(shape.layers)]
+    assert cost.cache_bytes == sum(part.numel() * part.element_size() for pair in held for part in pair)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_linear_maps_count_every_row(ranks: int) -> None:
+    """Anchor rows once over all ranks, block rows once, the query's rows and one row of the output head on each."""
+    case = CASES["five blocks"]
+    cost = predict(plan_of(case, ranks), SHAPE)
+    rows = 17 + 3 + 101 + ranks * 6
+    assert sum(rank.linear_flops for rank in cost.ranks) == 2 * rows * 1000 + ranks * 2 * 64 * 503
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_cache_holds_every_token_once(ranks: int) -> None:
+    """Keys and values of prefix, document and query, 2 bytes a number, on one rank or another."""
+    cost = predict(plan_of(CASES["five blocks"], ranks), SHAPE)
+    assert sum(rank.cache_bytes for rank in cost.ranks) == 110 * 2 * 3 * 2 * 16 * 2
+    for rank in cost.ranks:
+        assert rank.peak_bytes >= 5000 * 2 + rank.cache_bytes
+
+
+def test_scoring_counts_tokens_of_blocks_that_pass() -> None:
+    """Each token of a block that passes something on is scored once; the last block's are not."""
+    plan = plan_of(Case(4))
+    tokens = 3 + 101 - 25  # prefix and document without the last block
+    features = (4 + 2 * 2) * 16
+    expected = {
+        "query": 2 * 6 * 4 * 16 * 3 * tokens,
+        "retaining": 2 * 1024 * (features + 2) * 3 * tokens,
+        "recent": 0,
+        "random": 0,
+    }
+    for compressor, flops in expected.items():
+        cost = predict(plan, SHAPE, compressor=compressor)
+        assert sum(rank.scoring_flops for rank in cost.ranks) == flops
+    nothing = predict(plan_of(Case(4, passing_length=0)), SHAPE)
+    assert nothing.ranks[0].scoring_flops == 0
+
+
+def test_one_rank_sends_nothing() -> None:
+    """Bytes are sent between ranks alone; star sends none of its blocks' pairs, only the query's partial results."""
+    assert predict(plan_of(Case(4)), SHAPE).ranks[0].sent_bytes == 0
+    star = predict(plan_of(CASES["star"], 2), SHAPE).ranks[0].sent_bytes
+    assert star == 6 * 4 * (16 + 1) * 4 * 3
+    assert predict(plan_of(Case(4), 2), SHAPE).ranks[0].sent_bytes > star
+
+
+def test_snake_order_balances_the_ranks() -> None:
+    """With two blocks a rank all have the same to do, but for the one whose first block has no anchor to look at."""
+    first, *others = (rank.flops for rank in predict(Plan.build(4, 131072, 30, blocks=8, ranks=4), SHAPE).ranks)
+    assert max(others) < 1.01 * min(others)
+    assert 0.8 * min(others) < first < max(others)
+
+
+@pytest.mark.parametrize(
+    ("document", "blocks", "strategy", "peta_flops"),
+    [(131072, 8, "full", 6.3), (131072, 8, "apb", 3.2), (524288, 32, "full", 79.0), (524288, 32, "apb", 19.5)],
+)
+def test_published_figures(document: int, blocks: int, strategy: str, peta_flops: float) -> None:
+    """Llama-3.1-8B, blocks of 16K, anchor 4K, passing 2K: the FLOPs that were worked out by hand."""
+    plan = Plan.build(4, document, 30, blocks=blocks, anchor_length=4096, passing_length=2048, strategy=strategy)
+    cost = predict(plan, model_shape(LLAMA_8B))
+    assert cost.flops / 1e15 == pytest.approx(peta_flops, rel=0.05)
+
+
+def test_seconds() -> None:
+    """Seconds are FLOPs and bytes over the ceilings, of the slowest rank; unknown hardware gives none."""
+    cost = predict(plan_of(Case(5), 2), SHAPE)
+    ceilings = Ceilings(linear=2.0, attention=4.0, link=8.0)
+    expected = [
+        rank.linear_flops / 2 + (rank.attention_flops + rank.scoring_flops) / 4 + rank.sent_bytes / 8
+        for rank in cost.ranks
+    ]
+    assert cost.seconds(ceilings) == pytest.approx(max(expected))
+    assert cost.to_dict(ceilings)["seconds"] == cost.seconds(ceilings)
+    assert cost.to_dict()["seconds"] is None
+    h200 = predict(Plan.build(4, 524288, 30, strategy="full"), model_shape(LLAMA_8B))
+    assert h200.seconds(KNOWN_CEILINGS["NVIDIA H200"]) == pytest.approx(130, rel=0.1)
+
+
+def test_the_report() -> None:
+    """The dictionary is JSON; its totals are sums over the ranks, its bytes those of the largest."""
+    cost = predict(plan_of(Case(5), 3), SHAPE)
+    report = json.loads(json.dumps(cost.to_dict()))
+    assert report["flops"] == sum(rank["flops"] for rank in report["per_rank"])
+    assert report["flops"] == report["linear_flops"] + report["attention_flops"]
+    for name in ("sent_bytes", "cache_bytes", "peak_bytes"):
+        assert report[f"{name}_per_rank"] == max(rank[name] for rank in report["per_rank"])
+
+
+# --- the shape of a model ------------------------------------------------------------------------------------------
+
+
+def linear_weights(model: PreTrainedModel) -> int:
+    return sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_model_shape_is_the_models(family: str) -> None:
+    """Counted without weights, the numbers are those of the real model."""
+    model = tiny_model(family, heads=4, kv_heads=2, head_dim=32, vocab=99)
+    shape = model_shape(model.config)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.layer_parameters == linear_weights(model)
+    assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (3, 4, 2, 32)
+    assert (shape.hidden, shape.intermediate, shape.vocabulary) == (64, 128, 99)
+    assert shape.cache_row == 2 * 3 * 2 * 32
+
+
+def test_tied_embeddings_count_once() -> None:
+    """Where the output head is the embedding, its weights are one and no layer's."""
+    config = Qwen3Config(
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    tied = model_shape(config)
+    config.tie_word_embeddings = False
+    apart = model_shape(config)
+    assert apart.parameters - tied.parameters == 99 * 64
+    assert apart.layer_parameters == tied.layer_parameters
+
+
+def test_a_large_model_takes_no_memory() -> None:
+    """An 8B model is counted to the last weight, without making any."""
+    shape = model_shape(LLAMA_8B)
+    assert shape.parameters == 8_030_261_248
+    assert shape.layer_parameters == 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert shape.head_dim == 128
+
+
+@pytest.mark.parametrize("strategy", METHODS)
+def test_every_strategy_has_a_cost(strategy: str) -> None:
+    """No strategy is left out of the comparison that `apb plan` prints."""
+    cost = predict(Plan.build(4, 100_000, 30, blocks=8, strategy=strategy), SHAPE)
+    assert len(cost.ranks) == 1
+    assert cost.flops > 0

@@ -1,0 +1,492 @@
+"""The engine on one rank: against transformers where it is exact, against the dense oracle where it is not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import apb
+from apb.hf.rope import pin_length
+from cases import ANSWER, CASES, VOCABULARY, Case, check, read
+from models import FAMILIES, tiny_model
+
+PROMPT = Case(1).prompt
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def llama(**options: Any) -> PreTrainedModel:
+    """The model of most tests here: no EOS, so that answers are as long as they are asked to be."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY, **options)
+    return without_eos(model)
+
+
+def without_eos(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+def transformers_says(model: PreTrainedModel, prompt: apb.Prompt, tokens: int, **options: Any) -> list[int]:
+    """What transformers itself generates."""
+    ids = torch.tensor([prompt.token_ids])
+    options = {"do_sample": False, "pad_token_id": 0, **options}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def transformers_logits(model: PreTrainedModel, prompt: apb.Prompt) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([prompt.token_ids])).logits[0, -1]
+
+
+# --- exact: transformers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_is_transformers(family: str) -> None:
+    """`full` gives transformers' logits, and its greedy answer token for token."""
+    model = without_eos(tiny_model(family, heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
+    logits, answer = transformers_logits(model, PROMPT), transformers_says(model, PROMPT, 64)
+    assert len(set(answer)) > 16  # an answer that circles would hide errors
+    engine = apb.Engine.from_model(model, strategy="full")
+    close(engine.prefill(PROMPT).logits, logits)
+    result = engine.generate(PROMPT, max_new_tokens=64)
+    assert result.token_ids == answer
+    assert (result.finish_reason, result.exact, result.strategy) == ("length", True, "full")
+
+
+@pytest.mark.parametrize("strategy", ["apb", "star"])
+def test_one_block_is_full(strategy: str) -> None:
+    """With one block every strategy is full attention; so it is by default for a short document."""
+    model = llama()
+    logits = transformers_logits(model, PROMPT)
+    for blocks in (1, None):
+        session = apb.Engine.from_model(model, strategy=strategy, blocks=blocks).prefill(PROMPT)
+        assert session.plan.exact
+        close(session.logits, logits)
+
+
+# --- approximate: the oracle ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_the_oracle(name: str) -> None:
+    """Logits, every layer's cache in document order, and decode are those of one dense masked softmax."""
+    check(read(CASES[name].engine(), CASES[name]), name)
+
+
+@pytest.mark.parametrize("name", ["five blocks", "star", "retaining, qwen3"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_against_the_oracle_with_each_backend(name: str, backend: str) -> None:
+    """The back-end that is asked for is used, and changes nothing."""
+    engine = CASES[name].engine()
+    engine.backend = backend
+    check(read(engine, CASES[name]), name)
+
+
+def test_prompts_do_not_influence_each_other() -> None:
+    """One engine reads prompts of other lengths in between, and every one as if it were the first."""
+    case = CASES["five blocks"]
+    engine = case.engine()
+    engine.prefill(CASES["blocks shorter than what they may pass"].prompt)
+    check(read(engine, case), "five blocks")
+    check(read(engine, case), "five blocks")
+
+
+# --- sessions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["apb", "full"])
+def test_extend_with_several_tokens_is_one_by_one(strategy: str) -> None:
+    """Tokens read in one pass see each other causally: logits and cache as if they had come singly."""
+    model = llama()
+    sessions = [apb.Engine.from_model(model, strategy=strategy, blocks=3).prefill(PROMPT) for _ in range(2)]
+    together = sessions[0].extend(ANSWER)
+    for token in ANSWER:
+        singly = sessions[1].extend([token])
+    close(together, singly)
+    assert torch.equal(sessions[0].logits, together)
+    assert sessions[0].token_ids == sessions[1].token_ids == [*PROMPT.token_ids, *ANSWER]
+    for layer in range(3):
+        pairs = zip(sessions[0].gather_kv(layer), sessions[1].gather_kv(layer), strict=True)
+        for one, other in pairs:
+            assert one is not None
+            assert other is not None
+            assert one.shape == (2, len(PROMPT) + len(ANSWER), 16)
+            close(one, other)
+
+
+def test_a_session_outgrows_the_room_made_for_it() -> None:
+    """More tokens may follow than room was made for, many times over; earlier ones stay."""
+    model = llama()
+    tokens = [(31 * i) % VOCABULARY for i in range(600)]
+    small = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=1)
+    large = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=600)
+    for start in range(0, 600, 100):
+        small.extend(tokens[start : start + 100])
+        large.extend(tokens[start : start + 100])
+    assert torch.equal(small.logits, large.logits)
+    for one, other in zip(small.gather_kv(1), large.gather_kv(1), strict=True):
+        assert torch.equal(one, other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [[], [VOCABULARY], [5, -1]])
+def test_extend_refuses_and_leaves_the_session_as_it_was(tokens: list[int]) -> None:
+    """No tokens, or tokens outside the vocabulary: InputError, and the session goes on as before."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    session, untouched = engine.prefill(PROMPT), engine.prefill(PROMPT)
+    with pytest.raises(apb.InputError):
+        session.extend(tokens)
+    assert torch.equal(session.extend([5]), untouched.extend([5]))
+
+
+@pytest.mark.parametrize("layer", [-1, 3])
+def test_gather_kv_of_no_layer(layer: int) -> None:
+    """A layer that the model does not have is refused with those it has."""
+    session = apb.Engine.from_model(llama(), blocks=3).prefill(PROMPT)
+    with pytest.raises(apb.InputError, match=r"layer -?\d.*0 to 2"):
+        session.gather_kv(layer)
+
+
+def test_a_session_tells_plan_and_time() -> None:
+    """plan, timing, token_ids and fp32 logits (vocab,) are there after a prefill; progress was told layer by layer."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    told: list[tuple[int, int]] = []
+    session = engine.prefill(PROMPT, progress=lambda done, total: told.append((done, total)))
+    assert session.plan == engine.plan(PROMPT)
+    assert session.timing["prefill_s"] > 0
+    assert session.token_ids == list(PROMPT.token_ids)
+    assert (session.logits.shape, session.logits.dtype) == ((VOCABULARY,), torch.float32)
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- taking a model over and giving it back ------------------------------------------------------------------------
+
+
+def hooks(model: PreTrainedModel) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_close_gives_the_model_back(implementation: str) -> None:
+    """After close the model has its own attention, no hooks and no attributes of ours: the same logits to the bit."""
+    model = llama()
+    model.set_attn_implementation(implementation)
+    before, hooked = transformers_logits(model, PROMPT), hooks(model)
+    names = {name: set(vars(module)) for name, module in model.named_modules()}
+    engine = Case(3, compressor="retaining").engine(model)
+    engine.generate(PROMPT, max_new_tokens=3)
+    assert hooks(model) > hooked
+    engine.close()
+    assert model.config._attn_implementation == implementation
+    assert hooks(model) == hooked
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == names
+    assert torch.equal(transformers_logits(model, PROMPT), before)
+
+
+def test_a_model_that_is_attached_says_so() -> None:
+    """Called directly while an engine has it, a model must not compute something silently wrong."""
+    model = llama()
+    engine = apb.Engine.from_model(model)
+    for _ in range(2):  # before and after the engine has used it
+        with pytest.raises(RuntimeError, match=r"attached to an apb\.Engine.*close\(\)"):
+            model(torch.tensor([[1, 2, 3]]))
+        engine.prefill(PROMPT)
+
+
+def test_a_closed_engine_says_so() -> None:
+    """Neither the engine nor its sessions compute anything after close; closing twice is no harm."""
+    model = llama()
+    engine = apb.Engine.from_model(model, blocks=3)
+    session = engine.prefill(PROMPT)
+    engine.close()
+    engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.prefill(PROMPT)
+    with pytest.raises(RuntimeError, match="closed"):
+        session.extend([1])
+    assert session.gather_kv(0)[0] is not None
+    close(apb.Engine.from_model(model, blocks=3).prefill(PROMPT).logits, session.logits)
+
+
+def test_two_engines_share_a_model() -> None:
+    """Sessions of two engines on one model, interleaved, do not disturb each other; the model is given back by the
+    last one, however often the first is closed."""
+    model = llama()
+    alone = {blocks: read(Case(blocks).engine(llama()), Case(blocks)) for blocks in (2, 5)}
+    engines = {blocks: Case(blocks).engine(model) for blocks in (2, 5)}
+    sessions = {blocks: engine.prefill(PROMPT) for blocks, engine in engines.items()}
+    for token, row in zip(ANSWER, range(len(ANSWER)), strict=True):
+        for blocks, session in sessions.items():
+            assert torch.equal(session.extend([token]), alone[blocks].decoded[row])
+    engines[2].close()
+    engines[2].close()
+    assert torch.equal(engines[5].prefill(PROMPT).logits, alone[5].logits)
+    engines[5].close()
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_failed_prefill_leaves_the_engine_usable() -> None:
+    """An exception in the middle of a prefill (here: of the caller's progress) spoils nothing."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    expected = engine.prefill(PROMPT).logits
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.prefill(PROMPT, progress=fail)
+    assert torch.equal(engine.prefill(PROMPT).logits, expected)
+
+
+# --- positions -----------------------------------------------------------------------------------------------------
+
+
+def scaled(rope: dict[str, Any], seed: int = 0) -> PreTrainedModel:
+    """A llama whose RoPE depends on the length; 64 positions before that."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        rope_parameters={"rope_theta": 10000.0, "original_max_position_embeddings": 64, **rope},
+        max_position_embeddings=4096 if rope["rope_type"] == "longrope" else 64,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.load_state_dict(llama(seed=seed).state_dict())
+    return without_eos(model)
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "factor": 4.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [1.0 + i for i in range(8)],
+    },
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_length_dependent_rope(rope: str) -> None:
+    """Past the original positions, dynamic and longrope frequencies are those of the whole prompt, as in
+    transformers."""
+    plain = transformers_logits(llama(), PROMPT)
+    expected = transformers_logits(scaled(ROPES[rope]), PROMPT)
+    assert (plain - expected).abs().max() > 0.1  # the variant matters at this length
+    answer = transformers_says(scaled(ROPES[rope]), PROMPT, 16)
+    engine = apb.Engine.from_model(scaled(ROPES[rope]), strategy="full", allow_extrapolation=True)
+    close(engine.prefill(PROMPT).logits, expected)
+    assert engine.generate(PROMPT, max_new_tokens=16).token_ids == answer
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_length_dependent_rope_forgets_the_last_prompt(rope: str) -> None:
+    """What was read before, longer or shorter, leaves no trace in the frequencies."""
+    prompts = [Case(1, document=document).prompt for document in (300, 101, 20, 55, 101, 300)]
+    engine = apb.Engine.from_model(scaled(ROPES[rope]), strategy="full", allow_extrapolation=True)
+    for prompt in prompts:
+        close(engine.prefill(prompt).logits, transformers_logits(scaled(ROPES[rope]), prompt))
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_pinned_rope_sees_the_global_length(rope: str) -> None:
+    """Given only early positions, the frequencies are still those of the pinned length; undone, they are local."""
+    x, positions = torch.zeros(1, 10, 64), torch.arange(10)[None]
+    whole = scaled(ROPES[rope]).model.rotary_emb(x, torch.arange(200)[None])
+    model = scaled(ROPES[rope])
+    local = model.model.rotary_emb(x, positions)
+    undo = pin_length(model, lambda: 200)
+    pinned = model.model.rotary_emb(x, position_ids=positions)
+    undo()
+    for part in range(2):
+        close(pinned[part], whole[part][:, :10], 1e-6)
+        assert not torch.allclose(pinned[part], local[part])
+    if rope == "longrope":  # the dynamic variant goes back only for a prompt within its original positions
+        close(model.model.rotary_emb(x, positions)[0], local[0], 1e-6)
+
+
+# --- precision -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["full", "apb"])
+def test_bfloat16(strategy: str) -> None:
+    """A bf16 model runs in bf16 (cache included), gives fp32 logits, and is about as far from fp32 as transformers'
+    own bf16 is."""
+    options = {"strategy": strategy, "blocks": 3, "compressor": "recent"}
+    exact = apb.Engine.from_model(llama(), **options).prefill(PROMPT).logits
+    model = llama().to(torch.bfloat16)
+    own = (transformers_logits(model, PROMPT).float() - transformers_logits(llama(), PROMPT)).abs().mean()
+    session = apb.Engine.from_model(model, **options).prefill(PROMPT)
+    keys, values = session.gather_kv(0)
+    assert keys is not None
+    assert values is not None
+    assert (session.logits.dtype, keys.dtype, values.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert 0 < (session.logits - exact).abs().mean() < 2 * own
+    assert (session.logits - exact).abs().mean() < 0.1 * exact.std()
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+def test_too_many_positions() -> None:
+    """A prompt and answer beyond the model's positions are refused, with by how much; on request they are read."""
+    model = llama()
+    model.config.max_position_embeddings = len(PROMPT) + 10
+    engine = apb.Engine.from_model(model, blocks=3)
+    engine.generate(PROMPT, max_new_tokens=10)
+    with pytest.raises(apb.InputError) as refusal:
+        engine.generate(PROMPT, max_new_tokens=13)
+    total = len(PROMPT) + 13
+    for fragment in (f"{total} positions", "3 more", str(total - 3), "allow_extrapolation"):
+        assert fragment in str(refusal.value)
+    beyond = apb.Engine.from_model(model, blocks=3, allow_extrapolation=True)
+    assert len(beyond.generate(PROMPT, max_new_tokens=13).token_ids) == 13
+
+
+@pytest.mark.parametrize("window", [16, len(PROMPT)])
+def test_sliding_windows_shorter_than_the_prompt(window: int) -> None:
+    """A window that would hide something is refused with its size and the length; the model stays usable."""
+    model = MistralForCausalLM(MistralConfig(**SMALL, sliding_window=window)).eval()
+    engine = apb.Engine.from_model(model, blocks=3)
+    with pytest.raises(apb.InputError, match=f"window of {window} tokens.*{len(PROMPT) + 1}"):
+        engine.prefill(PROMPT)
+
+
+def test_sliding_windows_that_hide_nothing() -> None:
+    """A window as long as prompt and answer hides nothing, and is no obstacle."""
+    config = MistralConfig(**SMALL, sliding_window=len(PROMPT) + 4, attn_implementation="eager")
+    model = without_eos(MistralForCausalLM(config).eval())
+    answer = transformers_says(model, PROMPT, 4)
+    assert apb.Engine.from_model(model, strategy="full").generate(PROMPT, max_new_tokens=4).token_ids == answer
+
+
+@pytest.mark.parametrize(
+    ("make", "fragments"),
+    [
+        (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)), ["'gemma2'", "cap"]),
+        (
+            lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2)),
+            ["'mamba'", "attention interface"],
+        ),
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=64, d_ff=64, num_layers=2, num_heads=4)),
+            ["'t5'", "not causal decoders"],
+        ),
+    ],
+    ids=["softcap", "no attention", "encoder and decoder"],
+)
+def test_models_that_cannot_be_taken_over(make: Any, fragments: list[str]) -> None:
+    """Refused with the model's name and the reason, before anything is changed on it."""
+    model = make()
+    with pytest.raises(apb.InputError) as refusal:
+        apb.Engine.from_model(model)
+    assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
+    assert hooks(model) == 0
+    assert model.config._attn_implementation != "apb"
+
+
+@pytest.mark.parametrize(("part", "token"), list(itertools.product(["prefix", "document", "query"], [-1, VOCABULARY])))
+def test_tokens_outside_the_vocabulary(part: str, token: int) -> None:
+    """A token id that the model does not have is refused with the vocabulary's size, wherever it stands."""
+    parts = {"prefix": [1], "document": [2, 3, 4, 5], "query": [6]}
+    parts[part] = [*parts[part], token]
+    engine = apb.Engine.from_model(llama(), blocks=2)
+    with pytest.raises(apb.InputError, match=rf"Token id {token}\b.*vocabulary of {VOCABULARY}"):
+        engine.prefill(apb.Prompt.from_tokens(**parts))
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"strategy": "magic"}, ["'magic'", "apb, full"]),
+        ({"compressor": "magic"}, ["'magic'", "query"]),
+        ({"compressor": "retaining"}, ["'retaining'", "none were given"]),
+        ({"heads": "/nowhere/heads.pt"}, ["/nowhere/heads.pt", "does not exist"]),
+        ({"backend": "magic"}, ["'magic'", "reference"]),
+    ],
+)
+def test_wrong_options_of_an_engine(options: dict[str, Any], fragments: list[str]) -> None:
+    """What is wrong with an engine's options is said when it is made, and the model is left alone."""
+    model = llama()
+    with pytest.raises(apb.InputError) as refusal:
+        apb.Engine.from_model(model, **options)
+    assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
+    assert model.config._attn_implementation == "eager"
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ({"blocks": 0}, ["Blocks", "0"]),
+        ({"blocks": 102}, ["102 blocks", "101 tokens"]),
+        ({"blocks": 4, "anchor_length": 8}, ["8 tokens", "at least 9"]),
+        ({"blocks": 4, "passing_length": -1}, ["Passing length", "-1"]),
+    ],
+)
+def test_plans_that_cannot_be_made(options: dict[str, Any], fragments: list[str]) -> None:
+    """What the plan refuses, prefill refuses: nothing has run by then."""
+    engine = apb.Engine.from_model(llama(), **options)
+    with pytest.raises(apb.InputError) as refusal:
+        engine.prefill(PROMPT, progress=lambda *_: pytest.fail("a layer was computed"))
+    assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
+
+
+# --- the result ----------------------------------------------------------------------------------------------------
+
+
+def test_the_result_as_plain_values() -> None:
+    """`to_dict` is JSON with the fields that the command line promises."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    result = engine.generate(PROMPT, max_new_tokens=5)
+    report = json.loads(json.dumps(result.to_dict()))
+    assert report["token_ids"] == result.token_ids
+    assert report["plan"].items() >= engine.plan(PROMPT).to_dict().items()
+    assert report["timing"]["decode_tokens_per_s"] == pytest.approx(5 / report["timing"]["decode_s"])
+    assert report["memory"]["peak_bytes"] > 1e6
+    assert report["fingerprint"]["dtype"] == "float32"
+
+
+def test_without_a_tokenizer() -> None:
+    """A model without tokenizer generates token ids; streaming text from it is refused."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    result = engine.generate(PROMPT, max_new_tokens=5)
+    assert (len(result.token_ids), result.text) == (5, "")
+    with pytest.raises(apb.InputError, match="tokenizer"):
+        engine.stream(PROMPT)
