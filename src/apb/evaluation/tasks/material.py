@@ -1,5 +1,7 @@
 """What a task is made of: facts placed in a document, questions about them, and the filler between."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -17,6 +19,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
+
+    def __hash__(self) -> int:
+        """Tokenizers are told apart by identity."""
 
 
 class Encoder:

@@ -1,5 +1,7 @@
 """Training data of the small model: generated contexts with many questions each, made by worker processes."""
 
+from __future__ import annotations
+
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -216,7 +218,7 @@ def make_batch(
     tokens: int = BATCH,
     selected: int = SELECTED,
 ) -> dict[str, Any]:
-    """`tokens` tokens of contexts; where the loss is taken, to which answer each place belongs, and the answers' kinds."""
+    """`tokens` tokens of contexts, where the loss is taken, which answer each place belongs to, the answers' kinds."""
     flat = numpy.full(tokens, eos, dtype=numpy.int16)
     free = numpy.zeros(tokens, dtype=bool)
     places: list[int] = []

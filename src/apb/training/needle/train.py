@@ -1,5 +1,7 @@
 """Training of the small model: a curriculum of lengths and kinds, scheduled by wall time."""
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 import os
@@ -60,15 +62,10 @@ class Curriculum:
         right, total = (sum(pair[i] for pair in self.recent) for i in (0, 1))
         return right / total if len(self.recent) == 2 and total else 0.0
 
-    def update(self, elapsed: float, right: float, total: float, force: Path | None = None) -> str | None:
-        """Take in ten steps' answers; says what changed. A file `force` with the index of a length sets it by hand."""
+    def update(self, elapsed: float, right: float, total: float) -> str | None:
+        """Take in ten steps' answers; says what changed."""
         self.recent.append((right, total))
         stage = self.stage.value
-        if force is not None and force.exists():
-            self.stage.value, self.hard.value, self.since = min(int(force.read_text()), self.last), 1, elapsed
-            force.unlink()
-            self.recent.clear()
-            return f"length {LENGTHS[self.stage.value]} from here on (by hand)"
         spent = (elapsed - self.since) / self.seconds
         accuracy = self.accuracy()
         if not self.hard.value and stage >= 1 and (accuracy > 0.95 or elapsed > 0.28 * self.seconds):
@@ -107,7 +104,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.out, self.seconds, self.settings = out, seconds, settings
         out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(init) if init else train_tokenizer()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(init) if init else train_tokenizer()
         last = max(i for i, length in enumerate(LENGTHS) if settings.tokens % length == 0)
         self.curriculum = Curriculum(settings, seconds, last)
         sizes = {"tokens": settings.tokens, "selected": settings.selected}
@@ -184,7 +181,7 @@ class Trainer:
             stage = self.curriculum.stage.value
             right, total = (counts - taken)[stage, EASY].sum(0).tolist()
             taken = counts
-            changed = self.curriculum.update(elapsed, right, total, self.out / "stage")
+            changed = self.curriculum.update(elapsed, right, total)
             if changed:
                 self.note({"step": number, "seconds": round(elapsed, 1), "change": changed})
             if number % 50 == 0:
