@@ -1,5 +1,7 @@
 # `make demo` answers a question about a long document; `make test` runs the tests. Both install into .venv.
-PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3,$(shell command -v $(p))))
+# The first of these that runs and is new enough.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -25,7 +27,7 @@ clean:
 
 # torch goes first, pinned: asked for later, or loosely, it would bring another build with it.
 .venv/.installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "apb needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "apb needs Python 3.11 or newer; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) "$(shell grep '^torch==' constraints.txt)"
 	$(INSTALL) --editable .

@@ -100,8 +100,11 @@ class Generation:
     choice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values."""
-        return asdict(self)
+        """All fields as plain Python values; ``choice`` only where there was one."""
+        fields = asdict(self)
+        if self.choice is None:
+            del fields["choice"]
+        return fields
 
 
 def eos_ids(model: Any) -> list[int]:

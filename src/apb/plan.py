@@ -286,17 +286,19 @@ class Plan:
         return tuple(spans)
 
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them."""
-        return {
+        """The plan's numbers, as the command line prints them; the budgets of a sparse method only where they count."""
+        numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,
             "rounds": self.rounds,
             "anchor_length": self.anchor_length,
             "passing_length": self.passing_length,
-            "prefix_tokens": self.prefix,
             "document_tokens": self.document,
             "query_tokens": self.query,
         }
+        if METHODS[self.strategy].sparse:
+            numbers |= {"vertical_size": self.vertical_size, "slash_size": self.slash_size}
+        return numbers
 
 
 def method_of(strategy: str) -> Method:

@@ -71,7 +71,7 @@ def generate(
 
     quiet_libraries()
     place = loading.pick_device(device)
-    size = _ranks(ranks, place)
+    size = launch.ranks_to_use(ranks, place)
     request = Request(
         model=str(model or loading.shipped_model()),
         document=text,
@@ -100,10 +100,7 @@ def generate(
     )
     Sampling(**request.sampling)
     _check(request, size, place)
-    if launch.under_torchrun() or size == 1:
-        answer(request)
-    else:
-        launch.launch(answer, size, request)
+    launch.run(answer, size, request)
 
 
 def read_document(path: str) -> str:
@@ -160,18 +157,6 @@ def answer(request: Request) -> None:
         f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
         file=sys.stderr,
     )
-
-
-def _ranks(asked: int | None, device: torch.device) -> int:
-    from ..distributed import launch
-
-    if launch.under_torchrun():
-        size = launch.world_size()
-        if asked not in (None, size):
-            raise InputError(f"--ranks {asked} was given, but torchrun started {size}; leave --ranks out.")
-        return size
-    launch.check_ranks(asked or 1 if asked is None else asked, device)
-    return asked or 1
 
 
 def _check(request: Request, ranks: int, device: torch.device) -> None:

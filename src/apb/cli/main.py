@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import doctor, evaluate, generate, plan, train
+from . import bench, doctor, evaluate, generate, plan, train
 
 app = typer.Typer(
     name="apb",
@@ -22,6 +22,7 @@ app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
 
 # typer brings its own copy of click in some versions and uses click in others; this is the class in either.

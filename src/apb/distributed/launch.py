@@ -82,6 +82,25 @@ def check_ranks(ranks: int, device: torch.device) -> None:
         raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
 
 
+def ranks_to_use(asked: int | None, device: torch.device) -> int:
+    """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had."""
+    if under_torchrun():
+        if asked not in (None, world_size()):
+            raise InputError(f"--ranks {asked} was given, but torchrun started {world_size()}; leave --ranks out.")
+        return world_size()
+    ranks = 1 if asked is None else asked
+    check_ranks(ranks, device)
+    return ranks
+
+
+def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
+    """Run ``function(*args)`` on so many ranks: in this process where it is one of them, else in started ones."""
+    if under_torchrun() or ranks == 1:
+        function(*args)
+    else:
+        launch(function, ranks, *args)
+
+
 def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
 

@@ -1,0 +1,48 @@
+"""What the hardware reaches at best, measured at the start of a benchmark: the rates its floor is computed from."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from ..cost import Ceilings
+from ..distributed.collectives import Group
+from ..kernels.attention import Segment, attention
+from ..session import Stopwatch
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> Ceilings:
+    """Rates of a large matrix product, of causal attention (32 heads over 8 KV heads of 128) and of an all-gather.
+
+    The sizes fill a GPU; on the CPU they are smaller. The link is 0 for a single rank.
+    """
+    gpu = device.type == "cuda"
+    size, rows, message = (8192, 32768, 1 << 27) if gpu else (1024, 2048, 1 << 20)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    a, b = random(size, size), random(size, size)
+    linear = 2 * size**3 / median_seconds(lambda: a @ b, device)
+    q, k, v = random(rows, 32, 128), random(rows, 8, 128), random(rows, 8, 128)
+    pairs = rows * (rows + 1) // 2
+    seconds = median_seconds(lambda: attention(q, [Segment(k, v, causal=True)]), device)
+    link = 0.0
+    if group.size > 1:
+        x = random(message)
+        link = (group.size - 1) * x.nbytes / median_seconds(lambda: group.all_gather(x).wait(), device)
+    return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link)
+
+
+def median_seconds(function: Callable[[], object], device: torch.device, warm_up: int = 2, repeat: int = 5) -> float:
+    """Median time of a call, after some that are not counted."""
+    for _ in range(warm_up):
+        function()
+    seconds = []
+    for _ in range(repeat):
+        watch = Stopwatch(device)
+        function()
+        seconds.append(watch.seconds())
+    return statistics.median(seconds)

@@ -1,0 +1,126 @@
+"""Prefill of random tokens by several strategies and lengths in one run, beside the floor of each plan."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cost import Ceilings, ModelShape, predict
+from ..engine import Engine
+from ..errors import InputError
+from ..hardware import peak_bytes
+from ..prompt import Prompt
+
+QUERY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """One strategy at one length.
+
+    Attributes:
+        seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
+        floor_seconds: what the plan's FLOPs and bytes take at the ceilings measured in the same run.
+        speedup: the first strategy's seconds at this length over these; None for the first itself.
+        note: why there are no figures, where there are none.
+    """
+
+    strategy: str
+    length: int
+    exact: bool
+    plan: dict[str, int]
+    seconds: float | None
+    all_seconds: list[float]
+    tokens_per_s: float | None
+    floor_seconds: float
+    of_floor: float | None
+    speedup: float | None
+    peak_bytes: int | None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+
+def bench_prefill(
+    model: PreTrainedModel,
+    shape: ModelShape,
+    ceilings: Ceilings,
+    strategies: Sequence[str],
+    lengths: Sequence[int],
+    repeat: int,
+    **reading: Any,
+) -> Iterator[Row]:
+    """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
+
+    One prefill of each is not counted. ``reading`` are the engine's other options, the same for all strategies that
+    know them. Every rank must run it.
+    """
+    for length in lengths:
+        baseline: float | None = None
+        for strategy in strategies:
+            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, **reading)
+            try:
+                row = _measure(engine, shape, ceilings, length, repeat, baseline)
+            finally:
+                engine.close()
+            if strategy == strategies[0]:
+                baseline = row.seconds
+            yield row
+
+
+def _measure(
+    engine: Engine, shape: ModelShape, ceilings: Ceilings, length: int, repeat: int, baseline: float | None
+) -> Row:
+    prompt = _prompt(engine, length)
+    plan = engine.plan(prompt)
+    cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
+    floor = cost.seconds(Ceilings(ceilings.linear, ceilings.attention, ceilings.link or float("inf")))
+    seconds: list[float] = []
+    note = None
+    if engine.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(engine.device)
+    try:
+        for _ in range(1 + repeat):
+            seconds.append(_slowest(engine, engine.prefill(prompt).timing["prefill_s"]))
+    except torch.OutOfMemoryError as error:
+        note = f"out of memory: {str(error).splitlines()[0]}"
+    counted = seconds[1:]
+    median = statistics.median(counted) if counted and note is None else None
+    return Row(
+        strategy=plan.strategy,
+        length=length,
+        exact=plan.exact,
+        plan=plan.to_dict(),
+        seconds=median,
+        all_seconds=counted,
+        tokens_per_s=plan.total / median if median else None,
+        floor_seconds=floor,
+        of_floor=floor / median if median else None,
+        speedup=baseline / median if median and baseline else None,
+        peak_bytes=int(_slowest(engine, peak_bytes(engine.device))) if median else None,
+        note=note,
+    )
+
+
+def _prompt(engine: Engine, length: int) -> Prompt:
+    """``length`` random tokens in all, the same on every rank."""
+    if length <= 1 + QUERY_TOKENS:
+        raise InputError(f"A length of {length} leaves no document beside the query of {QUERY_TOKENS} tokens.")
+    generator = torch.Generator().manual_seed(length)
+    vocabulary = engine.model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+    return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])
+
+
+def _slowest(engine: Engine, figure: float) -> float:
+    """The largest of all ranks' figures."""
+    mine = torch.tensor([figure], dtype=torch.float64, device=engine.device)
+    return float(engine.group.all_gather(mine).wait().max())

@@ -1,0 +1,37 @@
+"""Models of well-known shapes with random weights: for benchmarks, where what the model says does not matter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import InputError
+
+_FOLDER = Path(__file__).parent / "configs"
+
+
+def shapes() -> list[str]:
+    """Names of the shapes that come with the package."""
+    return sorted(path.stem for path in _FOLDER.glob("*.json"))
+
+
+def shape_config(name: str, layers: int | None = None) -> Any:
+    """The configuration of a shape, with fewer layers if asked; InputError for an unknown name."""
+    if name not in shapes():
+        raise InputError(f"Unknown model shape {name!r}; choose one of {', '.join(shapes())}.")
+    values = json.loads((_FOLDER / f"{name}.json").read_text())
+    if layers is not None:
+        values["num_hidden_layers"] = layers
+    return AutoConfig.for_model(**values)
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:
+    """A model of that configuration with transformers' random initialisation, made on the device itself."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.device(device):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
