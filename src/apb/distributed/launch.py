@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from .collectives import Group
 
 # How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).
 _PATIENCE = timedelta(minutes=30)
+# Seconds that a rank which failed because another one did leaves the launcher to see that.
+_GRACE = 5.0
 
 
 def under_torchrun() -> bool:
@@ -122,7 +125,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
         try:
             elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
-            rank, failure = min(error.failures.items(), key=lambda item: _blame(item[1]))
+            rank, failure = error.get_first_failure()
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -138,16 +141,14 @@ def _run_rank(function: Callable[..., None], *args: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         record(function)(*args)
-    except Exception:
+    except Exception as error:
         if os.environ.get("APB_TRACEBACK"):
             raise
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            # It lost another rank, which is the one to name: the launcher, which names the first one that it finds
+            # dead, has time to find that one, and then ends this one.
+            time.sleep(_GRACE)
         os._exit(1)
-
-
-def _blame(failure: Any) -> tuple[bool, bool, int]:
-    """Sorts failures, the cause first: a rank that dies or fails makes others fail when they next talk to it."""
-    victim = any(sign in str(failure.message) for sign in ("Connection closed by peer", "Connection reset by peer"))
-    return failure.exitcode >= 0, victim, failure.timestamp
 
 
 def _reason(failure: Any) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 
-import ranks
+import rank_work
 from apb.cost import predict
 from apb.distributed.launch import launch
 from apb.errors import RankError
 from apb.hf.loading import model_shape
 from apb.plan import Plan
 from cases import CASES, check
-from ranks import SIZES, Record
+from rank_work import SIZES, Record
 
 Records = dict[int, list[Record]]
 GROUPS = [(size, name) for size, name in itertools.product(SIZES, CASES)]
@@ -25,7 +24,7 @@ GROUPS = [(size, name) for size, name in itertools.product(SIZES, CASES)]
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     """{size: the records of the ranks of the group of that size}."""
     folder = tmp_path_factory.mktemp("ranks")
-    launch(ranks.everything, max(SIZES), str(folder))
+    launch(rank_work.everything, max(SIZES), str(folder))
     loaded = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(max(SIZES))]
     return {size: [loaded[rank][size] for rank in range(size)] for size in SIZES}
 
@@ -117,11 +116,10 @@ def test_collectives(records: Records, size: int) -> None:
 def test_a_rank_that_fails_ends_the_others() -> None:
     """A rank that fails while another waits for it: both end, and one sentence says which and why."""
     with pytest.raises(RankError, match=r"^Rank 1 of 2 failed: ValueError: the reason; the other ranks were ended\.$"):
-        launch(ranks.fail_on_rank_1, 2)
+        launch(rank_work.fail_on_rank_1, 2)
 
 
 def test_records_are_of_different_plans(records: Records) -> None:
     """A check of the checks: the groups did read in different ways."""
     sent = {size: records[size][0].sent["five blocks"] for size in SIZES}
     assert len(set(sent.values())) == len(SIZES)
-    assert Path(ranks.__file__).name == "ranks.py"

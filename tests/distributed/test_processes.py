@@ -1,0 +1,116 @@
+"""`apb generate` on several ranks as its users start it: the same answer, and an end in good order whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12
+ANSWER = ["--max-new-tokens", "12", "--json", "--temperature", "1", "--seed", "5"]
+# Long enough not to be done before a test has done its harm.
+ENDLESS = ["--max-new-tokens", "3400"]
+
+
+@pytest.fixture
+def arguments(checkpoint: Path, tmp_path: Path) -> list[str]:
+    """`generate` on the tiny checkpoint, in three blocks."""
+    document = tmp_path / "document.txt"
+    document.write_text(TEXT)
+    given = {"document": document, "query": "Who?", "model": checkpoint, "blocks": 3}
+    return ["apb.cli.main", "generate", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
+
+
+def answer(*command: str) -> dict[str, object]:
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(done.stdout)
+
+
+def test_ranks_do_not_change_the_answer(arguments: list[str]) -> None:
+    """One rank, two of our own, and two of torchrun's give the same tokens; stdout holds one JSON object each time."""
+    one = answer(*arguments, *ANSWER)
+    two = answer(*arguments, *ANSWER, "--ranks", "2")
+    torchrun = answer("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments, *ANSWER)
+    assert one["token_ids"] == two["token_ids"] == torchrun["token_ids"]
+    assert [report["plan"]["ranks"] for report in (one, two, torchrun)] == [1, 2, 2]  # type: ignore[index]
+
+
+@contextmanager
+def answering(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """An `apb` on two ranks that has begun to answer, and its ranks; nothing of it is left afterwards."""
+    command = [sys.executable, "-m", *arguments, *ENDLESS, "--ranks", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    started: list[psutil.Process] = []
+    try:
+        assert process.stdout is not None
+        first = process.stdout.read(1)  # returns when rank 0 prints, or when all have ended
+        started = psutil.Process(process.pid).children(recursive=True)
+        assert first, process.communicate()[1].decode()
+        yield process, [child for child in started if "spawn_main" in " ".join(child.cmdline())]
+    finally:
+        process.kill()
+        for child in started:
+            if child.is_running():
+                child.kill()
+        process.wait()
+
+
+def ended(process: subprocess.Popen[bytes], since: float) -> tuple[int, list[str]]:
+    """Exit status and standard error without the progress bar, of a process that must end within 30 seconds."""
+    _, err = process.communicate(timeout=30)
+    assert time.monotonic() - since < 30
+    lines = [line for line in err.decode().splitlines() if line.strip() and not line.startswith("Reading ")]
+    return process.returncode, lines
+
+
+def all_gone(processes: list[psutil.Process]) -> bool:
+    _, alive = psutil.wait_procs(processes, timeout=10)
+    return not alive
+
+
+def test_a_killed_rank_ends_all(arguments: list[str]) -> None:
+    """A rank that dies ends the command within 30 seconds: status 1, one line that names it, no process left."""
+    with answering(arguments) as (process, ranks):
+        assert len(ranks) == 2
+        since = time.monotonic()
+        ranks[1].send_signal(signal.SIGKILL)
+        status, lines = ended(process, since)
+        assert (status, len(lines)) == (1, 1), lines
+        assert re.fullmatch(r"apb: Rank [01] of 2 was killed by SIGKILL; the other ranks were ended\.", lines[0]), lines
+        assert all_gone(ranks)
+
+
+@pytest.mark.parametrize("whom", ["the parent", "all, as a terminal does"])
+def test_ctrl_c_ends_all(arguments: list[str], whom: str) -> None:
+    """Ctrl-C ends the command and every process it started: status 130, "interrupted", no traceback."""
+    with answering(arguments) as (process, ranks):
+        since = time.monotonic()
+        if whom == "the parent":
+            process.send_signal(signal.SIGINT)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        status, lines = ended(process, since)
+        assert (status, lines) == (130, ["apb: interrupted"])
+        assert all_gone(ranks)
+
+
+def test_termination_ends_all(arguments: list[str]) -> None:
+    """SIGTERM, as a scheduler sends it, ends every process: status 1 and one line."""
+    with answering(arguments) as (process, ranks):
+        since = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        status, lines = ended(process, since)
+        assert (status, len(lines)) == (1, 1), lines
+        assert "SIGTERM" in lines[0]
+        assert all_gone(ranks)
