@@ -20,7 +20,7 @@ from apb.evaluation.tasks import generate
 from apb.hf.loading import shipped_model
 
 DOCUMENT_TOKENS = 33_000
-# On one device smaller blocks and fewer passed pairs mean less to compute; models/needle/README.md has their accuracy.
+# On one device smaller blocks and fewer passed pairs mean less to compute.
 BLOCKS = 16
 PASSING_LENGTH = 64
 SEED = 2025
