@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Annotated, Any
 
 import typer
 
+from ..cost import KNOWN_CEILINGS, Ceilings, ModelShape, predict
+from ..errors import InputError
+from ..plan import METHODS, Plan, at_least, check_heads
 from . import options
 
 # A short question with its chat template; the length of the document is what matters.
@@ -25,24 +29,11 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """The plan for a document of that many tokens (bfloat16, a question of 32 tokens) and its predicted costs."""
-    from ..errors import InputError
-    from ..plan import METHODS, Plan, at_least
-
     size = 1 if ranks is None else ranks
     at_least("length", length, 1)
     at_least("ranks", size, 1)
-    plans = {}
-    for name in METHODS:
-        plans[name] = Plan.build(
-            prefix=1,
-            document=length,
-            query=QUERY_TOKENS,
-            blocks=blocks,
-            ranks=1 if name in ONE_DEVICE else size,
-            anchor_length=anchor_length if name == "apb" else None,
-            passing_length=passing_length,
-            strategy=name,
-        )
+    sizes = {"blocks": blocks, "anchor_length": anchor_length, "passing_length": passing_length}
+    plan_of("apb", length, size, sizes)  # says what is wrong with the request before a model is looked for
 
     from ..hf import loading
     from .quiet import quiet_libraries
@@ -50,10 +41,9 @@ def plan(
     quiet_libraries()
     config = loading.load_config(model or loading.shipped_model())
     loading.check_supported(config)
-    rows = [_row(chosen, loading.model_shape(config)) for chosen in plans.values()]
+    shape = loading.model_shape(config)
+    rows = [_row(name, length, size, sizes, shape) for name in METHODS]
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not rows:
-        raise InputError("There is no strategy to plan for.")
     report = {"model": str(model or "needle"), "length": length, "max_positions": limit, "strategies": rows}
     if as_json:
         print(json.dumps(report))
@@ -61,21 +51,33 @@ def plan(
         _print(report)
 
 
-def _row(chosen: Any, shape: Any) -> dict[str, Any]:
-    from ..cost import predict
+def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]) -> Plan:
+    """The plan of a strategy; sizes that were meant for apb count for it alone."""
+    return Plan.build(
+        prefix=1,
+        document=length,
+        query=QUERY_TOKENS,
+        ranks=1 if strategy in ONE_DEVICE else ranks,
+        strategy=strategy,
+        blocks=sizes["blocks"],
+        anchor_length=sizes["anchor_length"] if strategy == "apb" else None,
+        passing_length=sizes["passing_length"],
+    )
 
-    return {
-        "strategy": chosen.strategy,
-        "exact": chosen.exact,
-        "plan": chosen.to_dict(),
-        **predict(chosen, shape).to_dict(_ceilings()),
-    }
+
+def _row(strategy: str, length: int, ranks: int, sizes: dict[str, int | None], shape: ModelShape) -> dict[str, Any]:
+    """The plan and its costs, or why there is none."""
+    try:
+        check_heads(strategy, shape.heads, ranks)
+    except InputError as error:
+        return {"strategy": strategy, "refused": str(error)}
+    chosen = plan_of(strategy, length, ranks, sizes)
+    costs = predict(chosen, shape).to_dict(_ceilings())
+    return {"strategy": strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
 
 
-def _ceilings() -> Any:
+def _ceilings() -> Ceilings | None:
     import torch
-
-    from ..cost import KNOWN_CEILINGS
 
     return KNOWN_CEILINGS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
 
@@ -84,10 +86,11 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    rows = [row for row in report["strategies"] if "refused" not in row]
     table = Table(title=f"{report['length']:,} tokens, {report['model']}")
     table.add_column("")
-    for row in report["strategies"]:
+    for row in rows:
         table.add_column(row["strategy"], justify="right")
     lines = {
         "exact": lambda row: "yes" if row["exact"] else "no",
@@ -104,8 +107,11 @@ def _print(report: dict[str, Any]) -> None:
         "seconds": lambda row: "unknown here" if row["seconds"] is None else f"{row['seconds']:.2f}",
     }
     for name, cell in lines.items():
-        table.add_row(name, *(cell(row) for row in report["strategies"]))
+        table.add_row(name, *(cell(row) for row in rows))
     console.print(table)
+    for row in report["strategies"]:
+        if "refused" in row:
+            console.print(row["refused"])
     limit = report["max_positions"]
     if limit is not None and report["length"] > limit:
         console.print(f"The model was trained for {limit:,} positions: reading this needs --allow-extrapolation.")

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from ..errors import InputError
 from .before_rope import BeforeRope
+from .chunking import chunk_mlps
 from .rope import pin_length
 
 NAME = "apb"
@@ -42,7 +43,7 @@ class Attachment:
             )
         for module in self.modules:
             module.apb = self  # type: ignore[assignment]
-        self._unpin = pin_length(model, lambda: self.total)
+        self._undo = [pin_length(model, lambda: self.total), chunk_mlps(model)]
         self._users = 0
 
     @classmethod
@@ -60,7 +61,8 @@ class Attachment:
             return
         for module in self.modules:
             del module.apb
-        self._unpin()
+        for undo in self._undo:
+            undo()
         self.model.set_attn_implementation(self._original)
 
     @contextmanager

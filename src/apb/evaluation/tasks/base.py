@@ -1,5 +1,7 @@
 """Samples of the tasks: `generate` makes one of an exact length, `score` judges what a model answers."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,7 +57,7 @@ def size(text: str, tokenizer: Tokenizer) -> int:
 
 
 @lru_cache(maxsize=4)
-def encoder_of(tokenizer: Tokenizer) -> Encoder:
+def encoder_of(tokenizer: Any) -> Encoder:
     """The encoder of a tokenizer, kept with what it has tokenized."""
     return Encoder(tokenizer)
 
@@ -103,7 +105,7 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
         total = prefix + size(document, tokenizer) + ends
         if 0.988 * length <= total <= length:
             break
-        goal = max(SHORTEST, int(goal * (length - 2) / total) - (1 if total > length else 0))
+        goal = max(SHORTEST // 2, int(goal * (length - 2) / total) - (1 if total > length else 0))
     if total > length:
         raise TaskError(f"a sample of {length} tokens cannot be made: the shortest has {total}")
     return Sample(task, document, question.text, question.answers, seed, total)

@@ -1,5 +1,7 @@
 """Variable tracking: a value is given to a variable, and other variables are set from it, one after the other."""
 
+from __future__ import annotations
+
 from random import Random
 
 from .filler import FILLERS, spaced

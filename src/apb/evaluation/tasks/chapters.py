@@ -1,5 +1,7 @@
 """Headings: chapters with notes in them; a note belongs to the latest heading before it."""
 
+from __future__ import annotations
+
 from random import Random
 
 from .filler import FILLERS, Sentence, parse, spaced

@@ -4,6 +4,8 @@ A sentence is a list of segments: strings that begin with a space, a line break 
 word-level tokenizer gives the tokens of the joined text as the joined tokens of the segments.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable
 from random import Random
@@ -32,7 +34,7 @@ SLOTS: dict[str, tuple[str, ...]] = {
 }
 
 SHAPES = """
-The {adj}{noun}{verb} the{noun} near the{place}.
+The{adj}{noun}{verb} the{noun} near the{place}.
 On that{time},{name}{verb} a{adj}{noun} and left.
 Nobody at the{place} knew why the{noun} was so{adj}.
 {name} and{name} walked to the{place} with a{noun}.

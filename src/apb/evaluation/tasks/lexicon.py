@@ -85,9 +85,9 @@ TITLES: tuple[str, ...] = tuple(
     acorn agate alder algae almond anvil ash aspen atlas aurora badger bamboo basil beacon beaver birch bison blossom
     bramble breeze bronze cactus canyon caramel carbon cedar cherry cinder cinnamon citrus clover cobalt cobra comet
     coral cosmos cricket crystal cypress daisy dawn delta desert diamond dolphin dusk echo eclipse elm ember emerald
-    fable fern fiord flint fossil frost galaxy garlic garnet gecko geyser ginger glacier granite gravel grove gull harvest
-    hazel heather heron hickory honey horizon indigo ivory ivy jade jaguar jasmine jungle juniper kelp lagoon lark
-    lava lavender lilac linen lotus lynx magma mango maple marble marlin meteor mint mist monsoon mosaic moss
+    fable fern fiord flint fossil frost galaxy garlic garnet gecko geyser ginger glacier granite gravel grove gull
+    harvest hazel heather heron hickory honey horizon indigo ivory ivy jade jaguar jasmine jungle juniper kelp lagoon
+    lark lava lavender lilac linen lotus lynx magma mango maple marble marlin meteor mint mist monsoon mosaic moss
     nebula nectar nickel oasis ocean olive onyx opal orbit orchid otter papaya pearl pebble pepper phoenix pine pixel
     planet pollen poppy prairie prism puma quartz quill rain rainbow reef ridge robin ruby rye saffron sage salmon
     sapphire satin sequoia shadow shale silk slate sleet snow solstice sparrow spruce squid storm summit sunset swan

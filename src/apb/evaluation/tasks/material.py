@@ -1,10 +1,13 @@
 """What a task is made of: facts placed in a document, questions about them, and the filler between."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Protocol
 
+from ...errors import InputError
 from .filler import Sentence, spaced
 from .lexicon import NOUNS
 
@@ -16,6 +19,9 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
+
+    def __hash__(self) -> int:
+        """Tokenizers are told apart by identity."""
 
 
 class Encoder:
@@ -76,21 +82,13 @@ Builder = Callable[..., Material]
 """(rng, room, encoder, **options) -> Material; `room` is about the number of tokens that the document may have."""
 
 
-class TaskError(ValueError):
+class TaskError(InputError):
     """The request for a sample cannot be met."""
 
 
 def pick(rng: Random, items: Sequence[Any]) -> Any:
     """One of the items (faster than rng.choice)."""
     return items[int(rng.random() * len(items))]
-
-
-def distinct_pairs(rng: Random, first: Sequence[str], second: Sequence[str], count: int) -> list[Pair]:
-    """Pairs of words, no pair twice."""
-    found: dict[Pair, None] = {}
-    while len(found) < count:
-        found[(pick(rng, first), pick(rng, second))] = None
-    return list(found)
 
 
 def number(rng: Random) -> str:

@@ -1,10 +1,12 @@
 """Needles: sentences that give a key (adjective and noun) a six-digit number, hidden in filler."""
 
+from __future__ import annotations
+
 from random import Random
 
-from .filler import FILLERS, Sentence, parse, spaced
+from .filler import FILLERS, Sentence, spaced
 from .lexicon import ADJECTIVES, NOUNS
-from .material import Encoder, Fact, Material, Pair, Question, distinct_pairs, number, pick
+from .material import Encoder, Fact, Material, Pair, Question, TaskError, number, pick
 
 KEY_ADJECTIVES = spaced(ADJECTIVES)
 KEY_NOUNS = spaced(NOUNS)
@@ -31,8 +33,8 @@ def fill(template: str, key: Pair, value: str = "") -> Sentence:
     """The segments of a statement or a question about a key."""
     head, _, tail = template.partition("{adj}{noun}")
     tail, marked, rest = tail.partition("{value}")
-    segments = [*parse(head), *key, tail]
-    return [*segments, " " + value, rest] if marked else segments  # type: ignore[list-item]
+    start = [" " + head] if head else []
+    return [*start, *key, tail, " " + value, rest] if marked else [*start, *key, tail]
 
 
 def statement(rng: Random, key: Pair, value: str, forms: tuple[str, ...] = STATEMENTS) -> Sentence:
@@ -40,9 +42,20 @@ def statement(rng: Random, key: Pair, value: str, forms: tuple[str, ...] = STATE
     return fill(pick(rng, forms), key, value)
 
 
-def draw_keys(rng: Random, count: int) -> list[Pair]:
-    """Distinct keys, each two words with the space before them."""
-    return distinct_pairs(rng, KEY_ADJECTIVES, KEY_NOUNS, count)
+def draw_keys(rng: Random, count: int, shared_words: bool = False) -> list[Pair]:
+    """Distinct keys of two words, each with the space before it.
+
+    Unless `shared_words`, no word belongs to two keys: either word alone tells a key from the others.
+    """
+    if shared_words:
+        pairs: dict[Pair, None] = {}
+        while len(pairs) < count:
+            pairs[(pick(rng, KEY_ADJECTIVES), pick(rng, KEY_NOUNS))] = None
+        return list(pairs)
+    most = min(len(KEY_ADJECTIVES), len(KEY_NOUNS))
+    if count > most:
+        raise TaskError(f"{count} keys were asked for, but there are words for {most}")
+    return list(zip(rng.sample(KEY_ADJECTIVES, count), rng.sample(KEY_NOUNS, count), strict=True))
 
 
 def ask_one(rng: Random, key: Pair, value: str, task: str) -> Question:
@@ -81,9 +94,13 @@ def multikey(
     distractor_needles: int = 64,
     haystack: str | None = None,
     task: str = "multikey",
+    shared_words: bool = False,
 ) -> Material:
-    """One needle that is asked for among `distractor_needles` with other keys (as many as fit)."""
-    key, *others = draw_keys(rng, 1 + distractor_needles)
+    """One needle that is asked for among `distractor_needles` with other keys (as many as fit).
+
+    With `shared_words` a key may have its adjective or its noun in common with others, which is harder.
+    """
+    key, *others = draw_keys(rng, 1 + distractor_needles, shared_words)
     value = number(rng)
     facts = [Fact(rng.random(), statement(rng, key, value))]
     facts += distractors(rng, distractor_needles, room, 2 * STATEMENT_SIZE, others)

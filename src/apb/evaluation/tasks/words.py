@@ -1,5 +1,7 @@
 """Counting: the most common words of a long list, and of a text of code words that follow Zipf's law."""
 
+from __future__ import annotations
+
 from random import Random
 
 from .filler import Sentence, spaced

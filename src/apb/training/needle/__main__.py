@@ -1,5 +1,7 @@
 """`python -m apb.training.needle OUT SECONDS [DEVICE] [SEED] [INIT]`: train the small model."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Training data of the small model: generated contexts with many questions each, made by worker processes."""
 
+from __future__ import annotations
+
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,8 @@ LENGTHS = tuple(272 * 2**step for step in range(8))
 BATCH = 4 * LENGTHS[-1]
 SELECTED = 32_768
 """Positions of a step at which the loss is taken: all answers, and a draw of the rest."""
+LONELY = 4.0
+"""Weight of the answer of a context with one question: such contexts are few, and what evaluation asks."""
 KINDS = (*TASKS, "reminder")
 REMINDER = " This page still belongs to chapter"
 
@@ -59,7 +63,8 @@ def between(rng: Random, low: int, high: int) -> int:
 
 def question_range(room: int) -> tuple[int, int]:
     """Fewest and most questions of a context: a long one has more, so that a step of few contexts has many."""
-    return (4, 20) if room < 500 else (1, 32) if room < 8000 else (8, 48)
+    steps = ((500, (4, 20)), (8000, (1, 32)), (16_000, (8, 48)))
+    return next((span for limit, span in steps if room < limit), (24, 56))
 
 
 def needles(rng: Random, room: int) -> Material:
@@ -67,9 +72,9 @@ def needles(rng: Random, room: int) -> Material:
     material = Material()
     forms = STATEMENTS if rng.random() < 0.5 else (pick(rng, STATEMENTS),)
     keys = draw_keys(rng, 160)
-    wanted = between(rng, *question_range(room))
+    wanted = between(rng, *(question_range(room) if rng.random() < 0.85 else (1, 4)))
     asked, told = 0.45 * room, 0.45 * room
-    simple = 0.5 if room > 500 else 0.7
+    simple = (0.3 if room > 1000 else 0.5) if room > 500 else 0.7
     while len(material.questions) < wanted and asked > 18 and told > 16 and len(keys) > 10:
         sort = rng.random()
         count = 1 if sort < simple else between(rng, 2, 5 if room > 500 else 3)
@@ -78,7 +83,7 @@ def needles(rng: Random, room: int) -> Material:
         values = tuple(number(rng) for _ in range(count))
         if len(set(values)) < count:
             continue
-        if simple <= sort < (1 + simple) / 2 - 0.03:
+        if simple <= sort < (1 + simple) / 2:
             key = keys.pop()
             places = sorted(rng.random() for _ in values)
             owners = [key] * count
@@ -141,7 +146,7 @@ def compose(rng: Random, length: int, encoder: Encoder, hard: bool) -> Material:
     if draw < 0.20 and length > 1000:
         task = pick(rng, ("common_words", "frequent_words"))
         return TASKS[task](rng, room, encoder)
-    return pick(rng, (needles,) * 6 + (variables,) * 5 + (headed,) * 6 + (mixed,) * 3)(rng, room)
+    return pick(rng, (needles,) * 8 + (variables,) * 3 + (headed,) * 6 + (mixed,) * 3)(rng, room)
 
 
 def question_ids(question: Question, encoder: Encoder) -> list[int]:
@@ -213,12 +218,13 @@ def make_batch(
     tokens: int = BATCH,
     selected: int = SELECTED,
 ) -> dict[str, Any]:
-    """`tokens` tokens of contexts; where the loss is taken, to which answer each place belongs, and the answers' kinds."""
+    """`tokens` tokens of contexts, where the loss is taken, which answer each place belongs to, the answers' kinds."""
     flat = numpy.full(tokens, eos, dtype=numpy.int16)
     free = numpy.zeros(tokens, dtype=bool)
     places: list[int] = []
     spans: list[int] = []
     kinds: list[int] = []
+    weights: list[float] = []
     for start in range(0, tokens, length):
         row = make_row(rng, length, encoder, bos, eos, hard)
         flat[start : start + len(row.ids)] = row.ids
@@ -229,6 +235,7 @@ def make_batch(
             kinds.append(kind)
             places += range(start + first - 1, start + end - 1)
             spans += [len(kinds)] * (end - first)
+            weights += [LONELY if len(row.spans) == 1 else 1.0] * (end - first)
     free[places] = False
     rest = numpy.flatnonzero(free)
     chosen = numpy.random.default_rng(between(rng, 0, 2**31)).choice(rest, selected - len(places), replace=False)
@@ -238,6 +245,7 @@ def make_batch(
         "places": torch.tensor(places + chosen.tolist(), dtype=torch.int32),
         "spans": torch.tensor(spans + [0] * len(chosen), dtype=torch.int32),
         "kinds": torch.tensor(kinds, dtype=torch.int64),
+        "weights": torch.tensor(weights + [0.0] * len(chosen), dtype=torch.float32),
     }
 
 

@@ -1,5 +1,7 @@
 """The small model's shape, and a fast forward over packed rows that computes what LlamaForCausalLM computes."""
 
+from __future__ import annotations
+
 import time
 from pathlib import Path
 from typing import Any
@@ -93,10 +95,9 @@ class Network:
         self.device = model.device
         self.project, self.finish, self.judge = project, finish, judge
         if compiled:
-            options = {"dynamic": False}
-            self.project = torch.compile(project, **options)
-            self.finish = torch.compile(finish, **options)
-            self.judge = torch.compile(judge, **options)
+            self.project = torch.compile(project, dynamic=False)
+            self.finish = torch.compile(finish, dynamic=False)
+            self.judge = torch.compile(judge, dynamic=False)
         self.backends: dict[int, tuple[SDPBackend, bool]] = {}
         self.angles: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
@@ -178,7 +179,7 @@ class Network:
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write weights in bf16 (two files), configuration and tokenizer."""
-    copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    copy: Any = LlamaForCausalLM(model.config).bfloat16()
     copy.load_state_dict({name: t.detach().to("cpu", torch.bfloat16) for name, t in model.state_dict().items()})
     copy.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id

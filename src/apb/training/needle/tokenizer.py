@@ -1,5 +1,7 @@
 """The small model's tokenizer: byte-level BPE learned from generated text, digits in groups of up to three."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from random import Random
 

