@@ -219,6 +219,7 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),
         (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
         (["--device", "meta"], ["'meta'", "cpu or cuda"]),
+        (["--strategy", "ulysses", "--ranks", "3"], ["'ulysses'", "4 do not divide by 3", "'ring'"]),
         (["--blok", "3"], ["--blok", "apb --help"]),
         (["surplus"], ["surplus"]),
     ],
@@ -342,6 +343,46 @@ def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
 def test_plans_that_cannot_be_made(cli: Cli, options: list[str], fragments: list[str]) -> None:
     """A plan that cannot be made is refused like a request that cannot be served."""
     cli("plan", *options).refused(*fragments)
+
+
+def test_eval_json(cli: Cli, checkpoint: Path) -> None:
+    """Every combination of repeated options that differs is one row with the promised fields; scores are 0 to 100."""
+    given = {"task": ["single", "headings"], "strategy": ["full", "apb"], "compressor": ["query", "recent"]}
+    repeated = [part for name, values in given.items() for value in values for part in (f"--{name}", value)]
+    length = ("--length", 2000, "--samples", 1, "--seed", 3, "--blocks", 4)
+    report = cli("eval", "synthetic", *repeated, *length, "--model", checkpoint, "--json").json
+    rows = report["results"]
+    assert [(row["task"], row["strategy"], row["compressor"], row["blocks"]) for row in rows] == [
+        (task, *setting)
+        for task in given["task"]
+        for setting in (("full", None, 1), ("apb", "query", 4), ("apb", "recent", 4))
+    ]
+    for row in rows:
+        assert (row["length"], row["samples"]) == (2000, 1)
+        assert 0 <= row["score"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--task", "magic"], ["'magic'", "single", "headings"]),
+        (["--strategy", "magic"], ["'magic'", "apb"]),
+        (["--samples", "0"], ["Samples", "at least 1"]),
+        (["--length", "9999"], ["positions", "4096"]),
+        (["--blocks", "4000"], ["4000 blocks"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else None,
+)
+def test_evaluations_that_cannot_be_done(cli: Cli, checkpoint: Path, options: list[str], fragments: list[str]) -> None:
+    """What cannot be evaluated is refused before or as soon as it shows: status 2, nothing on stdout."""
+    defaults = {"--task": "single", "--length": "2000", "--samples": "1", "--model": str(checkpoint)}
+    given = {**defaults, **dict([options])}
+    done = cli("eval", "synthetic", *(part for pair in given.items() for part in pair))
+    assert (done.status, done.out) == (2, "")
+    assert "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("apb: ")
+    assert all(fragment in last for fragment in fragments), done.err
 
 
 def test_doctor_json(cli: Cli) -> None:
