@@ -27,7 +27,7 @@ def arguments(checkpoint: Path, tmp_path: Path) -> list[str]:
     """`generate` on the tiny checkpoint, in three blocks."""
     document = tmp_path / "document.txt"
     document.write_text(TEXT)
-    given = {"document": document, "query": "Who?", "model": checkpoint, "blocks": 3}
+    given = {"document": document, "query": "Who?", "model": checkpoint, "blocks": 3, "device": "cpu"}
     return ["apb.cli.main", "generate", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 

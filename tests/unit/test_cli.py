@@ -82,7 +82,8 @@ def ask(cli: Cli, checkpoint: Path, document: Path) -> Cli:
     """`apb generate` on the tiny checkpoint and the document; options given replace or follow these."""
 
     def call(*more: object, **replaced: object) -> Outcome:
-        options: dict[str, object] = {"model": checkpoint, "document": document, "query": "Who?", **replaced}
+        options: dict[str, object] = {"model": checkpoint, "document": document, "query": "Who?", "device": "cpu"}
+        options |= replaced
         given = [part for name, value in options.items() if value is not None for part in (f"--{name}", value)]
         return cli("generate", *given, *more)
 
@@ -101,7 +102,7 @@ def started(*arguments: object, **options: Any) -> Outcome:
 
 def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> None:
     """stdout is the answer's text and a newline; progress and a note of what was done are on stderr."""
-    engine = apb.Engine.from_pretrained(checkpoint, blocks=4)
+    engine = apb.Engine.from_pretrained(checkpoint, blocks=4, device="cpu")
     prompt = apb.Prompt.from_text(engine.tokenizer, TEXT, "Who?")  # type: ignore[arg-type]
     expected = engine.generate(prompt, max_new_tokens=12)
     done = ask("--blocks", 4, "--max-new-tokens", 12)
@@ -154,7 +155,19 @@ def test_generate_json(ask: Cli, strategy: str) -> None:
 
 def test_document_from_standard_input(cli: Cli, ask: Cli, checkpoint: Path) -> None:
     """A document of - is standard input; a byte order mark is no part of the text."""
-    options = ("--query", "Who?", "--model", checkpoint, "--blocks", 4, "--json", "--max-new-tokens", 7)
+    options = (
+        "--query",
+        "Who?",
+        "--model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--blocks",
+        4,
+        "--json",
+        "--max-new-tokens",
+        7,
+    )
     piped = cli("generate", "--document", "-", *options, stdin=b"\xef\xbb\xbf" + TEXT.encode())
     assert piped.json["token_ids"] == ask("--blocks", 4, "--json", "--max-new-tokens", 7).json["token_ids"]
 
@@ -219,6 +232,7 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),
         (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
         (["--device", "meta"], ["'meta'", "cpu or cuda"]),
+        (["--strategy", "ulysses", "--ranks", "3"], ["'ulysses'", "4 do not divide by 3", "'ring'"]),
         (["--blok", "3"], ["--blok", "apb --help"]),
         (["surplus"], ["surplus"]),
     ],
@@ -232,7 +246,7 @@ def test_requests_that_cannot_be_served(ask: Cli, options: list[str], fragments:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: it cannot be absent")
 def test_a_gpu_that_is_not_there(ask: Cli) -> None:
     """CUDA asked for where torch sees none is refused, with the way out."""
-    ask("--device", "cuda").refused("CUDA", "--device cpu")
+    ask(device="cuda").refused("CUDA", "--device cpu")
 
 
 def test_questions_that_are_missing(ask: Cli) -> None:
@@ -344,6 +358,46 @@ def test_plans_that_cannot_be_made(cli: Cli, options: list[str], fragments: list
     cli("plan", *options).refused(*fragments)
 
 
+def test_eval_json(cli: Cli, checkpoint: Path) -> None:
+    """Every combination of repeated options that differs is one row with the promised fields; scores are 0 to 100."""
+    given = {"task": ["single", "headings"], "strategy": ["full", "apb"], "compressor": ["query", "recent"]}
+    repeated = [part for name, values in given.items() for value in values for part in (f"--{name}", value)]
+    length = ("--length", 2000, "--samples", 1, "--seed", 3, "--blocks", 4)
+    report = cli("eval", "synthetic", *repeated, *length, "--model", checkpoint, "--device", "cpu", "--json").json
+    rows = report["results"]
+    assert [(row["task"], row["strategy"], row["compressor"], row["blocks"]) for row in rows] == [
+        (task, *setting)
+        for task in given["task"]
+        for setting in (("full", None, 1), ("apb", "query", 4), ("apb", "recent", 4))
+    ]
+    for row in rows:
+        assert (row["length"], row["samples"]) == (2000, 1)
+        assert 0 <= row["score"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        (["--task", "magic"], ["'magic'", "single", "headings"]),
+        (["--strategy", "magic"], ["'magic'", "apb"]),
+        (["--samples", "0"], ["Samples", "at least 1"]),
+        (["--length", "9999"], ["positions", "4096"]),
+        (["--blocks", "4000"], ["4000 blocks"]),
+    ],
+    ids=lambda value: " ".join(value) if value[0].startswith("--") else None,
+)
+def test_evaluations_that_cannot_be_done(cli: Cli, checkpoint: Path, options: list[str], fragments: list[str]) -> None:
+    """What cannot be evaluated is refused before or as soon as it shows: status 2, nothing on stdout."""
+    defaults = {"--task": "single", "--length": "2000", "--samples": "1", "--model": str(checkpoint), "--device": "cpu"}
+    given = {**defaults, **dict([options])}
+    done = cli("eval", "synthetic", *(part for pair in given.items() for part in pair))
+    assert (done.status, done.out) == (2, "")
+    assert "Traceback" not in done.err
+    last = done.err.strip().splitlines()[-1]
+    assert last.startswith("apb: ")
+    assert all(fragment in last for fragment in fragments), done.err
+
+
 def test_doctor_json(cli: Cli) -> None:
     """The machine, every back-end with whether it is used and why, and the ways ranks can talk."""
     report = cli("doctor", "--json").json
@@ -377,7 +431,19 @@ def test_no_such_command(cli: Cli, arguments: list[str]) -> None:
 
 def test_a_process_that_answers(checkpoint: Path, document: Path) -> None:
     """A real process: document through a pipe, the JSON alone on stdout, status 0."""
-    options = ("--query", "Who?", "--model", checkpoint, "--blocks", 4, "--json", "--max-new-tokens", 5)
+    options = (
+        "--query",
+        "Who?",
+        "--model",
+        checkpoint,
+        "--device",
+        "cpu",
+        "--blocks",
+        4,
+        "--json",
+        "--max-new-tokens",
+        5,
+    )
     done = started("generate", "--document", "-", *options, input=TEXT.encode())
     assert kinds(done.json) == FIELDS
     assert "Traceback" not in done.err

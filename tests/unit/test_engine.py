@@ -393,7 +393,12 @@ def test_sliding_windows_that_hide_nothing() -> None:
     config = MistralConfig(**SMALL, sliding_window=len(PROMPT) + 4, attn_implementation="eager")
     model = without_eos(MistralForCausalLM(config).eval())
     answer = transformers_says(model, PROMPT, 4)
-    assert apb.Engine.from_model(model, strategy="full").generate(PROMPT, max_new_tokens=4).token_ids == answer
+    engine = apb.Engine.from_model(model, strategy="full")
+    assert engine.generate(PROMPT, max_new_tokens=4).token_ids == answer
+    session = engine.prefill(PROMPT)
+    session.extend([1, 2, 3, 4])
+    with pytest.raises(apb.InputError, match=f"window of {len(PROMPT) + 4} tokens"):
+        session.extend([5])
 
 
 @pytest.mark.parametrize(

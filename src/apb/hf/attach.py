@@ -143,4 +143,6 @@ def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     ]
     if not found:
         raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")
+    if not all(getattr(module, "is_causal", True) for module in found):
+        raise InputError(f"The attention of {type(model).__name__} is not causal; use a model that generates text.")
     return found

@@ -1,0 +1,125 @@
+"""Model families beside those of the oracle: `full` is transformers' own result for each, or a refusal with the reason.
+
+What differs between them and could go wrong in silence: positions that are embedded and not rotated, biases, norms of q
+and k, factors on the logits, partial rotation, layers side by side, experts, one projection for q, k and v.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+import apb
+from cases import VOCABULARY, Case
+
+PROMPT = Case(1).prompt
+PLAIN = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "attn_implementation": "eager",
+    "pad_token_id": 0,
+}
+SMALL = {**PLAIN, "num_key_value_heads": 2}
+WIDE = {**SMALL, "head_dim": 32}  # not hidden / heads
+
+EXACT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bitnet": ("BitNetForCausalLM", SMALL),
+    "cohere": ("CohereForCausalLM", SMALL),
+    "cohere2": ("Cohere2ForCausalLM", SMALL),
+    "ernie4_5": ("Ernie4_5ForCausalLM", WIDE),
+    "exaone4": ("Exaone4ForCausalLM", SMALL),
+    "gemma": ("GemmaForCausalLM", WIDE),
+    "gemma3_text": ("Gemma3ForCausalLM", WIDE),
+    "glm4": ("Glm4ForCausalLM", WIDE),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 3, "n_head": 4, "attn_implementation": "eager"},
+    ),
+    "gpt_neox": ("GPTNeoXForCausalLM", PLAIN),
+    "granite": ("GraniteForCausalLM", {**SMALL, "attention_multiplier": 0.3, "residual_multiplier": 0.7}),
+    "helium": ("HeliumForCausalLM", {**SMALL, "head_dim": 16}),
+    "mixtral": ("MixtralForCausalLM", {**SMALL, "num_local_experts": 4}),
+    "nemotron": ("NemotronForCausalLM", WIDE),
+    "olmo2": ("Olmo2ForCausalLM", SMALL),
+    "olmo3": ("Olmo3ForCausalLM", SMALL),
+    "opt": ("OPTForCausalLM", {**PLAIN, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "phi": ("PhiForCausalLM", SMALL),
+    "phi3": ("Phi3ForCausalLM", SMALL),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "seed_oss": ("SeedOssForCausalLM", WIDE),
+    "smollm3": ("SmolLM3ForCausalLM", SMALL),
+    "starcoder2": ("Starcoder2ForCausalLM", SMALL),
+}
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "attention of its own": (
+        "GPTJForCausalLM",
+        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "attention interface",
+    ),
+    "chunked attention": ("Llama4ForCausalLM", {**SMALL, "num_local_experts": 2}, "chunked_attention"),
+    "latent attention": (
+        "DeepseekV3ForCausalLM",
+        {**SMALL, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+        "latent attention",
+    ),
+    "sinks": ("GptOssForCausalLM", {**SMALL, "num_local_experts": 4}, "sinks"),
+    "an encoder": ("BertLMHeadModel", PLAIN, "causal"),
+}
+
+
+def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A random model of a class of transformers, its logits far from uniform, that never ends its answer."""
+    kind = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**options)).float().eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(3)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_full_is_transformers(family: str) -> None:
+    """Logits and a greedy answer are transformers'; and the same model runs in blocks as well."""
+    model = make(*EXACT[family])
+    assert model.config.model_type == family
+    ids = torch.tensor([PROMPT.token_ids])
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    answer = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0
+    )[0, ids.shape[1] :].tolist()
+    engine = apb.Engine.from_model(model, strategy="full")
+    torch.testing.assert_close(engine.prefill(PROMPT).logits, logits, rtol=1e-4, atol=1e-4)
+    assert engine.generate(PROMPT, max_new_tokens=8).token_ids == answer
+    engine.close()
+    cut = apb.Engine.from_model(model, blocks=3, anchor_length=17, passing_length=4).prefill(PROMPT)
+    assert cut.logits.isfinite().all()
+    assert not torch.allclose(cut.logits, logits)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_are_refused(name: str) -> None:
+    """A model whose attention would come out wrong is refused with its name and the reason, and left alone."""
+    kind, options, reason = REFUSED[name]
+    model = make(kind, options)
+    before = model.config._attn_implementation
+    with pytest.raises(apb.InputError, match=reason) as refusal:
+        apb.Engine.from_model(model)
+    assert repr(model.config.model_type) in str(refusal.value) or kind in str(refusal.value)
+    assert model.config._attn_implementation == before
