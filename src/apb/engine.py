@@ -51,7 +51,7 @@ class Engine:
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         choose(backend, self.device, self.dtype, _head_dim(model))
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
         self.group: Group = join(self.device)

@@ -168,14 +168,18 @@ class Detokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        self._told = ""
+        # Only the tokens from _start on are decoded again: those up to _told are context for what comes after them.
+        self._start = self._told = 0
 
     def add(self, token: int, last: bool = False) -> str:
         """The new text that a token brings; held back while it ends in the middle of a character."""
         self._ids.append(token)
-        text = str(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        known = self._text(self._ids[self._start : self._told])
+        text = self._text(self._ids[self._start :])
         if not last and text.endswith("\ufffd"):
             return ""
-        piece = text[len(self._told) :]
-        self._told = text
-        return piece
+        self._start, self._told = self._told, len(self._ids)
+        return text[len(known) :]
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -19,6 +19,17 @@ SHORTEST_WORTH_CUTTING = 8192
 DEFAULT_BLOCKS = 8
 LARGEST_ANCHOR = 8192
 LARGEST_PASSING = 8192
+# The least that each size of a request may be, in the order of Plan.build's arguments.
+_LEAST = {
+    "prefix": 0,
+    "document": 1,
+    "query": 1,
+    "blocks": 1,
+    "ranks": 1,
+    "rounds": 1,
+    "anchor length": 0,
+    "passing length": 0,
+}
 # Columns and diagonals of the vertical-slash pattern in MInference's published configurations.
 DEFAULT_VERTICAL = 1000
 DEFAULT_SLASH = 6096
@@ -150,16 +161,14 @@ class Plan:
         is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
         """
         method = method_of(strategy)
-        at_least("prefix", prefix, 0)
-        at_least("document", document, 1)
-        at_least("query", query, 1)
-        at_least("ranks", ranks, 1)
-        at_least("rounds", rounds, 1)
+        sizes = (prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
+        for (name, limit), size in zip(_LEAST.items(), sizes, strict=True):
+            if size is not None:
+                at_least(name, size, limit)
         if method.blocks is not None:
             blocks = method.blocks(ranks)
         elif blocks is None:
             blocks = _default_blocks(document, ranks)
-        at_least("blocks", blocks, 1)
         if blocks > document and method.blocks is None:
             raise InputError(
                 f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
@@ -176,7 +185,6 @@ class Plan:
         anchor_length = _anchor_length(method, prefix, document, query, blocks, anchor_length)
         if passing_length is None:
             passing_length = min(document // blocks // 8, LARGEST_PASSING)
-        at_least("passing length", passing_length, 0)
         if method.anchor is not Anchor.WITH_QUERY:
             passing_length = 0
         return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)

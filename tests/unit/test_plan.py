@@ -188,6 +188,14 @@ def test_one_block_is_exact(strategy: str) -> None:
     assert Plan.build(2, 50_000, 10, blocks=3, strategy=strategy).exact is METHODS[strategy].exact
 
 
+@pytest.mark.parametrize("wrong", [{"blocks": 0}, {"anchor_length": -1}, {"passing_length": -5}])
+@pytest.mark.parametrize("strategy", METHODS)
+def test_impossible_sizes_are_refused_whatever_the_strategy(strategy: str, wrong: dict[str, int]) -> None:
+    """A size below its least is wrong also where the strategy, or a single block, makes no use of it."""
+    with pytest.raises(InputError, match=str(next(iter(wrong.values())))):
+        Plan.build(2, 100, 10, **{"blocks": 1, "strategy": strategy} | wrong)
+
+
 def test_star_takes_the_whole_first_block_and_passes_nothing() -> None:
     """Star's anchor is block 1 (prefix and first slice) by default, any beginning of it on request; nothing passed."""
     plan = Plan.build(3, 101, 10, blocks=4, passing_length=9, strategy="star")

@@ -115,7 +115,7 @@ def _prompt(engine: Engine, length: int) -> Prompt:
     if length <= 1 + QUERY_TOKENS:
         raise InputError(f"A length of {length} leaves no document beside the query of {QUERY_TOKENS} tokens.")
     generator = torch.Generator().manual_seed(length)
-    vocabulary = engine.model.get_input_embeddings().num_embeddings
+    vocabulary = int(engine.model.config.get_text_config().vocab_size)
     ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
     return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])
 

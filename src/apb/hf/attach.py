@@ -35,6 +35,8 @@ class Attachment:
         self._calls = 0
         self._before_rope: BeforeRope | None = None
         self._original = model.config._attn_implementation
+        self._was_training = model.training
+        model.eval()
         model.set_attn_implementation(NAME)
         if model.config._attn_implementation != NAME:
             raise InputError(
@@ -64,6 +66,7 @@ class Attachment:
         for undo in self._undo:
             undo()
         self.model.set_attn_implementation(self._original)
+        self.model.train(self._was_training)
 
     @contextmanager
     def running(self, attend: Attend, total: int, before_rope: bool = False) -> Iterator[None]:
