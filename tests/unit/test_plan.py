@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import apb
 from apb.cost import ModelShape, predict
+from apb.errors import InputError
 from apb.plan import METHODS, Kind, Plan
 
 SHAPE = ModelShape(
