@@ -149,9 +149,9 @@ def collect(group: Group) -> dict[str, Any]:
     }
 
 
-def fail_on_rank_1() -> None:
+def fail_on_rank_1(kind: type[Exception]) -> None:
     """One rank fails while the other waits for it."""
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
-        raise ValueError("the reason")
+        raise kind("the reason")
     dist.barrier()

@@ -10,7 +10,7 @@ import torch
 import rank_work
 from apb.cost import predict
 from apb.distributed.launch import launch
-from apb.errors import RankError
+from apb.errors import InputError, RankError
 from apb.hf.loading import model_shape
 from apb.plan import Plan
 from cases import CASES, check
@@ -116,7 +116,13 @@ def test_collectives(records: Records, size: int) -> None:
 def test_a_rank_that_fails_ends_the_others() -> None:
     """A rank that fails while another waits for it: both end, and one sentence says which and why."""
     with pytest.raises(RankError, match=r"^Rank 1 of 2 failed: ValueError: the reason; the other ranks were ended\.$"):
-        launch(rank_work.fail_on_rank_1, 2)
+        launch(rank_work.fail_on_rank_1, 2, ValueError)
+
+
+def test_what_only_a_rank_finds_wrong_is_still_wrong_input() -> None:
+    """An InputError that a rank raises comes out of the launcher as one, with its own sentence."""
+    with pytest.raises(InputError, match=r"^the reason$"):
+        launch(rank_work.fail_on_rank_1, 2, InputError)
 
 
 def test_records_are_of_different_plans(records: Records) -> None:

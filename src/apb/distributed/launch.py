@@ -22,6 +22,8 @@ from .collectives import Group
 _PATIENCE = timedelta(minutes=30)
 # Seconds that a rank which failed because another one did leaves the launcher to see that.
 _GRACE = 5.0
+# The status of a rank that found the request wrong, which only it could see.
+_WRONG_INPUT = 2
 
 
 def under_torchrun() -> bool:
@@ -104,7 +106,8 @@ def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
 def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
 
-    When one of them dies or fails the others are ended within seconds; raises RankError that says which and why.
+    When one of them dies or fails the others are ended within seconds; raises RankError that says which and why, or
+    the InputError that a rank raised.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -126,6 +129,8 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
             elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if failure.exitcode == _WRONG_INPUT:
+                raise InputError(_message(failure).removeprefix("InputError: ")) from None
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -148,17 +153,23 @@ def _run_rank(function: Callable[..., None], *args: Any) -> None:
             # It lost another rank, which is the one to name: the launcher, which names the first one that it finds
             # dead, has time to find that one, and then ends this one.
             time.sleep(_GRACE)
-        os._exit(1)
+        os._exit(_WRONG_INPUT if isinstance(error, InputError) else 1)
 
 
 def _reason(failure: Any) -> str:
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
+    message = _message(failure)
+    return f"failed: {message}" if message else f"ended with status {failure.exitcode}"
+
+
+def _message(failure: Any) -> str:
+    """What a failed rank said last: the name of its error and the message."""
     message = failure.message
     if isinstance(message, dict):
         message = message.get("message", "")
-    lines = [line for line in str(message).splitlines() if line.strip()]
-    return f"failed: {lines[-1].strip()}" if lines else f"ended with status {failure.exitcode}"
+    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
+    return lines[-1] if lines else ""
 
 
 @contextmanager

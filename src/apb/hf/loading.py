@@ -89,8 +89,8 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
     if limit is not None and total > limit and not allow_extrapolation:
         raise InputError(
             f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
-            f"{total - limit} more than the model's {limit}; shorten the document or pass --allow-extrapolation "
-            "(allow_extrapolation=True) to go beyond what the model was trained for."
+            f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
+            "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
     window = getattr(text, "sliding_window", None)
