@@ -23,6 +23,8 @@ from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from models import tiny_model
 
+# Query heads, KV heads, document: groups of 1, 4 and 8; prime lengths, from fewer tokens than ranks on.
+EXACT = ((12, 12, 997), (12, 3, 4999), (24, 3, 997), (24, 3, 2), (12, 3, 5))
 SIZES = (1, 2, 3, 4)
 PROMPT = Case(1, document=90).prompt
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
@@ -38,6 +40,7 @@ class Record:
     refused: dict[str, str] = field(default_factory=dict)  # the sentence, where a case cannot be run so
     generated: dict[str, Any] = field(default_factory=dict)
     collectives: dict[str, Any] = field(default_factory=dict)
+    exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
 
 
 def everything(folder: str) -> None:
@@ -72,6 +75,7 @@ def record(group: Group) -> Record:
         seen.outcomes[name] = read(engine, case)
     seen.generated = generate(group)
     seen.collectives = collect(group)
+    seen.exact = read_exactly(group)
     return seen
 
 
@@ -124,6 +128,23 @@ def generate(group: Group) -> dict[str, Any]:
         "unseeded": unseeded.token_ids,
         "stopped": stopped.to_dict(),
     }
+
+
+def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]]:
+    """Logits and 32 greedy tokens of the exact strategies, by (heads, kv_heads, document, strategy)."""
+    results = {}
+    for heads, kv_heads, document in EXACT:
+        model = tiny_model("llama", heads=heads, kv_heads=kv_heads, head_dim=16, hidden=96, vocab=VOCABULARY)
+        model.generation_config.eos_token_id = model.config.eos_token_id = None
+        prompt = apb.Prompt.from_tokens([5], [(37 * i * i + 11 * i) % VOCABULARY for i in range(document)], [41, 94])
+        for strategy in ("full", "ring", "ulysses"):
+            engine = apb.Engine.from_model(model, strategy=strategy, allow_extrapolation=True)
+            engine.group = group
+            logits = engine.prefill(prompt).logits
+            tokens = engine.generate(prompt, max_new_tokens=32).token_ids
+            engine.close()
+            results[heads, kv_heads, document, strategy] = (logits, tokens)
+    return results
 
 
 def collect(group: Group) -> dict[str, Any]:
