@@ -149,7 +149,6 @@ def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict
             items = pending.get()
             for front in (False, True)[: 1 if task in ONCE else 2]:
                 start = time.perf_counter()
-                items = items[: -(-len(items) // 2)] if front and length > 20_000 else items
                 with torch.no_grad():
                     exact = forced(network, items, bos, front, tokens)
                 scores = [100.0 * good for good in exact]
