@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ...evaluation.tasks import QUERY_START, TASKS, Sample, generate, score
+from ...hardware import fingerprint
 from .data import BATCH, LENGTHS
 from .model import Network, load
 
@@ -171,8 +172,16 @@ def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict
                 }
                 results.append(entry)
                 print(json.dumps(entry), flush=True)
-    dtype = "bfloat16" if device != "cpu" else "float32"
-    return {"attention": "full", "dtype": dtype, "first_seed": SEEDS, "results": results}
+    return {
+        "attention": "full",
+        "dtype": "float32"
+        if device == "cpu"
+        else "bfloat16 products, fp32 residual stream; greedy decoding by the plain bfloat16 model",
+        "command": f"python -m apb.training.needle.evaluate MODEL OUT.json {device} {samples}",
+        "fingerprint": fingerprint(torch.device(device), torch.float32 if device == "cpu" else torch.bfloat16),
+        "first_seed": SEEDS,
+        "results": results,
+    }
 
 
 def main(arguments: list[str]) -> None:
