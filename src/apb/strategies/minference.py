@@ -40,12 +40,21 @@ class MInference(Strategy):
             column = weights.sum(0)
             column[:FIRST_COLUMNS] = float("inf")
             columns[head] = _best(column, self.plan.vertical_size)
-            diagonal = torch.zeros(prompt, device=layer.q.device)
-            for row, weight in zip(range(first, prompt), weights, strict=True):
-                diagonal[: row + 1] += weight[: row + 1].flip(0)
+            diagonal = _diagonal_sums(weights)
             diagonal[:LAST_DIAGONALS] = float("inf")
             diagonals[head] = _best(diagonal, self.plan.slash_size)
         return columns, diagonals
+
+
+def _diagonal_sums(weights: Tensor) -> Tensor:
+    """Sums along diagonals of the last rows' (rows, keys) weights: element d is that of the keys d before their row."""
+    rows, keys = weights.shape
+    # Keys in falling order, with room at the end: then row r's weight at distance d stands at d + rows - 1 - r of its
+    # line, and one step along a diagonal is one line further and one place back.
+    line = keys + rows
+    turned = weights.new_zeros(rows, line)
+    turned[:, :keys] = weights.flip(1)
+    return turned.as_strided((rows, keys), (line - 1, 1), rows - 1).sum(0)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
