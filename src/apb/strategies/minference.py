@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.vertical_slash import vertical_slash
+from ..parts import part
 from .base import Layer, Strategy
 
 # The prompt's last rows, by whose attention columns and diagonals are chosen.
@@ -21,9 +22,11 @@ class MInference(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         for span in self.blocks:
-            columns, diagonals = self.choose(layer)
+            with part("selection"):
+                columns, diagonals = self.choose(layer)
             rows = span.rows
-            out[rows] = vertical_slash(layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale)
+            with part("attention"):
+                out[rows] = vertical_slash(layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale)
 
     def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
