@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from apb import InputError
+from apb import Engine, InputError
+from apb.benchmarks import prefill
 from apb.benchmarks.ceilings import measure_ceilings
+from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
 from apb.distributed.collectives import Group
 from apb.hf.loading import model_shape
@@ -67,6 +71,39 @@ def test_rows_hold_baseline_ratio_and_floor():
             assert row.parts["communication"] < row.parts["attention"]
         assert full.parts["scoring"] == full.parts["selection"] == 0 < min(apb.parts["scoring"], apb.parts["selection"])
     assert model.config._attn_implementation == "eager"  # given back
+
+
+def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
+    """A row says why there are no figures; short of time, fewer repeats are counted and no parts."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    ceilings = measure_ceilings(CPU, torch.float32, Group())
+    run = partial(bench_prefill, model, model_shape(model.config), ceilings, ["full"], [300], 50)
+    (row,) = run(max_seconds=1e-12)
+    assert (row.seconds, row.all_seconds, row.parts, row.speedup) == (None, [], None, None)
+    assert row.note.startswith("left out: two prefills take at least")
+    monkeypatch.setattr(prefill, "slowest", lambda group, device, figure: 10.0)  # every prefill takes so long
+    (row,) = run(max_seconds=35.0)
+    assert (row.note, row.all_seconds, row.parts) == (None, [10.0, 10.0], None)
+    (row,) = run(max_seconds=1000.0)
+    assert len(row.all_seconds) == 50
+    assert row.parts
+    monkeypatch.setattr(Engine, "memory", 1)
+    (row,) = run()
+    assert row.note.startswith("left out: needs")
+
+
+def test_decode_reads_weights_and_cache():
+    """The limit is the bytes of the weights without the embedding table and of the cache, over the bandwidth."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    shape = model_shape(model.config)
+    (row,) = bench_decode(model, shape, [200], 3, 1e9, strategy="apb", blocks=2)
+    assert not row.graph
+    assert row.same_tokens is None
+    embedding = model.get_input_embeddings().weight.numel()
+    assert row.weight_bytes == 4 * (sum(weight.numel() for weight in model.parameters()) - embedding)
+    assert row.cache_bytes == 4 * (200 + 4 + 3) * 2 * 3 * 2 * 16
+    assert row.limit_seconds == pytest.approx((row.weight_bytes + row.cache_bytes) / 1e9)
+    assert row.of_limit == pytest.approx(row.limit_seconds * row.tokens_per_s)
 
 
 def test_a_prompt_without_document_is_refused():
