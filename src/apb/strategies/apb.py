@@ -10,6 +10,7 @@ from ..compressors.base import select, take
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment
 from ..kernels.merge import merge
+from ..parts import part
 from ..plan import Plan, Span
 from .base import Layer, Strategy
 
@@ -23,31 +24,42 @@ class APB(Strategy):
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
         super().__init__(plan, group, compressor, backend)
-        # Where each piece of that run lies in the gathered message: (rank, first pair, last pair + 1).
+        self._contexts = plan.contexts()
+        # The run of every layer, as far as it is known, between rounds.
+        self._runs: dict[int, Tensor] = {}
+
+    def begin(self, round: int) -> None:
+        """See :meth:`Strategy.begin`."""
+        super().begin(round)
+        plan = self.plan
+        # Where each piece that this round adds to that run lies in the gathered message: (rank, first pair, last + 1).
         self._pieces: list[tuple[int, int, int]] = []
         filled = [0] * plan.ranks
-        passed = [plan.passed(index) for index in range(plan.blocks)]
-        shares = [(rank, stop - start) for rank in range(plan.ranks) for start, stop in [plan.anchor_share(rank)]]
-        for rank, count in shares + [(plan.block(index).rank, count) for index, count in enumerate(passed)]:
+        shares = [plan.anchor_share(rank) for rank in range(plan.ranks)] if round == 0 else []
+        counts = [(rank, stop - start) for rank, (start, stop) in enumerate(shares)]
+        counts += [(block.rank, plan.passed(block.index)) for block in plan.all_blocks() if block.round == round]
+        for rank, count in counts:
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
         self._width = max(filled)
-        self._contexts = plan.contexts()
 
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         pending = self._share(layer)
         if self.group.size == 1:  # nothing to wait for: one call over all segments saves the merge
-            pairs = self._arrange(pending.wait())
+            pairs = self._arrange(layer, pending.wait())
             for span in self.blocks:
                 segments = [*self._context(pairs, span), self.own(layer, span)]
                 out[span.rows], _ = self.attention(layer.q[span.rows], segments, layer.scale)
         else:
             own = [self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale) for span in self.blocks]
-            pairs = self._arrange(pending.wait())
+            with part("communication"):
+                gathered = pending.wait()
+            pairs = self._arrange(layer, gathered)
             for span, (alone, lse) in zip(self.blocks, own, strict=True):
                 others, others_lse = self.attention(layer.q[span.rows], self._context(pairs, span), layer.scale)
-                out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
+                with part("attention"):
+                    out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
         if self.anchor:
             # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
             segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
@@ -64,8 +76,9 @@ class APB(Strategy):
             count = self.plan.passed(span.block)
             if count:
                 chosen = self.choose(layer, span, count)
-                packed[0, row : row + count] = take(layer.k[span.rows], chosen)
-                packed[1, row : row + count] = take(layer.v[span.rows], chosen)
+                with part("selection"):
+                    packed[0, row : row + count] = take(layer.k[span.rows], chosen)
+                    packed[1, row : row + count] = take(layer.v[span.rows], chosen)
                 row += count
         return self.group.all_gather(packed)
 
@@ -81,11 +94,19 @@ class APB(Strategy):
             scale=layer.scale,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
-        return select(self.compressor.score(view), count, self.plan.selectable(block))
+        with part("scoring"):
+            scores = self.compressor.score(view)
+        with part("selection"):
+            return select(scores, count, self.plan.selectable(block))
 
-    def _arrange(self, gathered: Tensor) -> Tensor:
-        """From (ranks, 2, pairs, kv_heads, head_dim) as gathered to (2, pairs, kv_heads, head_dim) as blocks see it."""
-        return torch.cat([gathered[rank, :, start:stop] for rank, start, stop in self._pieces], 1)
+    def _arrange(self, layer: Layer, gathered: Tensor) -> Tensor:
+        """The run (2, pairs, kv_heads, head_dim) as blocks see it, from (ranks, 2, pairs, kv_heads, head_dim)."""
+        new = [gathered[rank, :, start:stop] for rank, start, stop in self._pieces]
+        known = [self._runs.pop(layer.index)] if self.round else []
+        run = torch.cat([*known, *new], 1)
+        if not self.last_round:
+            self._runs[layer.index] = run
+        return run
 
     def _context(self, pairs: Tensor, span: Span) -> list[Segment]:
         """Anchor and passing block of one block: a leading part of the run."""
