@@ -1,9 +1,9 @@
 """Runs a Gluon kernel for Hopper on the CPU, in numpy: its warp groups are threads, its barriers wait as the GPU's do.
 
-Nothing of Triton is imported: the kernel's module is loaded with stand-ins for what it imports. The emulation is there to
-find what a compiler cannot: wrong indices and masks, and a broken protocol between producer and consumers. A copy
-poisons its target at once and lands later, in any order; a product must read the same operands when it is issued and when
-it is waited for; a wait that never ends is an error.
+Nothing of Triton is imported: the kernel's module is loaded with stand-ins for what it imports. The emulation is there
+to find what a compiler cannot: wrong indices and masks, and a broken protocol between producer and consumers. A copy
+poisons its target at once and lands later, in any order; a product must read the same operands when it is issued and
+when it is waited for; a wait that never ends is an error.
 """
 
 from __future__ import annotations

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import reference, sdpa
+from . import fused, reference, sdpa
 from .segment import Segment
 
 __all__ = ["BACKENDS", "Segment", "attention", "choose"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BACKENDS = {"reference": reference.attention, "torch": sdpa.attention}
+BACKENDS = {"reference": reference.attention, "torch": sdpa.attention, "fused": fused.attention}
+_WHY_NOT = {"torch": sdpa.why_not, "fused": fused.why_not}
 
 
 def attention(
@@ -27,7 +28,8 @@ def attention(
         segments: :class:`Segment` with k, v (keys, kv_heads, head_dim) of q's dtype and device; kv_heads divides heads
             (grouped queries: head h reads KV head h // (heads / kv_heads)). May be empty, and may hold zero keys.
         scale: factor on q.k before the softmax; 1 / sqrt(head_dim) if None.
-        backend: "reference" (fp32 matrices), "torch" (torch's fused kernels) or "auto".
+        backend: "reference" (fp32 matrices), "torch" (torch's fused kernels), "fused" (this package's: one launch for
+            all segments, on NVIDIA GPUs) or "auto".
 
     Returns:
         out: (rows, heads, head_dim) in q's dtype; 0 in a row that sees no key.
@@ -53,12 +55,11 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
-    obstacle = sdpa.why_not(device, dtype, head_dim)
-    if backend == "torch" and obstacle:
-        raise InputError(f"The attention back-end 'torch' cannot be used here: {obstacle}; choose 'reference'.")
+    if backend in _WHY_NOT and (obstacle := _WHY_NOT[backend](device, dtype, head_dim)):
+        raise InputError(f"The attention back-end {backend!r} cannot be used here: {obstacle}; choose 'reference'.")
     if backend != "auto":
         return backend, "asked for"
-    if obstacle:
+    if obstacle := sdpa.why_not(device, dtype, head_dim):
         return "reference", obstacle
     return "torch", f"torch's fused attention serves {device.type} in {str(dtype).removeprefix('torch.')}"
 

@@ -49,6 +49,8 @@ HOPPER = {
     128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
     256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
 }
+# So few rows make too few tiles for a GPU: their keys are split instead.
+FEW_ROWS = 64
 # (block_m, block_n, warps, stages) of the plain Triton kernel, by head dim rounded up to a power of two.
 PORTABLE = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)}
 
@@ -61,6 +63,8 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
         return "the fused kernels run on NVIDIA GPUs"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the fused kernels need compute capability 8.0"
+    if device.type != "cuda" and dtype == torch.bfloat16:
+        return "triton's interpreter computes bfloat16 products wrongly"
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return f"the fused kernels take bfloat16, float16 or float32, not {str(dtype).removeprefix('torch.')}"
     if head_dim > 256:
@@ -72,6 +76,8 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     """Why the kernel for Hopper cannot serve such tensors; None where it can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "the kernel for Hopper needs a GPU of compute capability 9.0"
+    if device.type != "cuda" and dtype == torch.bfloat16:
+        return "triton's interpreter computes bfloat16 products wrongly"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel for Hopper takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HOPPER:
@@ -79,24 +85,36 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     return _no_gluon()
 
 
-def attention(q: Tensor, segments: Sequence[Segment], scale: float) -> tuple[Tensor, Tensor]:
-    """See :func:`apb.attention`. One launch for up to three segments; more are merged."""
+def attention(
+    q: Tensor, segments: Sequence[Segment], scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`apb.attention`. One launch for up to three segments, one more for each three more, merged.
+
+    Few rows go to :mod:`apb.kernels.decode`, segment by segment.
+    """
     rows, heads, head_dim = q.shape
     segments = [segment for segment in segments if len(segment.k)]
     if not rows or not segments:
         return torch.zeros_like(q), q.new_full((heads, rows), float("-inf"), dtype=torch.float32)
-    outs, lses = [], []
-    for first in range(0, len(segments), SOURCES):
-        few = segments[first : first + SOURCES]
-        out = q.new_empty(rows, heads, head_dim)
-        lse = q.new_empty(heads, rows, dtype=torch.float32)
-        parts = tuple(Part(index, 0, len(segment.k), segment.causal) for index, segment in enumerate(few))
-        launch(q, [(segment.k, segment.v) for segment in few], (Task(0, rows, parts),), scale, out, lse)
-        outs.append(out)
-        lses.append(lse)
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    out, lse = merge(outs, lses)
+    if scale <= 0:  # the kernels take the maximum of scaled logits before they scale: that needs a positive factor
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    results = []
+    if rows <= FEW_ROWS:
+        from .. import decode
+
+        for segment in segments:
+            results.append(decode.attention(q, segment.k, segment.v, scale, causal=segment.causal, softcap=softcap))
+    else:
+        for first in range(0, len(segments), SOURCES):
+            few = segments[first : first + SOURCES]
+            out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
+            parts = tuple(Part(index, 0, len(segment.k), segment.causal) for index, segment in enumerate(few))
+            sources = [(segment.k, segment.v) for segment in few]
+            launch(q, sources, (Task(0, rows, parts),), scale, out, lse, softcap=softcap)
+            results.append((out, lse))
+    if len(results) == 1:
+        return results[0]
+    out, lse = merge([out for out, _ in results], [lse for _, lse in results])
     return out.to(q.dtype), lse
 
 
@@ -118,7 +136,7 @@ def launch(
         sources: up to three pairs k, v (keys, kv_heads, head_dim) of q's dtype and device, any strides. Keys beside
             those a task names may be read; what they hold does not matter as long as it is finite.
         tasks: which rows see which keys of which source.
-        scale: factor on q.k.
+        scale: positive factor on q.k.
         out: (rows, heads, head_dim), written in place; contiguous in its last dimension.
         lse: (heads, rows) fp32, contiguous, written in place.
         softcap: logits x become softcap * tanh(x / softcap).
@@ -127,8 +145,6 @@ def launch(
     if not any(task.stop > task.start for task in tasks):
         return
     head_dim = q.shape[2]
-    if scale <= 0:  # the kernels scale a maximum: that needs a positive factor
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     if kernel is None:
         kernel = "portable" if why_not_hopper(q.device, q.dtype, head_dim) else "hopper"
     sources = [*sources, *[sources[0]] * (SOURCES - len(sources))] if sources else [(q[:1], q[:1])] * SOURCES
@@ -165,9 +181,7 @@ def _launch_hopper(
         return TensorDescriptor(x, [count, length, head_dim], strides, [1, rows, head_dim], layout)
 
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    plan = schedule(
-        tasks, heads, kv_heads, head_dim * 2, config.block_m, config.block_n, processors, q.device
-    )
+    plan = schedule(tasks, heads, kv_heads, head_dim * 2, config.block_m, config.block_n, processors, q.device)
     with torch.cuda.device(q.device):
         hopper.forward[(len(plan.bounds) - 1,)](
             descriptor(q, 64),

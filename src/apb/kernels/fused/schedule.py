@@ -1,9 +1,9 @@
 """What the fused kernels compute, tile by tile, in which order and on which program: tables of integers.
 
-A strip is up to ``block_m`` query rows of one task; an item is a strip and a head. A row of the table describes a strip:
-first row, row after the last, then five numbers for each of three sources: the key its part of the source begins at,
-how many tiles of ``block_n`` keys all rows see whole, how many tiles after those need a mask, the keys there are, and
-the diagonal: row r of q sees key j where j < min(keys, r + diagonal + 1).
+A strip is up to ``block_m`` query rows of one task; an item is a strip and a head. A row of the table is a strip: its
+first row, the row after its last, then five numbers for each of three sources: the key at which its part of the source
+starts, how many tiles of ``block_n`` keys all rows see whole, how many tiles after those need a mask, the keys there
+are, and the diagonal: row r of q sees key j where j < min(keys, r + diagonal + 1).
 """
 
 from __future__ import annotations
