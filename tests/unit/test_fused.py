@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apb import Segment
+from apb import Engine, Prompt, Segment
 from apb.kernels import fused, reference
 from apb.kernels.fused import HOPPER, Config, Part, Task, launch
 from apb.kernels.fused.schedule import FIELDS, SOURCES, schedule
 from gluon_emulator import Descriptor, Pointer, emulated
+from models import tiny_model
 
 CPU = torch.device("cpu")
 KERNEL = Path(fused.__file__).parent / "hopper.py"
@@ -195,6 +196,33 @@ def test_decode_reads_the_length_from_the_device(rows: int, causal: bool, length
     held = torch.tensor([length], dtype=torch.int32)
     wanted = reference.attention(q, [Segment(k[:length], v[:length], causal)], 0.125)
     agree(decode.attention(q, k, v, 0.125, causal=causal, length=held), wanted, 1e-5)
+
+
+@needs_triton
+def test_empty_sources_are_not_read() -> None:
+    """Nothing passed and no anchor: a source without keys, or none at all."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(70, 4, 64), torch.randn(70, 2, 64), torch.randn(70, 2, 64)
+    tasks = (Task(0, 60, (Part(1, 0, 60, True),)), Task(60, 70, ()))
+    out, lse = torch.empty_like(q), torch.empty(4, 70)
+    launch(q, [(k[:0], v[:0]), (k, v)], tasks, 0.125, out, lse)
+    agree((out, lse), expected(q, [(k[:0], v[:0]), (k, v)], tasks), 1e-5)
+
+
+@needs_triton
+def test_prefill() -> None:
+    """A whole prefill by apb, in two rounds, and a step of decode give the logits that torch's kernels give."""
+    prompt = Prompt.from_tokens([1, 2], [(37 * i + 11) % 97 for i in range(90)], [5, 6, 7])
+    found = []
+    for backend in ("torch", "fused"):
+        model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+        engine = Engine.from_model(
+            model, backend=backend, strategy="apb", blocks=4, rounds=2, anchor_length=20, passing_length=6
+        )
+        session = engine.prefill(prompt)
+        found.append(torch.stack([session.logits, session.extend([3])]))
+        engine.close()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
 
 
 # --- Gluon's, for Hopper -------------------------------------------------------------------------------------------

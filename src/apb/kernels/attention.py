@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import fused, reference, sdpa
+from .fused import Part, Task
 from .segment import Segment
 
-__all__ = ["BACKENDS", "Segment", "attention", "choose"]
+__all__ = ["BACKENDS", "Part", "Segment", "Task", "attend", "attention", "choose"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BACKENDS = {"reference": reference.attention, "torch": sdpa.attention, "fused": fused.attention}
@@ -49,6 +50,36 @@ def attention(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     return BACKENDS[choose(backend, q.device, q.dtype, q.shape[-1])[0]](q, segments, scale)
+
+
+def attend(
+    q: Tensor,
+    sources: Sequence[tuple[Tensor, Tensor]],
+    tasks: Sequence[Task],
+    scale: float,
+    out: Tensor,
+    backend: str = "auto",
+) -> None:
+    """Several runs of rows over parts of shared keys and values, written into ``out``: one launch where a kernel can.
+
+    Args:
+        q: (rows, heads, head_dim).
+        sources: up to three pairs k, v (keys, kv_heads, head_dim).
+        tasks: which rows see which part of which source; rows of no task are left alone in ``out``.
+        scale: positive factor on q.k.
+        out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
+        backend: as in :func:`attention`.
+    """
+    if choose(backend, q.device, q.dtype, q.shape[2])[0] == "fused":
+        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        fused.launch(q, sources, tuple(tasks), scale, out, lse)
+        return
+    for task in tasks:
+        rows, segments = slice(task.start, task.stop), []
+        for part in task.parts:
+            k, v = (x[part.first : part.first + part.keys] for x in sources[part.source])
+            segments.append(Segment(k, v, part.causal))
+        out[rows], _ = attention(q[rows], segments, scale, backend)
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:

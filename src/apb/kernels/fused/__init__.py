@@ -147,16 +147,20 @@ def launch(
     head_dim = q.shape[2]
     if kernel is None:
         kernel = "portable" if why_not_hopper(q.device, q.dtype, head_dim) else "hopper"
-    sources = [*sources, *[sources[0]] * (SOURCES - len(sources))] if sources else [(q[:1], q[:1])] * SOURCES
+    kv_heads = next((k.shape[1] for k, _ in sources if len(k)), q.shape[1])
+    # What is missing or empty is not read, but the kernels want an address.
+    sources = [source if len(source[0]) else (q[:1], q[:1]) for source in sources]
+    sources += [(q[:1], q[:1])] * (SOURCES - len(sources))
     # The kernels compute powers of two: of scale * s, or of scale * tanh, which is written with 2 ** (cap * s).
     log2e = 1 / math.log(2)
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     run = _launch_hopper if kernel == "hopper" else _launch_portable
-    run(q, sources, tasks, factors, softcap is not None, out, lse)
+    run(q, kv_heads, sources, tasks, factors, softcap is not None, out, lse)
 
 
 def _launch_hopper(
     q: Tensor,
+    kv_heads: int,
     sources: Sequence[tuple[Tensor, Tensor]],
     tasks: tuple[Task, ...],
     factors: tuple[float, float],
@@ -169,7 +173,7 @@ def _launch_hopper(
 
     from . import hopper
 
-    heads, kv_heads, head_dim = q.shape[1], sources[0][0].shape[1], q.shape[2]
+    heads, head_dim = q.shape[1:]
     config = HOPPER[head_dim]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
@@ -219,6 +223,7 @@ def _copyable(x: Tensor) -> Tensor:
 
 def _launch_portable(
     q: Tensor,
+    kv_heads: int,
     sources: Sequence[tuple[Tensor, Tensor]],
     tasks: tuple[Task, ...],
     factors: tuple[float, float],
@@ -228,7 +233,7 @@ def _launch_portable(
 ) -> None:
     from . import portable
 
-    heads, kv_heads, head_dim = q.shape[1], sources[0][0].shape[1], q.shape[2]
+    heads, head_dim = q.shape[1:]
     padded = max(64, 1 << (head_dim - 1).bit_length())
     block_m, block_n, warps, stages = PORTABLE[padded]
     if q.dtype == torch.float32:
