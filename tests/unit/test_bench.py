@@ -7,8 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from apb import Engine, InputError
+from apb import Engine, InputError, attention
 from apb.benchmarks import prefill
+from apb.benchmarks.attention import Shape, bench_attention
+from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.ceilings import measure_ceilings
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
@@ -112,3 +114,45 @@ def test_a_prompt_without_document_is_refused():
     ceilings = measure_ceilings(CPU, torch.float32, Group())
     with pytest.raises(InputError, match="leaves no document"):
         list(bench_prefill(model, model_shape(model.config), ceilings, ["full"], [33], 1))
+
+
+def test_attention_rows_hold_time_and_error():
+    """Every kernel gets a row: figures that follow from each other, or why there are none; errors are against fp64."""
+    shapes = [Shape(4, 2, 64, 96, 20, 33), Shape(4, 2, 64, 1, 0, 70)]
+    rows = list(bench_attention(shapes, CPU, torch.float32, 2))
+    assert [(row.shape, row.kernel) for row in rows] == [(str(shape), name) for shape in shapes for name in KERNELS]
+    measured = [row for row in rows if row.note is None]
+    assert {"torch, two calls", "reference"} <= {row.kernel for row in measured}
+    for row in measured:
+        shape = Shape.parse(row.shape)
+        assert row.tflops == pytest.approx(shape.flops / row.seconds / 1e12)
+        assert row.kv_bytes_per_s == pytest.approx(shape.kv_bytes(4) / row.seconds)
+        assert max(row.error, row.lse_error) < 1e-5
+        assert len(row.all_seconds) == 2
+    assert all(row.note for row in rows if "Flash" in row.kernel)
+
+
+def test_attention_that_is_wrong_shows(monkeypatch):
+    """A kernel that leaves the anchor out has an error, and one that writes nothing has a note."""
+    short = lambda q, segments: lambda: attention(q, segments[1:])  # noqa: E731
+    silent = lambda q, segments: lambda: (torch.full_like(q, float("nan")), torch.zeros(q.shape[1], len(q)))  # noqa: E731
+    monkeypatch.setitem(KERNELS, "short", short)
+    monkeypatch.setitem(KERNELS, "silent", silent)
+    shape = Shape(4, 2, 64, 96, 20, 33)
+    assert (shape.flops, shape.kv_bytes(2)) == (4 * 4 * 64 * (96 * 53 + 96 * 97 // 2), 2 * 149 * 2 * 64 * 2)
+    rows = bench_attention([shape], CPU, torch.float32, 1, ["short", "silent"])
+    assert next(rows).error > 0.05
+    assert "not all of the output is finite" in next(rows).note
+
+
+@pytest.mark.parametrize("text", ["", "32/8", "32,128,1,1,1", "32/8,128,a,1,1", "32/7,128,1,1,1", "32/8,128,0,1,1"])
+def test_shapes_that_make_no_sense_are_refused(text):
+    """One sentence, with what was given."""
+    with pytest.raises(InputError, match=f"not {text!r}"):
+        Shape.parse(text)
+
+
+def test_unknown_kernel_is_refused():
+    """The sentence lists those there are."""
+    with pytest.raises(InputError, match=r"Unknown kernel 'magic'.*FlashAttention 3"):
+        list(bench_attention([], CPU, torch.float32, 1, ["magic"]))

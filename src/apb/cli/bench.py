@@ -154,6 +154,77 @@ def _launch(
     launch.run(run, launch.ranks_to_use(ranks, place), request)
 
 
+@app.command()
+def attention(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HEADS/KV_HEADS,HEAD_DIM,BLOCK,ANCHOR,PASSING; repeatable. By default those of known results."
+        ),
+    ] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only these kernels, by name; repeatable.")] = None,
+    repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 7,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
+    from ..benchmarks import attention as benchmark
+    from ..hardware import fingerprint
+    from ..hf import loading
+    from ..plan import at_least
+
+    at_least("repeat", repeat, 1)
+    place = loading.pick_device(device)
+    number = loading.pick_dtype(dtype, place)
+    shapes = [benchmark.Shape.parse(text) for text in shape or ()]
+    shapes = shapes or (benchmark.GPU_SHAPES if place.type == "cuda" else benchmark.CPU_SHAPES)
+    report: dict[str, Any] = {
+        "command": "apb " + " ".join(sys.argv[1:]),
+        "fingerprint": fingerprint(place, number),
+        "copy_bytes_per_s": benchmark.copy_bytes_per_s(place),
+        "rows": [],
+    }
+    for row in benchmark.bench_attention(shapes, place, number, repeat, kernel or ()):
+        report["rows"].append(row.to_dict())
+        print(_attention_line(report["rows"][-1]), file=sys.stderr, flush=True)
+        if out:
+            out.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_attention(report)
+
+
+def _attention_line(row: dict[str, Any]) -> str:
+    figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
+    return f"apb: {row['kernel']} on {row['shape']}: {figure}"
+
+
+def _print_attention(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = report["fingerprint"]
+    columns = ("heads, d, block, anchor, passing", "kernel", "ms", "TFLOP/s", "GB/s of K, V", "error", "lse error")
+    table = Table(*columns, title=f"{facts['device']}, {facts['dtype']}")
+    for row in report["rows"]:
+        if row["note"] is None:
+            figures = [f"{1e3 * row['seconds']:.3f}", f"{row['tflops']:.3g}", f"{row['kv_bytes_per_s'] / 1e9:.3g}"]
+            figures += [f"{row['error']:.1e}", f"{row['lse_error']:.1e}"]
+            table.add_row(row["shape"], row["kernel"], *figures)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+    for kernel, note in {row["kernel"]: row["note"] for row in report["rows"] if row["note"]}.items():
+        console.print(f"{kernel}: {note}")
+    console.print(
+        f"A copy moves {report['copy_bytes_per_s'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
+    )
+
+
 def run(request: Request) -> None:
     """One rank's part; rank 0 prints."""
     from ..benchmarks.ceilings import measure_ceilings
