@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressors import Head, make_compressor
+from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import join, local_device
 from .errors import InputError
@@ -19,7 +20,7 @@ from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
-from .hf.heads import load_heads
+from .hf.heads import HeadShape, load_heads
 from .kernels.attention import choose
 from .plan import METHODS, Anchor, Kind, Plan
 from .prompt import Prompt, check_tokens
@@ -50,12 +51,14 @@ class Engine:
         loading.check_supported(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        choose(backend, self.device, self.dtype, _head_dim(model))
+        shape = HeadShape.of(model.config)
+        choose(backend, self.device, self.dtype, shape.head_dim)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
         self.group: Group = join(self.device)
-        heads = self._load_heads(self.reading.heads) if self.reading.heads else None
+        path = self.reading.heads
+        heads = load_heads(path, **asdict(shape), dtype=self.dtype, device=self.device) if path else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
         self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
         self._attachment = Attachment.of(model)
@@ -214,23 +217,6 @@ class Engine:
             fingerprint=fingerprint(self.device, self.dtype),
             choice=session.plan.reason,
         )
-
-    def _load_heads(self, path: str | Path) -> list[Head]:
-        text = self.model.config.get_text_config()
-        return load_heads(
-            path,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=_head_dim(self.model),
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    text = model.config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:

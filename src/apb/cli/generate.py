@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,7 +163,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     """Everything that can be wrong with a request, before a process is started or a weight is read."""
     from ..hardware import Hardware
     from ..hf import loading
-    from ..hf.heads import load_heads
+    from ..hf.heads import HeadShape, load_heads
     from ..prompt import Prompt
     from ..reading import Reading
 
@@ -176,11 +176,4 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     hardware = Hardware.of(device, dtype, ranks)
     reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"])
     if reading.heads:
-        shape = loading.model_shape(config)
-        load_heads(
-            reading.heads,
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-        )
+        load_heads(reading.heads, **asdict(HeadShape.of(config)))
