@@ -40,7 +40,7 @@ def generate(
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
-    heads: Annotated[Path | None, typer.Option(help="File of trained retaining heads.")] = None,
+    heads: options.Heads = None,
     vertical_size: options.VerticalSize = None,
     slash_size: options.SlashSize = None,
     approximate: Annotated[
