@@ -22,11 +22,11 @@ from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
 from .kernels.attention import choose
-from .plan import METHODS, Anchor, Kind, Plan
+from .plan import Kind, Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch, forward
-from .strategies import Layer, make_strategy
+from .strategies import Layer, OnSelection, make_strategy
 
 # Called with (layers done, layers in all) while a prompt is read.
 Progress = Callable[[int, int], None]
@@ -65,7 +65,8 @@ class Engine:
         obstacle = fusing.why_not(self.device)
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
-        self._attachment = Attachment.of(model, obstacle is None if fused is None else fused)
+        self.fused = obstacle is None if fused is None else fused
+        self._attachment = Attachment.of(model, self.fused)
         self._closed = False
 
     @classmethod
@@ -123,17 +124,26 @@ class Engine:
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
-    def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, progress: Progress | None = None) -> Session:
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 1,
+        progress: Progress | None = None,
+        on_selection: OnSelection | None = None,
+    ) -> Session:
         """Read a prompt.
 
         Args:
             prompt: what to read.
             max_new_tokens: tokens that room is made for after the prompt; more may follow, at the price of a copy.
             progress: called after each layer's attention.
+            on_selection: called with what each of this rank's blocks passes on, layer by layer.
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+        strategy.on_selection = on_selection
         kept = strategy.cached_rows
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
@@ -228,9 +238,7 @@ class Engine:
 def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:
     """Token ids and positions, (1, rows) each, of a rank's rows."""
     whole = prompt.token_ids
-    anchor = whole
-    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
-        anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
+    anchor = plan.anchor_tokens(prompt.prefix, prompt.document, prompt.query)
     ids: list[int] = []
     positions: list[int] = []
     for span in plan.spans(rank):

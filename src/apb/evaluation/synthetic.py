@@ -31,7 +31,7 @@ class Setting:
 
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(engine.model, engine.tokenizer, **asdict(self))
+        return Engine.from_model(engine.model, engine.tokenizer, fused=engine.fused, **asdict(self))
 
 
 @dataclass(frozen=True)
