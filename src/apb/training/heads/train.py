@@ -221,7 +221,7 @@ class HeadTrainer:
 
     def _load(self) -> dict[str, Any]:
         try:
-            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
             found = state["identity"]
         except Exception as error:  # whatever the bytes lead the reader to
             raise InputError(f"The checkpoint {str(self.path)!r} cannot be read; delete it to start anew.") from error
