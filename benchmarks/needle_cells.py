@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections import defaultdict
@@ -55,6 +56,7 @@ def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--only", default="", help="regular expression on 'task length row': measure these alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
     parser.add_argument("--out", type=Path, required="tables" not in more)
@@ -71,6 +73,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
     from apb.hf.loading import pick_device, pick_dtype, shipped_model
 
     device = pick_device(None)
+    cells = [cell for cell in cells if re.search(arguments.only, f"{cell.task} {cell.length} {cell.name}")]
     units = list(_units(cells, arguments.samples, arguments.shard))
     sums: dict[Cell, float] = defaultdict(float)
     counts: dict[Cell, int] = defaultdict(int)

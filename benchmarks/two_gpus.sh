@@ -5,9 +5,9 @@
 #   exact       prefill of the exact strategies, Llama-3.1-8B shape, 64K and 128K      about 180 s
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 220 s
-#   heads       retaining heads of the shipped model: its data, 3000 steps             about 150 s
-#   needed      those heads and query at 32K on every kind of question, 204 samples    about 270 s
-#   study       compressors, lengths, blocks, anchors, late questions, 204 samples     about 290 s
+#   heads       retaining heads of the shipped model: data, 3000 steps of two widths
+#   needed      the file HEADS and query at 32K on every kind of question, 204 samples
+#   study       compressors, lengths, blocks, anchors, late questions, 204 samples; ONLY=regex for some cells
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/two_gpus.sh FOLDER [PART ...]}
@@ -30,14 +30,16 @@ for part in $parts; do
     heads)
       data=$(mktemp -d)
       OMP_NUM_THREADS=1 timeout 90 "$python" -m apb.training.heads.generated "$data/heads.jsonl" --jobs $((cores - 4))
-      CUDA_VISIBLE_DEVICES=0 timeout 300 "$python" -m apb.cli.main train heads --data "$data/heads.jsonl" \
-        --out "$out/heads.safetensors" 2>&1 | tee "$out/heads.log"
+      for hidden in 256 1024; do  # one GPU each
+        CUDA_VISIBLE_DEVICES=$((hidden / 1024)) OMP_NUM_THREADS=4 timeout 400 "$python" -m apb.cli.main train heads \
+          --data "$data/heads.jsonl" --hidden $hidden --out "$out/heads_$hidden.safetensors" 2> "$out/heads_$hidden.log" &
+      done
+      wait
       rm -r "$data" ;;
     needed | study)
-      heads=models/needle/heads.safetensors
-      [ -f "$out/heads.safetensors" ] && heads=$out/heads.safetensors
+      heads=${HEADS:-models/needle/heads.safetensors}
       OMP_NUM_THREADS=1 timeout 330 "$python" benchmarks/needle_compressors.py --jobs $((cores - 4)) --samples 204 \
-        --part "$part" --heads "$heads" --out "$out/needle_compressors_$part.json" ;;
+        --part "$part" --heads "$heads" ${ONLY:+--only "$ONLY"} --out "$out/needle_compressors_$part.json" ;;
     *) echo "Unknown part $part; choose from: tests overlap exact accuracy strategies heads needed study." >&2; exit 2 ;;
   esac
 done
