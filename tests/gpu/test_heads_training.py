@@ -37,7 +37,7 @@ def test_interrupted(tmp_path):
 
     def trainer(name: str) -> HeadTrainer:
         model = tiny_model("llama", heads=4, kv_heads=2, head_dim=64, vocab=258).cuda().bfloat16()
-        settings = Settings(hidden=256, steps=100)
+        settings = Settings(hidden=256, steps=100, max_length=4096)
         return HeadTrainer(model, Samples(path, byte_tokenizer(), 4096), tmp_path / name, settings, Group())
 
     def stop(report: Report) -> None:

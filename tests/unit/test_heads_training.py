@@ -52,8 +52,9 @@ def trainer(folder: Path, model: Any, lines: list[dict[str, Any]], group: Group 
     """A trainer of a model with a vocabulary of bytes."""
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(fields) + "\n" for fields in lines))
-    samples = Samples(path, byte_tokenizer(), settings.get("max_length", 10240))
-    return HeadTrainer(model, samples, folder / "heads.safetensors", Settings(**settings), group or Group())
+    chosen = Settings(max_length=4096, **settings)
+    samples = Samples(path, byte_tokenizer(), chosen.max_length)
+    return HeadTrainer(model, samples, folder / "heads.safetensors", chosen, group or Group())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -373,6 +374,7 @@ def test_batches_that_cannot_be_shared_out(tmp_path: Path) -> None:
         (["--out", "nowhere/heads.safetensors"], "does not exist"),
         (["--out", "heads.safetensors", "--steps", "0"], "Steps must be at least 1"),
         (["--out", "heads.safetensors", "--learning-rate", "2"], "learning rate"),
+        (["--out", "heads.safetensors", "--max-length", "4097"], "the model's 4096 positions"),
         (["--out", "heads.safetensors", "--data", "none.jsonl"], "cannot be read"),
     ],
 )

@@ -68,7 +68,10 @@ def heads(
     batch_size: Annotated[
         int | None, typer.Option(help="Samples of an update, over all ranks; one a rank if left out.")
     ] = None,
-    max_length: Annotated[int, typer.Option(help="Tokens of a sample; longer ones lose their middle.")] = 10240,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a sample; longer ones lose their middle. 10240, or what the model can read."),
+    ] = None,
     learning_rate: Annotated[float, typer.Option(help="The highest; it rises first and then falls to 0.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the samples' order.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
@@ -83,7 +86,7 @@ def heads(
     from ..hf import loading
     from ..plan import at_least
     from ..training.heads.data import Samples
-    from ..training.heads.train import Settings
+    from ..training.heads.train import Settings, check_positions, positions
     from .quiet import quiet_libraries
 
     quiet_libraries()
@@ -94,6 +97,11 @@ def heads(
         raise InputError(f"The folder {str(out.parent)!r} does not exist; make it first.")
     place = loading.pick_device(device)
     size = launch.ranks_to_use(ranks, place)
+    name = str(model or loading.shipped_model())
+    config = loading.load_config(name)
+    loading.check_supported(config)
+    if max_length is None:
+        max_length = min(10240, positions(config))
     settings = Settings(
         hidden=hidden,
         steps=steps,
@@ -102,8 +110,7 @@ def heads(
         learning_rate=learning_rate,
         seed=seed,
     )
-    name = str(model or loading.shipped_model())
-    loading.check_supported(loading.load_config(name))
+    check_positions(config, settings)
     Samples(data, loading.load_tokenizer(name), max_length)
     request = HeadsRequest(name, str(data), str(out), asdict(settings), checkpoint_every, dtype, place.type)
     launch.run(train_heads, size, request)

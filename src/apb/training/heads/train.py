@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -91,6 +92,7 @@ class HeadTrainer:
                 f"make it a multiple of {group.size}."
             )
         check_supported(model.config)
+        check_positions(model.config, settings)
         self.samples, self.settings, self.group = samples, settings, group
         self.out = Path(out)
         self.path = self.out.with_name(self.out.name + ".checkpoint")
@@ -232,6 +234,20 @@ class HeadTrainer:
                     f"{found.get(name)} and is now {value}; give the same options, or delete it to start anew."
                 )
         return state
+
+
+def positions(config: Any) -> int:
+    """How many tokens a model was made for."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+
+def check_positions(config: Any, settings: Settings) -> None:
+    """InputError where samples may be longer than the model's positions."""
+    if settings.max_length > positions(config):
+        raise InputError(
+            f"Samples of up to {settings.max_length} tokens are longer than the model's {positions(config)} positions; "
+            "cut them to that (--max-length)."
+        )
 
 
 def first_weights(shape: HeadShape, settings: Settings, device: torch.device) -> dict[str, nn.Parameter]:
