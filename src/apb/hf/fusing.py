@@ -7,17 +7,17 @@ attention function and the cache between them stay ordinary Python.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from ..kernels.fused import why_no_triton
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -26,11 +26,7 @@ def why_not(device: torch.device) -> str | None:
     """Why nothing is compiled on such a device; None where it is."""
     if device.type != "cuda":
         return f"compiling takes longer than it saves on device type {device.type}"
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
-        return "triton needs a C compiler, and none was found"
-    return None
+    return why_no_triton()
 
 
 def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:

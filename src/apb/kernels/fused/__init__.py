@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ __all__ = ["Part", "Task", "attention", "launch", "why_not", "why_not_hopper"]
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and what goes with them, measured on one H200 (see benchmarks/results/attention_h200.json).
+    """Tile sizes and what goes with them: the fastest of those tried on one H200.
 
     ``groups`` consumer warpgroups of 64 rows each, with ``registers`` a thread, and the kernel's cap on registers.
     """
@@ -49,6 +50,8 @@ HOPPER = {
     128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
     256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=True),
 }
+# Versions of Triton whose Gluon the kernel was compiled with.
+GLUON_FROM, GLUON_BEFORE = (3, 6), (3, 10)
 # So few rows make too few tiles for a GPU: their keys are split instead.
 FEW_ROWS = 64
 # (block_m, block_n, warps, stages) of the plain Triton kernel, by head dim rounded up to a power of two.
@@ -57,10 +60,10 @@ PORTABLE = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)}
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why these kernels cannot serve such tensors; None where they can."""
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda" and not _interpreted():
+    if device.type != "cuda" and not (_interpreted() and find_spec("triton")):
         return "the fused kernels run on NVIDIA GPUs"
+    if device.type == "cuda" and (obstacle := why_no_triton()):
+        return obstacle
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         return "the fused kernels need compute capability 8.0"
     if device.type != "cuda" and dtype == torch.bfloat16:
@@ -76,13 +79,11 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
     """Why the kernel for Hopper cannot serve such tensors; None where it can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "the kernel for Hopper needs a GPU of compute capability 9.0"
-    if device.type != "cuda" and dtype == torch.bfloat16:
-        return "triton's interpreter computes bfloat16 products wrongly"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the kernel for Hopper takes bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     if head_dim not in HOPPER:
         return f"the kernel for Hopper takes head dims of {', '.join(map(str, HOPPER))}, not {head_dim}"
-    return _no_gluon()
+    return why_no_triton() or _no_gluon()
 
 
 def attention(
@@ -238,8 +239,8 @@ def _launch_portable(
     block_m, block_n, warps, stages = PORTABLE[padded]
     if q.dtype == torch.float32:
         block_m, block_n, stages = block_m // 2, block_n // 2, 2
-    elif q.is_cuda and torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin < 128 << 10:
-        stages = 2  # GPUs with 99 KiB a program: a third stage does not fit at head dim 128
+    elif q.is_cuda and torch.cuda.get_device_capability(q.device) in ((8, 6), (8, 9), (12, 0)):
+        stages = 2  # these have 99 KiB a program: a third stage does not fit at head dim 128
     plan = schedule(tasks, heads, kv_heads, head_dim * q.element_size(), block_m, block_n, 1, q.device)
     q, *pairs = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(x for source in sources for x in source)))
     used = 1 + max((part.source for task in tasks for part in task.parts), default=0)
@@ -270,13 +271,25 @@ def _launch_portable(
 
 
 @cache
-def _no_gluon() -> str | None:
-    """Why Gluon cannot be used; it is experimental, and not in every version of Triton."""
-    try:
-        from . import hopper  # noqa: F401
-    except ImportError as error:
-        return f"this version of triton has no Gluon for Hopper ({error})"
+def why_no_triton() -> str | None:
+    """Why Triton cannot compile kernels here; None where it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
+        return "triton needs a C compiler, and none was found"
     return None
+
+
+@cache
+def _no_gluon() -> str | None:
+    """Why Gluon cannot be used: it is experimental, and every version may ask for other words."""
+    import triton
+
+    found = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    if GLUON_FROM <= found < GLUON_BEFORE:
+        return None
+    first, after = (".".join(map(str, version)) for version in (GLUON_FROM, GLUON_BEFORE))
+    return f"the kernel for Hopper is written for triton from {first} and before {after}, not {triton.__version__}"
 
 
 def _interpreted() -> bool:

@@ -18,6 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+# Its name until Triton 3.8, and from then on.
+_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
 
@@ -32,10 +34,10 @@ def _send(k_desc, v_desc, head, row, tiles, count, bars, bufs, BN: gl.constexpr,
         phase = (count // STAGES) & 1
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [head, row + tile * BN, 0], k_full.index(stage), k_bufs.index(stage))
+        _fetch(k_desc, [head, row + tile * BN, 0], k_full.index(stage), k_bufs.index(stage))
         mbarrier.wait(v_free.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [head, row + tile * BN, 0], v_full.index(stage), v_bufs.index(stage))
+        _fetch(v_desc, [head, row + tile * BN, 0], v_full.index(stage), v_bufs.index(stage))
         count += 1
     return count
 
@@ -60,7 +62,7 @@ def _produce(
         for g in gl.static_range(GROUPS):
             mbarrier.wait(q_free.index(g), ((index - first) & 1) ^ 1)
             mbarrier.expect(q_full.index(g), q_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(q_desc, [head, row + g * 64, 0], q_full.index(g), q_bufs.index(g))
+            _fetch(q_desc, [head, row + g * 64, 0], q_full.index(g), q_bufs.index(g))
         start0, full0, masked0 = gl.load(strip + 2), gl.load(strip + 3), gl.load(strip + 4)
         start1, full1, masked1 = gl.load(strip + 7), gl.load(strip + 8), gl.load(strip + 9)
         start2, full2, masked2 = gl.load(strip + 12), gl.load(strip + 13), gl.load(strip + 14)
