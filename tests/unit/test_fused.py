@@ -118,10 +118,15 @@ def test_every_row_sees_its_keys_once(tasks: tuple[Task, ...], block_m: int, blo
     assert set(seen) == set(range(tasks[-1].stop))
 
 
-def test_programs_end_together() -> None:
-    """On a long block no program has more than a few tiles above the mean, although rows differ fivefold in cost."""
-    task = Task(0, 16384, (Part(0, 0, 4096, False), Part(1, 0, 16384, True)))
-    plan = schedule((task,), 32, 8, 256, 128, 128, 132, CPU)
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_programs_end_together(blocks: int) -> None:
+    """On long blocks no program has more than a few tiles above the mean, although rows differ fivefold in cost."""
+    tasks = [
+        Task(i * 16384, (i + 1) * 16384, (Part(0, 0, 4096 + 2048 * i, False), Part(1, i * 16384, 16384, True)))
+        for i in range(blocks)
+    ]
+    tasks.append(Task(16384 * blocks, 16384 * blocks + 4096, (Part(0, 0, 4096, True),)))  # anchor rows
+    plan = schedule(tuple(tasks), 32, 8, 256, 128, 128, 132, CPU)
     table, items, bounds = (x.tolist() for x in (plan.table, plan.items, plan.bounds))
     cost = [sum(strip[2 + 5 * s + 1] + strip[2 + 5 * s + 2] for s in range(SOURCES)) for strip in table]
     shares = [sum(cost[item // 32] for item in items[a:b]) for a, b in pairwise(bounds)]

@@ -65,19 +65,23 @@ def schedule(
 ) -> Schedule:
     """Share the items out over at most ``programs`` programs, each to the one that is free first.
 
-    Heads that read the same keys come together, as many KV heads at a time as fit in the cache; among them the longest
-    items first, so that all programs end at about the same time. ``head_bytes``: of one key of one head.
+    Heads that read the same keys come together, as many KV heads at a time as fit in the cache, and among them task by
+    task. The longest items of a task come first, so that all programs end at about the same time. ``head_bytes``: of
+    one key of one head.
     """
-    strips = [strip for task in tasks for strip in _strips(task, block_m, block_n)]
+    runs = [
+        sorted(_strips(task, block_m, block_n), key=_tiles, reverse=True) for task in tasks if task.stop > task.start
+    ]
+    runs.sort(key=lambda run: _tiles(run[0]), reverse=True)
+    strips = [strip for run in runs for strip in run]
     costs = [_tiles(strip) for strip in strips]
-    order = sorted(range(len(strips)), key=costs.__getitem__, reverse=True)
     keys = max((sum(part.keys for part in task.parts) for task in tasks), default=0)
     together = max(1, min(kv_heads, _TOGETHER_BYTES // max(1, 2 * head_bytes * keys)))
     group = heads // kv_heads
     items = [
         (strip, head)
         for first in range(0, heads, together * group)
-        for strip in order
+        for strip in range(len(strips))
         for head in range(first, min(first + together * group, heads))
     ]
     free = [(0, program) for program in range(min(programs, len(items)))]
