@@ -11,9 +11,22 @@ import pytest
 from transformers import AutoTokenizer
 
 from apb.errors import InputError
-from apb.evaluation.tasks import TASKS, Sample, generate, score
+from apb.evaluation.tasks import TASKS, TAUGHT, Sample, generate, score
 from apb.evaluation.tasks.lexicon import ADJECTIVES, NAMES, NOUNS, PLACES, TITLES, VERBS
 
+# Of every kind, six samples: the shipped model's figures are of these texts, to the letter.
+TEXTS = {
+    "single": "eae0fb320c1185c3",
+    "multikey": "192f082169659f98",
+    "multivalue": "00298159fd09ec80",
+    "multiquery": "a226178b0ea4c34e",
+    "variable_tracking": "2aae36f177ac8eac",
+    "headings": "d7017e37a2aece61",
+    "common_words": "1483410bf8f32f93",
+    "frequent_words": "95b396b8651af5e1",
+}
+# Kinds that need nothing of the user's.
+GENERATED = [task for task in TASKS if task != "qa"]
 MODEL = Path(__file__).parents[2] / "models" / "needle"
 
 
@@ -58,7 +71,7 @@ def test_word_lists_are_disjoint_lower_case_and_large():
     assert len(NOUNS) > 400 and len(ADJECTIVES) > 200 and len(TITLES) > 170
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATED)
 @pytest.mark.parametrize("length", [192, 256, 700, 4096])
 def test_length_is_kept(task, length):
     """BOS, document, query, answer and end, tokenized apart, are at most `length`, and at least 99 % of it."""
@@ -70,19 +83,19 @@ def test_length_is_kept(task, length):
         assert length - max(3, length // 80) <= total <= length
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATED)
 def test_length_is_kept_with_a_tokenizer_that_cuts_words(task):
     sample = generate(task, Characters(), 3000, 1)
     assert 0.98 * 3000 <= sample.length <= 3000
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATED)
 def test_seed_decides(task):
     assert make(task, seed=4) == make(task, seed=4)
     assert len({make(task, seed=seed).document for seed in range(5)}) == 5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", GENERATED)
 def test_query_ends_with_a_question_mark_and_no_answer_is_in_it(task):
     sample = make(task)
     assert sample.query.endswith("?")
