@@ -21,12 +21,15 @@ def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
     from 16 to 8.5 GiB. Mixtures of experts, which look at all rows together, are left alone.
     """
     changed = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
+    before = [vars(module).get("forward") for module in changed]  # a compiled one, or what other libraries put there
     for module in changed:
         module.forward = _chunked(module.forward)
 
     def undo() -> None:
-        for module in changed:
+        for module, forward in zip(changed, before, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
 
     return undo
 

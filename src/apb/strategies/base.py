@@ -12,6 +12,7 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge
+from ..parts import part
 from ..plan import Kind, Plan, Span
 
 
@@ -84,7 +85,8 @@ class Strategy(ABC):
 
     def attention(self, q: Tensor, segments: list[Segment], scale: float) -> tuple[Tensor, Tensor]:
         """:func:`apb.attention` with this strategy's back-end."""
-        return attention(q, segments, scale, self.backend)
+        with part("attention"):
+            return attention(q, segments, scale, self.backend)
 
     def own(self, layer: Layer, span: Span) -> Segment:
         """A block's keys and values as its own rows see them."""
@@ -100,7 +102,8 @@ class Merging:
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim), the same on every rank."""
-        packed = self.pending.wait()
+        with part("communication"):
+            packed = self.pending.wait()
         if packed.shape[0] == 1:
             return packed[0, ..., :-1].to(self.dtype)
         out, _ = merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
@@ -122,7 +125,8 @@ def attend_shards(
         ends_here: this shard's last keys are those of the rows themselves, which see them causally.
         backend: attention back-end.
     """
-    out, lse = attention(q, [Segment(k, v, causal=ends_here)], scale, backend)
+    with part("attention"):
+        out, lse = attention(q, [Segment(k, v, causal=ends_here)], scale, backend)
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
     return Merging(group.all_gather(packed), q.dtype)
