@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     columns = ("task", "length", "strategy", "compressor", "blocks", "samples", "score", "95 %", "prefill s")
     table = Table(*columns)
     for row in cells:
