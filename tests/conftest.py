@@ -14,6 +14,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 from hypothesis import settings
 
+from command_line import cli
+
+__all__ = ["cli"]
+
 # No deadline: the first example of a test pays for imports. Derandomised: the same examples on every run.
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("suite")

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from apb.errors import InputError
-from apb.evaluation.tasks import TASKS, TAUGHT, Sample, generate, score
+from apb.evaluation.tasks import TASKS, Sample, generate, score
 from apb.evaluation.tasks.lexicon import ADJECTIVES, NAMES, NOUNS, PLACES, TITLES, VERBS
 
 # Of every kind, six samples: the shipped model's figures are of these texts, to the letter.

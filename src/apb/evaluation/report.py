@@ -14,20 +14,27 @@ STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 2rem auto; padding: 0 1rem;
   max-width: 76rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: .6rem 0 1rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th { border-bottom: 2px solid #888; } td:first-child, th:first-child { text-align: left; }
-td small { display: block; color: #666; } td.best { font-weight: 600; } td.worse { background: #fdecea; }
-td.better { background: #e8f5e9; } figure { margin: 1rem 0; } figcaption, .note { color: #555; font-size: .9rem; }
+h1 { font-size: 1.5rem; }
+h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; margin: .6rem 0 1rem; font-size: .92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .55rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { border-bottom: 2px solid #888; }
+td:first-child, th:first-child { text-align: left; }
+td small { display: block; color: #666; font-size: .78em; font-weight: normal; }
+td.best { font-weight: 600; }
+td.worse { background: #fdecea; }
+td.better { background: #e8f5e9; }
+figure { margin: 1rem 0; }
+figcaption, .note { color: #555; font-size: .9rem; }
 svg { max-width: 100%; height: auto; }
+.wide { overflow-x: auto; }
 """
 NOTES = (
     "Scores are 0 to 100. Under each: its 95 % interval (Wilson). Average: the mean of the tasks.",
-    "Differences are paired: the same samples, read in the other way. Their 95 % intervals come from 10,000 bootstrap "
-    "resamples of the samples within each task. Where no sample differs the interval has no width; then, with n "
-    "samples, fewer than 1 - 0.05^(1/n) of all differ, with 95 % confidence (n = 100: 3 %).",
+    "Differences are paired: the same samples, read in the other way; 3/100: of 100 samples 3 have another score. "
+    "Their 95 % intervals come from 10,000 bootstrap resamples of the samples within each task. Where no sample "
+    "differs the interval has no width; then, with n samples, fewer than 1 - 0.05^(1/n) of all differ, with 95 % "
+    "confidence (n = 100: 3 %).",
     "Speeds are of runs that had the machine to themselves; scores may come from runs that shared it.",
 )
 
@@ -103,7 +110,7 @@ def differences(table: Table) -> Content:
     rows = []
     for reading, whole in table.differences.items():
         found = [table.by_task[reading].get(task) for task in table.tasks]
-        rows.append((reading, [*(points(one) for one in found), points(whole)]))
+        rows.append((reading, [points(one) for one in [*found, whole if whole.tasks == len(table.tasks) else None]]))
     return ["", *table.tasks, "average"], rows
 
 
@@ -112,7 +119,7 @@ def points(one: Difference | None) -> tuple[str, str]:
     if one is None:
         return "", ""
     low, high = one.interval
-    return f"{one.difference:+.1f}", f"{low:+.1f} to {high:+.1f}; {one.differing} of {one.samples} differ"
+    return f"{one.difference:+.1f}", f"{low:+.1f} to {high:+.1f}, {one.differing}/{one.samples}"
 
 
 def speeds(summary: Summary) -> Content:
@@ -153,7 +160,7 @@ def sign_marks(table: Table) -> Mark:
         reading = readings[row]
         whole = column == len(table.tasks)
         one = table.differences[reading] if whole else table.by_task[reading].get(table.tasks[column])
-        if one is None or one.interval[0] <= 0 <= one.interval[1]:
+        if one is None or one.interval[0] <= 0 <= one.interval[1] or (whole and one.tasks < len(table.tasks)):
             return ""
         return "better" if one.difference > 0 else "worse"
 
