@@ -26,7 +26,8 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
     denominator = 1 + _Z**2 / samples
     middle = (share + _Z**2 / (2 * samples)) / denominator
     half = _Z / denominator * math.sqrt(share * (1 - share) / samples + _Z**2 / (4 * samples**2))
-    return 100 * max(0.0, middle - half), 100 * min(1.0, middle + half)
+    # The mean lies inside; rounding must not put it outside.
+    return min(mean, 100 * (middle - half)), max(mean, 100 * (middle + half))
 
 
 @dataclass(frozen=True)

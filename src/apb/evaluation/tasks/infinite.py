@@ -53,7 +53,7 @@ def kv_retrieval(rng: Random, room: int, encoder: Encoder) -> Material:
 
 def extreme_number(rng: Random, room: int, encoder: Encoder) -> Material:
     """The largest or smallest, second or third of either, of a long list of numbers; equal ones count once."""
-    low, high = rng.randrange(0, 2000), rng.randrange(8000, 10_000)
+    place, low, high = rng.randrange(len(RANKS)), rng.randrange(1000, 2000), rng.randrange(8000, 10_000)
     numbers: list[int] = []
     body: Sentence = []
     left = room - encoder.count(["."])
@@ -69,7 +69,6 @@ def extreme_number(rng: Random, room: int, encoder: Encoder) -> Material:
     ranks = sorted(set(numbers))
     if len(ranks) < 3:
         raise TaskError(f"a list of three numbers does not fit into {room} tokens")
-    place = rng.randrange(len(RANKS))
     answer = ranks[place - 3] if place >= 3 else ranks[-1 - place]
     question = Question([f" What is the {RANKS[place]} number of the list?"], (str(answer),), "extreme_number")
     return Material(questions=[question], body=[*body, "."])

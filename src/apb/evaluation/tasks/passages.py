@@ -12,8 +12,8 @@ from ...errors import InputError
 from .filler import Sentence
 from .material import Encoder, Material, Question, TaskError
 
-# What a passage's number and the line breaks around it need, about.
-_FRAME = 8
+# What stands before a passage; its number is longer only in texts of more than a thousand.
+_HEAD = "\n\nPassage 999:\n"
 
 
 @dataclass(frozen=True)
@@ -97,13 +97,14 @@ def fill_up(rng: Random, others: Sequence[str], left: int, encoder: Encoder) -> 
     """Passages in random order until `left` tokens are full; the last is cut at a word."""
     chosen: list[str] = []
     order: list[str] = []
-    while others and left > 2 * _FRAME:
+    frame = encoder.count([_HEAD])
+    while others and left > frame:
         if not order:
             order = rng.sample(others, len(others))
         text = order.pop()
         size = size_of(text, encoder)
         if size > left:
-            text = cut(text, left - _FRAME, encoder)
+            text = cut(text, left - frame, encoder)
             size = left
         if text:
             chosen.append(text)
@@ -124,4 +125,4 @@ def cut(text: str, room: int, encoder: Encoder) -> str:
 
 def size_of(text: str, encoder: Encoder) -> int:
     """About the number of tokens of a passage with its number and line breaks."""
-    return encoder.count([text]) + _FRAME
+    return encoder.count([_HEAD, text])
