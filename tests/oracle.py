@@ -49,11 +49,16 @@ class Layout:
     shared: range  # rows that all rows of blocks 2.. see: the anchor
     blocks: list[range]  # true positions of each block; block 1 starts with the prefix
     query: range  # true positions
+    copies: list[range]  # rows of the query as each round carries it, the last round's where the query stands
     first_eligible: int  # true positions before this one are prefix, or stand in the anchor
 
 
-def lay_out(prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: int | None, strategy: str) -> Layout:
-    """The rows of a prefill. Refuses what the definition leaves open: an empty query, an empty block."""
+def lay_out(
+    prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: int | None, strategy: str, rounds: int
+) -> Layout:
+    """The rows of a prefill; every round but the last has rows of its own for the query, at the end.
+
+    Refuses what the definition leaves open: an empty query, an empty block."""
     x, doc, q = ([int(token) for token in part] for part in prompt)
     if strategy not in ("apb", "star"):
         raise ValueError(f"unknown strategy {strategy!r}")
@@ -66,9 +71,12 @@ def lay_out(prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: i
     ends = [len(x) + end for end in np.cumsum(sizes).tolist()]
     ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     anchor = (x + q + doc)[:anchor_length] if strategy == "apb" and blocks > 1 else []
+    at, start, stop = len(anchor), len(x) + len(doc), len(x) + len(doc) + len(q)
+    firsts = [at + stop + index * len(q) for index in range(rounds - 1)] + [at + start]
     return Layout(
-        tokens=anchor + x + doc + q,
-        positions=[*range(len(anchor)), *range(len(x) + len(doc) + len(q))],
+        tokens=anchor + x + doc + q * rounds,
+        positions=[*range(at), *range(stop), *[*range(start, stop)] * (rounds - 1)],
+        copies=[range(first, first + len(q)) for first in firsts],
         anchor=len(anchor),
         shared=ranges[0][:anchor_length] if strategy == "star" else range(len(anchor)),
         blocks=ranges,
@@ -95,10 +103,18 @@ def visibility(layout: Layout, selected: list[Tensor]) -> Tensor:
         for earlier in selected[:index]:
             for head, positions in enumerate(earlier):
                 mask[head, own, at + positions] = True
-    first = at + layout.query.start
-    mask[:, first:, at:first] = True
-    mask[:, first:, first:] = causal(len(layout.query))
+    for index, copy in enumerate(layout.copies):
+        rows = slice(copy.start, copy.stop)
+        for number, block in enumerate(layout.blocks):
+            if round_of(number, layout) <= index:
+                mask[:, rows, at + block.start : at + block.stop] = True
+        mask[:, rows, rows] = causal(len(copy))
     return mask
+
+
+def round_of(block: int, layout: Layout) -> int:
+    """The round in which a block is read: consecutive blocks share one, the first rounds have as many or one more."""
+    return block * len(layout.copies) // len(layout.blocks)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -180,15 +196,17 @@ def dense_prefill(
     strategy: str = "apb",
     heads: Mapping[str, Tensor] | None = None,
     score: Score | None = None,
+    rounds: int = 1,
 ) -> OracleResult:
     """Prefill by strategy "apb" or "star"; one block is plain causal attention under either.
     compressor: "query", "recent", "retaining" (needs `heads`: a heads file's tensors by name), None (nothing passed).
     score(layer, block), both counted from 0, gives (kv_heads, tokens of the block, prefix included) in the compressor's
     place; these scores are used as they are, not pooled. star ignores compressor, score and passing_length, and its
-    anchor_length is the number of block 1's first tokens that later blocks see (None: all)."""
+    anchor_length is the number of block 1's first tokens that later blocks see (None: all).
+    rounds: the query's rows of a round see the blocks up to that round, and score those of that round."""
     if passing_length < 0 or (score is None and compressor not in ("query", "recent", "retaining", None)):
         raise ValueError(f"a negative passing_length, or an unknown compressor: {passing_length}, {compressor!r}")
-    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy)
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     passes = strategy == "apb" and blocks > 1 and passing_length > 0 and (compressor is not None or score is not None)
     at, decoder = layout.anchor, model.model
     hidden = decoder.embed_tokens(torch.tensor(layout.tokens, device=model.device))  # (rows, hidden)
@@ -213,7 +231,8 @@ def dense_prefill(
                     if compressor == "retaining":
                         raw = retaining_scores(heads or {}, index, raw_q[:, own], raw_k[:, own], v[:, own])
                     else:
-                        raw = query_scores(attention, q[:, at + layout.query.start :], k[:, own])
+                        copy = layout.copies[round_of(number, layout)]
+                        raw = query_scores(attention, q[:, copy.start : copy.stop], k[:, own])
                     pooled = pool(raw)
                 assert raw.shape == (k.shape[0], len(block)), "one score per KV head and token of the block"
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pooled, strict=True)]
@@ -223,11 +242,11 @@ def dense_prefill(
 
         hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected)))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        keys.append(k[:, at:])
-        values.append(v[:, at:])
+        keys.append(k[:, at : at + layout.query.stop])
+        values.append(v[:, at : at + layout.query.stop])
         selections.append(selected)
 
-    logits = model.lm_head(decoder.norm(hidden[-1]))
+    logits = model.lm_head(decoder.norm(hidden[at + layout.query.stop - 1]))
     return OracleResult(logits, keys, values, selections, min(margins))
 
 

@@ -14,6 +14,7 @@ from .errors import InputError
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
+from .kernels.segment import Segment
 from .plan import Kind, Plan
 from .prompt import check_tokens
 from .strategies.base import attend_shards
@@ -60,10 +61,8 @@ class Session:
         start, count = self._cache.total, len(token_ids)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            ends_here = self._cache.keeps_new
-            return attend_shards(
-                q, k, v, scale=scale, group=self._group, ends_here=ends_here, backend=self._backend
-            ).wait()
+            shard = Segment(k, v, causal=self._cache.keeps_new)
+            return attend_shards(q, [shard], scale=scale, group=self._group, backend=self._backend).wait()
 
         device = self.logits.device
         ids = torch.tensor([list(token_ids)], device=device)
@@ -109,7 +108,8 @@ class Session:
 
     def _positions(self, rank: int) -> Tensor:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
-        held = [torch.arange(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
+        spans = (span for round in range(self.plan.rounds) for span in self.plan.spans(rank, round))
+        held = [torch.arange(span.start, span.stop) for span in spans if span.kind is Kind.BLOCK]
         if rank == self.plan.tail_rank:
             held.append(torch.arange(self.plan.query_start, self._cache.total))
         return torch.cat(held) if held else torch.arange(0)

@@ -26,6 +26,8 @@ class Layer:
         k, v: (rows, kv_heads, head_dim), after RoPE, not repeated over the group.
         scale: factor on q.k.
         before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
+        earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
+            the first.
     """
 
     index: int
@@ -34,6 +36,7 @@ class Layer:
     v: Tensor
     scale: float
     before_rope: Tensor | None = None
+    earlier: tuple[Tensor, Tensor] | None = None
 
 
 class Strategy(ABC):
@@ -44,16 +47,29 @@ class Strategy(ABC):
         self.group = group
         self.compressor = compressor
         self.backend = backend
-        self.spans = plan.spans(group.rank)
+        self.begin(0)
+
+    def begin(self, round: int) -> None:
+        """Get ready for the rows of a round; the first is ready from the start."""
+        self.round = round
+        self.spans = self.plan.spans(self.group.rank, round)
         self.blocks = [span for span in self.spans if span.kind is Kind.BLOCK]
         self.query = next(span for span in self.spans if span.kind is Kind.QUERY)
         self.anchor = next((span for span in self.spans if span.kind is Kind.ANCHOR), None)
 
     @property
+    def last_round(self) -> bool:
+        """Whether no round follows."""
+        return self.round == self.plan.rounds - 1
+
+    @property
     def cached_rows(self) -> slice:
-        """The rows whose keys and values stay: this rank's blocks and, on the tail rank, the query."""
+        """The rows whose keys and values stay: this rank's blocks and, on the tail rank at last, the query."""
+        return self._shard_rows(self._owns_tail and self.last_round)
+
+    def _shard_rows(self, with_query: bool) -> slice:
         start = len(self.anchor) if self.anchor else 0
-        return slice(start, self.query.rows.stop if self._owns_tail else self.query.row)
+        return slice(start, self.query.rows.stop if with_query else self.query.row)
 
     @property
     def _owns_tail(self) -> bool:
@@ -72,15 +88,12 @@ class Strategy(ABC):
         """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
 
     def _start_query(self, layer: Layer) -> Merging:
-        kept = self.cached_rows
+        rows = self._shard_rows(self._owns_tail)
+        segments = [Segment(layer.k[rows], layer.v[rows], causal=self._owns_tail)]
+        if layer.earlier is not None:
+            segments.insert(0, Segment(*layer.earlier))
         return attend_shards(
-            layer.q[self.query.rows],
-            layer.k[kept],
-            layer.v[kept],
-            scale=layer.scale,
-            group=self.group,
-            ends_here=self._owns_tail,
-            backend=self.backend,
+            layer.q[self.query.rows], segments, scale=layer.scale, group=self.group, backend=self.backend
         )
 
     def attention(self, q: Tensor, segments: list[Segment], scale: float) -> tuple[Tensor, Tensor]:
@@ -110,23 +123,20 @@ class Merging:
         return out.to(self.dtype)
 
 
-def attend_shards(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, group: Group, ends_here: bool, backend: str = "auto"
-) -> Merging:
+def attend_shards(q: Tensor, segments: list[Segment], *, scale: float, group: Group, backend: str = "auto") -> Merging:
     """Start the attention of rows that every rank holds over keys and values that are spread over the ranks.
 
     Serves the query's rows in prefill and every new token in decode.
 
     Args:
         q: (rows, heads, head_dim), the prompt's last rows, the same on every rank.
-        k, v: (keys, kv_heads, head_dim), this rank's shard; may be empty.
+        segments: this rank's shard, which may be empty; causal where its last keys are those of the rows themselves.
         scale: factor on q.k.
         group: the ranks that hold the shards.
-        ends_here: this shard's last keys are those of the rows themselves, which see them causally.
         backend: attention back-end.
     """
     with part("attention"):
-        out, lse = attention(q, [Segment(k, v, causal=ends_here)], scale, backend)
+        out, lse = attention(q, segments, scale, backend)
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
     return Merging(group.all_gather(packed), q.dtype)
