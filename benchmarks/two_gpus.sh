@@ -4,12 +4,13 @@
 #   overlap     whether ring attention hides its sends                                 about 40 s
 #   exact       prefill of the exact strategies, Llama-3.1-8B shape, 64K and 128K      about 180 s
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s
+#   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 220 s
 set -u
 cd "$(dirname "$0")/.."
 out=${1:?usage: benchmarks/two_gpus.sh FOLDER [PART ...]}
 shift
-parts=${*:-tests overlap exact accuracy strategies}
+parts=${*:-tests overlap exact accuracy strategies report}
 mkdir -p "$out"
 export PYTHONPATH=src:tests PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
@@ -24,6 +25,8 @@ for part in $parts; do
     accuracy) timeout 240 "$python" -m apb.training.needle.evaluate models/needle "$out/accuracy.json" cuda 200 ;;
     strategies) OMP_NUM_THREADS=1 timeout 300 "$python" benchmarks/needle_strategies.py --jobs $((cores - 4)) --shard 17 \
       --samples 204 --out "$out/needle_strategies.json" ;;
-    *) echo "Unknown part $part; choose from: tests overlap exact accuracy strategies." >&2; exit 2 ;;
+    report) OMP_NUM_THREADS=1 timeout 400 "$python" benchmarks/needle_records.py --jobs $((cores - 4)) --seconds 240 \
+      --out "$out/needle_records.jsonl" ;;
+    *) echo "Unknown part $part; choose from: tests overlap exact accuracy strategies report." >&2; exit 2 ;;
   esac
 done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ class Engine:
         obstacle = fusing.why_not(self.device)
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
-        self._attachment = Attachment.of(model, obstacle is None if fused is None else fused)
+        self.fused = obstacle is None if fused is None else fused
+        self._attachment = Attachment.of(model, self.fused)
         self._closed = False
 
     @classmethod
@@ -186,7 +188,7 @@ class Engine:
     def inspect(
         self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, Layer], None]
     ) -> tuple[Plan, Tensor]:
-        """Read a prompt on one device, keeping no cache, and look at every layer's attention from inside.
+        """Read a prompt on one device, in one round, keeping no cache, and look at every layer's attention from inside.
 
         Args:
             prompt: what to read.
@@ -199,7 +201,7 @@ class Engine:
         """
         if self.group.size > 1:
             raise InputError(f"Looking into a prefill takes one rank, and there are {self.group.size}; use one.")
-        plan = self.plan(prompt)
+        plan = replace(self.plan(prompt), rounds=1)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         rows = [
             position - span.start + span.row
@@ -214,7 +216,7 @@ class Engine:
             look(strategy, given)
             return out
 
-        ids, places = _rows(prompt, plan, 0)
+        ids, places = _rows(prompt, plan, 0, 0)
         needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
         with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
             output = self._attachment.model(

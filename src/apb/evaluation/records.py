@@ -150,6 +150,10 @@ class Store:
         except OSError as error:
             raise InputError(f"The records cannot be written to {str(path)!r}: {error.strerror}.") from error
 
+    def __iter__(self) -> Iterator[Record]:
+        """The records, in the order in which they came."""
+        return iter(self._records.values())
+
     def get(self, key: tuple[Any, ...]) -> Record | None:
         """The record of that key, where there is one."""
         return self._records.get(key)

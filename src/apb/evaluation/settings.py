@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 from ..engine import Engine
+from ..errors import InputError
 from ..plan import METHODS, Anchor, method_of
 
 
@@ -23,7 +24,7 @@ class Setting:
 
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(engine.model, engine.tokenizer, **asdict(self))
+        return Engine.from_model(engine.model, engine.tokenizer, fused=engine.fused, **asdict(self))
 
 
 def settings(
@@ -41,6 +42,8 @@ def settings(
     found: dict[Setting, None] = {}
     counts: list[int | None] = [*blocks] or [None]
     names = compressors or ["retaining" if heads else "query"]
+    if heads and "retaining" not in names:
+        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
     for strategy, count, compressor in product(strategies, counts, names):
         cuts = method_of(strategy).blocks is None
         passes = METHODS[strategy].anchor is Anchor.WITH_QUERY

@@ -59,7 +59,7 @@ class Summary:
 
     @property
     def readings(self) -> list[str]:
-        """All ways to read, in the order of their first appearance."""
+        """All ways to read, full attention first."""
         return list(dict.fromkeys(reading for table in self.tables for reading in table.cells))
 
 
@@ -69,8 +69,8 @@ def summarize(records: Sequence[Record]) -> Summary:
     Times count only where one run had the machine; scores count wherever they were made.
     """
     unique = list({record.key: record for record in reversed(records)}.values())[::-1]
-    order = {key: place for place, key in enumerate(dict.fromkeys(record.reading_name for record in unique))}
-    unique.sort(key=lambda record: order[record.reading_name])
+    # Full attention first, then strategy by strategy.
+    unique.sort(key=lambda r: (r.strategy != "full", r.strategy, r.blocks, r.reading_name))
     tables, speeds = [], []
     places = grouped(unique, lambda record: (record.suite, record.length))
     for (suite, length), part in sorted(places.items()):
@@ -78,7 +78,7 @@ def summarize(records: Sequence[Record]) -> Summary:
         table = Table(
             suite,
             length,
-            list(dict.fromkeys(record.task for record in part)),
+            list(dict.fromkeys(record.task for record in records if (record.suite, record.length) == (suite, length))),
             {name: _by_task(group) for name, group in readings.items()},
             next((name for name in readings if name.startswith("full")), next(iter(readings))),
         )

@@ -49,9 +49,13 @@ def items(
     count: int,
     seed: int,
     passages: Passages | None = None,
+    first: int = 0,
 ) -> Iterator[Item]:
-    """``count`` samples of a task, of ``length`` tokens with their answers' room; the same for the same arguments."""
-    for number in range(count):
+    """Samples ``first`` to ``first + count - 1`` of a task, of ``length`` tokens with their answers' room.
+
+    The same for the same arguments, on every machine.
+    """
+    for number in range(first, first + count):
         options: dict[str, Any] = {"passages": passages, "number": number} if task == "qa" else {}
         sample = generate(task, tokenizer, length, seed * _SEED_STRIDE + number, **options)
         room = len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + _SPARE_TOKENS
