@@ -4,7 +4,7 @@
     apb report benchmarks/results/needle_records.jsonl.gz --out benchmarks/results/needle_report.html
 
 All ways to read answer the same samples. The work is cut into units of a few samples that run in processes which share
-the GPUs; then a few samples are answered by one process alone, for the speeds. A run that is cut short keeps what it
+the GPUs; before that a few samples are answered by one process alone, for the speeds. A run that is cut short keeps what it
 has in the .jsonl file and goes on from there when it is started again; one that ends writes everything into .jsonl.gz.
 """
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=102)
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no unit after that time; speeds come after")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no unit after that time")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
     arguments = parser.parse_args()
 
@@ -144,6 +144,9 @@ def main() -> None:
         (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
     }
     missing = [unit for unit in units(arguments) if not is_done(unit, known)]
+    # What the compilers make of this run is on disk when the others need it.
+    speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
+    print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
     context = get_context("spawn")
     places = context.SimpleQueue()
     for number in range(arguments.jobs):
@@ -163,7 +166,6 @@ def main() -> None:
                 print(f"{time.perf_counter() - began:.0f} s {unit.task} {unit.length}, {len(missing)} left", flush=True)
     if missing:
         print(f"Out of time with {len(missing)} units left: start it again to go on.", flush=True)
-    speeds = timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads)
     whole = sorted(store, key=lambda r: (r.length, TASKS.index(r.task), r.sample, r.reading_name))
     write_records(arguments.out.with_suffix(".jsonl.gz"), [*whole, *speeds])
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
