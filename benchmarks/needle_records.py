@@ -3,9 +3,9 @@
     python benchmarks/needle_records.py --jobs 28 --out benchmarks/results/needle_records.jsonl
     apb report benchmarks/results/needle_records.jsonl.gz --out benchmarks/results/needle_report.html
 
-All ways to read answer the same samples. The work is cut into units of a few samples that run in processes which share
-the GPUs; before that a few samples are answered by one process alone, for the speeds. A run that is cut short keeps what it
-has in the .jsonl file and goes on from there when it is started again; one that ends writes everything into .jsonl.gz.
+All ways to read answer the same samples. First a few are answered by one process alone, for the speeds. The rest is cut
+into units of a few samples that run in processes which share the GPUs. A run that is cut short keeps what it has in the
+.jsonl file and goes on from there when it is started again; one that ends writes everything into .jsonl.gz.
 """
 
 from __future__ import annotations
