@@ -62,7 +62,7 @@ def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> N
     done = ask("--blocks", 4, "--max-new-tokens", 12)
     assert (done.status, done.out) == (0, expected.text + "\n")
     assert "apb: apb (approximate), 4 blocks on 1 ranks: read 583 tokens" in done.err
-    assert "layer 3 of 3" in done.err
+    assert "token 583 of 583" in done.err
 
 
 FIELDS: dict[str, Any] = {

@@ -27,8 +27,8 @@ def plots(summary: Summary) -> list[tuple[str, str]]:
             "The plots of a report need matplotlib, which is not installed; install apb[report], or write Markdown."
         ) from error
 
-    # Text stays text; the same figures give the same bytes.
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 9, "font.family": "sans-serif"}):
+    # Letters as shapes: a page looks the same wherever fonts differ.
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "font.family": "sans-serif"}):
         drawn: list[tuple[str, Figure]] = []
         for table in summary.tables:
             figure = Figure(figsize=(max(6.0, 1.2 + 1.3 * len(table.tasks)), 3.4), layout="constrained")
