@@ -9,47 +9,13 @@ from typing import Any
 import pytest
 
 import apb
+from answers import record, run_of
 from apb.errors import InputError
-from apb.evaluation.records import Record, Store, model_name, read_records, write_records
+from apb.evaluation.records import Store, model_name, read_records, write_records
 from apb.evaluation.settings import Setting, settings
 from apb.evaluation.statistics import compare, difference, interval
 from apb.evaluation.summary import summarize
 from command_line import Cli
-
-
-def record(task: str = "t", sample: int = 0, score: float = 100.0, strategy: str = "full", **more: Any) -> Record:
-    values: dict[str, Any] = {
-        "suite": "s",
-        "task": task,
-        "length": 4096,
-        "sample": str(sample),
-        "prompt": f"{task} {sample}",
-        "prompt_tokens": 4000,
-        "model": "m",
-        "asked": {"strategy": strategy},
-        "strategy": strategy,
-        "compressor": None,
-        "heads": None,
-        "blocks": 1,
-        "anchor_length": 0,
-        "passing_length": 0,
-        "ranks": 1,
-        "exact": strategy == "full",
-        "device": "d",
-        "dtype": "float32",
-        "processes": 1,
-        "prediction": "1",
-        "answers": ("1",),
-        "score": score,
-        "seconds": 2.0,
-        "prefill_s": 1.0,
-    }
-    return Record(**(values | more))
-
-
-def run_of(strategy: str, scores: dict[str, list[float]], **more: Any) -> list[Record]:
-    numbered = [(task, number, score) for task, row in scores.items() for number, score in enumerate(row)]
-    return [record(task, number, score, strategy, **more) for task, number, score in numbered]
 
 
 def test_interval_is_wilsons() -> None:
