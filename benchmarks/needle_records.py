@@ -124,7 +124,7 @@ def asked(setting: Setting) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
-    parser.add_argument("--heads", help="file of retaining heads, to be compared too")
+    parser.add_argument("--heads", help="file of retaining heads; those that ship with the model, if it has some")
     parser.add_argument("--samples", type=int, default=102)
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
@@ -139,6 +139,9 @@ def main() -> None:
 
     began = time.perf_counter()
     model, device = str(arguments.model or shipped_model()), pick_device(None).type
+    shipped = Path(model) / "heads.safetensors"
+    if arguments.heads is None and shipped.is_file():
+        arguments.heads = str(shipped)
     store = Store(arguments.out)
     known: set[tuple[object, ...]] = {
         (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
