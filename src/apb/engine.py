@@ -46,6 +46,7 @@ class Engine:
         seed: int = 0,
         backend: str = "auto",
         fused: bool | None = None,
+        graphs: bool = False,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
@@ -56,6 +57,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
+        self.graphs = graphs
         self.group: Group = join(self.device)
         heads = self._load_heads(self.reading.heads) if self.reading.heads else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
@@ -86,7 +88,9 @@ class Engine:
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
             options: see :meth:`from_model`.
         """
-        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend", "fused")})
+        Reading(
+            **{name: value for name, value in options.items() if name not in ("seed", "backend", "fused", "graphs")}
+        )
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device))
@@ -107,8 +111,14 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run; None
                 does so on GPUs that can.
+            graphs: decode by CUDA graphs where they can be captured. Not by default: no figures show yet what it gains.
         """
         return cls(model, tokenizer, **options)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that every rank may use."""
+        return self._hardware.memory
 
     def close(self) -> None:
         """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
@@ -182,7 +192,16 @@ class Engine:
             before += sum(len(span) for span in strategy.blocks)
         cache.prefill_rows = None
         return Session(
-            self._attachment, plan, self.group, cache, logits, watch.seconds(), prompt.token_ids, self.backend
+            self._attachment,
+            plan,
+            self.group,
+            cache,
+            logits,
+            watch.seconds(),
+            prompt.token_ids,
+            self.backend,
+            max_new_tokens,
+            self.graphs,
         )
 
     def inspect(

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from .distributed.collectives import Group
 from .errors import InputError
+from .graph import StepGraph, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
@@ -40,6 +41,8 @@ class Session:
         prefill_s: float,
         token_ids: Sequence[int],
         backend: str,
+        new_tokens: int,
+        graphs: bool,
     ) -> None:
         self.plan = plan
         self.logits = logits
@@ -49,6 +52,9 @@ class Session:
         self._group = group
         self._cache = cache
         self._backend = backend
+        self._new_tokens = new_tokens  # that the cache has room for
+        self._graphs = graphs
+        self._graph: StepGraph | None = None
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
@@ -58,6 +64,30 @@ class Session:
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
         check_tokens(token_ids, self._attachment.vocabulary)
+        if len(token_ids) == 1 and self._graph_serves():
+            assert self._graph is not None
+            self.logits = self._graph.step(token_ids[0])
+        else:
+            self.logits = self._pass(token_ids)
+        self.token_ids.extend(token_ids)
+        return self.logits
+
+    def _graph_serves(self) -> bool:
+        """Whether the next token is read by a graph, which is captured for the first. All ranks say the same."""
+        device = self.logits.device
+        read = len(self.token_ids) - self.plan.total
+        if not self._graphs or read >= self._new_tokens or why_not(self._attachment, device, self._new_tokens):
+            return False
+        if self._graph is None:
+
+            def step(ids: Tensor, positions: Tensor) -> Tensor:
+                return forward(self._attachment, ids, positions, self._cache, self._group)
+
+            self._graph = StepGraph(self._attachment, self._cache, self._group, device, step)
+        return True
+
+    def _pass(self, token_ids: Sequence[int]) -> Tensor:
+        """Read tokens in one ordinary pass."""
         start, count = self._cache.total, len(token_ids)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
@@ -69,9 +99,7 @@ class Session:
         positions = torch.arange(start, start + count, device=device).unsqueeze(0)
         self._cache.total = start + count
         with torch.no_grad(), self._attachment.running(attend, self._cache.total):
-            self.logits = forward(self._attachment, ids, positions, self._cache, self._group)
-        self.token_ids.extend(token_ids)
-        return self.logits
+            return forward(self._attachment, ids, positions, self._cache, self._group)
 
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
@@ -92,6 +120,11 @@ class Session:
         for order, part in zip(orders, parts, strict=True):
             whole[:, order.to(shard.device)] = part[:, : len(order)]
         return whole[0].transpose(0, 1), whole[1].transpose(0, 1)
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that this rank holds, over all layers."""
+        shards = (self._cache.shard(layer) for layer in range(len(self._cache)))
+        return sum(part.numel() * part.element_size() for shard in shards for part in shard)
 
     def to_dynamic_cache(self) -> DynamicCache | None:
         """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compressors import BlockView, Compressor
 from ..compressors.base import select, take
 from ..distributed.collectives import Group, Pending
-from ..kernels.attention import Segment
+from ..kernels.attention import Part, Segment, Task, attend
 from ..kernels.merge import merge
 from ..parts import part
 from ..plan import Plan, Span
@@ -46,11 +46,14 @@ class APB(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         pending = self._share(layer)
-        if self.group.size == 1:  # nothing to wait for: one call over all segments saves the merge
+        if self.group.size == 1:  # nothing to wait for: one call for all rows
             pairs = self._arrange(layer, pending.wait())
-            for span in self.blocks:
-                segments = [*self._context(pairs, span), self.own(layer, span)]
-                out[span.rows], _ = self.attention(layer.q[span.rows], segments, layer.scale)
+            tasks = [self._task(span) for span in self.blocks]
+            if self.anchor:
+                rows = self.anchor.rows  # all of the anchor's, in its own order
+                tasks.append(Task(rows.start, rows.stop, (Part(0, 0, self.anchor.stop, causal=True),)))
+            with part("attention"):
+                attend(layer.q, [(pairs[0], pairs[1]), (layer.k, layer.v)], tasks, layer.scale, out, self.backend)
         else:
             own = [self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale) for span in self.blocks]
             with part("communication"):
@@ -60,10 +63,16 @@ class APB(Strategy):
                 others, others_lse = self.attention(layer.q[span.rows], self._context(pairs, span), layer.scale)
                 with part("attention"):
                     out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
-        if self.anchor:
-            # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
-            segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
-            out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
+            if self.anchor:
+                # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
+                segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
+                out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
+
+    def _task(self, span: Span) -> Task:
+        """A block's rows over a leading part of the run (source 0) and over themselves (source 1)."""
+        seen, rows = self._contexts[span.block], span.rows
+        context = (Part(0, 0, seen, causal=False),) if seen else ()
+        return Task(rows.start, rows.stop, (*context, Part(1, rows.start, rows.stop - rows.start, causal=True)))
 
     def _share(self, layer: Layer) -> Pending:
         """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""

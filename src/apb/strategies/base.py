@@ -137,6 +137,11 @@ def attend_shards(q: Tensor, segments: list[Segment], *, scale: float, group: Gr
     """
     with part("attention"):
         out, lse = attention(q, segments, scale, backend)
+    return merge_over_ranks(out, lse, group, q.dtype)
+
+
+def merge_over_ranks(out: Tensor, lse: Tensor, group: Group, dtype: torch.dtype) -> Merging:
+    """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
-    return Merging(group.all_gather(packed), q.dtype)
+    return Merging(group.all_gather(packed), dtype)

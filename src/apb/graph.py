@@ -1,0 +1,102 @@
+"""One decode step as a CUDA graph: hundreds of kernels launched as one, with the same numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .distributed.collectives import Group
+from .hf.attach import Attachment
+from .hf.cache import ShardCache
+from .strategies.base import merge_over_ranks
+
+# Steps run before the capture: the first ones compile kernels and set up communication.
+_WARM_UP = 2
+# RoPE variants that look at the largest position on the host, which a graph cannot do.
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def why_not(attachment: Attachment, device: torch.device, new_tokens: int) -> str | None:
+    """Why no graph is captured for an answer of so many tokens; None where one is."""
+    if device.type != "cuda":
+        return f"device type {device.type} has no graphs"
+    if new_tokens < 8:
+        return "the answer is too short to repay the capture"
+    parameters = getattr(attachment.model.config.get_text_config(), "rope_parameters", None) or {}
+    # Some families have one set of parameters a kind of layer.
+    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    changing = sorted({str(part.get("rope_type")) for part in sets} & set(_LENGTH_DEPENDENT))
+    if changing:
+        return f"RoPE of type {' and '.join(changing)} depends on the length"
+    return None
+
+
+class StepGraph:
+    """Reads one token after those in a cache, as long as the storage that was captured has room."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        cache: ShardCache,
+        group: Group,
+        device: torch.device,
+        forward: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Capture a step.
+
+        Args:
+            attachment: the model.
+            cache: a shard that has been filled by a prefill.
+            group: the ranks that hold the shards; every one of them captures.
+            device: a GPU.
+            forward: (ids (1, 1), positions (1, 1)) -> logits (vocab,) fp32, by a pass of the model.
+        """
+        from .kernels import decode  # Triton: there where GPUs are
+
+        self._cache = cache
+        # What changes from step to step lies in the GPU's memory, at addresses that the graph knows.
+        self._ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._length = torch.zeros(1, dtype=torch.int32, device=device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
+            out, lse = decode.attention(q, k, v, scale, length=self._length)
+            return merge_over_ranks(out, lse, group, q.dtype).wait()
+
+        def step() -> Tensor:
+            cache.slot = self._slot
+            try:
+                with torch.no_grad(), attachment.running(attend, cache.total):
+                    return forward(self._ids, self._position)
+            finally:
+                cache.slot = None
+
+        self._place(0)
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP):  # each writes the same slot, which the first real step overwrites
+                step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = step()
+
+    def step(self, token: int) -> Tensor:
+        """Read a token; logits (vocab,) fp32 of the next one."""
+        self._place(token)
+        self._graph.replay()
+        self._cache.total += 1
+        if self._cache.keeps_new:
+            self._cache.advance()
+        return self._logits.clone()
+
+    def _place(self, token: int) -> None:
+        """Write down what the next step depends on; fills are queued, nothing waits."""
+        self._ids.fill_(token)
+        self._position.fill_(self._cache.total)
+        self._slot.fill_(self._cache.held)
+        self._length.fill_(self._cache.held + self._cache.keeps_new)
