@@ -5,6 +5,7 @@ Most commands run in this process; a real one costs seconds of imports, and is s
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
