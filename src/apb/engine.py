@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressors import Head, make_compressor
+from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import join, local_device
 from .errors import Cancelled, InputError
@@ -20,13 +20,13 @@ from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
-from .hf.heads import load_heads
+from .hf.heads import HeadShape, load_heads
 from .kernels.attention import choose
-from .plan import METHODS, Anchor, Kind, Plan
+from .plan import Kind, Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch, forward
-from .strategies import Layer, Strategy, make_strategy
+from .strategies import Layer, OnSelection, Strategy, make_strategy
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
@@ -46,20 +46,22 @@ class Engine:
         seed: int = 0,
         backend: str = "auto",
         fused: bool | None = None,
-        graphs: bool = False,
+        graphs: bool = True,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
         loading.check_supported(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        choose(backend, self.device, self.dtype, _head_dim(model))
+        shape = HeadShape.of(model.config)
+        choose(backend, self.device, self.dtype, shape.head_dim)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
         self.graphs = graphs
         self.group: Group = join(self.device)
-        heads = self._load_heads(self.reading.heads) if self.reading.heads else None
+        path = self.reading.heads
+        heads = load_heads(path, **asdict(shape), dtype=self.dtype, device=self.device) if path else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
         self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
         obstacle = fusing.why_not(self.device)
@@ -111,7 +113,7 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run; None
                 does so on GPUs that can.
-            graphs: decode by CUDA graphs where they can be captured. Not by default: no figures show yet what it gains.
+            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
         """
         return cls(model, tokenizer, **options)
 
@@ -139,6 +141,7 @@ class Engine:
         max_new_tokens: int = 1,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_selection: OnSelection | None = None,
     ) -> Session:
         """Read a prompt.
 
@@ -148,10 +151,12 @@ class Engine:
             progress: called after each layer's attention.
             cancelled: asked before every layer, and with several ranks before every round, where rank 0's word counts
                 for all; :class:`apb.Cancelled` is raised once it says yes.
+            on_selection: called with what each of this rank's blocks passes on, layer by layer.
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+        strategy.on_selection = on_selection
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
         held = sum(len(block) for block in plan.owned(rank))
@@ -316,30 +321,11 @@ class Engine:
         if self.group.broadcast(word).item():
             raise Cancelled("Reading the prompt was cancelled.")
 
-    def _load_heads(self, path: str | Path) -> list[Head]:
-        text = self.model.config.get_text_config()
-        return load_heads(
-            path,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=_head_dim(self.model),
-            dtype=self.dtype,
-            device=self.device,
-        )
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    text = model.config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
 
 def _rows(prompt: Prompt, plan: Plan, rank: int, round: int) -> tuple[Tensor, Tensor]:
     """Token ids and positions, (1, rows) each, of a rank's rows in a round."""
     whole = prompt.token_ids
-    anchor = whole
-    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
-        anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
+    anchor = plan.anchor_tokens(prompt.prefix, prompt.document, prompt.query)
     ids: list[int] = []
     positions: list[int] = []
     for span in plan.spans(rank, round):

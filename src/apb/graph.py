@@ -1,4 +1,4 @@
-"""One decode step as a CUDA graph: hundreds of kernels launched as one, with the same numbers out."""
+"""One decode step on a GPU: its lengths lie in the GPU's memory, so that one CUDA graph serves every step."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from torch import Tensor
 from .distributed.collectives import Group
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
+from .kernels import fused
 from .strategies.base import merge_over_ranks
 
-# Steps run before the capture: the first ones compile kernels and set up communication.
+# Steps run before a capture: the first ones compile kernels and set up communication.
 _WARM_UP = 2
 # RoPE variants that look at the largest position on the host, which a graph cannot do.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
-def why_not(attachment: Attachment, device: torch.device, new_tokens: int) -> str | None:
-    """Why no graph is captured for an answer of so many tokens; None where one is."""
+def why_not(attachment: Attachment, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why steps run as ordinary passes; None where they can be those of a :class:`Step`."""
     if device.type != "cuda":
         return f"device type {device.type} has no graphs"
-    if new_tokens < 8:
-        return "the answer is too short to repay the capture"
     parameters = getattr(attachment.model.config.get_text_config(), "rope_parameters", None) or {}
     # Some families have one set of parameters a kind of layer.
     sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
     changing = sorted({str(part.get("rope_type")) for part in sets} & set(_LENGTH_DEPENDENT))
     if changing:
         return f"RoPE of type {' and '.join(changing)} depends on the length"
-    return None
+    return fused.why_not(device, dtype, head_dim)
 
 
-class StepGraph:
+class Step:
     """Reads one token after those in a cache, as long as the storage that was captured has room."""
 
     def __init__(
@@ -43,8 +42,9 @@ class StepGraph:
         group: Group,
         device: torch.device,
         forward: Callable[[Tensor, Tensor], Tensor],
+        capture: bool,
     ) -> None:
-        """Capture a step.
+        """Get ready to step.
 
         Args:
             attachment: the model.
@@ -52,6 +52,7 @@ class StepGraph:
             group: the ranks that hold the shards; every one of them captures.
             device: a GPU.
             forward: (ids (1, 1), positions (1, 1)) -> logits (vocab,) fp32, by a pass of the model.
+            capture: replay a CUDA graph: hundreds of kernels launched as one, with the same numbers out.
         """
         from .kernels import decode  # Triton: there where GPUs are
 
@@ -64,9 +65,11 @@ class StepGraph:
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
             out, lse = decode.attention(q, k, v, scale, length=self._length)
+            if group.size == 1:
+                return out
             return merge_over_ranks(out, lse, group, q.dtype).wait()
 
-        def step() -> Tensor:
+        def run() -> Tensor:
             cache.slot = self._slot
             try:
                 with torch.no_grad(), attachment.running(attend, cache.total):
@@ -74,25 +77,19 @@ class StepGraph:
             finally:
                 cache.slot = None
 
-        self._place(0)
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP):  # each writes the same slot, which the first real step overwrites
-                step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = step()
+        self._run = run
+        if capture:
+            self._place(0)
+            self._run = _captured(run, device)
 
     def step(self, token: int) -> Tensor:
         """Read a token; logits (vocab,) fp32 of the next one."""
         self._place(token)
-        self._graph.replay()
+        logits = self._run()
         self._cache.total += 1
         if self._cache.keeps_new:
             self._cache.advance()
-        return self._logits.clone()
+        return logits
 
     def _place(self, token: int) -> None:
         """Write down what the next step depends on; fills are queued, nothing waits."""
@@ -100,3 +97,22 @@ class StepGraph:
         self._position.fill_(self._cache.total)
         self._slot.fill_(self._cache.held)
         self._length.fill_(self._cache.held + self._cache.keeps_new)
+
+
+def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    """What replays ``run`` as a graph. It is run before that, and must bear being run again."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP):  # each writes the same slot, which the first real step overwrites
+            run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result.clone()
+
+    return replay

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from .distributed.collectives import Group
 from .errors import InputError
-from .graph import StepGraph, why_not
+from .graph import Step, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
@@ -19,6 +19,9 @@ from .kernels.segment import Segment
 from .plan import Kind, Plan
 from .prompt import check_tokens
 from .strategies.base import attend_shards
+
+# Answers of fewer tokens do not repay the capture of a graph.
+SHORTEST_CAPTURED = 8
 
 
 class Session:
@@ -54,7 +57,7 @@ class Session:
         self._backend = backend
         self._new_tokens = new_tokens  # that the cache has room for
         self._graphs = graphs
-        self._graph: StepGraph | None = None
+        self._step: Step | None = None
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
@@ -64,27 +67,29 @@ class Session:
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
         check_tokens(token_ids, self._attachment.vocabulary)
-        if len(token_ids) == 1 and self._graph_serves():
-            assert self._graph is not None
-            self.logits = self._graph.step(token_ids[0])
+        step = self._next_step() if len(token_ids) == 1 else None
+        if step is not None:
+            self.logits = step.step(token_ids[0])
         else:
             self.logits = self._pass(token_ids)
         self.token_ids.extend(token_ids)
         return self.logits
 
-    def _graph_serves(self) -> bool:
-        """Whether the next token is read by a graph, which is captured for the first. All ranks say the same."""
-        device = self.logits.device
-        read = len(self.token_ids) - self.plan.total
-        if not self._graphs or read >= self._new_tokens or why_not(self._attachment, device, self._new_tokens):
-            return False
-        if self._graph is None:
+    def _next_step(self) -> Step | None:
+        """What reads the next token, where that is not an ordinary pass. All ranks say the same."""
+        if len(self.token_ids) - self.plan.total >= self._new_tokens or self._backend not in ("auto", "fused"):
+            return None
+        if self._step is None:
+            keys, _ = self._cache.shard(0)
+            if why_not(self._attachment, keys.device, keys.dtype, keys.shape[2]):
+                return None
 
-            def step(ids: Tensor, positions: Tensor) -> Tensor:
+            def run(ids: Tensor, positions: Tensor) -> Tensor:
                 return forward(self._attachment, ids, positions, self._cache, self._group)
 
-            self._graph = StepGraph(self._attachment, self._cache, self._group, device, step)
-        return True
+            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
+            self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
+        return self._step
 
     def _pass(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens in one ordinary pass."""

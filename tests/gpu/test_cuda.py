@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -105,14 +106,16 @@ def test_block_sparse_attention_is_the_same_pattern(dtype, rows, heads, kv_heads
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_fused_layers_change_rounding_only(dtype):
-    """Compiled norms, MLPs and RoPE give the logits of the layers as transformers runs them."""
+    """Compiled norms, MLPs and RoPE are no further from fp64 than the layers as transformers runs them."""
     model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64).to("cuda", dtype)
-    logits = []
+    exact = deepcopy(model).double()(torch.tensor([prompt().token_ids], device="cuda")).logits[0, -1]
+    errors = []
     for fused in (False, True):
-        engine = Engine.from_model(model, strategy="apb", blocks=4, fused=fused)
-        logits.append(engine.prefill(prompt()).logits)
+        engine = Engine.from_model(model, strategy="full", fused=fused)
+        errors.append(((engine.prefill(prompt()).logits - exact).norm() / exact.norm()).item())
         engine.close()
-    assert ((logits[0] - logits[1]).norm() / logits[0].norm()).item() < (1e-5 if dtype == torch.float32 else 2e-2)
+    print(errors)
+    assert errors[1] < 1.5 * errors[0] + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

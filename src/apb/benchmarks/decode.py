@@ -52,9 +52,9 @@ class Row:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second by a large copy on the device."""
-    source = torch.randint(255, (1 << 32 if device.type == "cuda" else 1 << 27,), dtype=torch.uint8, device=device)
+    source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / median_seconds(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def bench_decode(

@@ -18,6 +18,7 @@ from ..distributed.collectives import Group
 from ..engine import Engine
 from ..errors import InputError
 from ..hardware import peak_bytes
+from ..kernels.attention import choose
 from ..parts import Clock, clocked
 from ..plan import METHODS, Anchor
 from ..prompt import Prompt
@@ -34,6 +35,7 @@ class Row:
     """One strategy at one length.
 
     Attributes:
+        backend: the attention back-end.
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
         floor_seconds: what the plan's FLOPs and bytes take at the ceilings measured in the same run.
         speedup: the first strategy's seconds at this length over these; None for the first itself.
@@ -46,6 +48,7 @@ class Row:
     length: int
     exact: bool
     plan: dict[str, int]
+    backend: str
     seconds: float | None
     all_seconds: list[float]
     tokens_per_s: float | None
@@ -69,19 +72,22 @@ def bench_prefill(
     lengths: Sequence[int],
     repeat: int,
     max_seconds: float = math.inf,
+    baseline_backend: str = "auto",
     **reading: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
 
     One prefill of each is not counted, and one more, clocked by part, follows those that are. What the floor says does
     not fit into ``max_seconds`` or into memory is left out, with a note; what does is repeated as often as it fits.
+    ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
     ``reading`` are the engine's other options, the same for all strategies that know them. Every rank must run it.
     """
     for length in lengths:
         baseline: float | None = None
         for strategy in strategies:
             options = {name: value for name, value in reading.items() if _known(name, strategy)}
-            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, **options)
+            backend = baseline_backend if strategy == strategies[0] else "auto"
+            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, backend=backend, **options)
             try:
                 row = _measure(engine, shape, ceilings, length, repeat, max_seconds, baseline)
             finally:
@@ -133,6 +139,7 @@ def _measure(
         length=length,
         exact=plan.exact,
         plan=plan.to_dict(),
+        backend=choose(engine.backend, engine.device, engine.dtype, shape.head_dim)[0],
         seconds=median,
         all_seconds=counted,
         tokens_per_s=plan.total / median if median else None,

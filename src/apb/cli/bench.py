@@ -60,6 +60,9 @@ def prefill(
     max_seconds: Annotated[
         float | None, typer.Option(help="Leave out what takes longer, for each strategy and length in all.")
     ] = None,
+    baseline_backend: Annotated[
+        str, typer.Option(help="Attention of the first strategy: torch for the kernels that torch brings.")
+    ] = "auto",
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
     ranks: options.Ranks = None,
@@ -86,7 +89,13 @@ def prefill(
         "compressor": compressor,
     }
     limit = math.inf if max_seconds is None else max_seconds
-    chosen = {"strategies": names, "repeat": repeat, "max_seconds": limit, **reading}
+    chosen = {
+        "strategies": names,
+        "repeat": repeat,
+        "max_seconds": limit,
+        "baseline_backend": baseline_backend,
+        **reading,
+    }
     _launch("prefill", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json)
 
 
@@ -330,7 +339,18 @@ def _print_prefill(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     ceilings = report["ceilings"]
-    columns = ("tokens", "strategy", "blocks", "seconds", "tokens/s", "floor s", "of floor", "speed-up", "peak GiB")
+    columns = (
+        "tokens",
+        "strategy",
+        "blocks",
+        "kernel",
+        "seconds",
+        "tokens/s",
+        "floor s",
+        "of floor",
+        "speed-up",
+        "peak GiB",
+    )
     table = Table(*columns, title=_title(report))
     for row in report["rows"]:
         seconds = row["seconds"]
@@ -338,6 +358,7 @@ def _print_prefill(report: dict[str, Any]) -> None:
             f"{row['length']:,}",
             row["strategy"],
             str(row["plan"]["blocks"]),
+            row["backend"],
             row["note"] or f"{seconds:.3f}",
             "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
             f"{row['floor_seconds']:.3f}",

@@ -31,7 +31,6 @@ Strategy = Annotated[
 ]
 Blocks = Annotated[list[int] | None, typer.Option(help="Blocks of the document; repeatable.")]
 Compressor = Annotated[list[str] | None, typer.Option(help="Compressor of apb; repeatable.")]
-Heads = Annotated[Path | None, typer.Option(help="File of trained retaining heads.")]
 Out = Annotated[
     Path | None,
     typer.Option(help="Append every answer to this JSONL file; what is in it already is not answered again."),
@@ -68,7 +67,7 @@ def synthetic(
     strategy: Strategy = None,
     blocks: Blocks = None,
     compressor: Compressor = None,
-    heads: Heads = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     ranks: options.Ranks = None,
@@ -96,7 +95,7 @@ def ruler(
     strategy: Strategy = None,
     blocks: Blocks = None,
     compressor: Compressor = None,
-    heads: Heads = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     ranks: options.Ranks = None,
@@ -122,7 +121,7 @@ def infinitebench(
     strategy: Strategy = None,
     blocks: Blocks = None,
     compressor: Compressor = None,
-    heads: Heads = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     ranks: options.Ranks = None,
@@ -148,7 +147,7 @@ def jsonl(
     strategy: Strategy = None,
     blocks: Blocks = None,
     compressor: Compressor = None,
-    heads: Heads = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     ranks: options.Ranks = None,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
-from .evaluate import Blocks, Compressor, Heads, Length, Seed, Strategy, Task
+from .evaluate import Blocks, Compressor, Length, Seed, Strategy, Task
 
 
 def fidelity(
@@ -20,7 +20,7 @@ def fidelity(
     strategy: Strategy = None,
     blocks: Blocks = None,
     compressor: Compressor = None,
-    heads: Heads = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     model: options.Model = None,

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, doctor, evaluate, fidelity, generate, plan, report, train
+from . import bench, doctor, evaluate, explain, fidelity, generate, plan, report, train
 
 app = typer.Typer(
     name="apb",
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate")(generate.generate)
+app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)

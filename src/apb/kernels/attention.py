@@ -90,6 +90,8 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
         raise InputError(f"The attention back-end {backend!r} cannot be used here: {obstacle}; choose 'reference'.")
     if backend != "auto":
         return backend, "asked for"
+    if not fused.why_not_hopper(device, dtype, head_dim):
+        return "fused", "one launch for all segments, written for Hopper"
     if obstacle := sdpa.why_not(device, dtype, head_dim):
         return "reference", obstacle
     return "torch", f"torch's fused attention serves {device.type} in {str(dtype).removeprefix('torch.')}"

@@ -85,6 +85,8 @@ class APB(Strategy):
             count = self.plan.passed(span.block)
             if count:
                 chosen = self.choose(layer, span, count)
+                if self.on_selection is not None:
+                    self.on_selection(layer.index, span.block, chosen + span.start)
                 with part("selection"):
                     packed[0, row : row + count] = take(layer.k[span.rows], chosen)
                     packed[1, row : row + count] = take(layer.v[span.rows], chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,9 @@ from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge
 from ..parts import part
 from ..plan import Kind, Plan, Span
+
+# Called with (layer, block, true positions (kv_heads, count) of the pairs that the block passes on, ascending).
+OnSelection = Callable[[int, int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Strategy(ABC):
         self.group = group
         self.compressor = compressor
         self.backend = backend
+        self.on_selection: OnSelection | None = None
         self.begin(0)
 
     def begin(self, round: int) -> None:

@@ -45,9 +45,9 @@ class Config:
 
 
 HOPPER = {
-    64: Config(block_n=128, groups=2, stages=3, registers=240, cap=168, ping_pong=False),
+    64: Config(block_n=128, groups=2, stages=3, registers=240, cap=168, ping_pong=True),
     128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
-    256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
+    256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=True),
 }
 # So few rows make too few tiles for a GPU: their keys are split instead.
 FEW_ROWS = 64
