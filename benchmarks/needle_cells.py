@@ -88,12 +88,13 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
         found = []
         for cell in (cell for cell in cells if counts[cell]):
             score = sums[cell] / counts[cell]
+            ends = [round(end, 1) for end in interval(score, counts[cell])]
             options = {name: value for name, value in asdict(cell.setting).items() if value not in (None, "")}
             found.append(
                 {"task": cell.task, "length": cell.length, "setting": cell.name, "samples": counts[cell]}
                 | {
                     "score": score,
-                    "interval": [round(end, 1) for end in interval(score, counts[cell])],
+                    "interval": ends,
                     "options": options,
                 }
             )
