@@ -8,6 +8,7 @@
 #   exact       two GPUs: full, ring and ulysses, Llama-3.1-8B shape, 64K and 128K     about 180 s
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s on two
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 190 s on two
+#   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s on two
 #   heads       two GPUs: retaining heads of the shipped model: data, 3000 steps of two widths
 #   needed      the file HEADS and query at 32K on every kind of question, 204 samples
 #   study       compressors, lengths, blocks, anchors, late questions, 204 samples; ONLY=regex for some cells
@@ -39,6 +40,8 @@ for part; do
     accuracy) timeout 240 "$python" -m apb.training.needle.evaluate models/needle "$out/accuracy.json" cuda 200 ;;
     strategies) OMP_NUM_THREADS=1 timeout 300 "$python" benchmarks/needle_strategies.py --jobs $((cores - 4)) --shard 17 \
       --samples 204 --out "$out/needle_strategies.json" ;;
+    report) OMP_NUM_THREADS=1 timeout 400 "$python" benchmarks/needle_records.py --jobs $((cores - 4)) --seconds 240 \
+      --out "$out/needle_records.jsonl" ;;
     heads)
       data=$(mktemp -d)
       OMP_NUM_THREADS=1 timeout 90 "$python" -m apb.training.heads.generated "$data/heads.jsonl" --jobs $((cores - 4))

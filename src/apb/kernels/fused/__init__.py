@@ -239,8 +239,8 @@ def _launch_portable(
     block_m, block_n, warps, stages = PORTABLE[padded]
     if q.dtype == torch.float32:
         block_m, block_n, stages = block_m // 2, block_n // 2, 2
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device) in ((8, 6), (8, 9), (12, 0)):
-        stages = 2  # these have 99 KiB a program: a third stage does not fit at head dim 128
+    elif q.is_cuda and _shared_memory(q.device) < 128 << 10:
+        stages = 2  # GPUs with 99 KiB a program: a third stage does not fit at head dim 128
     plan = schedule(tasks, heads, kv_heads, head_dim * q.element_size(), block_m, block_n, 1, q.device)
     q, *pairs = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(x for source in sources for x in source)))
     used = 1 + max((part.source for task in tasks for part in task.parts), default=0)
@@ -268,6 +268,12 @@ def _launch_portable(
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's type stubs do not know the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache

@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-# Its name until Triton 3.8, and from then on.
+# Triton 3.9 has only the first of these names, 3.6 only the second.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
@@ -169,8 +169,8 @@ def _step(
     k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
     token = warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, s_layout), use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), (count // STAGES) & 1)
-    operand = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
-    o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
+    p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+    o_token = warpgroup_mma(p, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turns.index((g + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[token])
@@ -180,26 +180,14 @@ def _step(
         s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
     p, m, alpha = _softmax(s, m, scale, MASKED)
     sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
+    pairs = _pack(p, M, BN, dtype)
     # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
     # softmax behind the wait for PV, where nothing would run beside it.
     mbarrier.wait(k_full.index(after), ((count + 2) // STAGES) & 1, pred=tile + 1 < tiles)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_free.index(before), count=1)
-    pairs = _pack(p, M, BN, dtype)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
     return acc, m, sums, pairs, count + 1, turn + 1
-
-
-@gluon.jit
-def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr):
-    """64 rows of one head, those before ``end``. Addresses are made here: the loops need all registers."""
-    out, lse, out_row, out_head, lse_head = target
-    rows = row + gl.arange(0, M, row_lse.type.layout)
-    gl.store(lse + head.to(gl.int64) * lse_head + rows, row_lse, mask=rows < end)
-    rows = row + gl.arange(0, M, gl.SliceLayout(1, acc.type.layout))
-    cols = gl.arange(0, D, gl.SliceLayout(0, acc.type.layout))
-    pointers = out + head.to(gl.int64) * out_head + rows.to(gl.int64)[:, None] * out_row + cols[None, :]
-    gl.store(pointers, acc.to(dtype), mask=(rows < end)[:, None])
 
 
 @gluon.jit
@@ -210,6 +198,7 @@ def _consume(
 ):  # fmt: skip
     """One consumer: 64 rows of every strip of this program's items."""
     M: gl.constexpr = 64
+    out, lse, out_row, out_head, lse_head = target
     table, items, first, last = work
     scale, cap = factors
     q_bars, bars, turns, q_bufs, bufs = storage
@@ -232,14 +221,20 @@ def _consume(
         head = item % H
         strip = table + item // H * FIELDS
         row = gl.load(strip) + g * M
+        end = gl.load(strip + 1)
         masked = gl.load(strip + 4) + gl.load(strip + 9) + gl.load(strip + 14)
         tiles = masked + gl.load(strip + 3) + gl.load(strip + 8) + gl.load(strip + 13)
         rows = row + gl.arange(0, M, s_rows)
+        o_row = row + gl.arange(0, M, o_rows)
+        o_col = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+        o_ptr = out + head.to(gl.int64) * out_head + o_row.to(gl.int64)[:, None] * out_row + o_col[None, :]
+        o_here = (o_row < end)[:, None]
+        lse_ptr = lse + head.to(gl.int64) * lse_head + rows
         mbarrier.wait(q_full.index(g), (index - first) & 1)
         if tiles == 0:
             mbarrier.arrive(q_free.index(g), count=1)
-            nothing = gl.full([M], float("-inf"), gl.float32, s_rows)
-            _write(gl.zeros([M, D], gl.float32, o_layout), nothing, target, head, row, gl.load(strip + 1), M, D, dtype)
+            gl.store(o_ptr, gl.zeros([M, D], dtype, o_layout), mask=o_here)
+            gl.store(lse_ptr, gl.full([M], float("-inf"), gl.float32, s_rows), mask=rows < end)
         else:
             stage = count % STAGES
             mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
@@ -273,10 +268,10 @@ def _consume(
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
             total = gl.convert_layout(gl.sum(sums, 1), s_rows)
-            row_lse = (m + gl.log2(total)) * LN2
+            gl.store(lse_ptr, (m + gl.log2(total)) * LN2, mask=rows < end)
             total = gl.where(total == 0.0, 1.0, total)
             acc = acc / gl.convert_layout(total, o_rows)[:, None]
-            _write(acc, row_lse, target, head, row, gl.load(strip + 1), M, D, dtype)
+            gl.store(o_ptr, acc.to(dtype), mask=o_here)
 
 
 @gluon.jit(do_not_specialize=["lse_head"])
