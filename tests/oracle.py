@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 POOL = 5  # width of the max-pool over a block's scores
 Tokens = Sequence[int] | Tensor
@@ -247,3 +247,78 @@ def dense_decode(model: PreTrainedModel, result: OracleResult, token_ids: Tokens
         hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(model.model.norm(hidden))
+
+
+def within(layout: Layout, window: int) -> Tensor:
+    """(rows, rows), True where a row sees a column on a layer with a sliding window: the true tokens that the window
+    holds, whatever block they stand in; a row of an anchor that is a copy sees those of that anchor."""
+    rows, at = len(layout.tokens), layout.anchor
+    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    for part in (slice(0, at), slice(at, rows)):
+        size = len(range(*part.indices(rows)))
+        mask[part, part] = causal(size) & ~causal(size).tril(-window)
+    return mask
+
+
+@torch.no_grad()
+def masked_prefill(
+    model: PreTrainedModel,
+    prefix: Tokens,
+    document: Tokens,
+    query: Tokens,
+    answer: Tokens,
+    *,
+    blocks: int,
+    anchor_length: int | None,
+    passing_length: int,
+    strategy: str = "apb",
+) -> Tensor:
+    """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
+    layers over all rows at once, the attention here, under the masks of this file. Pairs are passed by the scores of
+    the query's rows. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy)
+    at, asks = layout.anchor, layout.query
+    tokens = layout.tokens + [int(token) for token in answer]
+    positions = layout.positions + [asks.stop + index for index in range(len(answer))]
+    layout = Layout(
+        tokens, positions, at, layout.shared, layout.blocks, range(asks.start, asks.stop + len(answer)),
+        layout.first_eligible,
+    )  # fmt: skip
+    margins = []
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = query[0], key[0], value[0]
+        logits = q.unflatten(0, (k.shape[0], -1)) @ k.transpose(1, 2)[:, None] * scaling
+        cap, sinks, window = (options.get(name) for name in ("softcap", "s_aux", "sliding_window"))
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        if window is not None:
+            visible = within(layout, window).expand(k.shape[0], -1, -1)
+        else:
+            selected = []
+            for block in layout.blocks:
+                own = slice(at + block.start, at + block.stop)
+                raw = logits[:, :, at + asks.start : at + asks.stop, own].softmax(-1).mean(dim=(1, 2))
+                eligible = [t - block.start for t in block if t >= layout.first_eligible] if passing_length else []
+                picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pool(raw), strict=True)]
+                margins.extend(margin for _, margin in picks)
+                chosen = torch.tensor([tokens for tokens, _ in picks], dtype=torch.long)
+                selected.append(chosen.reshape(k.shape[0], -1) + block.start)
+            visible = visibility(layout, selected)
+        logits = logits.masked_fill(~visible[:, None], -math.inf)
+        if sinks is not None:
+            column = sinks.view(k.shape[0], -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, column], -1)
+        weights = logits.softmax(-1)[..., : k.shape[1]]
+        return (weights @ v[:, None]).flatten(0, 1).transpose(0, 1)[None], None
+
+    AttentionInterface.register("oracle", attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("oracle")
+    output = model(torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False)
+    model.set_attn_implementation(before)
+    # Else a rounding error could change which pairs are passed, and a comparison would be a coin toss.
+    assert min(margins, default=math.inf) > 1e-4, f"scores are too close to each other: {min(margins)}"
+    return output.logits[0, -1 - len(answer) :]

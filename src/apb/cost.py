@@ -5,9 +5,11 @@ Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention co
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .halo import sent_rows
 from .plan import METHODS, Anchor, Kind, Plan, kv_heads_of
 
 
@@ -17,8 +19,11 @@ class ModelShape:
 
     Attributes:
         layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
-        layer_parameters: weights of all layers' linear maps together: each row of a pass multiplies with all of them.
+        layer_parameters: weights that each row of a pass multiplies with, over all layers: those of the linear maps,
+            and of as many experts as a token is sent to.
         parameters: all weights, embeddings included.
+        windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
+        cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
     """
 
     layers: int
@@ -30,11 +35,22 @@ class ModelShape:
     vocabulary: int
     layer_parameters: int
     parameters: int
+    windows: tuple[int, ...] = ()
+    cache_width: int = 0
+
+    @property
+    def pair_width(self) -> int:
+        """Numbers of one token's keys and values in one layer, as attention reads them and ranks send them."""
+        return 2 * self.kv_heads * self.head_dim
 
     @property
     def cache_row(self) -> int:
-        """Numbers that one token's keys and values take, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        """Numbers that one token's keys and values take in the cache, over all layers."""
+        return self.layers * (self.cache_width or self.pair_width)
+
+    def sliding(self, total: int) -> dict[int, int]:
+        """The windows that hide something of so many tokens, and how many layers have each."""
+        return Counter(window for window in self.windows if window < total)
 
 
 @dataclass(frozen=True)
@@ -126,18 +142,20 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
     if rank == plan.tail_rank:
         pairs += plan.query * (plan.query + 1) // 2
         kept += plan.query
-    pair_flops = 4 * model.heads * model.head_dim * model.layers
+    sliding = model.sliding(plan.total)
+    exact_layers = sum(sliding.values())
+    all_pairs = (model.layers - exact_layers) * pairs
+    all_pairs += sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
     gathered = _gathered_rows(plan)
     # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
     # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
     wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
-    pair_row = 2 * model.kv_heads * model.head_dim
-    activations = rows * wide + 2 * gathered * plan.ranks * pair_row
+    activations = rows * wide + 2 * gathered * plan.ranks * model.pair_width
     cache = kept * model.cache_row
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * model.hidden * model.vocabulary,
-        attention_flops=pairs * pair_flops,
-        scoring_flops=_scoring_flops(plan, model, compressor) * scored,
+        attention_flops=4 * model.heads * model.head_dim * all_pairs,
+        scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
         sent_bytes=_sent(plan, rank, model, element_bytes),
         cache_bytes=cache * element_bytes,
         peak_bytes=(model.parameters + cache + activations) * element_bytes,
@@ -150,6 +168,26 @@ def _block_pairs(plan: Plan, length: int, context: int) -> int:
         seen = min(plan.vertical_size + plan.slash_size, length)
         return seen * (seen + 1) // 2 + (length - seen) * seen
     return length * (length + 1) // 2 + length * context
+
+
+def _window_pairs(plan: Plan, rank: int, window: int) -> int:
+    """Query-key pairs of a rank on a layer with a sliding window, in any strategy."""
+
+    def reach(stop: int) -> int:
+        """Pairs of the rows at positions [0, stop), which see no further back than the window."""
+        grown = min(stop, window)
+        return grown * (grown + 1) // 2 + (stop - grown) * window
+
+    pairs = 0
+    shard = []
+    for span in plan.spans(rank):
+        if span.kind is not Kind.QUERY:
+            pairs += reach(span.stop) - reach(span.start)
+        if span.kind is Kind.BLOCK or (span.kind is Kind.QUERY and rank == plan.tail_rank):
+            shard.append(span)
+    for row in range(plan.query_start, plan.total):
+        pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
+    return pairs
 
 
 def _gathered_rows(plan: Plan) -> int:
@@ -168,8 +206,11 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
     others = plan.ranks - 1
     query = plan.query * model.heads * (model.head_dim + 1) * model.layers * 4  # partial outputs and lse, in fp32
     rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
+    sliding = model.sliding(plan.total)
+    layers = model.layers - sum(sliding.values())
+    halos = sum(count * sent_rows(plan, window)[rank] for window, count in sliding.items()) * model.pair_width
     if plan.strategy == "ring":
-        document = others * max(rows) * model.cache_row
+        document = others * max(rows) * model.pair_width
     elif plan.strategy == "ulysses":
         # q, k and v of this rank's rows go to the ranks that have the heads, and the outputs of theirs go back.
         share, group = max(model.heads // plan.ranks, 1), model.heads // model.kv_heads
@@ -178,17 +219,17 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
             if other != rank:
                 kv_heads = len(kv_heads_of(other * share, share, group))
                 sent += rows[rank] * (share + 2 * kv_heads) + rows[other] * share
-        document = sent * model.head_dim * model.layers
+        document = sent * model.head_dim
     else:
-        document = others * _gathered_rows(plan) * model.cache_row
-    return document * element_bytes + others * query
+        document = others * _gathered_rows(plan) * model.pair_width
+    return (layers * document + halos) * element_bytes + others * query
 
 
 def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
-    """FLOPs over all layers to score one token."""
+    """FLOPs of a layer to score one token."""
     if compressor == "query":
-        return 2 * plan.query * model.heads * model.head_dim * model.layers
+        return 2 * plan.query * model.heads * model.head_dim
     if compressor == "retaining":
         features = (model.heads + 2 * model.kv_heads) * model.head_dim
-        return 2 * 1024 * (features + model.kv_heads) * model.layers
+        return 2 * 1024 * (features + model.kv_heads)
     return 0

@@ -50,7 +50,8 @@ class Engine:
         loading.check_supported(model.config)
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        choose(backend, self.device, self.dtype, _head_dim(model))
+        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        choose(backend, self.device, self.dtype, loading.head_dim(model.config), softcap)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
@@ -136,10 +137,10 @@ class Engine:
         )
         cache.total = plan.total
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            out = strategy.attend(Layer(layer, q, k, v, scale, before_rope))
+        def attend(layer: Layer) -> Tensor:
+            out = strategy.attend(layer)
             if progress is not None:
-                progress(layer + 1, layers)
+                progress(layer.index + 1, layers)
             return out
 
         needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
@@ -222,15 +223,10 @@ class Engine:
             layers=text.num_hidden_layers,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
-            head_dim=_head_dim(self.model),
+            head_dim=loading.head_dim(self.model.config),
             dtype=self.dtype,
             device=self.device,
         )
-
-
-def _head_dim(model: PreTrainedModel) -> int:
-    text = model.config.get_text_config()
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .plan import Kind, Plan
 from .prompt import check_tokens
-from .strategies.base import attend_shards
+from .strategies.base import Layer, attend_shards
 
 
 class Session:
@@ -59,16 +60,16 @@ class Session:
         check_tokens(token_ids, self._attachment.vocabulary)
         start, count = self._cache.total, len(token_ids)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            ends_here = self._cache.keeps_new
-            return attend_shards(
-                q, k, v, scale=scale, group=self._group, ends_here=ends_here, backend=self._backend
-            ).wait()
+        def attend(layer: Layer) -> Tensor:
+            layer = replace(layer, k=layer.k[:held], v=layer.v[:held])
+            return attend_shards(layer, start, shard, group=self._group, backend=self._backend).wait()
 
         device = self.logits.device
         ids = torch.tensor([list(token_ids)], device=device)
         positions = torch.arange(start, start + count, device=device).unsqueeze(0)
         self._cache.total = start + count
+        shard = self._positions(self._group.rank)
+        held = sum(map(len, shard))
         with torch.no_grad(), self._attachment.running(attend, self._cache.total):
             self.logits = forward(self._attachment, ids, positions, self._cache, self._group)
         self.token_ids.extend(token_ids)
@@ -81,18 +82,27 @@ class Session:
         """
         if not 0 <= layer < len(self._cache):
             raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
-        shard = torch.stack(self._cache.shard(layer))  # (2, tokens, kv_heads, head_dim)
+        keys, values = (self._gather(shard) for shard in self._cache.shard(layer))
+        if keys is None or values is None:
+            return None, None
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def _gather(self, shard: Tensor) -> Tensor | None:
+        """All ranks' shards (tokens, kv_heads, head_dim) in document order, on rank 0."""
         orders = [self._positions(rank) for rank in range(self.plan.ranks)]
-        width = max(len(order) for order in orders)
-        padded = shard.new_zeros(2, width, *shard.shape[2:])
-        padded[:, : shard.shape[1]] = shard
+        width = max(sum(map(len, order)) for order in orders)
+        padded = shard.new_zeros(width, *shard.shape[1:])
+        padded[: shard.shape[0]] = shard
         parts = self._group.gather(padded)
         if parts is None:
-            return None, None
-        whole = shard.new_empty(2, self._cache.total, *shard.shape[2:])
+            return None
+        whole = shard.new_empty(self._cache.total, *shard.shape[1:])
         for order, part in zip(orders, parts, strict=True):
-            whole[:, order.to(shard.device)] = part[:, : len(order)]
-        return whole[0].transpose(0, 1), whole[1].transpose(0, 1)
+            row = 0
+            for positions in order:
+                whole[positions.start : positions.stop] = part[row : row + len(positions)]
+                row += len(positions)
+        return whole
 
     def to_dynamic_cache(self) -> DynamicCache | None:
         """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.
@@ -107,12 +117,12 @@ class Session:
                 cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
         return cache if self._group.rank == 0 else None
 
-    def _positions(self, rank: int) -> Tensor:
+    def _positions(self, rank: int) -> list[range]:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
-        held = [torch.arange(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
+        held = [range(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
         if rank == self.plan.tail_rank:
-            held.append(torch.arange(self.plan.query_start, self._cache.total))
-        return torch.cat(held) if held else torch.arange(0)
+            held.append(range(self.plan.query_start, self._cache.total))
+        return held
 
 
 def forward(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache, group: Group) -> Tensor:

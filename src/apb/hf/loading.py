@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from ..cost import ModelShape
 from ..errors import InputError, first_line
@@ -73,16 +74,10 @@ def check_supported(config: Any) -> None:
     odd = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise InputError(f"{name!r} models cap their attention logits, which is not supported.")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise InputError(f"{name!r} models use latent attention (MLA), which is not supported.")
-    if name == "gpt_oss":
-        raise InputError("'gpt_oss' models have attention sinks, which are not supported.")
 
 
 def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
-    """InputError where a plan does not fit the model: its positions, its sliding windows, its number of heads."""
+    """InputError where a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
     limit = getattr(text, "max_position_embeddings", None)
@@ -93,14 +88,6 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    slides = "sliding_attention" in types if types else getattr(text, "use_sliding_window", True)
-    if window is not None and slides and total > window:
-        raise InputError(
-            f"{config.model_type!r} layers see a sliding window of {window} tokens and the prompt and the answer need "
-            f"{total}; sliding windows are not supported beyond their own length."
-        )
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -134,20 +121,50 @@ def model_shape(config: Any) -> ModelShape:
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    latent = getattr(text, "kv_lora_rank", None)
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return ModelShape(
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=head_dim,
+        kv_heads=text.num_attention_heads if latent else _kv_heads(text),
+        head_dim=head_dim(config),
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocabulary=text.vocab_size,
-        layer_parameters=sum(
-            module.weight.numel()
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear) and id(module) not in embeddings
-        ),
+        layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        windows=tuple(_windows(text)),
+        cache_width=latent + text.qk_rope_head_dim if latent else 0,
     )
+
+
+def head_dim(config: Any) -> int:
+    """The width of a query and key head."""
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _kv_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def _windows(text: Any) -> list[int]:
+    """The sliding window of every layer that has one."""
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return []
+    return [window] * (types.count("sliding_attention") if types else text.num_hidden_layers)
+
+
+def _multiplied(module: torch.nn.Module, text: Any) -> int:
+    """Weights of a module, without its submodules, that each row multiplies with."""
+    if isinstance(module, (torch.nn.Linear, Conv1D)):
+        return module.weight.numel()
+    stacked = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+    if not stacked or not type(module).__name__.endswith("Experts"):
+        return 0
+    used = getattr(text, "num_experts_per_tok", None) or 1
+    return sum(weight.numel() // weight.shape[0] * min(used, weight.shape[0]) for weight in stacked)

@@ -18,7 +18,11 @@ BACKENDS = {"reference": reference.attention, "torch": sdpa.attention}
 
 
 def attention(
-    q: Tensor, segments: Sequence[Segment], scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    segments: Sequence[Segment],
+    scale: float | None = None,
+    backend: str = "auto",
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of the rows ``q`` over the union of several key/value segments.
 
@@ -28,6 +32,7 @@ def attention(
             (grouped queries: head h reads KV head h // (heads / kv_heads)). May be empty, and may hold zero keys.
         scale: factor on q.k before the softmax; 1 / sqrt(head_dim) if None.
         backend: "reference" (fp32 matrices), "torch" (torch's fused kernels) or "auto".
+        softcap: c, where logits x become c * tanh(x / c) before the softmax (Gemma 2, arXiv 2408.00118).
 
     Returns:
         out: (rows, heads, head_dim) in q's dtype; 0 in a row that sees no key.
@@ -46,14 +51,19 @@ def attention(
     _check(q, segments)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return BACKENDS[choose(backend, q.device, q.dtype, q.shape[-1])[0]](q, segments, scale)
+    name, _ = choose(backend, q.device, q.dtype, q.shape[-1], softcap)
+    if softcap is not None:
+        return reference.attention(q, segments, scale, softcap)
+    return BACKENDS[name](q, segments, scale)
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
+) -> tuple[str, str]:
     """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
-    obstacle = sdpa.why_not(device, dtype, head_dim)
+    obstacle = sdpa.why_not(device, dtype, head_dim) if softcap is None else "it cannot cap logits"
     if backend == "torch" and obstacle:
         raise InputError(f"The attention back-end 'torch' cannot be used here: {obstacle}; choose 'reference'.")
     if backend != "auto":

@@ -5,24 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .reference import capped
+
 TILE = 128
 
 
-def vertical_slash(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float) -> Tensor:
+def vertical_slash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    diagonals: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Row i sees key j <= i where column j or diagonal i - j is chosen for its head.
 
     Args:
         q: (rows, heads, head_dim).
         k, v: (rows, kv_heads, head_dim), the same rows' keys and values.
         columns, diagonals: (heads, >= rows) bool; every row must see some key (diagonal 0, say).
-        scale: factor on q.k.
+        scale, softcap: as in :func:`apb.attention`.
 
     Returns:
-        out: (rows, heads, head_dim) in q's dtype; arithmetic in fp32 after q.k.
+        out (rows, heads, head_dim) in q's dtype and lse (heads, rows) fp32; arithmetic in fp32 after q.k.
     """
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
-    out = torch.empty_like(q)
+    out, lse = torch.empty_like(q), q.new_empty(heads, rows, dtype=torch.float32)
     positions = torch.arange(rows, device=q.device)
     for head in range(heads):
         column, diagonal = columns[head], diagonals[head]
@@ -41,7 +51,8 @@ def vertical_slash(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: 
             key = seen.nonzero()[:, 0]
             distance = row[:, None] - key
             visible = (distance >= 0) & (column[key] | diagonal[distance.clamp(min=0)])
-            scores = (q[row, head] @ keys[key].T).float() * scale
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            scores = capped((q[row, head] @ keys[key].T).float() * scale, softcap).masked_fill(~visible, float("-inf"))
+            weights = scores.softmax(-1)
+            lse[head, row] = scores.logsumexp(-1)
             out[row, head] = weights.to(q.dtype) @ values[key]
-    return out
+    return out, lse

@@ -41,17 +41,17 @@ class APB(Strategy):
             pairs = self._arrange(pending.wait())
             for span in self.blocks:
                 segments = [*self._context(pairs, span), self.own(layer, span)]
-                out[span.rows], _ = self.attention(layer.q[span.rows], segments, layer.scale)
+                out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
         else:
-            own = [self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale) for span in self.blocks]
+            own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
             pairs = self._arrange(pending.wait())
             for span, (alone, lse) in zip(self.blocks, own, strict=True):
-                others, others_lse = self.attention(layer.q[span.rows], self._context(pairs, span), layer.scale)
-                out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
+                others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
+                out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
         if self.anchor:
             # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
             segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
-            out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
+            out[self.anchor.rows] = layer.settle(*self.attention(layer, layer.q[self.anchor.rows], [segment]))
 
     def _share(self, layer: Layer) -> Pending:
         """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""
@@ -79,6 +79,7 @@ class APB(Strategy):
             v=layer.v[span.rows],
             query=layer.q[self.query.rows],
             scale=layer.scale,
+            softcap=layer.softcap,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
         return select(self.compressor.score(view), count, self.plan.selectable(block))

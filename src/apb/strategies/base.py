@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge
+from ..kernels.window import Run, window_attention
 from ..plan import Kind, Plan, Span
+from .halos import Halos
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,9 @@ class Layer:
         k, v: (rows, kv_heads, head_dim), after RoPE, not repeated over the group.
         scale: factor on q.k.
         before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
+        window: how many keys a row sees at most, its own included; None where nothing is out of its reach.
+        softcap: as in :func:`apb.attention`.
+        sinks: (heads,), logits that take part in every row's softmax and bring no value; None without.
     """
 
     index: int
@@ -33,6 +39,18 @@ class Layer:
     v: Tensor
     scale: float
     before_rope: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
+
+        The sinks join the softmax here, once, when all partial results are merged. ``heads`` says which the rows have.
+        """
+        if self.sinks is not None:
+            out = out * torch.sigmoid(lse - self.sinks[heads].float()[:, None]).T.unsqueeze(-1)
+        return out.to(self.q.dtype)
 
 
 class Strategy(ABC):
@@ -47,6 +65,7 @@ class Strategy(ABC):
         self.blocks = [span for span in self.spans if span.kind is Kind.BLOCK]
         self.query = next(span for span in self.spans if span.kind is Kind.QUERY)
         self.anchor = next((span for span in self.spans if span.kind is Kind.ANCHOR), None)
+        self._halos: dict[int, Halos] = {}
 
     @property
     def cached_rows(self) -> slice:
@@ -62,7 +81,10 @@ class Strategy(ABC):
         """Attention output (rows, heads, head_dim) of all rows of this rank, in q's dtype."""
         out = torch.empty_like(layer.q)
         query = self._start_query(layer)
-        self.attend_document(layer, out)
+        if layer.window is None:
+            self.attend_document(layer, out)
+        else:
+            self._attend_window(layer, layer.window, out)
         out[self.query.rows] = query.wait()
         return out
 
@@ -73,18 +95,35 @@ class Strategy(ABC):
     def _start_query(self, layer: Layer) -> Merging:
         kept = self.cached_rows
         return attend_shards(
-            layer.q[self.query.rows],
-            layer.k[kept],
-            layer.v[kept],
-            scale=layer.scale,
+            replace(layer, q=layer.q[self.query.rows], k=layer.k[kept], v=layer.v[kept]),
+            self.query.start,
+            [range(span.start, span.stop) for span in (*self.blocks, *([self.query] if self._owns_tail else []))],
             group=self.group,
-            ends_here=self._owns_tail,
             backend=self.backend,
         )
 
-    def attention(self, q: Tensor, segments: list[Segment], scale: float) -> tuple[Tensor, Tensor]:
-        """:func:`apb.attention` with this strategy's back-end."""
-        return attention(q, segments, scale, self.backend)
+    def _attend_window(self, layer: Layer, window: int, out: Tensor) -> None:
+        """A layer with a sliding window is exact in every strategy: rows see what the window holds, fetched if need be.
+
+        The anchor's rows see the anchor alone.
+        """
+        if window not in self._halos:
+            self._halos[window] = Halos(self.plan, self.group, window)
+        runs = self._halos[window].fetch(layer.k, layer.v)
+        for span in (self.anchor, *self.blocks):
+            if span:
+                attended = window_attention(
+                    lambda q, segments: self.attention(layer, q, segments),
+                    layer.q[span.rows],
+                    span.start,
+                    [runs[span]],
+                    window,
+                )
+                out[span.rows] = layer.settle(*attended)
+
+    def attention(self, layer: Layer, q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+        """:func:`apb.attention` with this strategy's back-end and the layer's scale and cap."""
+        return attention(q, segments, layer.scale, self.backend, layer.softcap)
 
     def own(self, layer: Layer, span: Span) -> Segment:
         """A block's keys and values as its own rows see them."""
@@ -96,33 +135,52 @@ class Merging:
     """Rows whose partial results are on their way from all ranks; ``wait`` merges them."""
 
     pending: Pending
-    dtype: torch.dtype
+    layer: Layer
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim), the same on every rank."""
         packed = self.pending.wait()
-        if packed.shape[0] == 1:
-            return packed[0, ..., :-1].to(self.dtype)
-        out, _ = merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
-        return out.to(self.dtype)
+        outs, lses = packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)
+        return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
 
 
-def attend_shards(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, group: Group, ends_here: bool, backend: str = "auto"
-) -> Merging:
+def attend_shards(layer: Layer, first: int, shard: Sequence[range], *, group: Group, backend: str = "auto") -> Merging:
     """Start the attention of rows that every rank holds over keys and values that are spread over the ranks.
 
     Serves the query's rows in prefill and every new token in decode.
 
     Args:
-        q: (rows, heads, head_dim), the prompt's last rows, the same on every rank.
-        k, v: (keys, kv_heads, head_dim), this rank's shard; may be empty.
-        scale: factor on q.k.
+        layer: q of the last rows there are, the same on every rank; k and v of this rank's shard, which may be empty.
+        first: true position of the first of these rows.
+        shard: true positions of the shard's keys, one range after the other; the rank whose last range ends where the
+            rows do holds the rows' own keys, which they see causally.
         group: the ranks that hold the shards.
-        ends_here: this shard's last keys are those of the rows themselves, which see them causally.
         backend: attention back-end.
     """
-    out, lse = attention(q, [Segment(k, v, causal=ends_here)], scale, backend)
+
+    def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+        return attention(q, segments, layer.scale, backend, layer.softcap)
+
+    if layer.window is None:
+        ends_here = bool(shard) and shard[-1].stop == first + layer.q.shape[0]
+        out, lse = attend(layer.q, [Segment(layer.k, layer.v, causal=ends_here)])
+    else:
+        out, lse = window_attention(attend, layer.q, first, _runs(layer, shard), layer.window)
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
-    return Merging(group.all_gather(packed), q.dtype)
+    return Merging(group.all_gather(packed), layer)
+
+
+def _runs(layer: Layer, shard: Sequence[range]) -> list[Run]:
+    """A shard's keys by consecutive positions: ranges that follow each other are one run."""
+    runs: list[Run] = []
+    row = 0
+    for positions in shard:
+        stop = row + len(positions)
+        if runs and runs[-1].stop == positions.start:
+            start, first = row - runs[-1].k.shape[0], runs[-1].first
+            runs[-1] = Run(layer.k[start:stop], layer.v[start:stop], first)
+        elif positions:
+            runs.append(Run(layer.k[row:stop], layer.v[row:stop], positions.start))
+        row = stop
+    return runs
