@@ -16,7 +16,7 @@ from .distributed.launch import join, local_device
 from .errors import InputError
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
-from .hf import loading
+from .hf import fusing, loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .hf.heads import load_heads
@@ -44,6 +44,7 @@ class Engine:
         *,
         seed: int = 0,
         backend: str = "auto",
+        fused: bool | None = None,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
@@ -59,7 +60,10 @@ class Engine:
         heads = self._load_heads(self.reading.heads) if self.reading.heads else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
         self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
-        self._attachment = Attachment.of(model)
+        obstacle = fusing.why_not(self.device)
+        if fused and obstacle:
+            raise InputError(f"fused=True cannot be had here: {obstacle}.")
+        self._attachment = Attachment.of(model, obstacle is None if fused is None else fused)
         self._closed = False
 
     @classmethod
@@ -81,7 +85,7 @@ class Engine:
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
             options: see :meth:`from_model`.
         """
-        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend")})
+        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend", "fused")})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device))
@@ -100,6 +104,8 @@ class Engine:
                 allow_extrapolation, approximate: as in :class:`apb.reading.Reading`.
             seed: of the compressor "random".
             backend: attention back-end, "auto", "torch" or "reference".
+            fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run; None
+                does so on GPUs that can.
         """
         return cls(model, tokenizer, **options)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from apb import Engine, Prompt, Segment, attention
+from apb.kernels.vertical_slash import by_flex, by_tiles
 from models import tiny_model
 from oracle import dense_prefill
 
@@ -86,3 +87,17 @@ def test_apb_is_the_oracle(blocks):
         assert (got_keys.cpu() - keys).abs().max().item() < 1e-4
         assert (got_values.cpu() - values).abs().max().item() < 1e-4
     engine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "heads", "kv_heads", "head_dim"), [(1000, 6, 2, 64), (4099, 32, 8, 128)])
+def test_block_sparse_attention_is_the_same_pattern(dtype, rows, heads, kv_heads, head_dim):
+    """Compiled FlexAttention, which skips tiles, gives what plain torch computes in fp32 for the same choice."""
+    torch.manual_seed(rows)
+    q, k, v = (torch.randn(rows, count, head_dim, device="cuda") for count in (heads, kv_heads, kv_heads))
+    columns, diagonals = (torch.rand(heads, rows, device="cuda") < share for share in (0.02, 0.01))
+    diagonals[:, 0] = True
+    half = [x.to(dtype) for x in (q, k, v)]
+    expected = by_tiles(*(x.float() for x in half), columns, diagonals, head_dim**-0.5)
+    out = by_flex(*half, columns, diagonals, head_dim**-0.5)
+    assert ((out.float() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]

@@ -62,6 +62,10 @@ def test_rows_hold_baseline_ratio_and_floor():
             assert min(row.all_seconds) <= row.seconds <= max(row.all_seconds)
             assert row.of_floor == pytest.approx(row.floor_seconds / row.seconds)
             assert row.tokens_per_s == pytest.approx(row.length / row.seconds)
+            assert all(seconds >= 0 for seconds in row.parts.values())
+            assert min(row.parts[name] for name in ("qkv", "attention", "output", "mlp")) > 0
+            assert row.parts["communication"] < row.parts["attention"]
+        assert full.parts["scoring"] == full.parts["selection"] == 0 < min(apb.parts["scoring"], apb.parts["selection"])
     assert model.config._attn_implementation == "eager"  # given back
 
 

@@ -401,15 +401,16 @@ def test_evaluations_that_cannot_be_done(cli: Cli, checkpoint: Path, options: li
 def test_doctor_json(cli: Cli) -> None:
     """The machine, every back-end with whether it is used and why, and the ways ranks can talk."""
     report = cli("doctor", "--json").json
-    assert set(report) == {"machine", "backends", "communication"}
+    assert set(report) == {"machine", "backends", "fusing", "communication"}
     assert report["machine"]["torch"] == torch.__version__
     assert report["machine"]["cores"] == os.cpu_count()
     cpu = [row for row in report["backends"] if row["device"] == "cpu"]
     assert {row["dtype"] for row in cpu} == {"float32", "bfloat16"}
     for dtype in ("float32", "bfloat16"):
         assert [row["backend"] for row in cpu if row["dtype"] == dtype and row["used"]] == ["torch"]
-    assert all(row["why"] for row in report["backends"] + report["communication"])
+    assert all(row["why"] for row in report["backends"] + report["fusing"] + report["communication"])
     assert {row["name"]: row["usable"] for row in report["communication"]}["gloo"] is True
+    assert report["fusing"][0]["usable"] is False
 
 
 def test_doctor_as_tables(cli: Cli) -> None:

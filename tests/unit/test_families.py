@@ -92,3 +92,11 @@ def test_peculiar_layers(family: str, strategy: str) -> None:
     oracle's, after the prompt and through decode."""
     logits = read(make(*PECULIAR[family]), strategy)
     torch.testing.assert_close(logits, expected(family, strategy), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+def test_experts_and_long_inputs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense MLPs work on chunks of rows; those with experts in them are left alone."""
+    monkeypatch.setattr("apb.hf.chunking.CPU_ROWS", 16)
+    logits = read(make(*PECULIAR[family]), "full")
+    torch.testing.assert_close(logits, expected(family, "full"), rtol=1e-4, atol=1e-4)

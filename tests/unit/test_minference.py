@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apb import Engine, InputError, Plan, Prompt
+from apb.kernels.vertical_slash import by_flex, by_tiles
 from models import tiny_model
 
 PROMPT = Prompt.from_tokens([1, 2, 3], [(37 * i + 11) % 503 for i in range(401)], [5, 6, 7, 8, 9])
@@ -78,6 +79,28 @@ def test_everything_chosen_is_full(budget):
     for layer in range(3):
         for got, expected in zip(session.gather_kv(layer), full.gather_kv(layer), strict=True):
             assert (got - expected).abs().max().item() < 1e-4
+
+
+@pytest.mark.parametrize("rows", [1, 127, 300, 513])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
+def test_both_engines_are_the_masked_softmax(rows, heads, kv_heads):
+    """Tile by tile, and as FlexAttention sees it (its masks, here not compiled): one explicit mask's softmax."""
+    torch.manual_seed(rows)
+    q, k, v = (torch.randn(rows, count, 16) for count in (heads, kv_heads, kv_heads))
+    columns, diagonals = torch.rand(heads, rows) < 0.05, torch.rand(heads, rows) < 0.02
+    columns[0] = False  # heads may have chosen different numbers
+    columns[-1, 0] = diagonals[:, 0] = True
+    distance = torch.arange(rows)[:, None] - torch.arange(rows)
+    mask = (distance >= 0) & (columns[:, None] | diagonals[:, distance.clamp(min=0)])
+    keys, values = (x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (k, v))
+    for softcap in (None, 0.7):
+        scores = q.transpose(0, 1) @ keys.mT * 0.3
+        scores = (scores if softcap is None else torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+        expected = (scores.softmax(-1) @ values).transpose(0, 1)
+        for engine in (by_tiles, by_flex):
+            out, lse = engine(q, k, v, columns, diagonals, 0.3, softcap)
+            assert (out - expected).abs().max().item() < 1e-5
+            assert (lse - scores.logsumexp(-1)).abs().max().item() < 1e-5
 
 
 def test_budgets_are_numbers_or_shares():

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..cost import Ceilings, ModelShape, predict
 from ..engine import Engine
 from ..errors import InputError
 from ..hardware import peak_bytes
+from ..parts import Clock, clocked
 from ..prompt import Prompt
 
 QUERY_TOKENS = 32
+# The columns of the paper's tables 14 and 16, in the order of a layer.
+PARTS = ("qkv", "scoring", "selection", "communication", "attention", "output", "mlp")
+# What families call the map behind attention.
+OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,8 @@ class Row:
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
         floor_seconds: what the plan's FLOPs and bytes take at the ceilings measured in the same run.
         speedup: the first strategy's seconds at this length over these; None for the first itself.
+        parts: seconds by part on the first rank in one more prefill, whose clocks cost little; they sum to that
+            prefill's time. "communication" is what is waited for, not what is hidden.
         note: why there are no figures, where there are none.
     """
 
@@ -41,6 +50,7 @@ class Row:
     of_floor: float | None
     speedup: float | None
     peak_bytes: int | None
+    parts: dict[str, float] | None = None
     note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +102,7 @@ def _measure(
             seconds.append(_slowest(engine, engine.prefill(prompt).timing["prefill_s"]))
     except torch.OutOfMemoryError as error:
         note = f"out of memory: {str(error).splitlines()[0]}"
+    parts = _parts(engine, prompt) if note is None else None
     counted = seconds[1:]
     median = statistics.median(counted) if counted and note is None else None
     return Row(
@@ -106,8 +117,50 @@ def _measure(
         of_floor=floor / median if median else None,
         speedup=baseline / median if median and baseline else None,
         peak_bytes=int(_slowest(engine, peak_bytes(engine.device))) if median else None,
+        parts=parts,
         note=note,
     )
+
+
+def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:
+    """Seconds by part of one prefill on this rank; what no part covers is "other"."""
+    with clocked(engine.device) as clock, _clocked_modules(engine.model, clock):
+        total = engine.prefill(prompt).timing["prefill_s"]
+        seconds = clock.seconds()
+    return {name: seconds.get(name, 0.0) for name in PARTS} | {"other": total - sum(seconds.values())}
+
+
+@contextmanager
+def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
+    """Clock linear maps of attention and the MLPs, by hooks: transformers' code stays as it is."""
+    open_parts: list[AbstractContextManager[None]] = []
+    handles: list[Any] = []
+
+    def watch(module: nn.Module, name: str) -> None:
+        def before(*_: Any) -> None:
+            open_parts.append(clock.part(name))
+            open_parts[-1].__enter__()
+
+        def after(*_: Any) -> None:
+            open_parts.pop().__exit__(None, None, None)
+
+        handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
+
+    whole = ""  # the module last clocked as a whole, in front of its own children
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if hasattr(module, "layer_idx") and kind.endswith("Attention"):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    watch(child, "output" if name in OUTPUT_NAMES else "qkv")
+        elif kind.endswith(("MLP", "MoeBlock")) and not (whole and path.startswith(whole)):
+            whole = f"{path}."
+            watch(module, "mlp")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _prompt(engine: Engine, length: int) -> Prompt:

@@ -182,7 +182,16 @@ def _print(report: dict[str, Any]) -> None:
             "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
         )
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file or a log has no edge; rich takes 80 columns for one
     console.print(table)
+    parts = [row for row in report["rows"] if row["parts"]]
+    if parts:
+        names = list(parts[0]["parts"])
+        shares = Table("tokens", "strategy", *names, title="Where a prefill's seconds go, on the first rank")
+        for row in parts:
+            shares.add_row(f"{row['length']:,}", row["strategy"], *(f"{row['parts'][name]:.3f}" for name in names))
+        console.print(shares)
     link = f", {ceilings['link'] / 1e9:.0f} GB/s between ranks" if ceilings["link"] else ""
     console.print(
         f"Ceilings of this run: {ceilings['linear'] / 1e12:.1f} TFLOP/s linear, "

@@ -27,6 +27,10 @@ def doctor(as_json: options.AsJson = False) -> None:
     for row in report["backends"]:
         table.add_row(row["device"], row["dtype"], row["backend"], "yes" if row["used"] else "no", row["why"])
     console.print(table)
+    table = Table("device", "usable", "why", title="Fused layers")
+    for row in report["fusing"]:
+        table.add_row(row["device"], "yes" if row["usable"] else "no", row["why"])
+    console.print(table)
     table = Table("communication", "usable", "why", title="Several ranks")
     for row in report["communication"]:
         table.add_row(row["name"], "yes" if row["usable"] else "no", row["why"])
@@ -34,13 +38,14 @@ def doctor(as_json: options.AsJson = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """The report as plain values: ``machine``, ``backends``, ``communication``."""
+    """The report as plain values: ``machine``, ``backends``, ``fusing``, ``communication``."""
     import psutil
     import torch
     import torch.distributed as dist
 
     from ..errors import InputError
     from ..hardware import fingerprint
+    from ..hf.fusing import why_not
     from ..hf.loading import shipped_model
 
     cpu = torch.device("cpu")
@@ -66,6 +71,11 @@ def examine() -> dict[str, Any]:
             for device in (cpu, *gpus[:1])
             for dtype in (torch.float32, torch.bfloat16)
             for row in _backends(device, dtype)
+        ],
+        "fusing": [
+            {"device": str(device), "usable": why is None, "why": why or "norms, activations and RoPE are compiled"}
+            for device in (cpu, *gpus[:1])
+            for why in [why_not(device)]
         ],
         "communication": [
             {"name": "gloo", "usable": dist.is_gloo_available(), "why": "ranks on the CPU"},

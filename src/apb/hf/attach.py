@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..strategies.base import Layer
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
+from .fusing import fuse_parts
 from .rope import pin_length
 
 NAME = "apb"
@@ -28,8 +29,9 @@ class Attachment:
     The model's own modules, weights and code stay as they are. While attached it runs only inside :meth:`running`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, fused: bool) -> None:
         self.model = model
+        self.fused = fused
         self.modules = _attention_modules(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
@@ -47,14 +49,20 @@ class Attachment:
             )
         for module in self.modules:
             module.apb = self  # type: ignore[assignment]
-        self._undo = [pin_length(model, lambda: self.total), chunk_mlps(model)]
+        self._undo = [fuse_parts(model)] if fused else []
+        self._undo += [pin_length(model, lambda: self.total), chunk_mlps(model)]
         self._users = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Attachment:
-        """The attachment of a model, shared by all engines on it; each must :meth:`release` it once."""
+    def of(cls, model: PreTrainedModel, fused: bool = False) -> Attachment:
+        """The attachment of a model, shared by all engines on it; each must :meth:`release` it once.
+
+        ``fused``: compile what can be (see :mod:`apb.hf.fusing`); InputError where engines on one model disagree.
+        """
         attached = (getattr(module, "apb", None) for module in model.modules())
-        attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(model)
+        attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(model, fused)
+        if attachment.fused != fused:
+            raise InputError("Another engine on this model has another setting of fused; close it first.")
         attachment._users += 1
         return attachment
 
@@ -65,7 +73,7 @@ class Attachment:
             return
         for module in self.modules:
             del module.apb
-        for undo in self._undo:
+        for undo in reversed(self._undo):
             undo()
         self.model.set_attn_implementation(self._original)
         self.model.train(self._was_training)

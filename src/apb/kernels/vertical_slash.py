@@ -1,10 +1,15 @@
-"""Attention over chosen columns and diagonals, tile by tile in plain torch; what no tile needs is not computed."""
+"""Attention over chosen columns and diagonals; what is not chosen is, tile by tile, not computed."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .merge import merge
 from .reference import capped
 
 TILE = 128
@@ -21,15 +26,25 @@ def vertical_slash(
 ) -> tuple[Tensor, Tensor]:
     """Row i sees key j <= i where column j or diagonal i - j is chosen for its head.
 
+    Block-sparse FlexAttention on GPUs, plain torch elsewhere.
+
     Args:
         q: (rows, heads, head_dim).
         k, v: (rows, kv_heads, head_dim), the same rows' keys and values.
-        columns, diagonals: (heads, >= rows) bool; every row must see some key (diagonal 0, say).
+        columns, diagonals: (heads, >= rows) bool; diagonal 0 is chosen for every head, so that every row sees a key.
         scale, softcap: as in :func:`apb.attention`.
 
     Returns:
         out (rows, heads, head_dim) in q's dtype and lse (heads, rows) fp32; arithmetic in fp32 after q.k.
     """
+    engine = by_flex if q.device.type == "cuda" else by_tiles
+    return engine(q, k, v, columns, diagonals, scale, softcap)
+
+
+def by_tiles(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`vertical_slash`: a head and a tile of rows at a time."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
     out, lse = torch.empty_like(q), q.new_empty(heads, rows, dtype=torch.float32)
@@ -38,9 +53,7 @@ def vertical_slash(
         column, diagonal = columns[head], diagonals[head]
         keys, values = k[:, head // group], v[:, head // group]
         chosen = column[:rows].nonzero()[:, 0]
-        offsets = diagonal[:rows].nonzero()[:, 0]
-        # Rows [s, s + TILE) reach along a diagonal into two tiles of keys, so many tiles before their own.
-        back = torch.cat([offsets // TILE, (offsets + TILE - 1) // TILE]).unique()
+        back = _tiles_back(diagonal[None, :rows])[0].nonzero()[:, 0]
         for start in range(0, rows, TILE):
             row = positions[start : start + TILE]
             tiles = start // TILE - back
@@ -56,3 +69,107 @@ def vertical_slash(
             lse[head, row] = scores.logsumexp(-1)
             out[row, head] = weights.to(q.dtype) @ values[key]
     return out, lse
+
+
+def by_flex(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`vertical_slash`: the tiles that diagonals run through, then the gathered columns beside those.
+
+    Both in block-sparse FlexAttention, merged by log-sum-exp; no key counts twice.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    rows, heads, _ = q.shape
+    group = heads // k.shape[1]
+    columns, diagonals = columns[:, :rows].contiguous(), diagonals[:, :rows].contiguous()
+    q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+
+    def on_diagonal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return (key <= row) & diagonals[head, (row - key).clamp(min=0)]
+
+    # Tile row t reaches tile t - b for every chosen b <= t, nearest first.
+    back = _tiles_back(diagonals)
+    count = back.cumsum(1, dtype=torch.int32)
+    nearest = back.int().argsort(dim=1, descending=True, stable=True)
+    tile = torch.arange(back.shape[1], device=q.device)
+    tiles = (tile[:, None] - nearest[:, None]).clamp(min=0).int()
+    blocks = BlockMask.from_kv_blocks(
+        count[None],
+        tiles[None],
+        BLOCK_SIZE=TILE,
+        mask_mod=on_diagonal,
+        seq_lengths=(rows, rows),
+        compute_q_blocks=False,
+    )
+    flex = _flex(q.device.type, softcap)
+    slashes = flex(q4, k4, v4, blocks, scale)
+
+    # Heads may have chosen different columns, never a different number but for those past the document's end.
+    width = int(columns.sum(1).max())
+    order = columns.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    position = torch.where(columns.gather(1, order), order, rows)  # past the end: seen by no row
+    # Row tiles before a head's c-th column never see it: as many tiles as begin at or before the row tile's last row.
+    first = position[:, ::TILE]
+    last_row = (tile + 1) * TILE - 1
+    reached = (first[:, None] <= last_row[:, None]).sum(2, dtype=torch.int32)
+    column_tile = torch.arange(first.shape[1], device=q.device, dtype=torch.int32)
+
+    def beside(batch: Tensor, head: Tensor, row: Tensor, index: Tensor) -> Tensor:
+        key = position[head, index]
+        return (key <= row) & ~diagonals[head, (row - key).clamp(min=0)]
+
+    blocks = BlockMask.from_kv_blocks(
+        reached[None],
+        column_tile.expand(1, heads, len(tile), -1).contiguous(),
+        BLOCK_SIZE=TILE,
+        mask_mod=beside,
+        seq_lengths=(rows, width),
+        compute_q_blocks=False,
+    )
+    source = torch.arange(heads, device=q.device)[:, None] // group
+    order = order.clamp(max=rows - 1)
+    gathered = flex(q4, k4[:, source, order], v4[:, source, order], blocks, scale)
+    outs, lses = zip(*((out[0].transpose(0, 1), lse[0]) for out, lse in (slashes, gathered)), strict=True)
+    out, lse = merge(outs, lses)
+    return out.to(q.dtype), lse
+
+
+def _tiles_back(diagonals: Tensor) -> Tensor:
+    """From (heads, rows) chosen diagonals to (heads, tiles): whether a tile of rows reaches so many tiles back.
+
+    Rows [s, s + TILE) reach along a diagonal into two tiles of keys, or, where it is a multiple of TILE, one.
+    """
+    heads, rows = diagonals.shape
+    tiles = -(-rows // TILE)
+    padded = diagonals.new_zeros(heads, tiles * TILE)
+    padded[:, :rows] = diagonals
+    by_tile = padded.view(heads, tiles, TILE)
+    reach = by_tile.any(2)
+    reach[:, 1:] |= by_tile[:, :-1, 1:].any(2)
+    return reach
+
+
+@cache
+def _flex(device: str, softcap: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(q, k, v, block mask, scale) -> (out, natural log-sum-exp fp32), compiled where it is to be fast."""
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return capped(score, softcap)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> tuple[Tensor, Tensor]:
+        out, aux = flex_attention(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else cap,
+            block_mask=blocks,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=AuxRequest(lse=True),
+        )
+        assert aux.lse is not None
+        return out, aux.lse
+
+    return torch.compile(call, dynamic=False) if device == "cuda" else call

@@ -10,6 +10,7 @@ from ..compressors.base import select, take
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment
 from ..kernels.merge import merge
+from ..parts import part
 from ..plan import Plan, Span
 from .base import Layer, Strategy
 
@@ -44,10 +45,13 @@ class APB(Strategy):
                 out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
         else:
             own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
-            pairs = self._arrange(pending.wait())
+            with part("communication"):
+                gathered = pending.wait()
+            pairs = self._arrange(gathered)
             for span, (alone, lse) in zip(self.blocks, own, strict=True):
                 others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
-                out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
+                with part("attention"):
+                    out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
         if self.anchor:
             # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
             segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
@@ -64,8 +68,9 @@ class APB(Strategy):
             count = self.plan.passed(span.block)
             if count:
                 chosen = self.choose(layer, span, count)
-                packed[0, row : row + count] = take(layer.k[span.rows], chosen)
-                packed[1, row : row + count] = take(layer.v[span.rows], chosen)
+                with part("selection"):
+                    packed[0, row : row + count] = take(layer.k[span.rows], chosen)
+                    packed[1, row : row + count] = take(layer.v[span.rows], chosen)
                 row += count
         return self.group.all_gather(packed)
 
@@ -82,7 +87,10 @@ class APB(Strategy):
             softcap=layer.softcap,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
-        return select(self.compressor.score(view), count, self.plan.selectable(block))
+        with part("scoring"):
+            scores = self.compressor.score(view)
+        with part("selection"):
+            return select(scores, count, self.plan.selectable(block))
 
     def _arrange(self, gathered: Tensor) -> Tensor:
         """From (ranks, 2, pairs, kv_heads, head_dim) as gathered to (2, pairs, kv_heads, head_dim) as blocks see it."""

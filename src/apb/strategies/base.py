@@ -14,6 +14,7 @@ from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge
 from ..kernels.window import Run, window_attention
+from ..parts import part
 from ..plan import Kind, Plan, Span
 from .halos import Halos
 
@@ -109,7 +110,8 @@ class Strategy(ABC):
         """
         if window not in self._halos:
             self._halos[window] = Halos(self.plan, self.group, window)
-        runs = self._halos[window].fetch(layer.k, layer.v)
+        with part("communication"):
+            runs = self._halos[window].fetch(layer.k, layer.v)
         for span in (self.anchor, *self.blocks):
             if span:
                 attended = window_attention(
@@ -123,7 +125,8 @@ class Strategy(ABC):
 
     def attention(self, layer: Layer, q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         """:func:`apb.attention` with this strategy's back-end and the layer's scale and cap."""
-        return attention(q, segments, layer.scale, self.backend, layer.softcap)
+        with part("attention"):
+            return attention(q, segments, layer.scale, self.backend, layer.softcap)
 
     def own(self, layer: Layer, span: Span) -> Segment:
         """A block's keys and values as its own rows see them."""
@@ -139,7 +142,8 @@ class Merging:
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim), the same on every rank."""
-        packed = self.pending.wait()
+        with part("communication"):
+            packed = self.pending.wait()
         outs, lses = packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)
         return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
 
@@ -161,11 +165,12 @@ def attend_shards(layer: Layer, first: int, shard: Sequence[range], *, group: Gr
     def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         return attention(q, segments, layer.scale, backend, layer.softcap)
 
-    if layer.window is None:
-        ends_here = bool(shard) and shard[-1].stop == first + layer.q.shape[0]
-        out, lse = attend(layer.q, [Segment(layer.k, layer.v, causal=ends_here)])
-    else:
-        out, lse = window_attention(attend, layer.q, first, _runs(layer, shard), layer.window)
+    with part("attention"):
+        if layer.window is None:
+            ends_here = bool(shard) and shard[-1].stop == first + layer.q.shape[0]
+            out, lse = attend(layer.q, [Segment(layer.k, layer.v, causal=ends_here)])
+        else:
+            out, lse = window_attention(attend, layer.q, first, _runs(layer, shard), layer.window)
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
     return Merging(group.all_gather(packed), layer)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.reference import capped
 from ..kernels.vertical_slash import vertical_slash
+from ..parts import part
 from .base import Layer, Strategy
 
 # The prompt's last rows, by whose attention columns and diagonals are chosen.
@@ -22,12 +23,14 @@ class MInference(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         for span in self.blocks:
-            columns, diagonals = self.choose(layer)
+            with part("selection"):
+                columns, diagonals = self.choose(layer)
             rows = span.rows
-            attended = vertical_slash(
-                layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale, layer.softcap
-            )
-            out[rows] = layer.settle(*attended)
+            with part("attention"):
+                attended = vertical_slash(
+                    layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale, layer.softcap
+                )
+                out[rows] = layer.settle(*attended)
 
     def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
@@ -44,12 +47,21 @@ class MInference(Strategy):
             column = weights.sum(0)
             column[:FIRST_COLUMNS] = float("inf")
             columns[head] = _best(column, self.plan.vertical_size)
-            diagonal = torch.zeros(prompt, device=layer.q.device)
-            for row, weight in zip(range(first, prompt), weights, strict=True):
-                diagonal[: row + 1] += weight[: row + 1].flip(0)
+            diagonal = _diagonal_sums(weights)
             diagonal[:LAST_DIAGONALS] = float("inf")
             diagonals[head] = _best(diagonal, self.plan.slash_size)
         return columns, diagonals
+
+
+def _diagonal_sums(weights: Tensor) -> Tensor:
+    """Sums along diagonals of the last rows' (rows, keys) weights: element d is that of the keys d before their row."""
+    rows, keys = weights.shape
+    # Keys in falling order, with room at the end: then row r's weight at distance d stands at d + rows - 1 - r of its
+    # line, and one step along a diagonal is one line further and one place back.
+    line = keys + rows
+    turned = weights.new_zeros(rows, line)
+    turned[:, :keys] = weights.flip(1)
+    return turned.as_strided((rows, keys), (line - 1, 1), rows - 1).sum(0)
 
 
 def _best(scores: Tensor, count: int) -> Tensor:

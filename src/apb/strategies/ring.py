@@ -9,6 +9,7 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
 from ..kernels.merge import merge
+from ..parts import part
 from ..plan import Plan
 from .base import Layer, Strategy
 
@@ -35,23 +36,26 @@ class Ring(Strategy):
         travelling[0, : len(q)], travelling[1, : len(q)] = layer.k[rows], layer.v[rows]
 
         arriving = self.group.shift(travelling)
-        parts = (
+        own = (
             self.attention(layer, q[:split], [self.own(layer, early)]),
             self.attention(layer, q[split:], [*self._chunks(travelling, rank)[:1], self.own(layer, late)]),
         )
-        merged, lse = torch.cat([part[0].float() for part in parts]), torch.cat([part[1] for part in parts], 1)
+        merged, lse = torch.cat([o.float() for o, _ in own]), torch.cat([each for _, each in own], 1)
         for step in range(1, size):
-            travelling = arriving.wait()
+            with part("communication"):
+                travelling = arriving.wait()
             if step + 1 < size:
                 arriving = self.group.shift(travelling)
             source = (rank - step) % size
             chunks = self._chunks(travelling, source)
             if source < rank:
                 seen, seen_lse = self.attention(layer, q, chunks[:1])
-                merged, lse = merge((merged, seen), (lse, seen_lse))
+                with part("attention"):
+                    merged, lse = merge((merged, seen), (lse, seen_lse))
             else:
                 seen, seen_lse = self.attention(layer, q[split:], chunks)
-                merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
+                with part("attention"):
+                    merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
         out[rows] = layer.settle(merged, lse)
 
     def _chunks(self, travelling: Tensor, source: int) -> list[Segment]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Segment
+from ..parts import part
 from ..plan import check_heads, kv_heads_of
 from .base import Layer, Strategy
 
@@ -37,9 +38,11 @@ class Ulysses(Strategy):
                 layer.v[span.rows, kept],
             )
             parts.append(torch.cat(pieces, 1))
-        gathered = torch.cat(self.group.all_to_all(parts, [(length, width, head_dim) for length in lengths]))
+        with part("communication"):
+            gathered = torch.cat(self.group.all_to_all(parts, [(length, width, head_dim) for length in lengths]))
         q, k, v = gathered.split([share, own_kv, own_kv], 1)
         attended = self.attention(layer, q, [Segment(k, v, causal=True)])
         result = layer.settle(*attended, heads=slice(self.group.rank * share, (self.group.rank + 1) * share))
         mine = (len(span), share, head_dim)
-        out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)
+        with part("communication"):
+            out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)
