@@ -94,7 +94,7 @@ class Attachment:
         try:
             yield
             if self._calls != len(self.modules):
-                raise RuntimeError(
+                raise InputError(
                     f"{type(self.model).__name__} has {len(self.modules)} attention layers "
                     f"but {self._calls} called the attention function: its results cannot be trusted."
                 )
@@ -126,7 +126,8 @@ class Attachment:
         if window is not None and window >= self.total:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self._attend(Layer(index, q, k, v, scale, before, window, **softmax))[..., :width].unsqueeze(0)
+        out = self._attend(Layer(index, q, k, v, scale, before, window, **softmax))
+        return out[..., :width].contiguous().unsqueeze(0)
 
 
 def _attention(
@@ -144,7 +145,9 @@ def _attention(
     if attachment is None:
         raise RuntimeError(f"{type(module).__name__} was not there when the model was attached to an apb.Engine.")
     if attention_mask is not None:
-        raise InputError("Attention masks (padding) are not supported: give one prompt without padding.")
+        raise InputError(
+            f"Attention masks are not supported (padding, or a mask that {type(module).__name__} makes itself): give one prompt without padding."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softmax = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
     return attachment(module, query, key, value, scale, kwargs.get("sliding_window"), **softmax), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,21 +60,45 @@ def load_model(
     return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
 
 
+# Settings of layers that carry a state through the text: Mamba's, RWKV's and their relatives'.
+_RECURRENT = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
+_ATTENTION = {"full_attention", "sliding_attention"}
+
+
 def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
     text = config.get_text_config()
     name = config.model_type
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if known and not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], "_supports_attention_backend", False):
+    paired = getattr(text, "is_encoder_decoder", False)
+    if paired or (not known and not getattr(config, "auto_map", None)):
+        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    odd = sorted(set(kinds) - _ATTENTION)
+    recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
+    takes_over = known and MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._can_set_attn_implementation()
+    if recurrent and (odd or not takes_over):
+        raise InputError(
+            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs through "
+            "the whole text, which cannot be cut into blocks."
+        )
+    if odd:
+        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"{name!r} models have layers that share the keys and values of others, which are not kept apart."
+        )
+    try:
+        head_dim(config)
+    except Exception as error:  # configurations whose layers differ refuse to name one width
+        raise InputError(
+            f"The layers of {name!r} models differ in ways that are not supported: {first_line(error).split('. ')[0]}."
+        ) from error
+    if known and not takes_over:
         raise InputError(
             f"The attention of {name!r} models cannot be taken over: "
             "their code in transformers does not go through its attention interface."
         )
-    if not known and not getattr(config, "auto_map", None):
-        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
-    odd = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if odd:
-        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
 
 
 def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
@@ -133,7 +158,7 @@ def model_shape(config: Any) -> ModelShape:
         vocabulary=text.vocab_size,
         layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        windows=tuple(_windows(text)),
+        windows=tuple(windows(text)),
         cache_width=latent + text.qk_rope_head_dim if latent else 0,
     )
 
@@ -150,7 +175,7 @@ def _kv_heads(text: Any) -> int:
     return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
-def _windows(text: Any) -> list[int]:
+def windows(text: Any) -> list[int]:
     """The sliding window of every layer that has one."""
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)

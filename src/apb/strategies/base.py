@@ -80,7 +80,7 @@ class Strategy(ABC):
 
     def attend(self, layer: Layer) -> Tensor:
         """Attention output (rows, heads, head_dim) of all rows of this rank, in q's dtype."""
-        out = torch.empty_like(layer.q)
+        out = layer.q.new_empty(layer.q.shape)  # contiguous, as the output projection wants it
         query = self._start_query(layer)
         if layer.window is None:
             self.attend_document(layer, out)
