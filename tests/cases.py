@@ -27,6 +27,7 @@ class Case:
     """One prefill: the lengths of the prompt's parts, the plan, the model."""
 
     blocks: int
+    rounds: int = 1
     prefix: int = 3
     document: int = 101
     query: int = 6
@@ -64,6 +65,7 @@ class Case:
         """An engine that reads as the case says."""
         model = model or self.model()
         options = {"strategy": self.strategy, "blocks": self.blocks, "passing_length": self.passing_length}
+        options["rounds"] = self.rounds
         if self.compressor != "retaining":
             return apb.Engine.from_model(
                 model, anchor_length=self.anchor_length, compressor=self.compressor, seed=self.seed, **options
@@ -116,7 +118,12 @@ CASES = {
     "qwen2": Case(3, family="qwen2", head_dim=32),
     "qwen3": Case(5, family="qwen3"),
     "mistral": Case(3, family="mistral", heads=6),
+    "a block a round": Case(4, rounds=4, seed=2),
+    "five blocks in two rounds": Case(5, rounds=2, seed=7),
+    "seven blocks in three rounds, retaining": Case(7, rounds=3, compressor="retaining"),
+    "five blocks in three rounds, nothing passed": Case(5, rounds=3, passing_length=0),
     "star": Case(4, strategy="star", anchor_length=None),
+    "star in three rounds": Case(7, rounds=3, strategy="star", anchor_length=12),
     "star, short anchor": Case(5, strategy="star", anchor_length=9),
     "full": Case(1, strategy="full"),
     "ring": Case(1, strategy="ring"),
@@ -164,6 +171,7 @@ def expected(name: str) -> tuple[OracleResult, Tensor]:
         strategy=case.strategy if case.strategy in ("apb", "star") else "apb",  # with one block all are exact
         heads=tiny_heads(model) if case.compressor == "retaining" else None,
         score=case.score(),
+        rounds=case.rounds,
     )
     return result, dense_decode(model, result, ANSWER)
 

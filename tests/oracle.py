@@ -49,11 +49,16 @@ class Layout:
     shared: range  # rows that all rows of blocks 2.. see: the anchor
     blocks: list[range]  # true positions of each block; block 1 starts with the prefix
     query: range  # true positions
+    copies: list[range]  # rows of the query as each round carries it, the last round's where the query stands
     first_eligible: int  # true positions before this one are prefix, or stand in the anchor
 
 
-def lay_out(prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: int | None, strategy: str) -> Layout:
-    """The rows of a prefill. Refuses what the definition leaves open: an empty query, an empty block."""
+def lay_out(
+    prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: int | None, strategy: str, rounds: int
+) -> Layout:
+    """The rows of a prefill; every round but the last has rows of its own for the query, at the end.
+
+    Refuses what the definition leaves open: an empty query, an empty block."""
     x, doc, q = ([int(token) for token in part] for part in prompt)
     if strategy not in ("apb", "star"):
         raise ValueError(f"unknown strategy {strategy!r}")
@@ -66,9 +71,12 @@ def lay_out(prompt: tuple[Tokens, Tokens, Tokens], blocks: int, anchor_length: i
     ends = [len(x) + end for end in np.cumsum(sizes).tolist()]
     ranges = [range(start, end) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
     anchor = (x + q + doc)[:anchor_length] if strategy == "apb" and blocks > 1 else []
+    at, start, stop = len(anchor), len(x) + len(doc), len(x) + len(doc) + len(q)
+    firsts = [at + stop + index * len(q) for index in range(rounds - 1)] + [at + start]
     return Layout(
-        tokens=anchor + x + doc + q,
-        positions=[*range(len(anchor)), *range(len(x) + len(doc) + len(q))],
+        tokens=anchor + x + doc + q * rounds,
+        positions=[*range(at), *range(stop), *[*range(start, stop)] * (rounds - 1)],
+        copies=[range(first, first + len(q)) for first in firsts],
         anchor=len(anchor),
         shared=ranges[0][:anchor_length] if strategy == "star" else range(len(anchor)),
         blocks=ranges,
@@ -95,10 +103,18 @@ def visibility(layout: Layout, selected: list[Tensor]) -> Tensor:
         for earlier in selected[:index]:
             for head, positions in enumerate(earlier):
                 mask[head, own, at + positions] = True
-    first = at + layout.query.start
-    mask[:, first:, at:first] = True
-    mask[:, first:, first:] = causal(len(layout.query))
+    for index, copy in enumerate(layout.copies):
+        rows = slice(copy.start, copy.stop)
+        for number, block in enumerate(layout.blocks):
+            if round_of(number, layout) <= index:
+                mask[:, rows, at + block.start : at + block.stop] = True
+        mask[:, rows, rows] = causal(len(copy))
     return mask
+
+
+def round_of(block: int, layout: Layout) -> int:
+    """The round in which a block is read: consecutive blocks share one, the first rounds have as many or one more."""
+    return block * len(layout.copies) // len(layout.blocks)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -180,15 +196,17 @@ def dense_prefill(
     strategy: str = "apb",
     heads: Mapping[str, Tensor] | None = None,
     score: Score | None = None,
+    rounds: int = 1,
 ) -> OracleResult:
     """Prefill by strategy "apb" or "star"; one block is plain causal attention under either.
     compressor: "query", "recent", "retaining" (needs `heads`: a heads file's tensors by name), None (nothing passed).
     score(layer, block), both counted from 0, gives (kv_heads, tokens of the block, prefix included) in the compressor's
     place; these scores are used as they are, not pooled. star ignores compressor, score and passing_length, and its
-    anchor_length is the number of block 1's first tokens that later blocks see (None: all)."""
+    anchor_length is the number of block 1's first tokens that later blocks see (None: all).
+    rounds: the query's rows of a round see the blocks up to that round, and score those of that round."""
     if passing_length < 0 or (score is None and compressor not in ("query", "recent", "retaining", None)):
         raise ValueError(f"a negative passing_length, or an unknown compressor: {passing_length}, {compressor!r}")
-    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy)
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     passes = strategy == "apb" and blocks > 1 and passing_length > 0 and (compressor is not None or score is not None)
     at, decoder = layout.anchor, model.model
     hidden = decoder.embed_tokens(torch.tensor(layout.tokens, device=model.device))  # (rows, hidden)
@@ -213,7 +231,8 @@ def dense_prefill(
                     if compressor == "retaining":
                         raw = retaining_scores(heads or {}, index, raw_q[:, own], raw_k[:, own], v[:, own])
                     else:
-                        raw = query_scores(attention, q[:, at + layout.query.start :], k[:, own])
+                        copy = layout.copies[round_of(number, layout)]
+                        raw = query_scores(attention, q[:, copy.start : copy.stop], k[:, own])
                     pooled = pool(raw)
                 assert raw.shape == (k.shape[0], len(block)), "one score per KV head and token of the block"
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pooled, strict=True)]
@@ -223,11 +242,11 @@ def dense_prefill(
 
         hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected)))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        keys.append(k[:, at:])
-        values.append(v[:, at:])
+        keys.append(k[:, at : at + layout.query.stop])
+        values.append(v[:, at : at + layout.query.stop])
         selections.append(selected)
 
-    logits = model.lm_head(decoder.norm(hidden[-1]))
+    logits = model.lm_head(decoder.norm(hidden[at + layout.query.stop - 1]))
     return OracleResult(logits, keys, values, selections, min(margins))
 
 
@@ -251,13 +270,32 @@ def dense_decode(model: PreTrainedModel, result: OracleResult, token_ids: Tokens
 
 def within(layout: Layout, window: int) -> Tensor:
     """(rows, rows), True where a row sees a column on a layer with a sliding window: the true tokens that the window
-    holds, whatever block they stand in; a row of an anchor that is a copy sees those of that anchor."""
+    holds, whatever block they stand in; a row of an anchor that is a copy sees those of that anchor, and the query's
+    rows of a round nothing that is not read yet."""
     rows, at = len(layout.tokens), layout.anchor
     mask = torch.zeros(rows, rows, dtype=torch.bool)
-    for part in (slice(0, at), slice(at, rows)):
-        size = len(range(*part.indices(rows)))
-        mask[part, part] = causal(size) & ~causal(size).tril(-window)
-    return mask
+    mask[:at, :at] = causal(at)
+    stop = at + layout.query.start
+    mask[at:stop, at:stop] = causal(layout.query.start)
+    for index, copy in enumerate(layout.copies):
+        for number, block in enumerate(layout.blocks):
+            if round_of(number, layout) <= index:
+                mask[copy.start : copy.stop, at + block.start : at + block.stop] = True
+        mask[copy.start : copy.stop, copy.start : copy.stop] = causal(len(copy))
+    positions = torch.tensor(layout.positions)
+    return mask & (positions[:, None] - positions < window)
+
+
+def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None) -> Tensor:
+    """A mask (..., rows, rows) with ``tokens`` more rows and columns at its end, which follow the query, see all of
+    prefix, document and query, and themselves causally, within the window if there is one."""
+    rows, at, stop = len(layout.tokens), layout.anchor, layout.query.stop
+    grown = torch.zeros(*mask.shape[:-2], rows + tokens, rows + tokens, dtype=torch.bool)
+    grown[..., :rows, :rows] = mask
+    grown[..., rows:, at : at + stop] = True
+    grown[..., rows:, rows:] = causal(tokens)
+    positions = torch.tensor([*layout.positions, *range(stop, stop + tokens)])
+    return grown if window is None else grown & (positions[:, None] - positions < window)
 
 
 @torch.no_grad()
@@ -272,18 +310,15 @@ def masked_prefill(
     anchor_length: int | None,
     passing_length: int,
     strategy: str = "apb",
+    rounds: int = 1,
 ) -> Tensor:
     """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
     layers over all rows at once, the attention here, under the masks of this file. Pairs are passed by the scores of
     the query's rows. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
-    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy)
-    at, asks = layout.anchor, layout.query
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
+    at, last = layout.anchor, layout.anchor + layout.query.stop - 1
     tokens = layout.tokens + [int(token) for token in answer]
-    positions = layout.positions + [asks.stop + index for index in range(len(answer))]
-    layout = Layout(
-        tokens, positions, at, layout.shared, layout.blocks, range(asks.start, asks.stop + len(answer)),
-        layout.first_eligible,
-    )  # fmt: skip
+    positions = layout.positions + [layout.query.stop + index for index in range(len(answer))]
     margins = []
 
     def attention(
@@ -295,18 +330,19 @@ def masked_prefill(
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         if window is not None:
-            visible = within(layout, window).expand(k.shape[0], -1, -1)
+            visible = read_on(within(layout, window), layout, len(answer), window).expand(k.shape[0], -1, -1)
         else:
             selected = []
-            for block in layout.blocks:
+            for number, block in enumerate(layout.blocks):
                 own = slice(at + block.start, at + block.stop)
-                raw = logits[:, :, at + asks.start : at + asks.stop, own].softmax(-1).mean(dim=(1, 2))
+                copy = layout.copies[round_of(number, layout)]
+                raw = logits[:, :, copy.start : copy.stop, own].softmax(-1).mean(dim=(1, 2))
                 eligible = [t - block.start for t in block if t >= layout.first_eligible] if passing_length else []
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pool(raw), strict=True)]
                 margins.extend(margin for _, margin in picks)
                 chosen = torch.tensor([tokens for tokens, _ in picks], dtype=torch.long)
                 selected.append(chosen.reshape(k.shape[0], -1) + block.start)
-            visible = visibility(layout, selected)
+            visible = read_on(visibility(layout, selected), layout, len(answer))
         logits = logits.masked_fill(~visible[:, None], -math.inf)
         if sinks is not None:
             column = sinks.view(k.shape[0], -1, 1, 1).expand(*logits.shape[:3], 1)
@@ -321,4 +357,5 @@ def masked_prefill(
     model.set_attn_implementation(before)
     # Else a rounding error could change which pairs are passed, and a comparison would be a coin toss.
     assert min(margins, default=math.inf) > 1e-4, f"scores are too close to each other: {min(margins)}"
-    return output.logits[0, -1 - len(answer) :]
+    logits = output.logits[0]
+    return torch.cat([logits[last : last + 1], logits[len(layout.tokens) :]])

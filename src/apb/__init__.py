@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .errors import InputError
+    from .errors import Cancelled, InputError
     from .generation import Generation
     from .kernels.attention import Segment, attention
     from .plan import Plan
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Cancelled": ".errors",
     "Engine": ".engine",
     "Generation": ".generation",
     "InputError": ".errors",
@@ -27,7 +28,18 @@ _HOMES = {
     "Session": ".session",
     "attention": ".kernels.attention",
 }
-__all__ = ["Engine", "Generation", "InputError", "Plan", "Prompt", "Segment", "Session", "__version__", "attention"]
+__all__ = [
+    "Cancelled",
+    "Engine",
+    "Generation",
+    "InputError",
+    "Plan",
+    "Prompt",
+    "Segment",
+    "Session",
+    "__version__",
+    "attention",
+]
 
 
 def __getattr__(name: str) -> Any:

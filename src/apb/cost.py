@@ -128,36 +128,41 @@ def predict(plan: Plan, model: ModelShape, element_bytes: int = 2, compressor: s
 
 def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str) -> RankCost:
     contexts = plan.contexts()
-    rows = pairs = scored = kept = 0
-    for span in plan.spans(rank):
-        length = len(span)
-        rows += length
-        if span.kind is Kind.ANCHOR:
-            pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
-        elif span.kind is Kind.BLOCK:
-            kept += length
-            pairs += _block_pairs(plan, length, contexts[span.block])
-            scored += length if plan.passed(span.block) else 0
-    pairs += plan.query * kept
-    if rank == plan.tail_rank:
-        pairs += plan.query * (plan.query + 1) // 2
-        kept += plan.query
+    rows = pairs = scored = kept = widest = 0
+    for round in range(plan.rounds):
+        before = rows
+        for span in plan.spans(rank, round):
+            length = len(span)
+            rows += length
+            if span.kind is Kind.ANCHOR:
+                pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
+            elif span.kind is Kind.BLOCK:
+                kept += length
+                pairs += _block_pairs(plan, length, contexts[span.block])
+                scored += length if plan.passed(span.block) else 0
+        pairs += plan.query * kept  # the query goes along in every round
+        if rank == plan.tail_rank:
+            pairs += plan.query * (plan.query + 1) // 2
+        widest = max(widest, rows - before)
+    kept += plan.query if rank == plan.tail_rank else 0
     sliding = model.sliding(plan.total)
     exact_layers = sum(sliding.values())
     all_pairs = (model.layers - exact_layers) * pairs
     all_pairs += sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
-    gathered = _gathered_rows(plan)
+    gathered = max(_gathered_rows(plan))
     # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
     # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
     wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
-    activations = rows * wide + 2 * gathered * plan.ranks * model.pair_width
+    activations = widest * wide + 2 * gathered * plan.ranks * model.pair_width
     cache = kept * model.cache_row
+    if plan.rounds > 1:  # what later rounds see of earlier ones, of every layer
+        cache += contexts[-1] * model.cache_row
     return RankCost(
-        linear_flops=2 * rows * model.layer_parameters + 2 * model.hidden * model.vocabulary,
+        linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
         attention_flops=4 * model.heads * model.head_dim * all_pairs,
         scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
         sent_bytes=_sent(plan, rank, model, element_bytes),
-        cache_bytes=cache * element_bytes,
+        cache_bytes=kept * model.cache_row * element_bytes,
         peak_bytes=(model.parameters + cache + activations) * element_bytes,
     )
 
@@ -179,32 +184,36 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
         return grown * (grown + 1) // 2 + (stop - grown) * window
 
     pairs = 0
-    shard = []
-    for span in plan.spans(rank):
-        if span.kind is not Kind.QUERY:
-            pairs += reach(span.stop) - reach(span.start)
-        if span.kind is Kind.BLOCK or (span.kind is Kind.QUERY and rank == plan.tail_rank):
-            shard.append(span)
-    for row in range(plan.query_start, plan.total):
-        pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
+    shard = [range(plan.query_start, plan.total)] if rank == plan.tail_rank else []
+    for round in range(plan.rounds):
+        for span in plan.spans(rank, round):
+            if span.kind is not Kind.QUERY:
+                pairs += reach(span.stop) - reach(span.start)
+            if span.kind is Kind.BLOCK:
+                shard.append(range(span.start, span.stop))
+        for row in range(plan.query_start, plan.total):
+            pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
     return pairs
 
 
-def _gathered_rows(plan: Plan) -> int:
-    """Pairs per KV head that each rank contributes to a layer's collective (the widest rank's; others are padded)."""
+def _gathered_rows(plan: Plan) -> list[int]:
+    """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
     if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
-        return 0
-    widths = []
+        return [0]
+    widths = [[0] * plan.ranks for _ in range(plan.rounds)]
     for rank in range(plan.ranks):
         start, stop = plan.anchor_share(rank)
-        widths.append(stop - start + sum(plan.passed(block.index) for block in plan.owned(rank)))
-    return max(widths)
+        widths[0][rank] += stop - start
+        for block in plan.owned(rank):
+            widths[block.round][rank] += plan.passed(block.index)
+    return [max(width) for width in widths]
 
 
 def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
     """Bytes a rank sends over all layers of a prefill."""
     others = plan.ranks - 1
-    query = plan.query * model.heads * (model.head_dim + 1) * model.layers * 4  # partial outputs and lse, in fp32
+    # Partial outputs and lse of the query's rows, in fp32, in every round.
+    query = plan.rounds * plan.query * model.heads * (model.head_dim + 1) * model.layers * 4
     rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
     sliding = model.sliding(plan.total)
     layers = model.layers - sum(sliding.values())
@@ -221,7 +230,7 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
                 sent += rows[rank] * (share + 2 * kv_heads) + rows[other] * share
         document = sent * model.head_dim
     else:
-        document = others * _gathered_rows(plan) * model.pair_width
+        document = others * sum(_gathered_rows(plan)) * model.pair_width
     return (layers * document + halos) * element_bytes + others * query
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .compressors import Head, make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import join, local_device
-from .errors import InputError
+from .errors import Cancelled, InputError
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading
@@ -27,7 +28,7 @@ from .reading import Reading
 from .session import Session, Stopwatch, forward
 from .strategies import Layer, make_strategy
 
-# Called with (layers done, layers in all) while a prompt is read.
+# Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
 
 
@@ -121,40 +122,63 @@ class Engine:
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
-    def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, progress: Progress | None = None) -> Session:
+    def prefill(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 1,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Session:
         """Read a prompt.
 
         Args:
             prompt: what to read.
             max_new_tokens: tokens that room is made for after the prompt; more may follow, at the price of a copy.
             progress: called after each layer's attention.
+            cancelled: asked before every layer, and with several ranks before every round, where rank 0's word counts
+                for all; :class:`apb.Cancelled` is raised once it says yes.
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
-        kept = strategy.cached_rows
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
+        held = sum(len(block) for block in plan.owned(rank))
         cache = ShardCache(
             layers,
-            capacity=kept.stop - kept.start + (max_new_tokens if keeps_new else 0),
+            capacity=held + (plan.query + max_new_tokens if keeps_new else 0),
             keeps_new=keeps_new,
-            prefill_rows=kept,
+            prefill_rows=strategy.cached_rows,
         )
         cache.total = plan.total
+        read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
+        before = 0  # tokens in this rank's cache when the round began
 
         def attend(layer: Layer) -> Tensor:
+            if cancelled is not None and self.group.size == 1 and cancelled():
+                raise Cancelled("Reading the prompt was cancelled.")
+            if before:
+                keys, values = cache.shard(layer.index)
+                layer = replace(layer, earlier=(keys[:before], values[:before]))
             out = strategy.attend(layer)
             if progress is not None:
-                progress(layer.index + 1, layers)
+                now = read[strategy.round]
+                after = plan.total if strategy.last_round else read[strategy.round + 1]
+                progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
             return out
 
         needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
-        ids, positions = _rows(prompt, plan, rank)
         self.group.barrier()
         watch = Stopwatch(self.device)
-        with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
-            logits = forward(self._attachment, ids.to(self.device), positions.to(self.device), cache, self.group)
+        for round in range(plan.rounds):
+            self._check_cancelled(cancelled)
+            strategy.begin(round)
+            cache.prefill_rows = strategy.cached_rows
+            ids, positions = _rows(prompt, plan, rank, round)
+            with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
+                logits = forward(self._attachment, ids.to(self.device), positions.to(self.device), cache, self.group)
+            before += sum(len(span) for span in strategy.blocks)
         cache.prefill_rows = None
         return Session(
             self._attachment, plan, self.group, cache, logits, watch.seconds(), prompt.token_ids, self.backend
@@ -222,6 +246,14 @@ class Engine:
             choice=session.plan.reason,
         )
 
+    def _check_cancelled(self, cancelled: Callable[[], bool] | None) -> None:
+        """Raise Cancelled on all ranks where rank 0 says so. Every rank gives a function, or none does."""
+        if cancelled is None:
+            return
+        word = torch.tensor([self.group.rank == 0 and cancelled()], device=self.device)
+        if self.group.broadcast(word).item():
+            raise Cancelled("Reading the prompt was cancelled.")
+
     def _load_heads(self, path: str | Path) -> list[Head]:
         text = self.model.config.get_text_config()
         return load_heads(
@@ -235,15 +267,15 @@ class Engine:
         )
 
 
-def _rows(prompt: Prompt, plan: Plan, rank: int) -> tuple[Tensor, Tensor]:
-    """Token ids and positions, (1, rows) each, of a rank's rows."""
+def _rows(prompt: Prompt, plan: Plan, rank: int, round: int) -> tuple[Tensor, Tensor]:
+    """Token ids and positions, (1, rows) each, of a rank's rows in a round."""
     whole = prompt.token_ids
     anchor = whole
     if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
         anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
     ids: list[int] = []
     positions: list[int] = []
-    for span in plan.spans(rank):
+    for span in plan.spans(rank, round):
         ids += (anchor if span.kind is Kind.ANCHOR else whole)[span.start : span.stop]
         positions += range(span.start, span.stop)
     return torch.tensor([ids]), torch.tensor([positions])

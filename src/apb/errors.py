@@ -1,4 +1,4 @@
-"""The errors with a meaning of their own: the request was wrong; a rank was lost."""
+"""The errors with a meaning of their own: the request was wrong; it was cancelled; a rank was lost."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ class InputError(ValueError):
     The message is one sentence with the offending value, the limit, and what to do. The command line prints it and
     exits with status 2; the server answers it with a 4xx.
     """
+
+
+class Cancelled(RuntimeError):
+    """The caller said, while a prompt was being read, that it is not wanted any more."""
 
 
 class RankError(RuntimeError):

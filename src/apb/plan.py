@@ -57,13 +57,15 @@ class Method:
     sparse: bool = False
     # Whether the query heads are scattered over the ranks.
     scatters_heads: bool = False
+    # Whether blocks can be read round by round, with what later blocks see of earlier ones kept.
+    in_rounds: bool = False
 
 
 # One line per strategy; its attention lives in strategies/<name>.py.
 METHODS: dict[str, Method] = {
     "full": Method(exact=True, blocks=lambda ranks: 1),
-    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY),
-    "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK),
+    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY, in_rounds=True),
+    "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK, in_rounds=True),
     "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
     "ulysses": Method(exact=True, blocks=lambda ranks: ranks, scatters_heads=True),
     "minference": Method(exact=False, blocks=lambda ranks: 1, sparse=True),
@@ -173,6 +175,9 @@ class Plan:
             raise InputError(
                 f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
             )
+        if rounds > 1 and not method.in_rounds:
+            names = " or ".join(name for name, each in METHODS.items() if each.in_rounds)
+            raise InputError(f"The strategy {strategy!r} reads in one round, not {rounds}; only {names} can take more.")
         if rounds > blocks:
             raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
         if method.sparse:
@@ -228,6 +233,10 @@ class Plan:
         rank = place if turn % 2 == 0 else self.ranks - 1 - place
         return Block(index, 0 if index == 0 else start, stop, rank, index * self.rounds // self.blocks)
 
+    def all_blocks(self) -> Iterator[Block]:
+        """The blocks of all ranks, in document order."""
+        return (self.block(index) for index in range(self.blocks))
+
     def owned(self, rank: int) -> Iterator[Block]:
         """The blocks of a rank, in document order."""
         for first in range(0, self.blocks, self.ranks):
@@ -276,7 +285,10 @@ class Plan:
         return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
 
     def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
-        """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query."""
+        """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query.
+
+        The query's rows go along in every round: they choose what its blocks pass on, by what was read so far.
+        """
         spans: list[Span] = []
         row = 0
 

@@ -28,6 +28,7 @@ class Reading:
         strategy: a name of plan.METHODS, or "auto": full attention for short documents, else what is predicted to be
             fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
         blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
+        rounds: forward passes that the blocks are read in; by default one, or as many as make it fit into memory.
         compressor: "query", "retaining", "recent" or "random"; by default "retaining" where heads are given, else
             "query".
         heads: file of retaining heads.
@@ -37,6 +38,7 @@ class Reading:
 
     strategy: str = "apb"
     blocks: int | None = None
+    rounds: int | None = None
     anchor_length: int | None = None
     passing_length: int | None = None
     vertical_size: int | float | None = None
@@ -73,6 +75,8 @@ class Reading:
             plan = self._choose(sizes, ranks, model_shape(config), hardware)
         else:
             plan = self._build(self.strategy, sizes, ranks)
+            if self.rounds is None:
+                plan = _in_rounds(plan, model_shape(config), hardware, self.scorer)
         check_fit(config, plan, new_tokens, self.allow_extrapolation)
         return plan
 
@@ -82,6 +86,7 @@ class Reading:
             ranks=ranks,
             strategy=strategy,
             blocks=self.blocks,
+            rounds=1 if self.rounds is None else self.rounds,
             anchor_length=self.anchor_length,
             passing_length=self.passing_length,
             vertical_size=self.vertical_size,
@@ -94,12 +99,23 @@ class Reading:
             return replace(self._build("full", sizes, ranks), reason=reason)
         names = [name for name, method in METHODS.items() if method.exact or self.approximate]
         plans = [
-            self._build(name, sizes, ranks)
+            _in_rounds(self._build(name, sizes, ranks), shape, hardware, self.scorer)
             for name in names
             if not METHODS[name].scatters_heads or shape.heads % ranks == 0
         ]
         costs = [(plan, predict(plan, shape, hardware.element_bytes, self.scorer)) for plan in plans]
         return fastest(costs, hardware)
+
+
+def _in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, scorer: str) -> Plan:
+    """The plan in as few rounds as fit into memory; as it is where it fits, or where rounds do not help it."""
+    if plan.rounds > 1 or not METHODS[plan.strategy].in_rounds or shape.cache_width:  # latents: see check_fit
+        return plan
+    for rounds in range(1, plan.blocks // plan.ranks + 1):
+        candidate = replace(plan, rounds=rounds)
+        if _peak(predict(candidate, shape, hardware.element_bytes, scorer)) <= hardware.memory:
+            return candidate
+    return plan
 
 
 def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:

@@ -119,7 +119,8 @@ class Session:
 
     def _positions(self, rank: int) -> list[range]:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
-        held = [range(span.start, span.stop) for span in self.plan.spans(rank) if span.kind is Kind.BLOCK]
+        spans = (span for round in range(self.plan.rounds) for span in self.plan.spans(rank, round))
+        held = [range(span.start, span.stop) for span in spans if span.kind is Kind.BLOCK]
         if rank == self.plan.tail_rank:
             held.append(range(self.plan.query_start, self._cache.total))
         return held

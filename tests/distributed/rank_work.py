@@ -154,13 +154,11 @@ def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]
 def read_families(group: Group) -> dict[tuple[str, str], tuple[Tensor, int]]:
     """Models with peculiar layers under every strategy: logits through decode, and the bytes that prefill sent."""
     results = {}
-    for family, shape in families.PECULIAR.items():
-        model = families.make(*shape)
-        for strategy in families.STRATEGIES:
-            with counting() as sent:
-                logits = families.read(model, strategy, group)
-            steps = families.decode_bytes(model, group.size)
-            results[family, strategy] = (logits, sum(sent) - steps)
+    for family, reading in families.CASES:
+        model = families.make(*families.PECULIAR[family])
+        with counting() as sent:
+            logits = families.read(model, reading, group)
+        results[family, reading] = (logits, sum(sent) - families.decode_bytes(model, group.size))
     return results
 
 

@@ -103,25 +103,23 @@ def test_exact_strategies_are_full_attention(records: Records, size: int) -> Non
         assert len(tokens) == 32
 
 
-@pytest.mark.parametrize("strategy", families.STRATEGIES)
-@pytest.mark.parametrize("family", families.PECULIAR)
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_peculiar_layers(records: Records, size: int, family: str, strategy: str) -> None:
+def test_peculiar_layers(records: Records, size: int, family: str, reading: str) -> None:
     """Windows whose halos travel, caps, sinks, latent attention, experts: what one rank gives, alike on all ranks."""
-    first, *others = (record.peculiar[family, strategy][0] for record in records[size])
-    torch.testing.assert_close(first, families.expected(family, strategy), rtol=1e-4, atol=1e-4)
+    first, *others = (record.peculiar[family, reading][0] for record in records[size])
+    torch.testing.assert_close(first, families.expected(family, reading), rtol=1e-4, atol=1e-4)
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize("strategy", families.STRATEGIES)
-@pytest.mark.parametrize("family", families.PECULIAR)
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
 @pytest.mark.parametrize("size", [2, 4])
-def test_halos_are_those_predicted(records: Records, size: int, family: str, strategy: str) -> None:
+def test_halos_are_those_predicted(records: Records, size: int, family: str, reading: str) -> None:
     """Every rank sends in prefill what the plan's cost says, sliding layers included: to the byte."""
-    plan = Plan.build(3, 101, 6, ranks=size, strategy=strategy, **families.SIZES.get(strategy, {}))
+    plan = Plan.build(3, 101, 6, ranks=size, **families.READINGS[reading])
     shape = model_shape(families.make(*families.PECULIAR[family]).config)
     predicted = predict(plan, shape, element_bytes=4)
-    sent = [record.peculiar[family, strategy][1] for record in records[size]]
+    sent = [record.peculiar[family, reading][1] for record in records[size]]
     assert sent == [rank.sent_bytes for rank in predicted.ranks]
 
 

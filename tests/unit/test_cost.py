@@ -49,6 +49,7 @@ def plan_of(case: Case, ranks: int = 1) -> Plan:
         anchor_length=case.anchor_length,
         passing_length=case.passing_length,
         strategy=case.strategy,
+        rounds=case.rounds,
     )
 
 
@@ -56,7 +57,8 @@ def visible_pairs(case: Case, plan: Plan) -> int:
     """Query-key pairs of one head, counted cell by cell in the oracle's mask."""
     prompt = case.prompt
     strategy = "star" if case.strategy == "star" else "apb"
-    layout = lay_out((prompt.prefix, prompt.document, prompt.query), case.blocks, case.anchor_length, strategy)
+    parts = (prompt.prefix, prompt.document, prompt.query)
+    layout = lay_out(parts, case.blocks, case.anchor_length, strategy, case.rounds)
     passed = [
         torch.arange(block.stop - (plan.passed(index) if case.blocks > 1 else 0), block.stop)[None]
         for index, block in enumerate(layout.blocks)
@@ -79,7 +81,9 @@ def test_attention_counts_the_masks_cells(name: str, ranks: int) -> None:
     assert sum(rank.attention_flops for rank in cost.ranks) == 4 * 4 * 16 * 3 * expected
 
 
-@pytest.mark.parametrize("name", ["five blocks", "anchor longer than a block", "star", "full", "ring", "ulysses"])
+@pytest.mark.parametrize(
+    "name", ["five blocks", "anchor longer than a block", "star", "full", "ring", "ulysses", "a block a round"]
+)
 def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in a real prefill: pairs attended, rows through every linear map, bytes of the cache."""
     case = CASES[name]
@@ -265,7 +269,7 @@ def test_pairs_of_a_sliding_window(window: int, strategy: str) -> None:
     prompt = case.prompt
     kind = strategy if strategy in ("apb", "star") else "apb"
     blocks = 4 if strategy in ("apb", "star") else 1
-    layout = lay_out((prompt.prefix, prompt.document, prompt.query), blocks, case.anchor_length, kind)
+    layout = lay_out((prompt.prefix, prompt.document, prompt.query), blocks, case.anchor_length, kind, 1)
     cells = int(within(layout, window).sum())
     for ranks in (1, 3):
         plan = plan_of(case, ranks)

@@ -175,7 +175,7 @@ def test_gather_kv_of_no_layer(layer: int) -> None:
 
 
 def test_a_session_tells_plan_and_time() -> None:
-    """plan, timing, token_ids and fp32 logits (vocab,) are there after a prefill; progress was told layer by layer."""
+    """plan, timing, token_ids and fp32 logits (vocab,) are there after a prefill; progress counts tokens."""
     engine = apb.Engine.from_model(llama(), blocks=3)
     told: list[tuple[int, int]] = []
     session = engine.prefill(PROMPT, progress=lambda done, total: told.append((done, total)))
@@ -183,7 +183,8 @@ def test_a_session_tells_plan_and_time() -> None:
     assert session.timing["prefill_s"] > 0
     assert session.token_ids == list(PROMPT.token_ids)
     assert (session.logits.shape, session.logits.dtype) == ((VOCABULARY,), torch.float32)
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    total = len(PROMPT)
+    assert told == [(total // 3, total), (2 * total // 3, total), (total, total)]
 
 
 # --- taking a model over and giving it back ------------------------------------------------------------------------
@@ -263,6 +264,31 @@ def test_a_failed_prefill_leaves_the_engine_usable() -> None:
     with pytest.raises(KeyboardInterrupt):
         engine.prefill(PROMPT, progress=fail)
     assert torch.equal(engine.prefill(PROMPT).logits, expected)
+
+
+@pytest.mark.parametrize(("rounds", "expected"), [(1, 1), (3, 4)])
+def test_reading_can_be_cancelled(rounds: int, expected: int) -> None:
+    """Once the caller says so no other layer is computed, and the engine goes on as before."""
+    engine = apb.Engine.from_model(llama(), blocks=3, rounds=rounds)
+    layers: list[int] = []
+    with pytest.raises(apb.Cancelled):
+        engine.prefill(
+            PROMPT, progress=lambda done, total: layers.append(done), cancelled=lambda: len(layers) == expected
+        )
+    assert len(layers) == expected
+    assert engine.prefill(PROMPT, cancelled=lambda: False).token_ids == list(PROMPT.token_ids)
+
+
+def test_progress_over_rounds_counts_every_token_once() -> None:
+    """Rounds add up: it rises with every layer of every round and ends at the prompt's length."""
+    engine = apb.Engine.from_model(llama(), blocks=5, rounds=2)
+    told: list[int] = []
+    engine.prefill(PROMPT, progress=lambda done, total: told.append(done))
+    assert len(told) == 2 * 3
+    assert told == sorted(set(told))
+    first_round = [block for block in engine.plan(PROMPT).all_blocks() if block.round == 0]
+    assert told[2] == sum(map(len, first_round))
+    assert told[-1] == len(PROMPT)
 
 
 # --- positions -----------------------------------------------------------------------------------------------------
@@ -408,7 +434,7 @@ def test_sliding_windows_of_any_length(window: int, strategy: str) -> None:
     [
         (
             lambda: MambaForCausalLM(MambaConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2)),
-            ["'mamba'", "attention interface"],
+            ["'mamba'", "state-space"],
         ),
         (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=99, d_model=64, d_ff=64, num_layers=2, num_heads=4)),

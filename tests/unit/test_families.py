@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import apb
-from families import PECULIAR, PLAIN, PROMPT, SMALL, STRATEGIES, VOCABULARY, WIDE, expected, make, read
+from families import CASES, PECULIAR, PLAIN, PROMPT, SMALL, VOCABULARY, WIDE, expected, make, read
 
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNetForCausalLM", SMALL),
@@ -85,13 +85,12 @@ def test_families_that_are_refused(name: str) -> None:
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("family", PECULIAR)
-def test_peculiar_layers(family: str, strategy: str) -> None:
+@pytest.mark.parametrize(("family", "reading"), CASES)
+def test_peculiar_layers(family: str, reading: str) -> None:
     """Windows, caps, sinks, latent attention, experts: transformers' logits where a strategy is exact, else the
     oracle's, after the prompt and through decode."""
-    logits = read(make(*PECULIAR[family]), strategy)
-    torch.testing.assert_close(logits, expected(family, strategy), rtol=1e-4, atol=1e-4)
+    logits = read(make(*PECULIAR[family]), reading)
+    torch.testing.assert_close(logits, expected(family, reading), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
@@ -100,3 +99,10 @@ def test_experts_and_long_inputs(family: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("apb.hf.chunking.CPU_ROWS", 16)
     logits = read(make(*PECULIAR[family]), "full")
     torch.testing.assert_close(logits, expected(family, "full"), rtol=1e-4, atol=1e-4)
+
+
+def test_latent_attention_in_rounds() -> None:
+    """Its cache holds latents, which rounds cannot attend to: refused with the way out."""
+    engine = apb.Engine.from_model(make(*PECULIAR["deepseek_v3"]), blocks=4, rounds=2)
+    with pytest.raises(apb.InputError, match=r"'deepseek_v3'.*latent.*one round"):
+        engine.prefill(PROMPT)

@@ -308,6 +308,7 @@ def test_planning_needs_no_torch() -> None:
         ({"ranks": 1.0}, ["ranks", "whole number", "1.0"]),
         ({"rounds": 0}, ["Rounds", "at least 1", "0"]),
         ({"rounds": 5}, ["5 rounds", "4"]),
+        ({"rounds": 2, "strategy": "ring"}, ["'ring'", "one round", "apb or star"]),
         ({"anchor_length": 11}, ["11 tokens", "prefix (2)", "query (10)", "at least 12"]),
         ({"anchor_length": -1}, ["Anchor length", "at least 0", "-1"]),
         ({"anchor_length": 20.5}, ["anchor", "whole number", "20.5"]),

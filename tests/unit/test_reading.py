@@ -7,7 +7,7 @@ import pytest
 from apb import Engine, InputError, Prompt
 from apb.cost import Ceilings, ModelShape
 from apb.hardware import Hardware
-from apb.reading import Reading
+from apb.reading import Reading, _in_rounds
 from models import tiny_model
 
 # The 8B shape: long documents are dominated by attention.
@@ -54,6 +54,23 @@ def test_approximate_wins_on_long_documents():
 def test_ulysses_only_where_heads_divide():
     """Three ranks do not divide 32 heads."""
     assert "ulysses" not in choose(131072, 3).reason
+
+
+def test_rounds_are_as_few_as_fit():
+    """What does not fit at once is read in rounds, no more than needed; asked-for rounds stay, exact ones have one."""
+    sizes = {"prefix": 1, "document": 1 << 19, "query": 30}
+
+    def rounds(gigabytes, strategy="apb", **options):
+        reading = Reading(strategy=strategy, blocks=16, **options)
+        plan = reading._build(strategy, sizes, 1)
+        return _in_rounds(plan, SHAPE, Hardware(gigabytes * 10**9, 2, None), "query").rounds
+
+    fits = [rounds(gigabytes) for gigabytes in (300, 141, 120, 100)]
+    assert fits[0] == 1
+    assert fits == sorted(fits)
+    assert 1 < fits[2] < 16
+    assert rounds(300, rounds=4) == 4
+    assert rounds(10) == rounds(10, "ring") == 1  # no number of rounds makes it fit
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers():

@@ -17,6 +17,7 @@ from ..engine import Engine
 from ..errors import InputError
 from ..hardware import peak_bytes
 from ..parts import Clock, clocked
+from ..plan import METHODS
 from ..prompt import Prompt
 
 QUERY_TOKENS = 32
@@ -75,7 +76,10 @@ def bench_prefill(
     for length in lengths:
         baseline: float | None = None
         for strategy in strategies:
-            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, **reading)
+            options = {
+                name: value for name, value in reading.items() if name != "rounds" or METHODS[strategy].in_rounds
+            }
+            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, **options)
             try:
                 row = _measure(engine, shape, ceilings, length, repeat, baseline)
             finally:

@@ -51,6 +51,7 @@ def prefill(
     layers: Annotated[int | None, typer.Option(help="With random weights: only so many layers.")] = None,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
     blocks: options.Blocks = None,
+    rounds: options.Rounds = None,
     ranks: options.Ranks = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
@@ -88,6 +89,7 @@ def prefill(
         repeat=repeat,
         reading={
             "blocks": blocks,
+            "rounds": rounds,
             "anchor_length": anchor_length,
             "passing_length": passing_length,
             "compressor": compressor,

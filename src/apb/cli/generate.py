@@ -36,6 +36,7 @@ def generate(
     model: options.Model = None,
     strategy: options.Strategy = "apb",
     blocks: options.Blocks = None,
+    rounds: options.Rounds = None,
     ranks: options.Ranks = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
@@ -80,6 +81,7 @@ def generate(
         reading={
             "strategy": strategy,
             "blocks": blocks,
+            "rounds": rounds,
             "anchor_length": anchor_length,
             "passing_length": passing_length,
             "vertical_size": options.budget("--vertical-size", vertical_size),
@@ -130,7 +132,7 @@ def answer(request: Request) -> None:
     prints = engine.group.rank == 0
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
-    with Bar(f"Reading {len(prompt)} tokens", "layer", shown=prints) as progress:
+    with Bar("Reading", "token", shown=prints) as progress:
         pieces = engine.stream(prompt, progress=progress.update, **request.sampling)
         while True:
             try:

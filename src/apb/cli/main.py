@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, doctor, evaluate, generate, plan, train
+from . import bench, check, doctor, evaluate, generate, plan, train
 
 app = typer.Typer(
     name="apb",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("plan")(plan.plan)
+app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")

@@ -18,6 +18,10 @@ Strategy = Annotated[
     ),
 ]
 Blocks = Annotated[int | None, typer.Option(help="Blocks the document is cut into.")]
+Rounds = Annotated[
+    int | None,
+    typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
+]
 Ranks = Annotated[
     int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
 ]

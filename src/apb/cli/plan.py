@@ -23,6 +23,7 @@ def plan(
     length: Annotated[int, typer.Option(help="Tokens of the document.")],
     model: options.Model = None,
     blocks: options.Blocks = None,
+    rounds: options.Rounds = None,
     ranks: options.Ranks = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
@@ -32,7 +33,7 @@ def plan(
     size = 1 if ranks is None else ranks
     at_least("length", length, 1)
     at_least("ranks", size, 1)
-    sizes = {"blocks": blocks, "anchor_length": anchor_length, "passing_length": passing_length}
+    sizes = {"blocks": blocks, "rounds": rounds, "anchor_length": anchor_length, "passing_length": passing_length}
     plan_of("apb", length, size, sizes)  # says what is wrong with the request before a model is looked for
 
     from ..hf import loading
@@ -52,7 +53,7 @@ def plan(
 
 
 def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]) -> Plan:
-    """The plan of a strategy; sizes that were meant for apb count for it alone."""
+    """The plan of a strategy; sizes that were meant for apb count for it alone, rounds for those that take them."""
     return Plan.build(
         prefix=1,
         document=length,
@@ -62,6 +63,7 @@ def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]
         blocks=sizes["blocks"],
         anchor_length=sizes["anchor_length"] if strategy == "apb" else None,
         passing_length=sizes["passing_length"],
+        rounds=(METHODS[strategy].in_rounds and sizes["rounds"]) or 1,
     )
 
 

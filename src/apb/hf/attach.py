@@ -146,7 +146,8 @@ def _attention(
         raise RuntimeError(f"{type(module).__name__} was not there when the model was attached to an apb.Engine.")
     if attention_mask is not None:
         raise InputError(
-            f"Attention masks are not supported (padding, or a mask that {type(module).__name__} makes itself): give one prompt without padding."
+            f"Attention masks are not supported (padding, or a mask that {type(module).__name__} makes itself): "
+            "give one prompt without padding."
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     softmax = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}

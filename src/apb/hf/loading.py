@@ -76,11 +76,12 @@ def check_supported(config: Any) -> None:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     odd = sorted(set(kinds) - _ATTENTION)
     recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
-    takes_over = known and MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]._can_set_attn_implementation()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
+    takes_over = known and kind._can_set_attn_implementation()
     if recurrent and (odd or not takes_over):
         raise InputError(
-            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs through "
-            "the whole text, which cannot be cut into blocks."
+            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs "
+            "through the whole text, which cannot be cut into blocks."
         )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
@@ -113,6 +114,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
+    if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
+        raise InputError(
+            f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
+            "read in one round."
+        )
 
 
 def pick_device(device: str | None) -> torch.device:

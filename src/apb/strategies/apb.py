@@ -24,22 +24,30 @@ class APB(Strategy):
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
         super().__init__(plan, group, compressor, backend)
-        # Where each piece of that run lies in the gathered message: (rank, first pair, last pair + 1).
+        self._contexts = plan.contexts()
+        # The run of every layer, as far as it is known, between rounds.
+        self._runs: dict[int, Tensor] = {}
+
+    def begin(self, round: int) -> None:
+        """See :meth:`Strategy.begin`."""
+        super().begin(round)
+        plan = self.plan
+        # Where each piece that this round adds to that run lies in the gathered message: (rank, first pair, last + 1).
         self._pieces: list[tuple[int, int, int]] = []
         filled = [0] * plan.ranks
-        passed = [plan.passed(index) for index in range(plan.blocks)]
-        shares = [(rank, stop - start) for rank in range(plan.ranks) for start, stop in [plan.anchor_share(rank)]]
-        for rank, count in shares + [(plan.block(index).rank, count) for index, count in enumerate(passed)]:
+        shares = [plan.anchor_share(rank) for rank in range(plan.ranks)] if round == 0 else []
+        counts = [(rank, stop - start) for rank, (start, stop) in enumerate(shares)]
+        counts += [(block.rank, plan.passed(block.index)) for block in plan.all_blocks() if block.round == round]
+        for rank, count in counts:
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
         self._width = max(filled)
-        self._contexts = plan.contexts()
 
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         pending = self._share(layer)
         if self.group.size == 1:  # nothing to wait for: one call over all segments saves the merge
-            pairs = self._arrange(pending.wait())
+            pairs = self._arrange(layer, pending.wait())
             for span in self.blocks:
                 segments = [*self._context(pairs, span), self.own(layer, span)]
                 out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
@@ -47,7 +55,7 @@ class APB(Strategy):
             own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
             with part("communication"):
                 gathered = pending.wait()
-            pairs = self._arrange(gathered)
+            pairs = self._arrange(layer, gathered)
             for span, (alone, lse) in zip(self.blocks, own, strict=True):
                 others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
                 with part("attention"):
@@ -92,9 +100,14 @@ class APB(Strategy):
         with part("selection"):
             return select(scores, count, self.plan.selectable(block))
 
-    def _arrange(self, gathered: Tensor) -> Tensor:
-        """From (ranks, 2, pairs, kv_heads, head_dim) as gathered to (2, pairs, kv_heads, head_dim) as blocks see it."""
-        return torch.cat([gathered[rank, :, start:stop] for rank, start, stop in self._pieces], 1)
+    def _arrange(self, layer: Layer, gathered: Tensor) -> Tensor:
+        """The run (2, pairs, kv_heads, head_dim) as blocks see it, from (ranks, 2, pairs, kv_heads, head_dim)."""
+        new = [gathered[rank, :, start:stop] for rank, start, stop in self._pieces]
+        known = [self._runs.pop(layer.index)] if self.round else []
+        run = torch.cat([*known, *new], 1)
+        if not self.last_round:
+            self._runs[layer.index] = run
+        return run
 
     def _context(self, pairs: Tensor, span: Span) -> list[Segment]:
         """Anchor and passing block of one block: a leading part of the run."""

@@ -32,6 +32,8 @@ class Layer:
         window: how many keys a row sees at most, its own included; None where nothing is out of its reach.
         softcap: as in :func:`apb.attention`.
         sinks: (heads,), logits that take part in every row's softmax and bring no value; None without.
+        earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
+            the first.
     """
 
     index: int
@@ -43,6 +45,7 @@ class Layer:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    earlier: tuple[Tensor, Tensor] | None = None
 
     def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
         """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
@@ -62,17 +65,32 @@ class Strategy(ABC):
         self.group = group
         self.compressor = compressor
         self.backend = backend
-        self.spans = plan.spans(group.rank)
+        self.begin(0)
+
+    def begin(self, round: int) -> None:
+        """Get ready for the rows of a round; the first is ready from the start."""
+        self.round = round
+        self.spans = self.plan.spans(self.group.rank, round)
         self.blocks = [span for span in self.spans if span.kind is Kind.BLOCK]
         self.query = next(span for span in self.spans if span.kind is Kind.QUERY)
         self.anchor = next((span for span in self.spans if span.kind is Kind.ANCHOR), None)
+        before = (block for block in self.plan.owned(self.group.rank) if block.round < round)
+        self._earlier = [range(block.start, block.stop) for block in before]
         self._halos: dict[int, Halos] = {}
 
     @property
+    def last_round(self) -> bool:
+        """Whether no round follows."""
+        return self.round == self.plan.rounds - 1
+
+    @property
     def cached_rows(self) -> slice:
-        """The rows whose keys and values stay: this rank's blocks and, on the tail rank, the query."""
+        """The rows whose keys and values stay: this rank's blocks and, on the tail rank at last, the query."""
+        return self._shard_rows(self._owns_tail and self.last_round)
+
+    def _shard_rows(self, with_query: bool) -> slice:
         start = len(self.anchor) if self.anchor else 0
-        return slice(start, self.query.rows.stop if self._owns_tail else self.query.row)
+        return slice(start, self.query.rows.stop if with_query else self.query.row)
 
     @property
     def _owns_tail(self) -> bool:
@@ -94,11 +112,12 @@ class Strategy(ABC):
         """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
 
     def _start_query(self, layer: Layer) -> Merging:
-        kept = self.cached_rows
+        rows = self._shard_rows(self._owns_tail)
         return attend_shards(
-            replace(layer, q=layer.q[self.query.rows], k=layer.k[kept], v=layer.v[kept]),
+            replace(layer, q=layer.q[self.query.rows], k=layer.k[rows], v=layer.v[rows]),
             self.query.start,
             [range(span.start, span.stop) for span in (*self.blocks, *([self.query] if self._owns_tail else []))],
+            earlier=self._earlier,
             group=self.group,
             backend=self.backend,
         )
@@ -109,9 +128,9 @@ class Strategy(ABC):
         The anchor's rows see the anchor alone.
         """
         if window not in self._halos:
-            self._halos[window] = Halos(self.plan, self.group, window)
+            self._halos[window] = Halos(self.plan, self.group, window, self.round)
         with part("communication"):
-            runs = self._halos[window].fetch(layer.k, layer.v)
+            runs = self._halos[window].fetch(layer.k, layer.v, layer.earlier)
         for span in (self.anchor, *self.blocks):
             if span:
                 attended = window_attention(
@@ -148,7 +167,15 @@ class Merging:
         return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
 
 
-def attend_shards(layer: Layer, first: int, shard: Sequence[range], *, group: Group, backend: str = "auto") -> Merging:
+def attend_shards(
+    layer: Layer,
+    first: int,
+    shard: Sequence[range],
+    *,
+    earlier: Sequence[range] = (),
+    group: Group,
+    backend: str = "auto",
+) -> Merging:
     """Start the attention of rows that every rank holds over keys and values that are spread over the ranks.
 
     Serves the query's rows in prefill and every new token in decode.
@@ -158,6 +185,7 @@ def attend_shards(layer: Layer, first: int, shard: Sequence[range], *, group: Gr
         first: true position of the first of these rows.
         shard: true positions of the shard's keys, one range after the other; the rank whose last range ends where the
             rows do holds the rows' own keys, which they see causally.
+        earlier: the same of ``layer.earlier``.
         group: the ranks that hold the shards.
         backend: attention back-end.
     """
@@ -168,24 +196,27 @@ def attend_shards(layer: Layer, first: int, shard: Sequence[range], *, group: Gr
     with part("attention"):
         if layer.window is None:
             ends_here = bool(shard) and shard[-1].stop == first + layer.q.shape[0]
-            out, lse = attend(layer.q, [Segment(layer.k, layer.v, causal=ends_here)])
+            segments = [] if layer.earlier is None else [Segment(*layer.earlier)]
+            out, lse = attend(layer.q, [*segments, Segment(layer.k, layer.v, causal=ends_here)])
         else:
-            out, lse = window_attention(attend, layer.q, first, _runs(layer, shard), layer.window)
+            runs = [] if layer.earlier is None else _runs(*layer.earlier, earlier)
+            runs += _runs(layer.k, layer.v, shard)
+            out, lse = window_attention(attend, layer.q, first, runs, layer.window)
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
     return Merging(group.all_gather(packed), layer)
 
 
-def _runs(layer: Layer, shard: Sequence[range]) -> list[Run]:
-    """A shard's keys by consecutive positions: ranges that follow each other are one run."""
+def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
+    """Keys at these positions by runs: ranges that follow each other are one."""
     runs: list[Run] = []
     row = 0
-    for positions in shard:
+    for positions in held:
         stop = row + len(positions)
         if runs and runs[-1].stop == positions.start:
             start, first = row - runs[-1].k.shape[0], runs[-1].first
-            runs[-1] = Run(layer.k[start:stop], layer.v[start:stop], first)
+            runs[-1] = Run(k[start:stop], v[start:stop], first)
         elif positions:
-            runs.append(Run(layer.k[row:stop], layer.v[row:stop], positions.start))
+            runs.append(Run(k[row:stop], v[row:stop], positions.start))
         row = stop
     return runs

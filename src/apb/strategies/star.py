@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..compressors import Compressor
+from ..distributed.collectives import Group
 from ..kernels.attention import Segment
+from ..plan import Plan
 from .base import Layer, Strategy
 
 
@@ -14,16 +17,34 @@ class Star(Strategy):
     A rank that holds block 0 has the anchor's keys among its own; every other rank computes the anchor's rows anew.
     """
 
+    def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
+        super().__init__(plan, group, compressor, backend)
+        # The anchor's keys and values of every layer, for the rounds after the first.
+        self._kept: dict[int, Segment] = {}
+
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
-        holder = self.anchor or next((span for span in self.blocks if span.block == 0), None)
-        anchor = []
-        if holder is not None and self.plan.anchor_length:
-            rows = slice(holder.row, holder.row + self.plan.anchor_length)
-            anchor = [Segment(layer.k[rows], layer.v[rows])]
+        anchor = self._anchor_segments(layer)
         for span in self.blocks:
             segments = [self.own(layer, span)] if span.block == 0 else [*anchor, self.own(layer, span)]
             out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
         if self.anchor:
             attended = self.attention(layer, layer.q[self.anchor.rows], [self.own(layer, self.anchor)])
             out[self.anchor.rows] = layer.settle(*attended)
+
+    def _anchor_segments(self, layer: Layer) -> list[Segment]:
+        """The anchor as this rank's later blocks see it: one segment, or none."""
+        if self.round:
+            segment = self._kept.pop(layer.index, None)
+        else:
+            holder = self.anchor or next((span for span in self.blocks if span.block == 0), None)
+            if holder is None or not self.plan.anchor_length:
+                return []
+            rows = slice(holder.row, holder.row + self.plan.anchor_length)
+            segment = Segment(layer.k[rows], layer.v[rows])
+        if segment is None:
+            return []
+        if not self.last_round:
+            # A copy, so that not all keys of the first round live on with the anchor's.
+            self._kept[layer.index] = segment if self.round else Segment(segment.k.clone(), segment.v.clone())
+        return [segment]
