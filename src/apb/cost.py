@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .halo import sent_rows
+from .memory import activations
 from .plan import METHODS, Anchor, Kind, Plan, kv_heads_of
 
 
@@ -24,6 +25,7 @@ class ModelShape:
         parameters: all weights, embeddings included.
         windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
+        expert_row: numbers that experts hold for one token, who all work at once; 0 without experts.
     """
 
     layers: int
@@ -37,6 +39,7 @@ class ModelShape:
     parameters: int
     windows: tuple[int, ...] = ()
     cache_width: int = 0
+    expert_row: int = 0
 
     @property
     def pair_width(self) -> int:
@@ -75,8 +78,14 @@ class RankCost:
     attention_flops: int
     scoring_flops: int
     sent_bytes: int
+    weight_bytes: int
     cache_bytes: int
-    peak_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All memory at the widest moment."""
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
     @property
     def flops(self) -> int:
@@ -117,7 +126,7 @@ class Cost:
             "cache_bytes_per_rank": max(rank.cache_bytes for rank in self.ranks),
             "peak_bytes_per_rank": max(rank.peak_bytes for rank in self.ranks),
             "seconds": None if ceilings is None else self.seconds(ceilings),
-            "per_rank": [asdict(rank) | {"flops": rank.flops} for rank in self.ranks],
+            "per_rank": [asdict(rank) | {"flops": rank.flops, "peak_bytes": rank.peak_bytes} for rank in self.ranks],
         }
 
 
@@ -128,9 +137,10 @@ def predict(plan: Plan, model: ModelShape, element_bytes: int = 2, compressor: s
 
 def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str) -> RankCost:
     contexts = plan.contexts()
+    gathered = _gathered_rows(plan)
     rows = pairs = scored = kept = widest = 0
     for round in range(plan.rounds):
-        before = rows
+        widest = max(widest, activations(plan, rank, round, model, gathered[round]))
         for span in plan.spans(rank, round):
             length = len(span)
             rows += length
@@ -143,27 +153,21 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         pairs += plan.query * kept  # the query goes along in every round
         if rank == plan.tail_rank:
             pairs += plan.query * (plan.query + 1) // 2
-        widest = max(widest, rows - before)
     kept += plan.query if rank == plan.tail_rank else 0
     sliding = model.sliding(plan.total)
     exact_layers = sum(sliding.values())
     all_pairs = (model.layers - exact_layers) * pairs
     all_pairs += sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
-    gathered = max(_gathered_rows(plan))
-    # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
-    # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
-    wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
-    activations = widest * wide + 2 * gathered * plan.ranks * model.pair_width
-    cache = kept * model.cache_row
     if plan.rounds > 1:  # what later rounds see of earlier ones, of every layer
-        cache += contexts[-1] * model.cache_row
+        widest += contexts[-1] * model.cache_row
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
         attention_flops=4 * model.heads * model.head_dim * all_pairs,
         scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
         sent_bytes=_sent(plan, rank, model, element_bytes),
+        weight_bytes=model.parameters * element_bytes,
         cache_bytes=kept * model.cache_row * element_bytes,
-        peak_bytes=(model.parameters + cache + activations) * element_bytes,
+        activation_bytes=widest * element_bytes,
     )
 
 
@@ -199,7 +203,7 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
 def _gathered_rows(plan: Plan) -> list[int]:
     """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
     if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
-        return [0]
+        return [0] * plan.rounds
     widths = [[0] * plan.ranks for _ in range(plan.rounds)]
     for rank in range(plan.ranks):
         start, stop = plan.anchor_share(rank)

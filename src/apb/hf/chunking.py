@@ -9,9 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Rows of a chunk: on the CPU its intermediate values stay in the cache, on a GPU a chunk still fills the device.
-CPU_ROWS = 2048
-GPU_ROWS = 16384
+from ..memory import CPU_ROWS, GPU_ROWS
 
 
 def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:

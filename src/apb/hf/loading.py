@@ -16,6 +16,8 @@ from ..cost import ModelShape
 from ..errors import InputError, first_line
 from ..plan import Plan, check_heads
 
+# Counted once for each configuration.
+_SHAPES: dict[str, ModelShape] = {}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -149,6 +151,13 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 def model_shape(config: Any) -> ModelShape:
     """The numbers of a model that costs depend on, counted on its modules without making any weight."""
+    known = config.to_json_string(use_diff=False)
+    if known not in _SHAPES:
+        _SHAPES[known] = _count(config)
+    return _SHAPES[known]
+
+
+def _count(config: Any) -> ModelShape:
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -166,6 +175,7 @@ def model_shape(config: Any) -> ModelShape:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         windows=tuple(windows(text)),
         cache_width=latent + text.qk_rope_head_dim if latent else 0,
+        expert_row=_expert_row(model, text),
     )
 
 
@@ -190,6 +200,19 @@ def windows(text: Any) -> list[int]:
     return [window] * (types.count("sliding_attention") if types else text.num_hidden_layers)
 
 
+def _expert_row(model: PreTrainedModel, text: Any) -> int:
+    """Numbers that a layer of experts holds for a token: its copies, and each expert's gate, up, product and output."""
+    if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        return 0
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return _experts_used(text) * (2 * text.hidden_size + 3 * width)
+
+
+def _experts_used(text: Any) -> int:
+    """How many experts a token is sent to."""
+    return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
+
+
 def _multiplied(module: torch.nn.Module, text: Any) -> int:
     """Weights of a module, without its submodules, that each row multiplies with."""
     if isinstance(module, (torch.nn.Linear, Conv1D)):
@@ -197,5 +220,5 @@ def _multiplied(module: torch.nn.Module, text: Any) -> int:
     stacked = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
     if not stacked or not type(module).__name__.endswith("Experts"):
         return 0
-    used = getattr(text, "num_experts_per_tok", None) or 1
+    used = _experts_used(text)
     return sum(weight.numel() // weight.shape[0] * min(used, weight.shape[0]) for weight in stacked)
