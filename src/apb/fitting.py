@@ -50,7 +50,7 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
             ranks = f" on {candidate.ranks} ranks" if candidate.ranks > 1 else ""
             return f"what fits is {candidate.strategy!r} with {candidate.blocks} blocks{rounds}{ranks}"
     shortest, longest = 0, plan.document
-    while longest - shortest > max(plan.document // 100, 1):
+    while longest - shortest > max(shortest // 100, 1):
         middle = (shortest + longest) // 2
         if middle and fits(_resized(plan, middle)):
             shortest = middle
