@@ -6,7 +6,7 @@ Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention co
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .halo import sent_rows
@@ -50,6 +50,18 @@ class ModelShape:
     def cache_row(self) -> int:
         """Numbers that one token's keys and values take in the cache, over all layers."""
         return self.layers * (self.cache_width or self.pair_width)
+
+    def shared(self, size: int) -> ModelShape:
+        """One process's share where ``size`` of them share the weights: of heads, MLPs, experts and the cache."""
+        return replace(
+            self,
+            heads=self.heads // size,
+            kv_heads=self.kv_heads // size,
+            intermediate=self.intermediate // size,
+            layer_parameters=self.layer_parameters // size,
+            parameters=self.parameters // size,
+            expert_row=self.expert_row // size,
+        )
 
     def sliding(self, total: int) -> dict[int, int]:
         """The windows that hide something of so many tokens, and how many layers have each."""

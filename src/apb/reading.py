@@ -59,7 +59,9 @@ class Reading:
         """The compressor's name, with the default filled in."""
         return self.compressor or ("retaining" if self.heads else "query")
 
-    def plan(self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int) -> Plan:
+    def plan(
+        self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int, tensor: int = 1
+    ) -> Plan:
         """The plan by which a prompt is read; InputError where it cannot be.
 
         Args:
@@ -68,18 +70,19 @@ class Reading:
             config: the model's configuration.
             hardware: what every rank runs on.
             new_tokens: room that the answer needs.
+            tensor: processes that share the weights of a rank.
         """
         from .hf.loading import check_fit, model_shape  # transformers: not needed to make a Reading
 
         sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
-        shape = model_shape(config)
+        shape = model_shape(config).shared(tensor)
         if self.strategy == AUTO:
             plan = self._choose(sizes, ranks, shape, hardware)
         else:
             plan = self._build(self.strategy, sizes, ranks)
             if self.rounds is None:
                 plan = _in_rounds(plan, shape, hardware, self.scorer)
-        check_fit(config, plan, new_tokens, self.allow_extrapolation)
+        check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
         check_memory(plan, shape, hardware, new_tokens, self.scorer)
         return plan
 

@@ -40,6 +40,7 @@ class Session:
         prefill_s: float,
         token_ids: Sequence[int],
         backend: str,
+        tensor: Group | None = None,
     ) -> None:
         self.plan = plan
         self.logits = logits
@@ -49,6 +50,7 @@ class Session:
         self._group = group
         self._cache = cache
         self._backend = backend
+        self._tensor = tensor or Group()
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
@@ -85,7 +87,18 @@ class Session:
         keys, values = (self._gather(shard) for shard in self._cache.shard(layer))
         if keys is None or values is None:
             return None, None
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        if not self._shares_heads(keys):
+            return (keys.transpose(0, 1), values.transpose(0, 1)) if self._tensor.rank == 0 else (None, None)
+        parts = [self._tensor.gather(x.contiguous()) for x in (keys, values)]
+        if parts[0] is None or parts[1] is None:
+            return None, None
+        return torch.cat(parts[0], 1).transpose(0, 1), torch.cat(parts[1], 1).transpose(0, 1)
+
+    def _shares_heads(self, keys: Tensor) -> bool:
+        """Whether each process of a rank holds other KV heads; some models hold all of them in every process."""
+        text = self._attachment.model.config.get_text_config()
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == kv_heads
 
     def _gather(self, shard: Tensor) -> Tensor | None:
         """All ranks' shards (tokens, kv_heads, head_dim) in document order, on rank 0."""

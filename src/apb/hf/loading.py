@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..cost import ModelShape
 from ..errors import InputError, first_line
 from ..plan import Plan, check_heads
+from .tensor_parallel import settings, shared
 
 # Counted once for each configuration.
 _SHAPES: dict[str, ModelShape] = {}
@@ -49,17 +51,30 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
 
 
 def load_model(
-    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    model: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> PreTrainedModel:
-    """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference.
+    """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
-    Safetensors, or torch files read with ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``.
+    Safetensors go straight to the device, a tensor at a time. Torch files are read with ``weights_only``: no code from
+    a checkpoint runs unless ``trust_remote_code``. Quantization that the checkpoint's configuration names is
+    transformers' own, and so are adapters: a folder with ``adapter_config.json`` is loaded onto its base model.
     """
+    loaded: Any
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if mesh is None:
+            loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map={"": device}, **options)
+        else:
+            config = load_config(model, trust_remote_code)
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = shared(kind, mesh).from_pretrained(str(model), config=config, **options, **settings(mesh))
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
-    return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
+    return loaded.eval()
 
 
 # Settings of layers that carry a state through the text: Mamba's, RWKV's and their relatives'.
@@ -104,7 +119,7 @@ def check_supported(config: Any) -> None:
         )
 
 
-def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
+def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool, tensor: int = 1) -> None:
     """InputError where a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
@@ -115,7 +130,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
-    check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
+    check_heads(plan.strategy, text.num_attention_heads // tensor, plan.ranks)
     if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
