@@ -12,7 +12,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Without a GPU, Triton's kernels are interpreted. Triton asks for this when it is imported, which torch does not do.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # No deadline: the first example of a test pays for imports. Derandomised: the same examples on every run.
 settings.register_profile("suite", deadline=None, max_examples=60, derandomize=True)

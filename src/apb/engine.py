@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .compressors import Head, make_compressor
+from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import local_device
 from .distributed.mesh import Mesh
@@ -21,14 +21,14 @@ from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
-from .hf.heads import load_heads
+from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
-from .plan import METHODS, Anchor, Kind, Plan
+from .plan import Kind, Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch, forward
-from .strategies import Layer, make_strategy
+from .strategies import Layer, OnSelection, make_strategy
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
@@ -49,25 +49,30 @@ class Engine:
         backend: str = "auto",
         mesh: Mesh | None = None,
         fused: bool | None = None,
+        graphs: bool = True,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
         loading.check_supported(model.config)
         self.device, self.dtype = next(model.parameters()).device, model.dtype
+        shape = HeadShape.of(model.config)
         softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-        choose(backend, self.device, self.dtype, loading.head_dim(model.config), softcap)
+        choose(backend, self.device, self.dtype, shape.head_dim, softcap)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
         self.mesh = mesh or Mesh.join(self.device)
+        self.graphs = graphs and self.mesh.devices is None
         self.group: Group = self.mesh.sequence
-        heads = self._load_heads(self.reading.heads) if self.reading.heads else None
+        path = self.reading.heads
+        heads = load_heads(path, **asdict(shape), dtype=self.dtype, device=self.device) if path else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
         self._hardware = Hardware.of(self.device, self.dtype, self.mesh.everyone.size)
         obstacle = fusing.why_not(self.device) or ("weights are shared" if self.mesh.devices else None)
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
-        self._attachment = Attachment.of(model, obstacle is None if fused is None else fused)
+        self.fused = obstacle is None if fused is None else fused
+        self._attachment = Attachment.of(model, self.fused)
         self._closed = False
 
     @classmethod
@@ -91,7 +96,9 @@ class Engine:
             tensor_parallel: processes that share the weights of one rank; as many as that make up a rank.
             options: see :meth:`from_model`.
         """
-        Reading(**{name: value for name, value in options.items() if name not in ("seed", "backend", "fused")})
+        Reading(
+            **{name: value for name, value in options.items() if name not in ("seed", "backend", "fused", "graphs")}
+        )
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device))
@@ -115,8 +122,14 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run; None
                 does so on GPUs that can.
+            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
         """
         return cls(model, tokenizer, **options)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that every rank may use."""
+        return self._hardware.memory
 
     def close(self) -> None:
         """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
@@ -139,6 +152,7 @@ class Engine:
         max_new_tokens: int = 1,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        on_selection: OnSelection | None = None,
     ) -> Session:
         """Read a prompt.
 
@@ -148,10 +162,12 @@ class Engine:
             progress: called after each layer's attention.
             cancelled: asked before every layer, and with several ranks before every round, where rank 0's word counts
                 for all; :class:`apb.Cancelled` is raised once it says yes.
+            on_selection: called with what each of this rank's blocks passes on, layer by layer.
         """
         plan = self.plan(prompt, max_new_tokens)
         rank = self.group.rank
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+        strategy.on_selection = on_selection
         keeps_new = rank == plan.tail_rank
         layers = len(self._attachment.modules)
         held = sum(len(block) for block in plan.owned(rank))
@@ -199,6 +215,8 @@ class Engine:
             watch.seconds(),
             prompt.token_ids,
             self.backend,
+            max_new_tokens,
+            self.graphs,
             self.mesh.tensor,
         )
 
@@ -277,25 +295,11 @@ class Engine:
         if self._everyone.broadcast(word).item():
             raise Cancelled("Reading the prompt was cancelled.")
 
-    def _load_heads(self, path: str | Path) -> list[Head]:
-        text = self.model.config.get_text_config()
-        return load_heads(
-            path,
-            layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
-            head_dim=loading.head_dim(self.model.config),
-            dtype=self.dtype,
-            device=self.device,
-        )
-
 
 def _rows(prompt: Prompt, plan: Plan, rank: int, round: int) -> tuple[Tensor, Tensor]:
     """Token ids and positions, (1, rows) each, of a rank's rows in a round."""
     whole = prompt.token_ids
-    anchor = whole
-    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY:
-        anchor = prompt.prefix + prompt.query + prompt.document[: plan.anchored]
+    anchor = plan.anchor_tokens(prompt.prefix, prompt.document, prompt.query)
     ids: list[int] = []
     positions: list[int] = []
     for span in plan.spans(rank, round):

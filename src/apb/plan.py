@@ -34,6 +34,8 @@ _LEAST = {
 DEFAULT_VERTICAL = 1000
 DEFAULT_SLASH = 6096
 
+Tokens = tuple[int, ...]
+
 
 class Anchor(Enum):
     """What a strategy puts in front of its blocks."""
@@ -219,6 +221,12 @@ class Plan:
         """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
         inserted = self.query if METHODS[self.strategy].anchor is Anchor.WITH_QUERY else 0
         return max(self.anchor_length - inserted, 0)
+
+    def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
+        """The tokens at positions 0, 1, ... of the anchor, of which it has the first ``anchor_length``."""
+        if METHODS[self.strategy].anchor is Anchor.WITH_QUERY:
+            return prefix + query + document[: self.anchored]
+        return prefix + document + query
 
     def block(self, index: int) -> Block:
         """Block ``index`` (0-based). Slices are those of ``numpy.array_split``: the first n mod H are one longer."""

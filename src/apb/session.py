@@ -12,12 +12,16 @@ from transformers import DynamicCache
 
 from .distributed.collectives import Group
 from .errors import InputError
+from .graph import Step, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .plan import Kind, Plan
 from .prompt import check_tokens
 from .strategies.base import Layer, attend_shards
+
+# Answers of fewer tokens do not repay the capture of a graph.
+SHORTEST_CAPTURED = 8
 
 
 class Session:
@@ -40,6 +44,8 @@ class Session:
         prefill_s: float,
         token_ids: Sequence[int],
         backend: str,
+        new_tokens: int,
+        graphs: bool,
         tensor: Group | None = None,
     ) -> None:
         self.plan = plan
@@ -51,6 +57,9 @@ class Session:
         self._cache = cache
         self._backend = backend
         self._tensor = tensor or Group()
+        self._new_tokens = new_tokens  # that the cache has room for
+        self._graphs = graphs
+        self._step: Step | None = None
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
@@ -60,6 +69,32 @@ class Session:
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
         check_tokens(token_ids, self._attachment.vocabulary)
+        step = self._next_step() if len(token_ids) == 1 else None
+        if step is not None:
+            self.logits = step.step(token_ids[0])
+        else:
+            self.logits = self._pass(token_ids)
+        self.token_ids.extend(token_ids)
+        return self.logits
+
+    def _next_step(self) -> Step | None:
+        """What reads the next token, where that is not an ordinary pass. All ranks say the same."""
+        if len(self.token_ids) - self.plan.total >= self._new_tokens or self._backend not in ("auto", "fused"):
+            return None
+        if self._step is None:
+            keys, _ = self._cache.shard(0)
+            if why_not(self._attachment, keys.device, keys.dtype, keys.shape[2]):
+                return None
+
+            def run(ids: Tensor, positions: Tensor) -> Tensor:
+                return forward(self._attachment, ids, positions, self._cache, self._group)
+
+            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
+            self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
+        return self._step
+
+    def _pass(self, token_ids: Sequence[int]) -> Tensor:
+        """Read tokens in one ordinary pass."""
         start, count = self._cache.total, len(token_ids)
 
         def attend(layer: Layer) -> Tensor:
@@ -73,9 +108,7 @@ class Session:
         shard = self._positions(self._group.rank)
         held = sum(map(len, shard))
         with torch.no_grad(), self._attachment.running(attend, self._cache.total):
-            self.logits = forward(self._attachment, ids, positions, self._cache, self._group)
-        self.token_ids.extend(token_ids)
-        return self.logits
+            return forward(self._attachment, ids, positions, self._cache, self._group)
 
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
@@ -116,6 +149,11 @@ class Session:
                 whole[positions.start : positions.stop] = part[row : row + len(positions)]
                 row += len(positions)
         return whole
+
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values that this rank holds, over all layers."""
+        shards = (self._cache.shard(layer) for layer in range(len(self._cache)))
+        return sum(part.numel() * part.element_size() for shard in shards for part in shard)
 
     def to_dynamic_cache(self) -> DynamicCache | None:
         """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.

@@ -46,7 +46,10 @@ def everything(folder: str) -> None:
             engine.close()
         results[family, "drawn"] = drawn
         results[family, "held"] = sum(_local(weight).numel() for weight in model.parameters())
-        engine = apb.Engine.from_model(share(families.make(*shape), mesh.devices), strategy="ring", mesh=mesh)
+        model = share(families.make(*shape), mesh.devices)
+        shares = [_local(weight) for weight in model.parameters()]
+        results[family, "kept alive"] = sum(x.untyped_storage().nbytes() - x.nbytes for x in shares)
+        engine = apb.Engine.from_model(model, strategy="ring", mesh=mesh)
         results[family, "in memory"] = engine.prefill(families.PROMPT).logits
     torch.save(results, Path(folder, f"rank{dist.get_rank()}.pt"))
     dist.destroy_process_group()

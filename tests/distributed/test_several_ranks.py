@@ -40,6 +40,7 @@ def plan_of(name: str, size: int) -> Plan:
         ranks=size,
         anchor_length=case.anchor_length,
         passing_length=case.passing_length,
+        rounds=case.rounds,
         strategy=case.strategy,
     )
 

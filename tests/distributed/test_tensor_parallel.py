@@ -51,6 +51,7 @@ def test_what_a_process_holds(results: list[dict[Any, Any]], family: str) -> Non
     with torch.no_grad():
         expected = model(torch.tensor([families.PROMPT.token_ids])).logits[0, -1]
     for result in results:
+        assert result[family, "kept alive"] == 0
         torch.testing.assert_close(result[family, "in memory"], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from copy import deepcopy
 
 import pytest
 import torch
@@ -101,3 +102,36 @@ def test_block_sparse_attention_is_the_same_pattern(dtype, rows, heads, kv_heads
     expected = by_tiles(*(x.float() for x in half), columns, diagonals, head_dim**-0.5)
     out = by_flex(*half, columns, diagonals, head_dim**-0.5)
     assert ((out.float() - expected).norm() / expected.norm()).item() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_layers_change_rounding_only(dtype):
+    """Compiled norms, MLPs and RoPE are no further from fp64 than the layers as transformers runs them."""
+    model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64).to("cuda", dtype)
+    exact = deepcopy(model).double()(torch.tensor([prompt().token_ids], device="cuda")).logits[0, -1]
+    errors = []
+    for fused in (False, True):
+        engine = Engine.from_model(model, strategy="full", fused=fused)
+        errors.append(((engine.prefill(prompt()).logits - exact).norm() / exact.norm()).item())
+        engine.close()
+    print(errors)
+    assert errors[1] < 1.5 * errors[0] + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "drawn"])
+def test_graphs_choose_the_same_tokens(dtype, sampling):
+    """Decode by CUDA graphs: the tokens of plain decode, also past the room that was captured."""
+    model = tiny_model("llama", heads=8, kv_heads=2, head_dim=64).to("cuda", dtype)
+    tokens = []
+    for graphs in (False, True):
+        engine = Engine.from_model(model, strategy="apb", blocks=4, graphs=graphs)
+        tokens.append(engine.generate(prompt(), max_new_tokens=40, **sampling).token_ids)
+        session = engine.prefill(prompt(), max_new_tokens=12)
+        tokens.append([])
+        for _ in range(20):
+            tokens[-1].append(int(session.logits.argmax()))
+            session.extend(tokens[-1][-1:])
+        engine.close()
+    assert tokens[0] == tokens[2]
+    assert tokens[1] == tokens[3]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
-from apb import InputError
+from apb import Engine, InputError, attention
+from apb.benchmarks import prefill
+from apb.benchmarks.attention import Shape, bench_attention
+from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.ceilings import measure_ceilings
+from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
 from apb.distributed.collectives import Group
 from apb.hf.loading import model_shape
@@ -69,9 +75,84 @@ def test_rows_hold_baseline_ratio_and_floor():
     assert model.config._attn_implementation == "eager"  # given back
 
 
+def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
+    """A row says why there are no figures; short of time, fewer repeats are counted and no parts."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    ceilings = measure_ceilings(CPU, torch.float32, Group())
+    run = partial(bench_prefill, model, model_shape(model.config), ceilings, ["full"], [300], 50)
+    (row,) = run(max_seconds=1e-12)
+    assert (row.seconds, row.all_seconds, row.parts, row.speedup) == (None, [], None, None)
+    assert row.note.startswith("left out: two prefills take at least")
+    monkeypatch.setattr(prefill, "slowest", lambda group, device, figure: 10.0)  # every prefill takes so long
+    (row,) = run(max_seconds=35.0)
+    assert (row.note, row.all_seconds, row.parts) == (None, [10.0, 10.0], None)
+    (row,) = run(max_seconds=1000.0)
+    assert len(row.all_seconds) == 50
+    assert row.parts
+    monkeypatch.setattr(Engine, "memory", 1)
+    (row,) = run()
+    assert row.note.startswith("left out: needs")
+
+
+def test_decode_reads_weights_and_cache():
+    """The limit is the bytes of the weights without the embedding table and of the cache, over the bandwidth."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    shape = model_shape(model.config)
+    (row,) = bench_decode(model, shape, [200], 3, 1e9, strategy="apb", blocks=2)
+    assert not row.graph
+    assert row.same_tokens is None
+    embedding = model.get_input_embeddings().weight.numel()
+    assert row.weight_bytes == 4 * (sum(weight.numel() for weight in model.parameters()) - embedding)
+    assert row.cache_bytes == 4 * (200 + 4 + 3) * 2 * 3 * 2 * 16
+    assert row.limit_seconds == pytest.approx((row.weight_bytes + row.cache_bytes) / 1e9)
+    assert row.of_limit == pytest.approx(row.limit_seconds * row.tokens_per_s)
+
+
 def test_a_prompt_without_document_is_refused():
     """The length counts the query too."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
     ceilings = measure_ceilings(CPU, torch.float32, Group())
     with pytest.raises(InputError, match="leaves no document"):
         list(bench_prefill(model, model_shape(model.config), ceilings, ["full"], [33], 1))
+
+
+def test_attention_rows_hold_time_and_error():
+    """Every kernel gets a row: figures that follow from each other, or why there are none; errors are against fp64."""
+    shapes = [Shape(4, 2, 64, 96, 20, 33), Shape(4, 2, 64, 1, 0, 70)]
+    rows = list(bench_attention(shapes, CPU, torch.float32, 2))
+    assert [(row.shape, row.kernel) for row in rows] == [(str(shape), name) for shape in shapes for name in KERNELS]
+    measured = [row for row in rows if row.note is None]
+    assert {"torch, two calls", "reference"} <= {row.kernel for row in measured}
+    for row in measured:
+        shape = Shape.parse(row.shape)
+        assert row.tflops == pytest.approx(shape.flops / row.seconds / 1e12)
+        assert row.kv_bytes_per_s == pytest.approx(shape.kv_bytes(4) / row.seconds)
+        assert max(row.error, row.lse_error) < 1e-5
+        assert len(row.all_seconds) == 2
+    assert all(row.note for row in rows if "Flash" in row.kernel)
+
+
+def test_attention_that_is_wrong_shows(monkeypatch):
+    """A kernel that leaves the anchor out has an error, and one that writes nothing has a note."""
+    short = lambda q, segments: lambda: attention(q, segments[1:])  # noqa: E731
+    silent = lambda q, segments: lambda: (torch.full_like(q, float("nan")), torch.zeros(q.shape[1], len(q)))  # noqa: E731
+    monkeypatch.setitem(KERNELS, "short", short)
+    monkeypatch.setitem(KERNELS, "silent", silent)
+    shape = Shape(4, 2, 64, 96, 20, 33)
+    assert (shape.flops, shape.kv_bytes(2)) == (4 * 4 * 64 * (96 * 53 + 96 * 97 // 2), 2 * 149 * 2 * 64 * 2)
+    rows = bench_attention([shape], CPU, torch.float32, 1, ["short", "silent"])
+    assert next(rows).error > 0.05
+    assert "not all of the output is finite" in next(rows).note
+
+
+@pytest.mark.parametrize("text", ["", "32/8", "32,128,1,1,1", "32/8,128,a,1,1", "32/7,128,1,1,1", "32/8,128,0,1,1"])
+def test_shapes_that_make_no_sense_are_refused(text):
+    """One sentence, with what was given."""
+    with pytest.raises(InputError, match=f"not {text!r}"):
+        Shape.parse(text)
+
+
+def test_unknown_kernel_is_refused():
+    """The sentence lists those there are."""
+    with pytest.raises(InputError, match=r"Unknown kernel 'magic'.*FlashAttention 3"):
+        list(bench_attention([], CPU, torch.float32, 1, ["magic"]))

@@ -450,6 +450,18 @@ def test_a_process_that_answers(checkpoint: Path, document: Path) -> None:
     assert "Traceback" not in done.err
 
 
+def test_bench_attention(cli: Cli, tmp_path: Path) -> None:
+    """One row a shape and kernel, on stdout and in the file; a shape that makes no sense is refused."""
+    options = ("bench", "attention", "--device", "cpu", "--repeat", "1", "--kernel", "torch, two calls")
+    file = tmp_path / "figures.json"
+    report = cli(*options, "--shape", "4/2,64,40,9,7", "--out", file, "--json").json
+    assert report == json.loads(file.read_text())
+    (row,) = report["rows"]
+    assert (row["shape"], row["kernel"], row["note"]) == ("4/2,64,40,9,7", "torch, two calls", None)
+    assert row["error"] < 1e-5
+    cli(*options, "--shape", "4/3,64,40,9,7").refused("multiple of the KV heads", "4/3")
+
+
 def test_a_process_that_refuses(checkpoint: Path) -> None:
     """A real process: status 2, one line on stderr, no traceback, nothing on stdout."""
     options = ("--query", "Who?", "--model", checkpoint)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ import apb
 from apb.compressors import COMPRESSORS, BlockView, Head, check_compressor, make_compressor
 from apb.compressors.base import pool, select, take
 from apb.compressors.retaining import Retaining
-from apb.hf.heads import load_heads
+from apb.hf.heads import HeadShape, load_heads
+from apb.hf.random_weights import shape_config
 from apb.plan import Block
 from models import tiny_heads, tiny_model
 
@@ -237,6 +238,34 @@ def test_heads_file(tmp_path: Path, kind: str) -> None:
     for layer, head in enumerate(heads):
         assert torch.equal(head.fc1, tensors[f"model.layers.{layer}.self_attn.fc1.weight"])
         assert torch.equal(head.fc2, tensors[f"model.layers.{layer}.self_attn.fc2.weight"])
+
+
+@pytest.mark.parametrize(("name", "layers", "features"), [("llama-3.1-8b", 32, 6144), ("qwen2.5-14b", 48, 7168)])
+def test_heads_in_the_public_layout(tmp_path: Path, name: str, layers: int, features: int) -> None:
+    """Files as the public ones are made, for the configurations they are for, load; scores are those by hand."""
+    shape = HeadShape.of(shape_config(name))
+    assert (shape.layers, shape.kv_heads, shape.features) == (layers, 8, features)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(layers):  # one layer of the public width, the others small: any width goes
+        hidden = 1024 if layer == 3 else 5
+        for part, rows, columns in (("fc1", hidden, features), ("fc2", 8, hidden)):
+            weight = (torch.randn(rows, columns, generator=generator) * columns**-0.5).bfloat16()
+            tensors[f"model.layers.{layer}.self_attn.{part}.weight"] = weight
+    heads = load_heads(save(tmp_path, tensors, "bin"), **asdict(shape))
+    before_rope = torch.randn(9, features, generator=generator)
+    for layer in (0, 3, layers - 1):
+        fc1, fc2 = (tensors[f"model.layers.{layer}.self_attn.{part}.weight"].double() for part in ("fc1", "fc2"))
+        inner = before_rope.double() @ fc1.T
+        raw = (inner / (1 + (-inner).exp())) @ fc2.T
+        seen = replace(view(9), layer=layer, before_rope=before_rope)
+        expected = torch.tensor([pooled(row) for row in raw.T.tolist()])
+        torch.testing.assert_close(Retaining(heads).score(seen), expected, rtol=1e-4, atol=1e-4)
+
+    tensors[f"model.layers.{layers - 1}.self_attn.fc1.weight"] = torch.zeros(5, features - 128)
+    wrong = save(tmp_path, tensors, "safetensors")
+    with pytest.raises(apb.InputError, match=rf"Layer {layers - 1}: .*\(hidden, {features}\)"):
+        load_heads(wrong, **asdict(shape))
 
 
 def test_heads_take_the_models_dtype(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,12 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cost import Ceilings, ModelShape, predict
+from ..cost import Ceilings, Cost, ModelShape, predict
+from ..distributed.collectives import Group
 from ..engine import Engine
 from ..errors import InputError
 from ..hardware import peak_bytes
+from ..kernels.attention import choose
 from ..parts import Clock, clocked
-from ..plan import METHODS
+from ..plan import METHODS, Anchor
 from ..prompt import Prompt
 
 QUERY_TOKENS = 32
@@ -32,6 +35,7 @@ class Row:
     """One strategy at one length.
 
     Attributes:
+        backend: the attention back-end.
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
         floor_seconds: what the plan's FLOPs and bytes take at the ceilings measured in the same run.
         speedup: the first strategy's seconds at this length over these; None for the first itself.
@@ -44,6 +48,7 @@ class Row:
     length: int
     exact: bool
     plan: dict[str, int]
+    backend: str
     seconds: float | None
     all_seconds: list[float]
     tokens_per_s: float | None
@@ -67,22 +72,25 @@ def bench_prefill(
     strategies: Sequence[str],
     lengths: Sequence[int],
     repeat: int,
+    max_seconds: float = math.inf,
+    baseline_backend: str = "auto",
     **reading: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
 
-    One prefill of each is not counted. ``reading`` are the engine's other options, the same for all strategies that
-    know them. Every rank must run it.
+    One prefill of each is not counted, and one more, clocked by part, follows those that are. What the floor says does
+    not fit into ``max_seconds`` or into memory is left out, with a note; what does is repeated as often as it fits.
+    ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
+    ``reading`` are the engine's other options, the same for all strategies that know them. Every rank must run it.
     """
     for length in lengths:
         baseline: float | None = None
         for strategy in strategies:
-            options = {
-                name: value for name, value in reading.items() if name != "rounds" or METHODS[strategy].in_rounds
-            }
-            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, **options)
+            options = {name: value for name, value in reading.items() if _known(name, strategy)}
+            backend = baseline_backend if strategy == strategies[0] else "auto"
+            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, backend=backend, **options)
             try:
-                row = _measure(engine, shape, ceilings, length, repeat, baseline)
+                row = _measure(engine, shape, ceilings, length, repeat, max_seconds, baseline)
             finally:
                 engine.close()
             if strategy == strategies[0]:
@@ -90,24 +98,41 @@ def bench_prefill(
             yield row
 
 
+def _known(option: str, strategy: str) -> bool:
+    """Whether an option counts for a strategy; an anchor's length is meant for apb: star has all of block 1."""
+    if option == "rounds":
+        return METHODS[strategy].in_rounds
+    return option != "anchor_length" or METHODS[strategy].anchor is Anchor.WITH_QUERY
+
+
 def _measure(
-    engine: Engine, shape: ModelShape, ceilings: Ceilings, length: int, repeat: int, baseline: float | None
+    engine: Engine,
+    shape: ModelShape,
+    ceilings: Ceilings,
+    length: int,
+    repeat: int,
+    max_seconds: float,
+    baseline: float | None,
 ) -> Row:
-    prompt = _prompt(engine, length)
+    prompt = random_prompt(engine, length)
     plan = engine.plan(prompt)
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
     floor = cost.seconds(Ceilings(ceilings.linear, ceilings.attention, ceilings.link or float("inf")))
     seconds: list[float] = []
-    note = None
+    parts = None
+    note = _obstacle(engine, cost, floor, max_seconds)
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(engine.device)
     try:
-        for _ in range(1 + repeat):
-            seconds.append(_slowest(engine, engine.prefill(prompt).timing["prefill_s"]))
+        while note is None and len(seconds) < 1 + repeat:
+            if len(seconds) > 1 and sum(seconds) + seconds[-1] > max_seconds:
+                break
+            seconds.append(slowest(engine.group, engine.device, engine.prefill(prompt).timing["prefill_s"]))
+        if note is None and sum(seconds) + seconds[-1] <= max_seconds:
+            parts = _parts(engine, prompt)
     except torch.OutOfMemoryError as error:
         note = f"out of memory: {str(error).splitlines()[0]}"
-    parts = _parts(engine, prompt) if note is None else None
     counted = seconds[1:]
     median = statistics.median(counted) if counted and note is None else None
     return Row(
@@ -115,17 +140,28 @@ def _measure(
         length=length,
         exact=plan.exact,
         plan=plan.to_dict(),
+        backend=choose(engine.backend, engine.device, engine.dtype, shape.head_dim)[0],
         seconds=median,
         all_seconds=counted,
         tokens_per_s=plan.total / median if median else None,
         floor_seconds=floor,
         of_floor=floor / median if median else None,
         speedup=baseline / median if median and baseline else None,
-        peak_bytes=int(_slowest(engine, peak_bytes(engine.device))) if median else None,
+        peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))) if median else None,
         predicted_peak_bytes=max(rank.peak_bytes for rank in cost.ranks),
         parts=parts,
         note=note,
     )
+
+
+def _obstacle(engine: Engine, cost: Cost, floor: float, max_seconds: float) -> str | None:
+    """Why a strategy is not run at a length; None where it is."""
+    peak, memory = max(rank.peak_bytes for rank in cost.ranks), engine.memory
+    if peak > memory:
+        return f"left out: needs {peak / 2**30:.0f} GiB a rank, and there are {memory / 2**30:.0f}"
+    if 2 * floor > max_seconds:
+        return f"left out: two prefills take at least {2 * floor:.0f} s, and {max_seconds:.0f} are allowed"
+    return None
 
 
 def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:
@@ -169,7 +205,7 @@ def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
             handle.remove()
 
 
-def _prompt(engine: Engine, length: int) -> Prompt:
+def random_prompt(engine: Engine, length: int) -> Prompt:
     """``length`` random tokens in all, the same on every rank."""
     if length <= 1 + QUERY_TOKENS:
         raise InputError(f"A length of {length} leaves no document beside the query of {QUERY_TOKENS} tokens.")
@@ -179,7 +215,7 @@ def _prompt(engine: Engine, length: int) -> Prompt:
     return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])
 
 
-def _slowest(engine: Engine, figure: float) -> float:
+def slowest(group: Group, device: torch.device, figure: float) -> float:
     """The largest of all ranks' figures."""
-    mine = torch.tensor([figure], dtype=torch.float64, device=engine.device)
-    return float(engine.group.all_gather(mine).wait().max())
+    mine = torch.tensor([figure], dtype=torch.float64, device=device)
+    return float(group.all_gather(mine).wait().max())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,13 +26,13 @@ def _group() -> None:
 class Request:
     """Everything a rank needs; plain values, so that it travels."""
 
+    what: str
+    tensor_parallel: int
     model: str | None
     random_weights: str | None
     layers: int | None
-    strategies: list[str]
     lengths: list[int]
-    repeat: int
-    reading: dict[str, Any]
+    options: dict[str, Any]
     dtype: str | None
     device: str
     out: str | None
@@ -38,144 +40,339 @@ class Request:
     command: str
 
 
+Length = Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
+RandomWeights = Annotated[
+    str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
+]
+Layers = Annotated[int | None, typer.Option(help="With random weights: only so many layers.")]
+Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
+
+
 @app.command()
 def prefill(
-    length: Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")],
+    length: Length,
     strategy: Annotated[
         list[str] | None, typer.Option(help="Strategies, the baseline first; repeatable. By default full and apb.")
     ] = None,
     model: options.Model = None,
-    random_weights: Annotated[
-        str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
-    ] = None,
-    layers: Annotated[int | None, typer.Option(help="With random weights: only so many layers.")] = None,
+    random_weights: RandomWeights = None,
+    layers: Layers = None,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="Leave out what takes longer, for each strategy and length in all.")
+    ] = None,
+    baseline_backend: Annotated[
+        str, typer.Option(help="Attention of the first strategy: torch for the kernels that torch brings.")
+    ] = "auto",
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
     ranks: options.Ranks = None,
+    tensor_parallel: options.TensorParallel = 1,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+    out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
+    from ..plan import at_least, method_of
+
+    at_least("repeat", repeat, 1)
+    names = strategy or ["full", "apb"]
+    for name in names:
+        method_of(name)
+    reading = {
+        "blocks": blocks,
+        "rounds": rounds,
+        "anchor_length": anchor_length,
+        "passing_length": passing_length,
+        "compressor": compressor,
+    }
+    limit = math.inf if max_seconds is None else max_seconds
+    chosen = {
+        "strategies": names,
+        "repeat": repeat,
+        "max_seconds": limit,
+        "baseline_backend": baseline_backend,
+        **reading,
+    }
+    at_least("tensor-parallel", tensor_parallel, 1)
+    _launch(
+        "prefill", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json, tensor_parallel
+    )
+
+
+@app.command()
+def decode(
+    length: Length,
+    strategy: options.Strategy = "apb",
+    model: options.Model = None,
+    random_weights: RandomWeights = None,
+    layers: Layers = None,
+    tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
+    blocks: options.Blocks = None,
+    ranks: options.Ranks = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
+    from ..plan import at_least
+
+    at_least("tokens", tokens, 1)
+    chosen = {"tokens": tokens, "strategy": strategy, "blocks": blocks}
+    _launch("decode", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json)
+
+
+def _launch(
+    what: str,
+    model: str | None,
+    random_weights: str | None,
+    layers: int | None,
+    lengths: list[int],
+    chosen: dict[str, Any],
+    ranks: int | None,
+    dtype: str | None,
+    device: str | None,
+    out: Path | None,
+    as_json: bool,
+    tensor_parallel: int = 1,
+) -> None:
     from ..distributed import launch
     from ..errors import InputError
     from ..hf import loading
     from ..hf.random_weights import shape_config
-    from ..plan import at_least, method_of
+    from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    at_least("repeat", repeat, 1)
     if model and random_weights:
         raise InputError("Give a model or a shape with random weights, not both.")
-    if random_weights:
-        shape_config(random_weights)
-    names = strategy or ["full", "apb"]
-    for name in names:
-        method_of(name)
+    config = shape_config(random_weights) if random_weights else loading.load_config(model or loading.shipped_model())
+    check_shards(config, tensor_parallel)
     place = loading.pick_device(device)
-    size = launch.ranks_to_use(ranks, place)
     request = Request(
+        what=what,
+        tensor_parallel=tensor_parallel,
         model=None if random_weights else str(model or loading.shipped_model()),
         random_weights=random_weights,
         layers=layers,
-        strategies=names,
-        lengths=length,
-        repeat=repeat,
-        reading={
-            "blocks": blocks,
-            "rounds": rounds,
-            "anchor_length": anchor_length,
-            "passing_length": passing_length,
-            "compressor": compressor,
-        },
+        lengths=lengths,
+        options=chosen,
         dtype=dtype,
         device=place.type,
         out=None if out is None else str(out),
         as_json=as_json,
         command="apb " + " ".join(sys.argv[1:]),
     )
-    launch.run(run, size, request)
+    launch.run(run, launch.ranks_to_use(ranks, place, tensor_parallel) * tensor_parallel, request)
+
+
+@app.command()
+def attention(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="HEADS/KV_HEADS,HEAD_DIM,BLOCK,ANCHOR,PASSING; repeatable. By default those of known results."
+        ),
+    ] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Only these kernels, by name; repeatable.")] = None,
+    repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 7,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
+    from ..benchmarks import attention as benchmark
+    from ..hardware import fingerprint
+    from ..hf import loading
+    from ..plan import at_least
+
+    at_least("repeat", repeat, 1)
+    place = loading.pick_device(device)
+    number = loading.pick_dtype(dtype, place)
+    shapes = [benchmark.Shape.parse(text) for text in shape or ()]
+    shapes = shapes or (benchmark.GPU_SHAPES if place.type == "cuda" else benchmark.CPU_SHAPES)
+    report: dict[str, Any] = {
+        "command": "apb " + " ".join(sys.argv[1:]),
+        "fingerprint": fingerprint(place, number),
+        "copy_bytes_per_s": benchmark.copy_bytes_per_s(place),
+        "rows": [],
+    }
+    for row in benchmark.bench_attention(shapes, place, number, repeat, kernel or ()):
+        report["rows"].append(row.to_dict())
+        print(_attention_line(report["rows"][-1]), file=sys.stderr, flush=True)
+        if out:
+            out.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(report))
+    else:
+        _print_attention(report)
+
+
+def _attention_line(row: dict[str, Any]) -> str:
+    figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
+    return f"apb: {row['kernel']} on {row['shape']}: {figure}"
+
+
+def _print_attention(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    facts = report["fingerprint"]
+    columns = ("heads, d, block, anchor, passing", "kernel", "ms", "TFLOP/s", "GB/s of K, V", "error", "lse error")
+    table = Table(*columns, title=f"{facts['device']}, {facts['dtype']}")
+    for row in report["rows"]:
+        if row["note"] is None:
+            figures = [f"{1e3 * row['seconds']:.3f}", f"{row['tflops']:.3g}", f"{row['kv_bytes_per_s'] / 1e9:.3g}"]
+            figures += [f"{row['error']:.1e}", f"{row['lse_error']:.1e}"]
+            table.add_row(row["shape"], row["kernel"], *figures)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)
+    console.print(table)
+    for kernel, note in {row["kernel"]: row["note"] for row in report["rows"] if row["note"]}.items():
+        console.print(f"{kernel}: {note}")
+    console.print(
+        f"A copy moves {report['copy_bytes_per_s'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
+    )
 
 
 def run(request: Request) -> None:
     """One rank's part; rank 0 prints."""
     from ..benchmarks.ceilings import measure_ceilings
+    from ..benchmarks.decode import bench_decode, copy_bandwidth
     from ..benchmarks.prefill import bench_prefill
     from ..distributed import launch
+    from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import loading
     from ..hf.random_weights import random_model, shape_config
+    from ..hf.tensor_parallel import share
     from .quiet import quiet_libraries
 
     quiet_libraries()
     device = launch.local_device(loading.pick_device(request.device))
     dtype = loading.pick_dtype(request.dtype, device)
-    group = launch.join(device)
+    mesh = Mesh.join(device, request.tensor_parallel)
+    group = mesh.everyone
     if request.random_weights:
         config = shape_config(request.random_weights, request.layers)
         model = random_model(config, dtype, device)
+        if mesh.devices is not None:
+            model = share(model, mesh.devices)
     else:
         assert request.model is not None
         config = loading.load_config(request.model)
-        model = loading.load_model(request.model, dtype, device)
-    ceilings = measure_ceilings(device, dtype, group)
-    rows = []
-    for row in bench_prefill(
-        model,
-        loading.model_shape(config),
-        ceilings,
-        request.strategies,
-        request.lengths,
-        request.repeat,
-        **request.reading,
-    ):
-        rows.append(row.to_dict())
-        report = {
-            "command": request.command,
-            "model": request.random_weights or request.model,
-            "layers": config.get_text_config().num_hidden_layers,
-            "ranks": group.size,
-            "fingerprint": fingerprint(device, dtype),
-            "ceilings": asdict(ceilings),
-            "rows": rows,
-        }
+        model = loading.load_model(request.model, dtype, device, mesh=mesh.devices)
+    shape = loading.model_shape(config).shared(request.tensor_parallel)
+    report = {
+        "command": request.command,
+        "model": request.random_weights or request.model,
+        "layers": config.get_text_config().num_hidden_layers,
+        "ranks": mesh.sequence.size,
+        "tensor_parallel": request.tensor_parallel,
+        "fingerprint": fingerprint(device, dtype),
+        "rows": [],
+    }
+    measured: Iterator[Any]
+    if request.what == "prefill":
+        ceilings = measure_ceilings(device, dtype, group)
+        report["ceilings"] = asdict(ceilings)
+        measured = bench_prefill(model, shape, ceilings, lengths=request.lengths, mesh=mesh, **request.options)
+    else:
+        report["copy_bandwidth"] = copy_bandwidth(device)
+        measured = bench_decode(model, shape, request.lengths, bandwidth=report["copy_bandwidth"], **request.options)
+    for row in measured:
+        report["rows"].append(row.to_dict())
         if group.rank == 0:
-            print(_line(rows[-1]), file=sys.stderr, flush=True)
+            print(_line(report["rows"][-1]), file=sys.stderr, flush=True)
             if request.out:
                 Path(request.out).write_text(json.dumps(report, indent=1) + "\n")
     if group.rank == 0:
         if request.as_json:
             print(json.dumps(report))
         else:
-            _print(report)
+            (_print_prefill if request.what == "prefill" else _print_decode)(report)
     launch.leave()
 
 
 def _line(row: dict[str, Any]) -> str:
-    figure = row["note"] or f"{row['seconds']:.3f} s"
-    return f"apb: {row['strategy']} at {row['length']:,} tokens: {figure}"
+    figure = row.get("note") or f"{row['seconds']:.4g} s"
+    name = row.get("strategy") or ("decode by graph" if row["graph"] else "decode")
+    return f"apb: {name} at {row['length']:,} tokens: {figure}"
 
 
-def _print(report: dict[str, Any]) -> None:
+def _console() -> Any:
     from rich.console import Console
+
+    console = Console()
+    # A file or a log has no edge; rich takes 80 columns for one.
+    return console if console.is_terminal else Console(width=120)
+
+
+def _title(report: dict[str, Any]) -> str:
+    facts = report["fingerprint"]
+    return f"{report['model']}, {report['layers']} layers, {report['ranks']} x {facts['device']}, {facts['dtype']}"
+
+
+def _versions(report: dict[str, Any]) -> str:
+    facts = report["fingerprint"]
+    return f"apb {facts['apb']}, torch {facts['torch']}, transformers {facts['transformers']}"
+
+
+def _print_decode(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    ceilings, facts = report["ceilings"], report["fingerprint"]
-    title = f"{report['model']}, {report['layers']} layers, {report['ranks']} x {facts['device']}, {facts['dtype']}"
-    columns = ("tokens", "strategy", "blocks", "seconds", "tokens/s", "floor s", "of floor", "speed-up", "peak GiB")
-    table = Table(*columns, title=title)
+    columns = ("tokens", "graph", "ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
+    table = Table(*columns, title=_title(report))
+    for row in report["rows"]:
+        table.add_row(
+            f"{row['length']:,}",
+            "yes" if row["graph"] else "no",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{1e3 * row['limit_seconds']:.2f}",
+            f"{row['of_limit']:.0%}",
+            f"{row['peak_bytes'] / 2**30:.1f}",
+            "" if row["same_tokens"] is None else ("yes" if row["same_tokens"] else "no"),
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"Limit: weights and cache read once at this run's copy bandwidth, {report['copy_bandwidth'] / 1e12:.2f} TB/s; "
+        f"{_versions(report)}."
+    )
+
+
+def _print_prefill(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    ceilings = report["ceilings"]
+    columns = (
+        "tokens",
+        "strategy",
+        "blocks",
+        "kernel",
+        "seconds",
+        "tokens/s",
+        "floor s",
+        "of floor",
+        "speed-up",
+        "peak GiB",
+    )
+    table = Table(*columns, title=_title(report))
     for row in report["rows"]:
         seconds = row["seconds"]
         table.add_row(
             f"{row['length']:,}",
             row["strategy"],
             str(row["plan"]["blocks"]),
+            row["backend"],
             row["note"] or f"{seconds:.3f}",
             "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
             f"{row['floor_seconds']:.3f}",
@@ -183,9 +380,7 @@ def _print(report: dict[str, Any]) -> None:
             "" if row["speedup"] is None else f"{row['speedup']:.2f}",
             "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
         )
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)  # a file or a log has no edge; rich takes 80 columns for one
+    console = _console()
     console.print(table)
     parts = [row for row in report["rows"] if row["parts"]]
     if parts:
@@ -197,6 +392,5 @@ def _print(report: dict[str, Any]) -> None:
     link = f", {ceilings['link'] / 1e9:.0f} GB/s between ranks" if ceilings["link"] else ""
     console.print(
         f"Ceilings of this run: {ceilings['linear'] / 1e12:.1f} TFLOP/s linear, "
-        f"{ceilings['attention'] / 1e12:.1f} attention{link}; "
-        f"apb {facts['apb']}, torch {facts['torch']}, transformers {facts['transformers']}."
+        f"{ceilings['attention'] / 1e12:.1f} attention{link}; {_versions(report)}."
     )

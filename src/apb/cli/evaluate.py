@@ -26,6 +26,7 @@ def synthetic(
     strategy: Annotated[list[str] | None, typer.Option(help="full, star or apb (the default); repeatable.")] = None,
     blocks: Annotated[list[int] | None, typer.Option(help="Blocks of the document; repeatable.")] = None,
     compressor: Annotated[list[str] | None, typer.Option(help="Compressor of apb; repeatable.")] = None,
+    heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     model: options.Model = None,
@@ -35,13 +36,17 @@ def synthetic(
 ) -> None:
     """Score generated long-context tasks: every strategy answers the same samples."""
     from ..engine import Engine
+    from ..errors import InputError
     from ..evaluation.synthetic import evaluate, settings
     from ..hf import loading
     from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length)
+    if heads is not None and "retaining" not in (compressor or []):
+        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
+    path = None if heads is None else str(heads)
+    chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length, path)
     engine = Engine.from_pretrained(model or loading.shipped_model(), dtype=dtype, device=device)
     prints = engine.group.rank == 0
     with Bar("Answering", "sample", shown=prints) as bar:

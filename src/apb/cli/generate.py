@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +42,7 @@ def generate(
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
-    heads: Annotated[Path | None, typer.Option(help="File of trained retaining heads.")] = None,
+    heads: options.Heads = None,
     vertical_size: options.VerticalSize = None,
     slash_size: options.SlashSize = None,
     approximate: Annotated[
@@ -173,7 +173,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     """Everything that can be wrong with a request, before a process is started or a weight is read."""
     from ..hardware import Hardware
     from ..hf import loading
-    from ..hf.heads import load_heads
+    from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
     from ..prompt import Prompt
     from ..reading import Reading
@@ -189,11 +189,4 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     hardware = Hardware.of(device, dtype, ranks * tensor)
     reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor)
     if reading.heads:
-        shape = loading.model_shape(config)
-        load_heads(
-            reading.heads,
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-        )
+        load_heads(reading.heads, **asdict(HeadShape.of(config)))

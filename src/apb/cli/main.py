@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, check, doctor, evaluate, generate, plan, train
+from . import bench, check, doctor, evaluate, explain, generate, plan, train
 
 app = typer.Typer(
     name="apb",
@@ -19,6 +19,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate")(generate.generate)
+app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,6 +39,7 @@ Compressor = Annotated[
         help="What chooses them: query, retaining, recent or random. By default query, with --heads retaining."
     ),
 ]
+Heads = Annotated[Path | None, typer.Option(help="File of trained retaining heads.")]
 VerticalSize = Annotated[
     str | None, typer.Option(help="Columns that each head sees under minference: a number, or a share such as 0.1.")
 ]

@@ -95,6 +95,12 @@ class Group:
             dist.broadcast(x, group=self.process_group, group_src=0)
         return x
 
+    def sum(self, x: Tensor) -> Tensor:
+        """Overwrite ``x`` with the sum of all ranks' on every rank, and return it."""
+        if self.size > 1:
+            dist.all_reduce(x, group=self.process_group)
+        return x
+
     def barrier(self) -> None:
         """Return once every rank is here."""
         if self.size > 1:

@@ -27,10 +27,11 @@ class Setting:
     compressor: str | None = None
     anchor_length: int | None = None
     passing_length: int | None = None
+    heads: str | None = None
 
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(engine.model, engine.tokenizer, **asdict(self))
+        return Engine.from_model(engine.model, engine.tokenizer, fused=engine.fused, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,12 @@ def settings(
     compressors: Sequence[str],
     anchor_length: int | None = None,
     passing_length: int | None = None,
+    heads: str | None = None,
 ) -> list[Setting]:
-    """All combinations that differ: blocks count only where a strategy cuts, compressors only where it passes."""
+    """All combinations that differ: blocks count only where a strategy cuts, compressors only where it passes.
+
+    ``heads`` is the file that the compressor "retaining" scores with.
+    """
     found: dict[Setting, None] = {}
     counts: list[int | None] = [*blocks] or [None]
     for strategy, count, compressor in product(strategies, counts, compressors or ["query"]):
@@ -71,6 +76,7 @@ def settings(
             compressor if passes else None,
             anchor_length if cuts else None,
             passing_length if passes else None,
+            heads if passes and compressor == "retaining" else None,
         )
         found[setting] = None
     return list(found)

@@ -35,6 +35,8 @@ class Attachment:
         self.modules = _attention_modules(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
+        # What layers ask for beside a plain softmax, as far as they have been run.
+        self.peculiar: set[str] = set()
         self._attend: Attend | None = None
         self._calls = 0
         self._before_rope: BeforeRope | None = None
@@ -120,6 +122,8 @@ class Attachment:
         self._calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
         before = self._before_rope.pop(index) if self._before_rope is not None else None
+        asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
+        self.peculiar |= {name for name, value in asked.items() if value is not None}
         width = v.shape[-1]
         if width < k.shape[-1]:  # latent attention: kernels take values as wide as keys, and zeros stay zeros
             v = pad(v, (0, k.shape[-1] - width))

@@ -31,7 +31,8 @@ class ShardLayer(CacheLayerMixin):
 
         In prefill the states come back as they are (attention also needs the anchor's, which are not kept); in decode
         the whole shard comes back, with the new tokens at its end where this rank keeps them. A shard that holds
-        nothing comes back with one row of no meaning: not all models can work on none.
+        nothing comes back with one row of no meaning: not all models can work on none. With a slot the new token is
+        written there and the whole storage comes back: how much of it counts is known on the device alone.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -39,6 +40,12 @@ class ShardLayer(CacheLayerMixin):
         if kept is not None:
             self._append(key_states[:, :, kept], value_states[:, :, kept])
             return key_states, value_states
+        if self._shard.slot is not None:
+            assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+            if self._shard.keeps_new:
+                self.keys.index_copy_(2, self._shard.slot, key_states)
+                self.values.index_copy_(2, self._shard.slot, value_states)
+            return self.keys, self.values
         if self._shard.keeps_new:
             self._append(key_states, value_states)
         return self.view(at_least=1)
@@ -79,6 +86,7 @@ class ShardCache(Cache):
         capacity: tokens a layer's storage is made for; it grows by ``growth`` when that is not enough.
         keeps_new: whether this rank keeps the tokens that are generated.
         prefill_rows: which rows of a prefill pass stay; None in decode.
+        slot: while a decode step is captured or replayed, the index (1,) on the device where its token is written.
         total: tokens seen so far by all ranks together.
     """
 
@@ -88,8 +96,22 @@ class ShardCache(Cache):
         self.capacity = capacity
         self.keeps_new = keeps_new
         self.prefill_rows: slice | None = prefill_rows
+        self.slot: Tensor | None = None
         self.total = 0
         super().__init__(layers=[ShardLayer(self) for _ in range(layers)])
+
+    @property
+    def held(self) -> int:
+        """Tokens that this rank holds, of every layer."""
+        layer = self.layers[0]
+        assert isinstance(layer, ShardLayer)
+        return layer.length
+
+    def advance(self) -> None:
+        """Count one token more in every layer: it was written to the slot behind the last."""
+        for layer in self.layers:
+            assert isinstance(layer, ShardLayer)
+            layer.length += 1
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that this rank holds of a layer: two (tokens, kv_heads, head_dim) views."""

@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
+from .loading import head_dim
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The numbers of a model that its heads depend on."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: Any) -> HeadShape:
+        """The shape of the heads for a model's configuration."""
+        text = config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            text.num_hidden_layers,
+            heads,
+            getattr(text, "num_key_value_heads", None) or heads,
+            head_dim(config),
+        )
+
+    @property
+    def features(self) -> int:
+        """Length of [q; k; v] of a token."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
 def load_heads(
@@ -30,11 +62,7 @@ def load_heads(
     fc1 is (hidden, (heads + 2 kv_heads) * head_dim) for any hidden size, fc2 (kv_heads, hidden). Raises InputError with
     the layer and the expected shape where the file does not fit the model.
     """
-    found: dict[tuple[int, int], Tensor] = {}
-    for key, value in _read(Path(path)).items():
-        match = _KEY.search(key)
-        if match:
-            found[int(match[1]), int(match[2])] = value
+    found = _read(Path(path))
     features = (heads + 2 * kv_heads) * head_dim
     result = []
     for layer in range(layers):
@@ -56,17 +84,37 @@ def load_heads(
     return result
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def save_heads(path: str | Path, heads: Sequence[Head]) -> None:
+    """Write heads as safetensors under the names that :func:`load_heads` reads; a file there is replaced at once."""
+    tensors = {
+        f"model.layers.{layer}.self_attn.{name}.weight": weight.detach().cpu().contiguous()
+        for layer, head in enumerate(heads)
+        for name, weight in (("fc1", head.fc1), ("fc2", head.fc2))
+    }
+    part = Path(path).with_name(Path(path).name + ".part")
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(path)
+
+
+def _read(path: Path) -> dict[tuple[int, int], Tensor]:
+    """The heads' tensors of a file by (layer, 1 or 2); no other tensor of a safetensors file is read."""
     if not path.is_file():
         raise InputError(f"The heads file {path} does not exist.")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, framework="pt") as file:
+                loaded: Any = {key: file.get_tensor(key) for key in file.keys() if _KEY.search(key)}  # noqa: SIM118
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of both formats raise whatever the bytes lead them to
         raise InputError(
             f"The heads file {path} cannot be read as safetensors or torch weights: {first_line(error)}."
         ) from error
     if not isinstance(loaded, dict):
         raise InputError(f"The heads file {path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
-    return {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    found = {}
+    for key, value in loaded.items():
+        match = _KEY.search(str(key))
+        if match and isinstance(value, Tensor):
+            found[int(match[1]), int(match[2])] = value
+    return found

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -52,7 +53,20 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
     embedding: Any = model.get_input_embeddings()
     if head is not None and head.weight is embedding.weight:  # each is cut in its own way
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    return type(model).maybe_distribute_model(model, settings(mesh)["distributed_config"], _as_taken(mesh))
+    model = type(model).maybe_distribute_model(model, settings(mesh)["distributed_config"], _as_taken(mesh))
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, DTensor):  # its share is a view, which would keep the whole alive
+                share = DTensor.from_local(
+                    weight.to_local().detach().clone(),
+                    weight.device_mesh,
+                    weight.placements,
+                    run_check=False,
+                    shape=weight.shape,
+                    stride=weight.stride(),
+                )
+                setattr(module, name, torch.nn.Parameter(share, requires_grad=False))
+    return model
 
 
 class _Meshes:

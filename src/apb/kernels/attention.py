@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from . import reference, sdpa
+from . import fused, reference, sdpa
+from .fused import Part, Task
 from .segment import Segment
 
-__all__ = ["BACKENDS", "Segment", "attention", "choose"]
+__all__ = ["BACKENDS", "Part", "Segment", "Task", "attend", "attention", "choose"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-BACKENDS = {"reference": reference.attention, "torch": sdpa.attention}
+BACKENDS = {"reference": reference.attention, "torch": sdpa.attention, "fused": fused.attention}
+_WHY_NOT = {"torch": sdpa.why_not, "fused": fused.why_not}
 
 
 def attention(
@@ -31,7 +33,8 @@ def attention(
         segments: :class:`Segment` with k, v (keys, kv_heads, head_dim) of q's dtype and device; kv_heads divides heads
             (grouped queries: head h reads KV head h // (heads / kv_heads)). May be empty, and may hold zero keys.
         scale: factor on q.k before the softmax; 1 / sqrt(head_dim) if None.
-        backend: "reference" (fp32 matrices), "torch" (torch's fused kernels) or "auto".
+        backend: "reference" (fp32 matrices), "torch" (torch's fused kernels), "fused" (this package's: one launch for
+            all segments, on NVIDIA GPUs) or "auto".
         softcap: c, where logits x become c * tanh(x / c) before the softmax (Gemma 2, arXiv 2408.00118).
 
     Returns:
@@ -57,18 +60,54 @@ def attention(
     return BACKENDS[name](q, segments, scale)
 
 
+def attend(
+    q: Tensor,
+    sources: Sequence[tuple[Tensor, Tensor]],
+    tasks: Sequence[Task],
+    scale: float,
+    out: Tensor,
+    backend: str = "auto",
+) -> None:
+    """Several runs of rows over parts of shared keys and values, written into ``out``: one launch where a kernel can.
+
+    Args:
+        q: (rows, heads, head_dim).
+        sources: up to three pairs k, v (keys, kv_heads, head_dim).
+        tasks: which rows see which part of which source; rows of no task are left alone in ``out``.
+        scale: positive factor on q.k.
+        out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
+        backend: as in :func:`attention`.
+    """
+    if choose(backend, q.device, q.dtype, q.shape[2])[0] == "fused":
+        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        fused.launch(q, sources, tuple(tasks), scale, out, lse)
+        return
+    for task in tasks:
+        rows, segments = slice(task.start, task.stop), []
+        for part in task.parts:
+            k, v = (x[part.first : part.first + part.keys] for x in sources[part.source])
+            segments.append(Segment(k, v, part.causal))
+        out[rows], _ = attention(q[rows], segments, scale, backend)
+
+
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
 ) -> tuple[str, str]:
     """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
-    obstacle = sdpa.why_not(device, dtype, head_dim) if softcap is None else "it cannot cap logits"
-    if backend == "torch" and obstacle:
-        raise InputError(f"The attention back-end 'torch' cannot be used here: {obstacle}; choose 'reference'.")
+    if softcap is not None and backend in ("auto", "reference"):
+        return "reference", "no other one caps logits"
+    obstacle = _WHY_NOT[backend](device, dtype, head_dim) if backend in _WHY_NOT else None
+    if softcap is not None:
+        obstacle = "it does not cap logits"
+    if obstacle:
+        raise InputError(f"The attention back-end {backend!r} cannot be used here: {obstacle}; choose 'reference'.")
     if backend != "auto":
         return backend, "asked for"
-    if obstacle:
+    if not fused.why_not_hopper(device, dtype, head_dim):
+        return "fused", "one launch for all segments, written for Hopper"
+    if obstacle := sdpa.why_not(device, dtype, head_dim):
         return "reference", obstacle
     return "torch", f"torch's fused attention serves {device.type} in {str(dtype).removeprefix('torch.')}"
 

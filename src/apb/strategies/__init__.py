@@ -6,14 +6,14 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..plan import Plan
 from .apb import APB
-from .base import Layer, Strategy
+from .base import Layer, OnSelection, Strategy
 from .full import Full
 from .minference import MInference
 from .ring import Ring
 from .star import Star
 from .ulysses import Ulysses
 
-__all__ = ["STRATEGIES", "Layer", "Strategy", "make_strategy"]
+__all__ = ["STRATEGIES", "Layer", "OnSelection", "Strategy", "make_strategy"]
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "apb": APB,

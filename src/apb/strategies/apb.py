@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compressors import BlockView, Compressor
 from ..compressors.base import select, take
 from ..distributed.collectives import Group, Pending
-from ..kernels.attention import Segment
+from ..kernels.attention import Part, Segment, Task, attend
 from ..kernels.merge import merge
 from ..parts import part
 from ..plan import Plan, Span
@@ -46,8 +46,17 @@ class APB(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         pending = self._share(layer)
-        if self.group.size == 1:  # nothing to wait for: one call over all segments saves the merge
+        if self.group.size == 1:  # nothing to wait for: one call for all rows
             pairs = self._arrange(layer, pending.wait())
+            if layer.plain:
+                tasks = [self._task(span) for span in self.blocks]
+                if self.anchor:
+                    rows = self.anchor.rows  # all of the anchor's, in its own order
+                    tasks.append(Task(rows.start, rows.stop, (Part(0, 0, self.anchor.stop, causal=True),)))
+                with part("attention"):
+                    sources = [(pairs[0], pairs[1]), (layer.k, layer.v)]
+                    attend(layer.q, sources, tasks, layer.scale, out, self.backend)
+                return
             for span in self.blocks:
                 segments = [*self._context(pairs, span), self.own(layer, span)]
                 out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
@@ -65,6 +74,12 @@ class APB(Strategy):
             segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
             out[self.anchor.rows] = layer.settle(*self.attention(layer, layer.q[self.anchor.rows], [segment]))
 
+    def _task(self, span: Span) -> Task:
+        """A block's rows over a leading part of the run (source 0) and over themselves (source 1)."""
+        seen, rows = self._contexts[span.block], span.rows
+        context = (Part(0, 0, seen, causal=False),) if seen else ()
+        return Task(rows.start, rows.stop, (*context, Part(1, rows.start, rows.stop - rows.start, causal=True)))
+
     def _share(self, layer: Layer) -> Pending:
         """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""
         packed = layer.k.new_empty(2, self._width, *layer.k.shape[1:])
@@ -76,6 +91,8 @@ class APB(Strategy):
             count = self.plan.passed(span.block)
             if count:
                 chosen = self.choose(layer, span, count)
+                if self.on_selection is not None:
+                    self.on_selection(layer.index, span.block, chosen + span.start)
                 with part("selection"):
                     packed[0, row : row + count] = take(layer.k[span.rows], chosen)
                     packed[1, row : row + count] = take(layer.v[span.rows], chosen)

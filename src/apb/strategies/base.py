@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,9 @@ from ..kernels.window import Run, window_attention
 from ..parts import part
 from ..plan import Kind, Plan, Span
 from .halos import Halos
+
+# Called with (layer, block, true positions (kv_heads, count) of the pairs that the block passes on, ascending).
+OnSelection = Callable[[int, int, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ class Layer:
     sinks: Tensor | None = None
     earlier: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether attention is a softmax of q.k over all keys, and nothing else."""
+        return self.window is None and self.softcap is None and self.sinks is None
+
     def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
         """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
 
@@ -65,6 +73,7 @@ class Strategy(ABC):
         self.group = group
         self.compressor = compressor
         self.backend = backend
+        self.on_selection: OnSelection | None = None
         self.begin(0)
 
     def begin(self, round: int) -> None:
@@ -202,6 +211,11 @@ def attend_shards(
             runs = [] if layer.earlier is None else _runs(*layer.earlier, earlier)
             runs += _runs(layer.k, layer.v, shard)
             out, lse = window_attention(attend, layer.q, first, runs, layer.window)
+    return merge_over_ranks(layer, out, lse, group)
+
+
+def merge_over_ranks(layer: Layer, out: Tensor, lse: Tensor, group: Group) -> Merging:
+    """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
     return Merging(group.all_gather(packed), layer)

@@ -1,0 +1,158 @@
+"""Accuracy of many settings on the shipped model, measured in parallel: what the needle_*.py tables are made with.
+
+The work is cut into units of some settings and some samples (one base seed each), which run in processes that share the
+GPUs. All settings of a task and length answer the same samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apb.evaluation.synthetic import Setting
+
+if TYPE_CHECKING:
+    from apb.engine import Engine
+
+FIRST_SEED = 100
+# Settings of a unit: few, so that the processes end together; not one, because a unit makes its own samples.
+_SETTINGS = 4
+
+_engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure of a table: a row's name and how its samples are read."""
+
+    task: str
+    length: int
+    name: str
+    setting: Setting
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some cells of one task and length, on some samples."""
+
+    cells: tuple[Cell, ...]
+    count: int
+    seed: int
+
+
+def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
+    """The options that all tables share, and more of the table's own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--only", default="", help="regular expression on 'task length row': measure these alone")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
+    parser.add_argument("--out", type=Path, required="tables" not in more)
+    for name, options in more.items():
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+    return parser.parse_args()
+
+
+def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure all cells; the results so far are written after every unit, so that a run cut short keeps them."""
+    import torch
+
+    from apb.hardware import fingerprint
+    from apb.hf.loading import pick_device, pick_dtype, shipped_model
+
+    device = pick_device(None)
+    cells = [cell for cell in cells if re.search(arguments.only, f"{cell.task} {cell.length} {cell.name}")]
+    units = list(_units(cells, arguments.samples, arguments.shard))
+    sums: dict[Cell, float] = defaultdict(float)
+    counts: dict[Cell, int] = defaultdict(int)
+    started = time.perf_counter()
+    threads = max(1, (torch.get_num_threads() if device.type == "cpu" else arguments.jobs) // arguments.jobs)
+    context = get_context("spawn")
+    places = context.Queue()
+    for number in range(arguments.jobs):
+        places.put(f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" else "cpu")
+
+    def results() -> list[dict[str, Any]]:
+        found = []
+        for cell in (cell for cell in cells if counts[cell]):
+            score = sums[cell] / counts[cell]
+            options = {name: value for name, value in asdict(cell.setting).items() if value not in (None, "")}
+            found.append(
+                {"task": cell.task, "length": cell.length, "setting": cell.name, "samples": counts[cell]}
+                | {"score": score, "interval": interval(score, counts[cell]), "options": options}
+            )
+        return found
+
+    model = str(arguments.model or shipped_model())
+    with ProcessPoolExecutor(arguments.jobs, context, _start, (model, places, threads)) as pool:
+        futures = {pool.submit(_run, unit): unit for unit in units}
+        for number, future in enumerate(as_completed(futures), 1):
+            unit = futures[future]
+            for cell, score in zip(unit.cells, future.result(), strict=True):
+                sums[cell] += score * unit.count
+                counts[cell] += unit.count
+            seconds = time.perf_counter() - started
+            report = {
+                "command": "python " + " ".join(sys.argv),
+                "seeds": sorted({unit.seed for unit in units}),
+                "fingerprint": fingerprint(device, pick_dtype(None, device)),
+                "seconds": seconds,
+                "results": results(),
+            }
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            print(f"{number}/{len(units)} {seconds:.0f} s {unit.cells[0].task} {unit.cells[0].length}", flush=True)
+    return results()
+
+
+def interval(score: float, samples: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a mean of ``samples`` values from 0 to 100; safe for partly right answers as well."""
+    p, z = score / 100, 1.96
+    middle = (p + z * z / (2 * samples)) / (1 + z * z / samples)
+    half = z * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples**2)) / (1 + z * z / samples)
+    return round(100 * max(0.0, middle - half), 1), round(100 * min(1.0, middle + half), 1)
+
+
+def _units(cells: Sequence[Cell], samples: int, shard: int) -> Iterator[Unit]:
+    """Long texts first: what is left at the end should be short."""
+    for start in range(0, samples, shard):
+        groups: dict[tuple[int, str], list[Cell]] = defaultdict(list)
+        for cell in cells:
+            groups[-cell.length, cell.task].append(cell)
+        for _, group in sorted(groups.items(), key=lambda item: item[0]):
+            for first in range(0, len(group), _SETTINGS):
+                chosen = tuple(group[first : first + _SETTINGS])
+                yield Unit(chosen, min(shard, samples - start), FIRST_SEED + start // shard)
+
+
+def _start(model: str, places: Any, threads: int) -> None:
+    """Load the model in a process of its own."""
+    import torch
+
+    from apb.engine import Engine
+
+    global _engine  # noqa: PLW0603  # one model a process, for all of its units
+    torch.set_num_threads(threads)
+    _engine = Engine.from_pretrained(model, device=places.get(), fused=False)
+
+
+def _run(unit: Unit) -> list[float]:
+    """Mean scores of a unit's cells."""
+    from apb.evaluation.synthetic import evaluate
+
+    assert _engine is not None, "made by _start"
+    first = unit.cells[0]
+    settings = [cell.setting for cell in unit.cells]
+    results = evaluate(_engine, [first.task], [first.length], settings, unit.count, unit.seed)
+    return [result.score for result in results]

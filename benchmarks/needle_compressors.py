@@ -1,0 +1,295 @@
+"""What selection costs on the shipped model: compressors, passing lengths, blocks, anchors, late questions.
+
+    python benchmarks/needle_compressors.py --jobs 28 --samples 204 --part needed --out needed.json
+    python benchmarks/needle_compressors.py --jobs 28 --samples 204 --part study --out study.json
+    python benchmarks/needle_compressors.py --tables needed.json study.json --page docs/compressors.md
+
+The first two measure and write JSON; the last puts the tables between the marks of the page.
+Candidates that the package does not ship are defined here, as its compressors are: scores of a block's tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from needle_cells import Cell, arguments_of, measure
+from torch import Tensor
+
+from apb.compressors import COMPRESSORS, BlockView, Compressor, Retaining, make_compressor
+from apb.compressors.base import pool
+from apb.engine import Engine
+from apb.evaluation.synthetic import Setting
+from apb.hf.heads import HeadShape, load_heads
+from apb.hf.loading import load_config, shipped_model
+from apb.plan import Plan, Tokens
+from apb.prompt import Prompt
+from apb.session import Session
+
+LENGTH, LONG, BLOCKS = 16384, 32768, 8
+NEEDLES = ("single", "multikey", "multivalue", "multiquery", "variable_tracking")
+HEADS = "APB_STUDY_HEADS"  # how the processes of a run learn of the heads file
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+
+
+# --- candidates ----------------------------------------------------------------------------------------------------
+
+
+def attention_of(view: BlockView) -> Tensor:
+    """softmax(q k^T) of the query rows over the block: (kv_heads, rows * group, tokens)."""
+    kv_heads = view.k.shape[1]
+    grouped = view.query.unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
+    return ((grouped @ view.k.permute(1, 2, 0)).float() * view.scale).softmax(-1)
+
+
+class QueryMax(Compressor):
+    """The strongest query row and head of the group instead of their mean."""
+
+    name = "query, max over rows"
+
+    def score(self, view: BlockView) -> Tensor:
+        return pool(attention_of(view).amax(1))
+
+
+class QueryValues(Compressor):
+    """The mean attention times the norm of the value that it would bring."""
+
+    name = "query, times value norm"
+
+    def score(self, view: BlockView) -> Tensor:
+        return pool(attention_of(view).mean(1) * view.v.float().norm(dim=2).T)
+
+
+class QueryUnpooled(Compressor):
+    """Without the max-pool over neighbours."""
+
+    name = "query, not pooled"
+
+    def score(self, view: BlockView) -> Tensor:
+        return attention_of(view).mean(1)
+
+
+class HeadsAndQuery(Compressor):
+    """The better of a token's two ranks: half of what is passed is the heads' choice, half the query rows'."""
+
+    name = "heads and query"
+    needs_before_rope = True
+
+    def score(self, view: BlockView) -> Tensor:
+        both = (heads_for(view.k.dtype, view.k.device).score(view), make_compressor("query").score(view))
+        return torch.stack([scores.argsort(1).argsort(1).float() for scores in both]).amax(0)
+
+
+@cache
+def heads_for(dtype: torch.dtype, device: torch.device) -> Retaining:
+    shape = HeadShape.of(load_config(shipped_model()))
+    return Retaining(load_heads(os.environ[HEADS], **asdict(shape), dtype=dtype, device=device))
+
+
+CANDIDATES = (QueryMax, QueryValues, QueryUnpooled, HeadsAndQuery)
+COMPRESSORS.update({kind.name: kind for kind in CANDIDATES})
+
+
+# --- other ways to read --------------------------------------------------------------------------------------------
+
+
+class PlainPlan(Plan):
+    """An anchor without the question: prefix and first document tokens alone."""
+
+    @property
+    def anchored(self) -> int:
+        return self.anchor_length
+
+    def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
+        return prefix + document
+
+
+class PlainAnchor(Engine):
+    """Reads with an anchor that does not hold the question."""
+
+    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
+        plan = super().plan(prompt, max_new_tokens)
+        return PlainPlan(**{field.name: getattr(plan, field.name) for field in fields(Plan)})
+
+
+class NoAnchor(Engine):
+    """Reads without an anchor."""
+
+    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
+        return replace(super().plan(prompt, max_new_tokens), anchor_length=0)
+
+
+class AskedAfter(PlainAnchor):
+    """Reads the document alone, its last tokens in the question's place, and the question after that, exactly."""
+
+    rows = 32
+
+    def prefill(self, prompt: Prompt, *, max_new_tokens: int = 1, **options: Any) -> Session:
+        before = Prompt(prompt.prefix, prompt.document[: -self.rows], prompt.document[-self.rows :])
+        session = super().prefill(before, max_new_tokens=max_new_tokens + len(prompt.query), **options)
+        session.extend(prompt.query)
+        return session
+
+
+READERS = {"": Engine, "plain anchor": PlainAnchor, "no anchor": NoAnchor, "asked after": AskedAfter}
+
+
+@dataclass(frozen=True)
+class Variant(Setting):
+    """A setting read by one of ``READERS``."""
+
+    reader: str = ""
+
+    def engine(self, engine: Engine) -> Engine:
+        options = asdict(self)
+        kind = READERS[options.pop("reader")]
+        return kind(engine.model, engine.tokenizer, fused=engine.fused, **options)
+
+
+# --- the cells -----------------------------------------------------------------------------------------------------
+
+
+def variant(compressor: str, length: int, blocks: int = BLOCKS, share: int = 8, reader: str = "") -> Variant:
+    """l_p = block / share; share 0 passes nothing."""
+    heads = os.environ[HEADS] if compressor == "retaining" else None
+    passing = length // blocks // share if share else 0
+    return Variant("apb", blocks, compressor, passing_length=passing, heads=heads, reader=reader)
+
+
+def needed() -> list[Cell]:
+    """The default of 8 blocks at 32K on every kind of question."""
+    cells = []
+    for task in (*NEEDLES, "headings"):
+        cells.append(Cell(task, LONG, "full", Variant("full")))
+        for name, share in (("query", 8), ("query", 32), ("retaining", 8), ("retaining", 32)):
+            cells.append(Cell(task, LONG, f"{name}, 1/{share}", variant(name, LONG, share=share)))
+    for name in ("recent", "random"):
+        cells.append(Cell("headings", LONG, f"{name}, 1/8", variant(name, LONG)))
+    cells.append(Cell("headings", LONG, "nothing passed", variant("query", LONG, share=0)))
+    return cells
+
+
+def study() -> list[Cell]:
+    """The ablations, at 16K on the kind of question that needs earlier blocks."""
+    found: dict[tuple[str, str], Variant] = {}
+
+    def add(task: str, name: str, **options: Any) -> None:
+        found[task, name] = variant(length=LENGTH, **options)
+
+    shares = {"query": (4, 8, 16, 32, 64, 128, 256), "retaining": (4, 8, 16, 32, 64, 128, 256)}
+    shares |= {"random": (4, 8, 16, 32, 64), "recent": (8, 32)} | {kind.name: (32, 128, 256) for kind in CANDIDATES}
+    for name, each in shares.items():
+        for share in each:
+            add("headings", f"{name}, 1/{share}", compressor=name, share=share)
+    for blocks in (2, 4, 16, 32):
+        for name in ("query", "retaining", "random"):
+            add("headings", f"{name}, {blocks} blocks", compressor=name, blocks=blocks)
+        add("headings", f"nothing passed, {blocks} blocks", compressor="query", blocks=blocks, share=0)
+    add("headings", "nothing passed", compressor="query", share=0)
+    for reader in ("plain anchor", "no anchor"):
+        for name in ("query", "retaining"):
+            add("headings", f"{name}, {reader}", compressor=name, reader=reader)
+        add("headings", f"nothing passed, {reader}", compressor="query", share=0, reader=reader)
+    for task in ("headings", "multikey"):
+        for name in ("query", "retaining", "random"):
+            for share in (8, 32):
+                add(task, f"{name}, 1/{share}, asked after", compressor=name, share=share, reader="asked after")
+        add(task, "nothing passed, asked after", compressor="query", share=0, reader="asked after")
+    return [Cell(task, LENGTH, name, setting) for (task, name), setting in found.items()]
+
+
+# --- the tables ----------------------------------------------------------------------------------------------------
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """Everything that was measured, as Markdown: percent of the answers given, with 95 % intervals."""
+    found = {(row["task"], row["length"], row["setting"]): row for row in rows}
+
+    def figure(name: str, task: str = "headings", length: int = LENGTH) -> str:
+        row = found.get((task, length, name))
+        return f"{row['score']:.1f} ({row['interval'][0]:.0f}-{row['interval'][1]:.0f})" if row else ""
+
+    def table(head: list[str], body: list[list[str]]) -> str:
+        lines = [head, ["---"] * len(head), *(line for line in body if any(line[1:]))]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+    tasks = (*NEEDLES, "headings")
+    names = ["full", "query, 1/8", "query, 1/32", "retaining, 1/8", "retaining, 1/32"]
+    names += ["recent, 1/8", "random, 1/8", "nothing passed"]
+    shares = ("4", "8", "16", "32", "64", "128", "256")
+    compressors = ["query", "retaining", *(kind.name for kind in CANDIDATES), "random", "recent"]
+    counts = (2, 4, 8, 16, 32)
+    ways = {"": "anchor with the question", "plain anchor": "anchor without it", "no anchor": "no anchor"}
+
+    def of_blocks(name: str, count: int) -> str:
+        at_default = name if name == "nothing passed" else f"{name}, 1/8"
+        return figure(at_default if count == BLOCKS else f"{name}, {count} blocks")
+
+    def of_anchor(name: str, way: str) -> str:
+        at_default = name if name == "nothing passed" else f"{name}, 1/8"
+        return figure(f"{name}, {way}" if way else at_default)
+
+    late = [f"{name}, 1/{share}, asked after" for name in ("query", "retaining", "random") for share in (8, 32)]
+    passing = ["query", "retaining", "random", "nothing passed"]
+    return "\n\n".join(
+        [
+            "### 32K tokens, 8 blocks, every kind of question",
+            table(["", *(f"`{task}`" for task in tasks)], [[n, *(figure(n, t, LONG) for t in tasks)] for n in names]),
+            "### Passing length, as a share of a block",
+            table(
+                ["`headings`, 16K, 8 blocks", *(f"1/{share}" for share in shares)],
+                [[name, *(figure(f"{name}, 1/{share}") for share in shares)] for name in compressors],
+            ),
+            "### Number of blocks, passing 1/8 of a block",
+            table(
+                ["`headings`, 16K", *(str(count) for count in counts)],
+                [[name, *(of_blocks(name, count) for count in counts)] for name in passing],
+            ),
+            "### Anchor",
+            table(
+                ["`headings`, 16K, 8 blocks", *ways.values()],
+                [[name, *(of_anchor(name, way) for way in ways)] for name in passing],
+            ),
+            "### Questions asked after prefill",
+            table(
+                ["16K, 8 blocks", "`headings`", "`multikey`"],
+                [
+                    [name.removesuffix(", asked after"), figure(name), figure(name, "multikey")]
+                    for name in (*late, "nothing passed, asked after")
+                ],
+            ),
+        ]
+    )
+
+
+def main() -> None:
+    arguments = arguments_of(
+        __doc__,
+        heads={"type": Path, "default": shipped_model() / "heads.safetensors"},
+        part={"choices": ["needed", "study", "all"], "default": "all"},
+        page={"type": Path, "help": "Markdown file whose tables are to be replaced"},
+        tables={"type": Path, "nargs": "+", "help": "measure nothing: tables from these files"},
+    )
+    os.environ[HEADS] = str(arguments.heads.resolve())
+    if not (arguments.tables or arguments.out):
+        raise SystemExit("give --out to measure, or --tables with files that were measured")
+    if arguments.tables:
+        results = [row for path in arguments.tables for row in json.loads(path.read_text())["results"]]
+    else:
+        parts = {"needed": needed(), "study": study(), "all": needed() + study()}
+        results = measure(parts[arguments.part], arguments)
+    text = tables(results)
+    print(text)
+    if arguments.page:
+        before, _, rest = arguments.page.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        arguments.page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

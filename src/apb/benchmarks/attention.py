@@ -1,0 +1,222 @@
+"""Attention of a block over [anchor | passed pairs | itself] by several kernels, each with its time and its error.
+
+The work is what APB gives one rank in one layer. What a competitor needs concatenated is concatenated before the clock
+starts. FLOPs are those of unmasked query/key pairs; errors are against fp64, on a sample of rows and heads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..hardware import synchronize
+from ..kernels.segment import Segment
+from .attention_kernels import KERNELS, Result
+
+# A call is repeated until this time is filled, so that short ones are not lost in the clock's.
+_FILL_S = 0.01
+_SAMPLED_ROWS, _SAMPLED_HEADS = 256, 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Query heads, KV heads and head dim; rows of the block, of the anchor and of the passing block."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    block: int
+    anchor: int
+    passing: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """From "32/8,128,16384,4096,14336"."""
+        try:
+            heads, *rest = text.split(",")
+            numbers = [int(x) for x in (*heads.split("/"), *rest)]
+            shape = cls(*numbers)
+        except (TypeError, ValueError) as error:
+            form = "HEADS/KV_HEADS,HEAD_DIM,BLOCK,ANCHOR,PASSING, such as 32/8,128,16384,4096,14336"
+            raise InputError(f"A shape is {form}, not {text!r}.") from error
+        if min(numbers[:4]) < 1 or min(numbers) < 0 or shape.heads % shape.kv_heads:
+            raise InputError(
+                f"A shape needs positive sizes, and heads that are a multiple of the KV heads, not {text!r}."
+            )
+        return shape
+
+    def __str__(self) -> str:
+        return f"{self.heads}/{self.kv_heads},{self.head_dim},{self.block},{self.anchor},{self.passing}"
+
+    @property
+    def flops(self) -> int:
+        """Of QK and PV over the pairs that are not masked."""
+        pairs = self.block * (self.anchor + self.passing) + self.block * (self.block + 1) // 2
+        return 4 * self.heads * self.head_dim * pairs
+
+    def kv_bytes(self, element_bytes: int) -> int:
+        """Of all keys and values."""
+        return 2 * (self.block + self.anchor + self.passing) * self.kv_heads * self.head_dim * element_bytes
+
+
+# Local rows of APB at 128K, 64K and 512K tokens; the first with ragged lengths; and one step of decode.
+GPU_SHAPES = [
+    Shape(32, 8, 128, 16384, 4096, 14336),
+    Shape(32, 8, 128, 8192, 2048, 1024),
+    Shape(32, 8, 64, 16384, 4096, 14336),
+    Shape(40, 8, 128, 65536, 8192, 28672),
+    Shape(32, 8, 128, 16001, 4093, 14311),
+    Shape(16, 8, 256, 8192, 2048, 7168),
+    Shape(32, 8, 128, 1, 0, 131071),
+]
+CPU_SHAPES = [Shape(8, 2, 64, 512, 128, 448)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel on one shape; ``note`` says why there are no figures, where there are none.
+
+    Attributes:
+        seconds: median over ``all_seconds``.
+        error: norm of the difference to fp64 over the norm of fp64, on the sample; ``lse_error``: largest difference.
+        kv_bytes_per_s: bytes of keys and values over seconds: what counts in decode.
+    """
+
+    shape: str
+    kernel: str
+    seconds: float | None = None
+    all_seconds: list[float] | None = None
+    tflops: float | None = None
+    kv_bytes_per_s: float | None = None
+    error: float | None = None
+    lse_error: float | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+
+def bench_attention(
+    shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, repeat: int, kernels: Sequence[str] = ()
+) -> Iterator[Row]:
+    """Yield a row for every shape and kernel (all that there are, if none is named), on fresh random inputs."""
+    for name in kernels:
+        if name not in KERNELS:
+            raise InputError(f"Unknown kernel {name!r}; choose from {', '.join(KERNELS)}.")
+    for number, shape in enumerate(shapes):
+        torch.manual_seed(number)
+        q, segments = _inputs(shape, device, dtype)
+        sample = _sample(shape, device)
+        expected = _dense(q, segments, *sample)
+        for name in kernels or KERNELS:
+            try:
+                call = KERNELS[name](q, segments)
+                yield _measure(shape, name, call, q, sample, expected, repeat)
+            except Exception as error:  # whatever stops one kernel, the others are still compared
+                yield Row(str(shape), name, note=str(error).splitlines()[0][:200])
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    x = torch.randn((1 << 30) if device.type == "cuda" else (1 << 24), device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / statistics.median(_seconds(lambda: y.copy_(x), device, 5))
+
+
+def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Segment]]:
+    def draw(rows: int, heads: int) -> Tensor:
+        return torch.randn(rows, heads, shape.head_dim, device=device).to(dtype)
+
+    lengths = [(shape.anchor, False), (shape.passing, False), (shape.block, True)]
+    if shape.block == 1:  # a step of decode: one run of keys, the last of them its own
+        lengths = [(shape.anchor + shape.passing + 1, True)]
+    segments = [
+        Segment(draw(rows, shape.kv_heads), draw(rows, shape.kv_heads), causal) for rows, causal in lengths if rows
+    ]
+    return draw(shape.block, shape.heads), segments
+
+
+def _sample(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and heads, the first and the last among them."""
+    rows = torch.randperm(shape.block, device=device)[:_SAMPLED_ROWS]
+    rows[0], rows[-1] = 0, shape.block - 1
+    heads = torch.linspace(0, shape.heads - 1, min(_SAMPLED_HEADS, shape.heads), device=device).round().long()
+    return rows, heads
+
+
+def _dense(q: Tensor, segments: list[Segment], rows: Tensor, heads: Tensor) -> Result:
+    """One masked softmax in fp64 for some rows and heads: (rows, heads, head_dim) and (heads, rows)."""
+    outs, lses = [], []
+    for head in heads.tolist():
+        scores, values = [], []
+        for segment in segments:
+            keys, kv_heads, _ = segment.k.shape
+            group = head // (q.shape[1] // kv_heads)
+            score = q[rows, head].double() @ segment.k[:, group].double().T * q.shape[2] ** -0.5
+            if segment.causal:
+                last = rows[:, None] + keys - len(q)
+                score = score.masked_fill(torch.arange(keys, device=q.device) > last, float("-inf"))
+            scores.append(score)
+            values.append(segment.v[:, group].double())
+        score = torch.cat(scores, 1)
+        outs.append(score.softmax(1) @ torch.cat(values))
+        lses.append(score.logsumexp(1))
+    return torch.stack(outs, 1), torch.stack(lses)
+
+
+def _measure(
+    shape: Shape,
+    name: str,
+    call: Callable[[], Result],
+    q: Tensor,
+    sample: tuple[Tensor, Tensor],
+    expected: Result,
+    repeat: int,
+) -> Row:
+    rows, heads = sample
+    poison = torch.full_like(q, float("nan"))  # freed again: what the call allocates and leaves unwritten shows
+    del poison
+    out, lse = call()
+    error = (out[rows][:, heads].double() - expected[0]).norm() / expected[0].norm()
+    lse_error = (lse[heads][:, rows].double() - expected[1]).abs().max()
+    if not out.isfinite().all():
+        return Row(str(shape), name, note="wrong: not all of the output is finite")
+    seconds = _seconds(call, q.device, repeat)
+    median = statistics.median(seconds)
+    return Row(
+        shape=str(shape),
+        kernel=name,
+        seconds=median,
+        all_seconds=seconds,
+        tflops=shape.flops / median / 1e12,
+        kv_bytes_per_s=shape.kv_bytes(q.element_size()) / median,
+        error=float(error),
+        lse_error=float(lse_error),
+    )
+
+
+def _seconds(call: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
+    """Seconds a call, ``repeat`` times, each the mean of as many calls as fill the clock."""
+    call()
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    calls = max(1, int(_FILL_S / (time.perf_counter() - start)))
+    seconds = []
+    for _ in range(repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        synchronize(device)
+        seconds.append((time.perf_counter() - start) / calls)
+    return seconds

@@ -1,0 +1,110 @@
+"""Decode after a long prompt: seconds a token beside the time it takes to read weights and cache once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..cost import ModelShape
+from ..engine import Engine
+from ..hardware import peak_bytes
+from ..session import Stopwatch
+from .ceilings import median_seconds
+from .prefill import random_prompt, slowest
+
+# Not counted: the first ones compile kernels, and the second token captures the graph.
+WARM_UP = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """Decode at one length.
+
+    Attributes:
+        graph: whether steps were replayed as a CUDA graph.
+        seconds: median of a step on the slowest rank; ``tokens_per_s`` is its inverse.
+        weight_bytes, cache_bytes: what a rank reads for a token: all weights but the embedding table, and its shard.
+        limit_seconds: those bytes at the copy bandwidth measured in the same run, on the rank with most of them.
+        of_limit: limit_seconds / seconds.
+        same_tokens: whether greedy decoding chose what it chose without the graph; None for the row without.
+    """
+
+    length: int
+    graph: bool
+    seconds: float
+    tokens_per_s: float
+    weight_bytes: int
+    cache_bytes: int
+    limit_seconds: float
+    of_limit: float
+    peak_bytes: int
+    same_tokens: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def bench_decode(
+    model: PreTrainedModel, shape: ModelShape, lengths: Sequence[int], tokens: int, bandwidth: float, **reading: Any
+) -> Iterator[Row]:
+    """Yield for every length a row without and, on GPUs, one with CUDA graphs. Every rank must run it.
+
+    The prompt is random tokens, read as ``reading`` says; ``tokens`` steps are counted, each by itself.
+    """
+    for length in lengths:
+        plain: list[int] | None = None
+        for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
+            engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, **reading)
+            try:
+                row, chosen = _measure(engine, shape, length, tokens, bandwidth, plain)
+            finally:
+                engine.close()
+            plain = chosen
+            yield row
+
+
+def _measure(
+    engine: Engine, shape: ModelShape, length: int, tokens: int, bandwidth: float, plain: list[int] | None
+) -> tuple[Row, list[int]]:
+    session = engine.prefill(random_prompt(engine, length), max_new_tokens=WARM_UP + tokens)
+    chosen: list[int] = []
+    seconds: list[float] = []
+    for step in range(WARM_UP + tokens):
+        chosen.append(int(session.logits.argmax()))
+        watch = Stopwatch(engine.device)
+        session.extend(chosen[-1:])
+        if step >= WARM_UP:
+            seconds.append(slowest(engine.group, engine.device, watch.seconds()))
+    width = engine.dtype.itemsize
+    tied = bool(getattr(engine.model.config.get_text_config(), "tie_word_embeddings", False))
+    weights = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
+    # Of the ranks, the one with the largest shard.
+    cache = int(slowest(engine.group, engine.device, session.cache_bytes()))
+    limit = (weights + cache) / bandwidth
+    median = statistics.median(seconds)
+    row = Row(
+        length=length,
+        graph=plain is not None,
+        seconds=median,
+        tokens_per_s=1 / median,
+        weight_bytes=weights,
+        cache_bytes=cache,
+        limit_seconds=limit,
+        of_limit=limit / median,
+        peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))),
+        same_tokens=None if plain is None else chosen == plain,
+    )
+    return row, chosen

@@ -1,0 +1,154 @@
+"""Attention of few rows over many keys, in plain Triton: the keys are split over programs, the parts merged after.
+
+Flash-decoding (Dao et al., 2023): with one row per head there are too few tiles to fill a GPU, so every program takes a
+run of keys, for all query heads of a group at once, and leaves its output with its log-sum-exp. How many keys there are
+is read on the device, so that a CUDA graph captured once serves every length.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LN2 = tl.constexpr(math.log(2))
+# Rows times heads of a group that one program takes at most.
+_MOST_ROWS = 64
+# Programs a multiprocessor has at a time: enough loads under way to keep memory busy.
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    length: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rows over the first ``length`` keys of a cache, in two launches.
+
+    Args:
+        q: (rows, heads, head_dim), bf16, fp16 or fp32, any strides.
+        k, v: (capacity, kv_heads, head_dim) of q's dtype and device, any strides.
+        scale: positive factor on q.k.
+        causal: the last keys are those of the rows, aligned at the bottom right as in :class:`apb.Segment`.
+        length: (1,) int32 on the device, at most the capacity; by default the capacity.
+        softcap: logits x become softcap * tanh(x / softcap).
+
+    Returns:
+        out (rows, heads, head_dim) in q's dtype and lse (heads, rows) fp32, as :func:`apb.attention`.
+    """
+    rows, heads, head_dim = q.shape
+    capacity, kv_heads, _ = k.shape
+    group = heads // kv_heads
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    if length is None:
+        length = torch.full((1,), capacity, dtype=torch.int32, device=q.device)
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    packed = min(max(16, 1 << (rows * group - 1).bit_length()), _MOST_ROWS)
+    blocks = triton.cdiv(rows * group, packed)
+    block_n = 64 if padded <= 128 else 32
+    processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+    # The number of splits depends on the capacity alone: a graph must not change with the length.
+    splits = max(
+        1, min(triton.cdiv(capacity, 4 * block_n), processors * _PROGRAMS_PER_PROCESSOR // (kv_heads * blocks))
+    )
+    parts = q.new_empty(splits, rows, heads, head_dim, dtype=torch.float32)
+    sums = q.new_empty(splits, heads, rows, dtype=torch.float32)
+    out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
+    log2e = 1 / math.log(2)
+    factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _split[(splits, kv_heads, blocks)](
+            q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, splits, *factors,
+            H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed, BN=block_n, CAUSAL=causal,
+            CAPPED=softcap is not None, num_warps=4, num_stages=3,
+        )  # fmt: skip
+        _merge[(rows, heads)](
+            parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,
+            BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _split(
+    q, k, v, parts, sums, length, q_row, q_head, k_row, k_head, v_row, v_head, rows, splits, scale, cap,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One run of keys of one KV head, for the rows of all heads of its group: row i is of head i % GROUP."""
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    packed = tl.program_id(2) * BM + tl.arange(0, BM)
+    row = packed // GROUP
+    head = kv_head * GROUP + packed % GROUP
+    keys = tl.load(length)
+    share = tl.cdiv(tl.cdiv(keys, BN), splits)
+    cols = tl.arange(0, BN)
+    dims = tl.arange(0, BD)
+    here = (row < rows)[:, None] & (dims < D)[None, :]
+    query = tl.load(q + row[:, None] * q_row + head[:, None] * q_head + dims[None, :], mask=here, other=0.0)
+    seen = keys + row * 0
+    if CAUSAL:
+        seen = keys - rows + row + 1
+    k += kv_head.to(tl.int64) * k_head
+    v += kv_head.to(tl.int64) * v_head
+    acc = tl.zeros([BM, BD], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    m = tl.full([BM], float("-inf"), tl.float32)
+    for tile in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(keys, BN))):
+        key = tile * BN
+        there = key + cols < keys
+        at = key.to(tl.int64)
+        there_k = (dims < D)[:, None] & there[None, :]
+        x = tl.load(k + at * k_row + dims[:, None] + cols[None, :] * k_row, mask=there_k, other=0.0)
+        s = tl.dot(query, x, input_precision="ieee")
+        if CAPPED:
+            s = 1.0 - 2.0 / (tl.exp2(s * cap) + 1.0)  # tanh
+        s = tl.where((key + cols)[None, :] < seen[:, None], s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, 1) * scale)
+        # A row may have seen nothing yet: (-inf) - (-inf) would be nan.
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        p = tl.where((key + cols)[None, :] < seen[:, None], tl.exp2(s * scale - shift[:, None]), 0.0)
+        alpha = tl.exp2(m - shift)
+        total = total * alpha + tl.sum(p, 1)
+        there_v = (dims < D)[None, :] & there[:, None]
+        x = tl.load(v + at * v_row + cols[:, None] * v_row + dims[None, :], mask=there_v, other=0.0)
+        acc = tl.dot(p.to(x.dtype), x, acc * alpha[:, None], input_precision="ieee")
+        m = new
+    some = total > 0.0
+    safe = tl.where(some, total, 1.0)
+    at = (split * rows + row) * H + head
+    tl.store(parts + at.to(tl.int64)[:, None] * D + dims[None, :], acc / safe[:, None], mask=here)
+    at = (split * H + head) * rows + row
+    tl.store(sums + at, tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf")), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _merge(parts, sums, out, lse, rows, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+    """One row of one head: its parts, weighted by their share of the sum of exponentials."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    which = tl.arange(0, BS)
+    dims = tl.arange(0, BD)
+    each = tl.load(sums + (which * H + head) * rows + row, mask=which < splits, other=float("-inf"))
+    top = tl.max(each, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp(each - top)
+    total = tl.sum(weights, 0)
+    safe = tl.where(total > 0.0, total, 1.0)
+    at = ((which * rows + row) * H + head).to(tl.int64)
+    x = tl.load(
+        parts + at[:, None] * D + dims[None, :], mask=(which < splits)[:, None] & (dims < D)[None, :], other=0.0
+    )
+    mixed = tl.sum(x * weights[:, None], 0) / safe
+    tl.store(out + (row * H + head) * D + dims, mixed.to(out.dtype.element_ty), mask=dims < D)
+    tl.store(lse + head * rows + row, tl.where(total > 0.0, top + tl.log(safe), float("-inf")))

@@ -1,0 +1,321 @@
+"""The fused kernel for Hopper (sm_90), in Triton's Gluon: one producer warp, two or three consumer warpgroups.
+
+The producer brings query tiles and key/value tiles in with the bulk copy engine; every consumer owns 64 query rows. A
+consumer issues QK of a tile and PV of the tile before it, and computes the softmax of the former while the latter runs
+(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What the
+tiles are and in which order they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+LN2 = gl.constexpr(0.6931471805599453)
+FIELDS = gl.constexpr(20)  # as in schedule.py
+
+
+@gluon.jit
+def _send(k_desc, v_desc, head, row, tiles, count, bars, bufs, BN: gl.constexpr, STAGES: gl.constexpr):
+    """Bring ``tiles`` tiles of one source in; ``count`` tiles came before."""
+    k_full, k_free, v_full, v_free = bars
+    k_bufs, v_bufs = bufs
+    for tile in range(tiles):
+        stage = count % STAGES
+        phase = (count // STAGES) & 1
+        mbarrier.wait(k_free.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_desc, [head, row + tile * BN, 0], k_full.index(stage), k_bufs.index(stage))
+        mbarrier.wait(v_free.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        tma.async_copy_global_to_shared(v_desc, [head, row + tile * BN, 0], v_full.index(stage), v_bufs.index(stage))
+        count += 1
+    return count
+
+
+@gluon.jit
+def _produce(
+    descs, work, storage,
+    H: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Everything the consumers of this program read, item by item: query tiles, masked tiles, whole tiles."""
+    q_desc, k0, v0, k1, v1, k2, v2 = descs
+    table, items, first, last = work
+    q_bars, bars, _, q_bufs, bufs = storage
+    q_full, q_free = q_bars
+    count = 0
+    for index in range(first, last):
+        item = gl.load(items + index)
+        head = item % H
+        kv_head = head // GROUP
+        strip = table + item // H * FIELDS
+        row = gl.load(strip)
+        for g in gl.static_range(GROUPS):
+            mbarrier.wait(q_free.index(g), ((index - first) & 1) ^ 1)
+            mbarrier.expect(q_full.index(g), q_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(q_desc, [head, row + g * 64, 0], q_full.index(g), q_bufs.index(g))
+        start0, full0, masked0 = gl.load(strip + 2), gl.load(strip + 3), gl.load(strip + 4)
+        start1, full1, masked1 = gl.load(strip + 7), gl.load(strip + 8), gl.load(strip + 9)
+        start2, full2, masked2 = gl.load(strip + 12), gl.load(strip + 13), gl.load(strip + 14)
+        count = _send(k0, v0, kv_head, start0 + full0 * BN, masked0, count, bars, bufs, BN, STAGES)
+        count = _send(k1, v1, kv_head, start1 + full1 * BN, masked1, count, bars, bufs, BN, STAGES)
+        count = _send(k2, v2, kv_head, start2 + full2 * BN, masked2, count, bars, bufs, BN, STAGES)
+        count = _send(k0, v0, kv_head, start0, full0, count, bars, bufs, BN, STAGES)
+        count = _send(k1, v1, kv_head, start1, full1, count, bars, bufs, BN, STAGES)
+        count = _send(k2, v2, kv_head, start2, full2, count, bars, bufs, BN, STAGES)
+
+
+@gluon.jit
+def _mask(s, strip, index, masked, rows, cols, BN: gl.constexpr):
+    """Hide what the rows do not see of masked tile ``index`` of ``masked``; a tile after those is seen whole."""
+    full0, masked0, keys0, diag0 = gl.load(strip + 3), gl.load(strip + 4), gl.load(strip + 5), gl.load(strip + 6)
+    full1, masked1, keys1, diag1 = gl.load(strip + 8), gl.load(strip + 9), gl.load(strip + 10), gl.load(strip + 11)
+    full2, keys2, diag2 = gl.load(strip + 13), gl.load(strip + 15), gl.load(strip + 16)
+    key = (full2 + index - masked0 - masked1) * BN
+    keys = keys2
+    diag = diag2
+    if index < masked0 + masked1:
+        key = (full1 + index - masked0) * BN
+        keys = keys1
+        diag = diag1
+    if index < masked0:
+        key = (full0 + index) * BN
+        keys = keys0
+        diag = diag0
+    if index >= masked:
+        key = 0
+        keys = BN
+        diag = BN
+    seen = gl.minimum(keys - key, rows + (diag + 1 - key))
+    return gl.where(cols[None, :] < seen[:, None], s, float("-inf"))
+
+
+@gluon.jit
+def _capped(s, cap, CAPPED: gl.constexpr):
+    """tanh of ``s``, of which ``cap`` makes twice the argument, to base 2; what follows it is folded into the scale."""
+    if CAPPED:
+        return 1.0 - 2.0 / (gl.exp2(s * cap) + 1.0)
+    else:
+        return s
+
+
+@gluon.jit
+def _row_sums(p, M: gl.constexpr, BN: gl.constexpr):
+    """(M, 8): what a thread holds of a row is added up, the rest is left for the end."""
+    return gl.sum(gl.reshape(p, [M, BN // 8, 8]), 1)
+
+
+@gluon.jit
+def _pack(p, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
+    """Two neighbours in one int32, (M, BN / 2): halves of registers that cross a loop would be taken apart there."""
+    low, high = gl.split(gl.reshape(p, [M, BN // 2, 2]))
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
+        )
+
+
+@gluon.jit
+def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    low, high = gl.inline_asm_elementwise(
+        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
+    )
+    p = gl.reshape(gl.join(low, high), [M, BN]).to(dtype, bitcast=True)
+    return gl.convert_layout(p, layout)
+
+
+@gluon.jit
+def _softmax(s, m, scale, MASKED: gl.constexpr):
+    """exp2(scale s - new maximum), that maximum, and the factor of what was summed up under the old one."""
+    new = gl.maximum(m, gl.max(s, 1) * scale)
+    shift = new
+    if MASKED:  # a row may have seen nothing yet: (-inf) - (-inf) would be nan
+        shift = gl.where(new == float("-inf"), 0.0, new)
+    return gl.exp2(s * scale - shift[:, None]), new, gl.exp2(m - shift)
+
+
+@gluon.jit
+def _step(
+    g: gl.constexpr, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+    bars, turns, q, bufs, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """QK of ``tile`` and PV of the tile before; the softmax of the one runs while the other is computed."""
+    M: gl.constexpr = 64
+    dtype: gl.constexpr = bufs[0].dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    sum_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
+    k_full, k_free, v_full, v_free = bars
+    k_bufs, v_bufs = bufs
+    before = count % STAGES
+    stage = (count + 1) % STAGES
+    after = (count + 2) % STAGES
+    if PING_PONG:
+        mbarrier.wait(turns.index(g), turn & 1)
+    k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
+    token = warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, s_layout), use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(before), (count // STAGES) & 1)
+    p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+    o_token = warpgroup_mma(p, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
+    if PING_PONG:
+        mbarrier.arrive(turns.index((g + 1) % GROUPS), count=1)
+    s = warpgroup_mma_wait(1, deps=[token])
+    mbarrier.arrive(k_free.index(stage), count=1)
+    s = _capped(s, cap, CAPPED)
+    if MASKED:
+        s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
+    p, m, alpha = _softmax(s, m, scale, MASKED)
+    sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
+    pairs = _pack(p, M, BN, dtype)
+    # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
+    # softmax behind the wait for PV, where nothing would run beside it.
+    mbarrier.wait(k_full.index(after), ((count + 2) // STAGES) & 1, pred=tile + 1 < tiles)
+    acc = warpgroup_mma_wait(0, deps=[o_token])
+    mbarrier.arrive(v_free.index(before), count=1)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
+    return acc, m, sums, pairs, count + 1, turn + 1
+
+
+@gluon.jit
+def _consume(
+    g: gl.constexpr, factors, target, work, storage,
+    H: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    PING_PONG: gl.constexpr, CAPPED: gl.constexpr,
+):  # fmt: skip
+    """One consumer: 64 rows of every strip of this program's items."""
+    M: gl.constexpr = 64
+    out, lse, out_row, out_head, lse_head = target
+    table, items, first, last = work
+    scale, cap = factors
+    q_bars, bars, turns, q_bufs, bufs = storage
+    q_full, q_free = q_bars
+    k_full, k_free, v_full, v_free = bars
+    k_bufs, v_bufs = bufs
+    dtype: gl.constexpr = q_bufs.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    s_rows: gl.constexpr = gl.SliceLayout(1, s_layout)
+    o_rows: gl.constexpr = gl.SliceLayout(1, o_layout)
+    q = q_bufs.index(g).reshape([M, D])
+    count = 0
+    turn = 0
+    if PING_PONG:
+        if g == GROUPS - 1:
+            mbarrier.arrive(turns.index(0), count=1)
+    for index in range(first, last):
+        item = gl.load(items + index)
+        head = item % H
+        strip = table + item // H * FIELDS
+        row = gl.load(strip) + g * M
+        end = gl.load(strip + 1)
+        masked = gl.load(strip + 4) + gl.load(strip + 9) + gl.load(strip + 14)
+        tiles = masked + gl.load(strip + 3) + gl.load(strip + 8) + gl.load(strip + 13)
+        rows = row + gl.arange(0, M, s_rows)
+        o_row = row + gl.arange(0, M, o_rows)
+        o_col = gl.arange(0, D, gl.SliceLayout(0, o_layout))
+        o_ptr = out + head.to(gl.int64) * out_head + o_row.to(gl.int64)[:, None] * out_row + o_col[None, :]
+        o_here = (o_row < end)[:, None]
+        lse_ptr = lse + head.to(gl.int64) * lse_head + rows
+        mbarrier.wait(q_full.index(g), (index - first) & 1)
+        if tiles == 0:
+            mbarrier.arrive(q_free.index(g), count=1)
+            gl.store(o_ptr, gl.zeros([M, D], dtype, o_layout), mask=o_here)
+            gl.store(lse_ptr, gl.full([M], float("-inf"), gl.float32, s_rows), mask=rows < end)
+        else:
+            stage = count % STAGES
+            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
+            k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
+            token = warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, s_layout), use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(k_free.index(stage), count=1)
+            cols = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
+            s = _mask(_capped(s, cap, CAPPED), strip, 0, masked, rows, cols, BN)
+            p, m, _ = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, True)
+            sums = _row_sums(p, M, BN)
+            pairs = _pack(p, M, BN, dtype)
+            acc = gl.zeros([M, D], gl.float32, o_layout)
+            mbarrier.wait(k_full.index((count + 1) % STAGES), ((count + 1) // STAGES) & 1, pred=tiles > 1)
+            for tile in range(1, masked):
+                acc, m, sums, pairs, count, turn = _step(
+                    g, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                    bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, True,
+                )  # fmt: skip
+            for tile in range(gl.maximum(masked, 1), tiles):
+                acc, m, sums, pairs, count, turn = _step(
+                    g, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                    bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, False,
+                )  # fmt: skip
+            mbarrier.arrive(q_free.index(g), count=1)
+            stage = count % STAGES
+            mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+            p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+            token = warpgroup_mma(p, v_bufs.index(stage).reshape([BN, D]), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(v_free.index(stage), count=1)
+            count += 1
+            total = gl.convert_layout(gl.sum(sums, 1), s_rows)
+            gl.store(lse_ptr, (m + gl.log2(total)) * LN2, mask=rows < end)
+            total = gl.where(total == 0.0, 1.0, total)
+            acc = acc / gl.convert_layout(total, o_rows)[:, None]
+            gl.store(o_ptr, acc.to(dtype), mask=o_here)
+
+
+@gluon.jit(do_not_specialize=["lse_head"])
+def forward(
+    q, k0, v0, k1, v1, k2, v2, out, lse, out_row, out_head, lse_head, scale, cap, table, items, bounds,
+    H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, PING_PONG: gl.constexpr, CAPPED: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """See :func:`apb.kernels.fused.launch`. A program computes the items that ``bounds`` gives it, in their order."""
+    q_bufs = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 64, D], q.layout)
+    k_bufs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BN, D], k0.layout)
+    v_bufs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BN, D], k0.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    q_free = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_free.index(i), count=1)
+        mbarrier.init(turns.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=GROUPS)
+        mbarrier.init(v_free.index(i), count=GROUPS)
+    fence_async_shared()
+    descs = (q, k0, v0, k1, v1, k2, v2)
+    target = (out, lse, out_row, out_head, lse_head)
+    work = (table, items, gl.load(bounds + gl.program_id(0)), gl.load(bounds + gl.program_id(0) + 1))
+    factors = (scale, cap)
+    storage = ((q_full, q_free), (k_full, k_free, v_full, v_free), turns, q_bufs, (k_bufs, v_bufs))
+    # fmt: off
+    if GROUPS == 2:
+        gl.warp_specialize([
+            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_produce, (descs, work, storage, H, GROUP, BN, GROUPS, STAGES)),
+        ], [4, 1], [REGISTERS, 24])
+    else:
+        gl.warp_specialize([
+            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (2, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_produce, (descs, work, storage, H, GROUP, BN, GROUPS, STAGES)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
+    # fmt: on

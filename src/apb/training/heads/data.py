@@ -1,0 +1,182 @@
+"""Training data of retaining heads: JSONL with one question and answer a line, read and tokenized when it is needed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ...errors import InputError, first_line
+from ...prompt import Prompt
+
+SHAPES = '{"document", "query", "answer"}, {"prompt", "answer"} or {"messages"}'
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one prompt and its answer, as the model reads them one after the other."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+
+
+class Samples:
+    """The lines of a JSONL file. All are checked at the start; each is read from the file again when its turn comes.
+
+    A line is an object of one of three shapes: ``document``, ``query`` and ``answer`` (``prompt`` is taken for
+    ``document``); ``prompt`` and ``answer`` alone, a prompt that holds its question; or ``messages``, a chat whose last
+    message is the assistant's. Empty lines do not count.
+
+    Attributes:
+        digest: SHA-256 of the file.
+    """
+
+    def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        self.path = Path(path)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self._starts = array("q")
+        self._numbers = array("q")
+        digest = hashlib.sha256()
+        try:
+            with self.path.open("rb") as file:
+                start = 0
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip():
+                        self._parse(line, number)
+                        self._starts.append(start)
+                        self._numbers.append(number)
+                    start += len(line)
+        except OSError as error:
+            raise InputError(f"The data file {str(path)!r} cannot be read: {error.strerror}.") from error
+        if not self._starts:
+            raise InputError(f"The data file {str(path)!r} has no samples; give one JSON object a line.")
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Example:
+        number = self._numbers[index]
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            fields = self._parse(file.readline(), number)
+        try:
+            prompt, answer = self._tokens(fields)
+        except (InputError, ValueError) as error:
+            raise self._wrong(number, first_line(error)) from error
+        if not prompt or not answer:
+            raise self._wrong(number, "its prompt or its answer has no tokens")
+        return cut(Example(prompt, answer), self.max_length)
+
+    def _tokens(self, fields: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        tokenizer = self.tokenizer
+        # After a chat template the answer begins at once; after a plain question it is the next word.
+        chat = tokenizer.chat_template is not None
+        if "messages" in fields:
+            *asked, last = fields["messages"]
+            from jinja2 import TemplateError
+
+            try:
+                text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise InputError(f"the tokenizer's chat template refuses it: {first_line(error)}") from error
+            return _encode(tokenizer, text), _encode(tokenizer, last["content"])
+        document: str = fields["document" if "document" in fields else "prompt"]
+        answer = fields["answer"] if chat or fields["answer"][:1].isspace() else " " + fields["answer"]
+        if "query" in fields:
+            prompt = Prompt.for_model(tokenizer, document, fields["query"]).token_ids
+        elif chat:
+            turn = [{"role": "user", "content": document}]
+            text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            prompt = _encode(tokenizer, text)
+        else:
+            bos = tokenizer.bos_token_id
+            prompt = (*([] if bos is None else [bos]), *_encode(tokenizer, document))
+        return prompt, _encode(tokenizer, answer)
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        """The fields of a line; InputError with its number where it is none of the shapes."""
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._wrong(number, f"it is not JSON ({first_line(error)})") from error
+        if not isinstance(fields, dict):
+            raise self._wrong(number, f"it must be an object, not a {type(fields).__name__}")
+        if "messages" in fields:
+            self._check_messages(fields["messages"], number)
+            return fields
+        texts = [name for name in ("document", "prompt") if name in fields]
+        if len(texts) != 1:
+            raise self._wrong(number, f"it needs one of these sets of fields: {SHAPES}")
+        wanted = [*texts, "answer"] + (["query"] if "query" in fields or texts == ["document"] else [])
+        for name in wanted:
+            self._check_text(fields.get(name), name, number)
+        return fields
+
+    def _check_messages(self, messages: Any, number: int) -> None:
+        if self.tokenizer.chat_template is None:
+            raise self._wrong(number, "it holds chat messages, and this model's tokenizer has no chat template")
+        if not isinstance(messages, list) or len(messages) < 2:
+            raise self._wrong(number, "its messages must be a list of at least a question and an answer")
+        for message in messages:
+            if not isinstance(message, dict) or message.get("role") not in _ROLES:
+                raise self._wrong(number, f"each message must be an object with a role of {', '.join(_ROLES)}")
+            self._check_text(message.get("content"), "content", number)
+        if messages[-1]["role"] != "assistant":
+            raise self._wrong(number, "its last message must be the assistant's answer")
+
+    def _check_text(self, text: Any, name: str, number: int) -> None:
+        if not isinstance(text, str) or not text.strip():
+            raise self._wrong(number, f"its {name!r} must be a text that is not empty")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise self._wrong(number, f"its {name!r} is not valid text at character {error.start}") from error
+
+    def _wrong(self, number: int, what: str) -> InputError:
+        return InputError(f"Line {number} of {str(self.path)!r} cannot be used: {what.rstrip('.')}.")
+
+
+def cut(example: Example, most: int) -> Example:
+    """At most ``most`` tokens: the answer keeps its first half of them at most, the prompt loses its middle."""
+    answer = example.answer[: max(1, most // 2)]
+    room = most - len(answer)
+    prompt = example.prompt
+    if len(prompt) > room:
+        front = room - room // 2
+        prompt = prompt[:front] + prompt[len(prompt) - room // 2 :]
+    return Example(prompt, answer)
+
+
+def order(size: int, seed: int, first: int) -> Iterator[int]:
+    """Indices of the samples from the ``first``-th on: every epoch takes all ``size`` once, in an order of its own."""
+    for epoch in count(first // size):
+        indices = list(range(size))
+        Random(f"heads {seed} {epoch}").shuffle(indices)
+        yield from indices[first % size if epoch == first // size else 0 :]
+
+
+def ahead(samples: Samples, indices: Iterator[int], lookahead: int = 4) -> Iterator[Example]:
+    """The samples at those indices, tokenized by a thread a little before they are asked for."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(samples.__getitem__, index) for index in islice(indices, lookahead)]
+        while waiting:
+            example = waiting.pop(0).result()
+            waiting += [pool.submit(samples.__getitem__, index) for index in islice(indices, 1)]
+            yield example
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,97 @@
+"""Compiles the kernel for Hopper for sm_90, which needs no GPU, and prints as JSON what the machine code holds.
+
+Run by tests/unit/test_fused.py in a process of its own, where Triton does not interpret.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from apb.kernels.fused import HOPPER, Config, hopper
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+
+def compile_forward(head_dim: int, config: Config, dtype: str, *, heads: int = 32, group: int = 4) -> Any:
+    """The compiled kernel, with the arguments that :func:`apb.kernels.fused.launch` gives it."""
+    constants = {
+        **{"H": heads, "GROUP": group, "D": head_dim, "BN": config.block_n, "GROUPS": config.groups},
+        **{"STAGES": config.stages, "PING_PONG": config.ping_pong, "CAPPED": False, "REGISTERS": config.registers},
+    }
+    types = {"q": f"tensordesc<{dtype}[1, 64, {head_dim}],{LAYOUT!r}>", "out": f"*{dtype}", "lse": "*fp32"}
+    tiles = f"tensordesc<{dtype}[1, {config.block_n}, {head_dim}],{LAYOUT!r}>"
+    types |= dict.fromkeys(("k0", "v0", "k1", "v1", "k2", "v2"), tiles)
+    types |= dict.fromkeys(("out_row", "out_head", "lse_head"), "i32")
+    types |= {"scale": "fp32", "cap": "fp32"} | dict.fromkeys(("table", "items", "bounds"), "*i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    names = hopper.forward.arg_names
+    aligned = ("out", "lse", "table", "items", "bounds", "out_row", "out_head")
+    source = GluonASTSource(
+        hopper.forward,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": 4, "maxnreg": config.cap}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def examine(kernel: Any) -> dict[str, int]:
+    """What the machine code holds, as a whole and in the loops over tiles."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
+    lines = text.splitlines()
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := re.match(r"(\.L_x_\d+):", line))}
+    loops = []
+    for number, line in enumerate(lines):
+        found = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+        if found and labels.get(found[1], number) < number:
+            loops.append((labels[found[1]], number))
+    inner = [
+        "\n".join(lines[a:b])
+        for a, b in loops
+        if not any((a, b) != (c, d) and a <= c and d <= b and d - c > 100 for c, d in loops)
+    ]
+    inner = [body for body in inner if "HGMMA" in body and body.count("WARPGROUP.DEPBAR") == 2]
+    # Between the wait for QK and that for PV: there the softmax runs while PV does.
+    meanwhile = [body.split("WARPGROUP.DEPBAR")[1] for body in inner]
+    return {
+        "products": text.count("HGMMA"),
+        "spills": sum(map(_spills, lines)),
+        "loop_spills": sum(_spills(line) for body in inner for line in body.splitlines()),
+        "exponentials": sum(body.count("MUFU.EX2") for body in inner),
+        "exponentials_meanwhile": sum(body.count("MUFU.EX2") for body in meanwhile),
+        "shared": kernel.metadata.shared,
+    }
+
+
+def _spills(line: str) -> bool:
+    return re.search(r"\b(?:LDL|STL)\b", line) is not None
+
+
+def main() -> None:
+    """Every configuration in use, and one in the other dtype."""
+    cases = [(head_dim, "bf16") for head_dim in HOPPER] + [(128, "fp16")]
+    reports = [
+        {"head_dim": head_dim, "dtype": dtype} | examine(compile_forward(head_dim, HOPPER[head_dim], dtype))
+        for head_dim, dtype in cases
+    ]
+    json.dump(reports, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
