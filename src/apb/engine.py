@@ -84,6 +84,7 @@ class Engine:
         device: str | None = None,
         trust_remote_code: bool = False,
         tensor_parallel: int = 1,
+        quantization: Any = None,
         **options: Any,
     ) -> Engine:
         """Load a checkpoint folder or hub id.
@@ -93,6 +94,8 @@ class Engine:
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
             device: "cpu" or "cuda"; a GPU where there is one if None.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
+            quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; one that comes with
+                the checkpoint needs no word.
             tensor_parallel: processes that share the weights of one rank; as many as that make up a rank.
             options: see :meth:`from_model`.
         """
@@ -106,7 +109,7 @@ class Engine:
         tokenizer = loading.load_tokenizer(model, trust_remote_code)
         check_shards(config, tensor_parallel)
         mesh = Mesh.join(place, tensor_parallel)
-        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices)
+        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices, quantization)
         return cls(loaded, tokenizer, mesh=mesh, **options)
 
     @classmethod

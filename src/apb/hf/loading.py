@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,30 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder or hub id; InputError where there is none."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise InputError(f"The model folder {str(model)!r} does not exist.")
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "config.json").is_file():
+        return load_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"The model {str(model)!r} cannot be loaded: {first_line(error)}.") from error
 
 
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter of peft was made for, as its configuration names it."""
+    if find_spec("peft") is None:
+        raise InputError(f"{str(adapter.parent)!r} is an adapter, which needs peft: pip install 'apb[adapters]'.")
+    try:
+        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The adapter {str(adapter.parent)!r} does not name its base model.") from error
+
+
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or hub id."""
+    """The tokenizer of a checkpoint folder or hub id; of an adapter without one, its base model's."""
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "tokenizer_config.json").is_file():
+        return load_tokenizer(_base_of(adapter), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -56,15 +74,19 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     mesh: DeviceMesh | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
     Safetensors go straight to the device, a tensor at a time. Torch files are read with ``weights_only``: no code from
-    a checkpoint runs unless ``trust_remote_code``. Quantization that the checkpoint's configuration names is
-    transformers' own, and so are adapters: a folder with ``adapter_config.json`` is loaded onto its base model.
+    a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: what the checkpoint's
+    configuration names, or one of its configurations as ``quantization``. So are adapters: a folder that holds one of
+    peft's is loaded onto its base model.
     """
     loaded: Any
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
         if mesh is None:
             loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map={"": device}, **options)
