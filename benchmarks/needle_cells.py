@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
 import time
@@ -20,7 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apb.evaluation.synthetic import Setting
+from apb.evaluation.settings import Setting
+from apb.evaluation.statistics import interval
 
 if TYPE_CHECKING:
     from apb.engine import Engine
@@ -88,10 +88,15 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
         found = []
         for cell in (cell for cell in cells if counts[cell]):
             score = sums[cell] / counts[cell]
+            ends = [round(end, 1) for end in interval(score, counts[cell])]
             options = {name: value for name, value in asdict(cell.setting).items() if value not in (None, "")}
             found.append(
                 {"task": cell.task, "length": cell.length, "setting": cell.name, "samples": counts[cell]}
-                | {"score": score, "interval": interval(score, counts[cell]), "options": options}
+                | {
+                    "score": score,
+                    "interval": ends,
+                    "options": options,
+                }
             )
         return found
 
@@ -114,14 +119,6 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
             arguments.out.write_text(json.dumps(report, indent=1) + "\n")
             print(f"{number}/{len(units)} {seconds:.0f} s {unit.cells[0].task} {unit.cells[0].length}", flush=True)
     return results()
-
-
-def interval(score: float, samples: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a mean of ``samples`` values from 0 to 100; safe for partly right answers as well."""
-    p, z = score / 100, 1.96
-    middle = (p + z * z / (2 * samples)) / (1 + z * z / samples)
-    half = z * math.sqrt(p * (1 - p) / samples + z * z / (4 * samples**2)) / (1 + z * z / samples)
-    return round(100 * max(0.0, middle - half), 1), round(100 * min(1.0, middle + half), 1)
 
 
 def _units(cells: Sequence[Cell], samples: int, shard: int) -> Iterator[Unit]:

@@ -66,7 +66,8 @@ def examine(kernel: Any) -> dict[str, int]:
         for a, b in loops
         if not any((a, b) != (c, d) and a <= c and d <= b and d - c > 100 for c, d in loops)
     ]
-    inner = [body for body in inner if "HGMMA" in body and body.count("WARPGROUP.DEPBAR") == 2]
+    # The loop over items, which stores, is laid out so that it can look innermost.
+    inner = [body for body in inner if body.count("WARPGROUP.DEPBAR") == 2 and "STG" not in body]
     # Between the wait for QK and that for PV: there the softmax runs while PV does.
     meanwhile = [body.split("WARPGROUP.DEPBAR")[1] for body in inner]
     return {

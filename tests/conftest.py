@@ -15,6 +15,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from command_line import cli
+
+__all__ = ["cli"]
+
 # Without a GPU, Triton's kernels are interpreted. Triton asks for this when it is imported, which torch does not do.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .plan import Kind, Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch, forward
-from .strategies import Layer, OnSelection, make_strategy
+from .strategies import Layer, OnSelection, Strategy, make_strategy
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
@@ -222,6 +222,47 @@ class Engine:
             self.graphs,
             self.mesh.tensor,
         )
+
+    def inspect(
+        self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, Layer], None]
+    ) -> tuple[Plan, Tensor]:
+        """Read a prompt on one device, in one round, keeping no cache, and look at every layer's attention from inside.
+
+        Args:
+            prompt: what to read.
+            positions: places in the prompt whose next-token logits are wanted.
+            look: called with the strategy and each layer's q, k, v, after its attention.
+
+        Returns:
+            plan: how it was read.
+            logits: (positions, vocab) fp32.
+        """
+        if self.group.size > 1:
+            raise InputError(f"Looking into a prefill takes one rank, and there are {self.group.size}; use one.")
+        plan = replace(self.plan(prompt), rounds=1)
+        strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+        rows = [
+            position - span.start + span.row
+            for position in positions
+            for span in strategy.spans
+            if span.kind is not Kind.ANCHOR and span.start <= position < span.stop
+        ]
+
+        def attend(layer: Layer) -> Tensor:
+            out = strategy.attend(layer)
+            look(strategy, layer)
+            return out
+
+        ids, places = _rows(prompt, plan, 0, 0)
+        needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
+        with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
+            output = self._attachment.model(
+                input_ids=ids.to(self.device),
+                position_ids=places.to(self.device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(rows, device=self.device),
+            )
+        return plan, output.logits[0].float()
 
     def generate(self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any) -> Generation:
         """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`."""

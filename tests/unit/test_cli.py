@@ -5,14 +5,10 @@ Most commands run in this process; a real one costs seconds of imports, and is s
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +17,11 @@ import torch
 from safetensors.torch import save_file
 
 import apb
-from apb.cli.main import app, run
 from apb.plan import METHODS
+from command_line import Cli, Outcome
 from models import tiny_heads, tiny_model
 
 TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12  # 576 bytes, as many tokens
-
-
-@dataclass
-class Outcome:
-    """What a command left behind."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        """Standard output, which must be one JSON object and nothing else."""
-        assert self.status == 0, self.err
-        return json.loads(self.out)
-
-    def refused(self, *fragments: str) -> None:
-        """Assert that the input was called wrong: status 2, one sentence on standard error, nothing else anywhere."""
-        assert self.status == 2, (self.status, self.err)
-        assert self.out == ""
-        assert self.err.count("\n") == 1, self.err
-        assert self.err.startswith("apb: ")
-        assert self.err.endswith(".\n")
-        assert all(fragment in self.err for fragment in fragments), self.err
-
-
-Cli = Callable[..., Outcome]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Cli]:
-    """Runs a command line in this process, with `stdin` as its standard input."""
-
-    def call(*arguments: object, stdin: bytes = b"") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["apb", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        status = run(app)
-        return Outcome(status, *capfd.readouterr())
-
-    yield call
-    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
@@ -108,7 +63,7 @@ def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> N
     done = ask("--blocks", 4, "--max-new-tokens", 12)
     assert (done.status, done.out) == (0, expected.text + "\n")
     assert "apb: apb (approximate), 4 blocks on 1 ranks: read 583 tokens" in done.err
-    assert "layer 3 of 3" in done.err
+    assert "token 583 of 583" in done.err
 
 
 FIELDS: dict[str, Any] = {

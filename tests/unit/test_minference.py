@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apb import Engine, InputError, Plan, Prompt
-from apb.kernels.vertical_slash import by_flex, by_tiles
+from apb.kernels.vertical_slash import _rounded, by_flex, by_tiles
 from models import tiny_model
 
 PROMPT = Prompt.from_tokens([1, 2, 3], [(37 * i + 11) % 503 for i in range(401)], [5, 6, 7, 8, 9])
@@ -112,3 +112,13 @@ def test_budgets_are_numbers_or_shares():
     for wrong in (0, -3, 1.5, 0.0):
         with pytest.raises(InputError, match=r"(?i)vertical size"):
             Plan.build(**sizes, vertical_size=wrong)
+
+
+def test_prompts_of_nearly_the_same_length_share_a_shape():
+    """What is compiled is compiled for a shape: lengths are rounded up by less than an eighth, and few are left."""
+    lengths = range(16000, 33000)
+    rounded = {_rounded(length) for length in lengths}
+    assert len(rounded) < 12
+    assert all(length <= _rounded(length) < 1.13 * length for length in lengths)
+    assert {_rounded(length) for length in (0, 1, 128)} == {128}
+    assert _rounded(32_766) == 32_768

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options
 
+if TYPE_CHECKING:
+    from ..engine import Engine
+    from ..evaluation.items import Item, Skipped
+
 app = typer.Typer(help="How well the model answers, strategy by strategy.")
+
+Task = Annotated[list[str], typer.Option(help="Kind of question; repeat it for several.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only these tasks; repeatable. All if left out.")]
+Length = Annotated[list[int], typer.Option(help="Tokens of prompt and answer together; repeatable.")]
+Limit = Annotated[
+    int | None, typer.Option("--length", help="Most tokens of prompt and answer: longer documents lose their middle.")
+]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
+Count = Annotated[int | None, typer.Option("--samples", help="Only the first so many of each task.")]
+Strategy = Annotated[
+    list[str] | None,
+    typer.Option(help="full, ring, ulysses, star, minference or apb (the default); repeatable."),
+]
+Blocks = Annotated[list[int] | None, typer.Option(help="Blocks of the document; repeatable.")]
+Compressor = Annotated[list[str] | None, typer.Option(help="Compressor of apb; repeatable.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Append every answer to this JSONL file; what is in it already is not answered again."),
+]
 
 
 @app.callback()
@@ -17,61 +42,246 @@ def _group() -> None:
     """How well the model answers, strategy by strategy."""
 
 
+@dataclass(frozen=True)
+class Request:
+    """Everything a rank needs; plain values, so that it travels."""
+
+    suite: str
+    samples: dict[str, Any]
+    readings: dict[str, Any]
+    model: str
+    dtype: str | None
+    device: str
+    out: str | None
+    as_json: bool
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
 @app.command()
 def synthetic(
-    task: Annotated[list[str], typer.Option(help="Kind of question; repeat it for several.")],
-    length: Annotated[list[int], typer.Option(help="Tokens of prompt and answer together; repeatable.")],
+    task: Task,
+    length: Length,
     samples: Annotated[int, typer.Option(help="Samples of each task and length.")] = 100,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same samples.")] = 0,
-    strategy: Annotated[list[str] | None, typer.Option(help="full, star or apb (the default); repeatable.")] = None,
-    blocks: Annotated[list[int] | None, typer.Option(help="Blocks of the document; repeatable.")] = None,
-    compressor: Annotated[list[str] | None, typer.Option(help="Compressor of apb; repeatable.")] = None,
+    seed: Seed = 0,
+    passages: Annotated[Path | None, typer.Option(help="JSONL of passages and questions, for the task qa.")] = None,
+    strategy: Strategy = None,
+    blocks: Blocks = None,
+    compressor: Compressor = None,
     heads: options.Heads = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
+    ranks: options.Ranks = None,
     model: options.Model = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Score generated long-context tasks: every strategy answers the same samples."""
-    from ..engine import Engine
+    """Generated long-context tasks: every strategy answers the same samples."""
+    from ..evaluation.synthetic import check
+    from ..evaluation.tasks.passages import load_passages
+
+    check(task, samples, None if passages is None else load_passages(passages))
+    chosen = {"tasks": task, "lengths": length, "count": samples, "seed": seed, "passages": _path(passages)}
+    _start("synthetic", chosen, locals(), {"seed": seed})
+
+
+@app.command()
+def ruler(
+    data: Annotated[Path, typer.Option(help="Folder with TASK/validation.jsonl, as RULER's own scripts write them.")],
+    task: Tasks = None,
+    samples: Count = None,
+    length: Limit = None,
+    strategy: Strategy = None,
+    blocks: Blocks = None,
+    compressor: Compressor = None,
+    heads: options.Heads = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    ranks: options.Ranks = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """NVIDIA RULER's own data files, with its metrics."""
+    from ..evaluation.ruler import find
+
+    find(data, task or [])
+    _start("ruler", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, locals())
+
+
+@app.command()
+def infinitebench(
+    data: Annotated[Path, typer.Option(help="Folder with InfiniteBench's own files, TASK.jsonl.")],
+    length: Annotated[int, typer.Option(help="Most tokens of prompt and answer: longer contexts lose their middle.")],
+    task: Tasks = None,
+    samples: Count = None,
+    strategy: Strategy = None,
+    blocks: Blocks = None,
+    compressor: Compressor = None,
+    heads: options.Heads = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    ranks: options.Ranks = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """InfiniteBench's own data files, with its scoring."""
+    from ..evaluation.infinitebench import find
+
+    find(data, task or [])
+    _start("infinitebench", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, locals())
+
+
+@app.command()
+def jsonl(
+    data: Annotated[Path, typer.Option(help="JSONL file of document, query and answers.")],
+    samples: Count = None,
+    length: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    strategy: Strategy = None,
+    blocks: Blocks = None,
+    compressor: Compressor = None,
+    heads: options.Heads = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    ranks: options.Ranks = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    out: Out = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Questions of your own: a JSONL file of document, query and answers."""
     from ..errors import InputError
-    from ..evaluation.synthetic import evaluate, settings
+    from ..plan import at_least
+
+    at_least("max_new_tokens", max_new_tokens, 1)
+    if not data.is_file():
+        raise InputError(f"The file {str(data)!r} does not exist; name a JSONL file of document, query and answers.")
+    chosen = {"data": str(data), "count": samples, "limit": length, "max_new_tokens": max_new_tokens}
+    _start("jsonl", chosen, locals())
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+    """Check what all suites have in common, and run the ranks."""
+    from ..distributed import launch
+    from ..evaluation.records import Store
+    from ..evaluation.settings import settings
     from ..hf import loading
+    from ..plan import at_least
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    for name in ("samples", "length"):
+        if isinstance(given[name], int):
+            at_least(name, given[name], 1)
+    readings = {
+        "strategies": given["strategy"] or ["apb"],
+        "blocks": given["blocks"] or [],
+        "compressors": given["compressor"] or [],
+        "anchor_length": given["anchor_length"],
+        "passing_length": given["passing_length"],
+        "heads": _path(given["heads"]),
+    }
+    settings(**readings)
+    if given["out"] is not None:
+        Store(given["out"]).close()  # says what is wrong with the file before anything is loaded
+    place = loading.pick_device(given["device"])
+    request = Request(
+        suite,
+        samples,
+        readings,
+        str(given["model"] or loading.shipped_model()),
+        given["dtype"],
+        place.type,
+        _path(given["out"]),
+        given["as_json"],
+        notes or {},
+    )
+    launch.run(run, launch.ranks_to_use(given["ranks"], place), request)
+
+
+def run(request: Request) -> None:
+    """One rank's part of an evaluation; rank 0 writes and prints."""
+    from ..distributed import launch
+    from ..engine import Engine
+    from ..evaluation.items import Skipped
+    from ..evaluation.records import Store, model_name
+    from ..evaluation.runner import Runner
+    from ..evaluation.settings import settings
     from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    if heads is not None and "retaining" not in (compressor or []):
-        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
-    path = None if heads is None else str(heads)
-    chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length, path)
-    engine = Engine.from_pretrained(model or loading.shipped_model(), dtype=dtype, device=device)
-    prints = engine.group.rank == 0
-    with Bar("Answering", "sample", shown=prints) as bar:
-        results = [result.to_dict() for result in evaluate(engine, task, length, chosen, samples, seed, bar.update)]
-    if not prints:
-        return
-    if as_json:
-        print(json.dumps({"seed": seed, "results": results}))
+    engine = Engine.from_pretrained(request.model, dtype=request.dtype, device=request.device)
+    first = engine.group.rank == 0
+    skipped = Skipped()
+    items, total = samples_of(request, engine, skipped)
+    for reason in skipped.reasons if first else ():
+        print(f"apb: {reason}", file=sys.stderr)
+    readings = settings(**request.readings)
+    store = Store(Path(request.out) if request.out and first else None)
+    runner = Runner(engine, model_name(engine.model, request.model), readings, store)
+    done = 0
+    records = []
+    with Bar("Answering", "sample", shown=first) as bar:
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done, total * len(readings))
+
+        for answered in runner.run(items, tell):
+            records += answered
+    store.close()
+    launch.leave()
+    if first:
+        from .tables import print_results
+
+        print_results(records, request.as_json, request.notes, len(skipped.reasons))
+
+
+def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any, int]:
+    """The samples of a request's suite (iterable), and how many they are; InputError where there is none."""
+    from itertools import chain, product
+
+    from ..errors import InputError
+    from ..evaluation import infinitebench, jsonl, ruler, synthetic
+    from ..evaluation.tasks.passages import load_passages
+
+    wanted = request.samples
+    tokenizer = engine.tokenizer
+    assert tokenizer is not None, "from_pretrained loads one"
+    if request.suite == "synthetic":
+        passages = None if wanted["passages"] is None else load_passages(Path(wanted["passages"]))
+        cells = list(product(wanted["tasks"], wanted["lengths"]))
+        count, seed = wanted["count"], wanted["seed"]
+        made = (synthetic.items(tokenizer, task, length, count, seed, passages) for task, length in cells)
+        return chain.from_iterable(made), len(cells) * count
+    path = Path(wanted["data"])
+    found: list[Item]
+    if request.suite == "ruler":
+        files = ruler.find(path, wanted["tasks"])
+        parts = [ruler.items(files[task], task, skipped, wanted["count"], wanted["limit"]) for task in files]
+        found = [item for part in parts for item in part]
+    elif request.suite == "infinitebench":
+        files = infinitebench.find(path, wanted["tasks"])
+        read = [infinitebench.items(files[task], task, skipped, wanted["limit"], wanted["count"]) for task in files]
+        found = [item for part in read for item in part]
     else:
-        _print(results)
-
-
-def _print(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "length", "strategy", "compressor", "blocks", "samples", "score")
-    for row in results:
-        table.add_row(
-            row["task"],
-            f"{row['length']:,}",
-            row["strategy"],
-            row["compressor"] or "",
-            str(row["blocks"]),
-            str(row["samples"]),
-            f"{row['score']:.1f}",
-        )
-    Console().print(table)
+        most, limit = wanted["max_new_tokens"], wanted["limit"]
+        found = list(jsonl.items(path, tokenizer, skipped, most, wanted["count"], limit))
+    if not found:
+        reason = f": {skipped.reasons[0]}" if skipped.reasons else ""
+        raise InputError(f"There is no sample in {str(path)!r}{reason}.")
+    return found, len(found)

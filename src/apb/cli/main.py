@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, check, doctor, evaluate, explain, generate, plan, train
+from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, train
 
 app = typer.Typer(
     name="apb",
@@ -23,6 +23,8 @@ app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
+evaluate.app.command("fidelity")(fidelity.fidelity)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")

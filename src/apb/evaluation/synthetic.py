@@ -1,16 +1,24 @@
-"""Scores on the generated tasks: the same samples for every strategy, answered by the engine as a user's would be."""
+"""The generated tasks as a suite: the same samples for every strategy, answered by the engine as a user's would be."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..engine import Engine
 from ..errors import InputError
-from ..plan import METHODS, Anchor, method_of
-from ..prompt import Prompt
-from .tasks import TASKS, Sample, generate, score
+from .items import Item
+from .records import Store
+from .runner import Runner
+from .settings import Setting, settings
+from .statistics import Cell, cell
+from .tasks import TASKS, generate
+from .tasks.passages import Passages
+
+__all__ = ["Setting", "check", "evaluate", "items", "settings"]
 
 # Tokens beyond the expected answer that a model may spend before it is cut off.
 _SPARE_TOKENS = 8
@@ -18,87 +26,50 @@ _SPARE_TOKENS = 8
 _SEED_STRIDE = 1_000_000
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One way to read the samples, as the engine's options of the same names; None leaves a choice to the plan."""
-
-    strategy: str
-    blocks: int | None = None
-    compressor: str | None = None
-    anchor_length: int | None = None
-    passing_length: int | None = None
-    heads: str | None = None
-
-    def engine(self, engine: Engine) -> Engine:
-        """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(engine.model, engine.tokenizer, fused=engine.fused, **asdict(self))
-
-
-@dataclass(frozen=True)
-class Result:
-    """One cell of the table: the mean score, 0 to 100, of ``samples`` samples, and the plan that was used."""
-
-    task: str
-    length: int
-    strategy: str
-    compressor: str | None
-    blocks: int
-    anchor_length: int
-    passing_length: int
-    samples: int
-    score: float
-
-    def to_dict(self) -> dict[str, object]:
-        """All fields as plain Python values."""
-        return asdict(self)
-
-
-def settings(
-    strategies: Sequence[str],
-    blocks: Sequence[int],
-    compressors: Sequence[str],
-    anchor_length: int | None = None,
-    passing_length: int | None = None,
-    heads: str | None = None,
-) -> list[Setting]:
-    """All combinations that differ: blocks count only where a strategy cuts, compressors only where it passes.
-
-    ``heads`` is the file that the compressor "retaining" scores with.
-    """
-    found: dict[Setting, None] = {}
-    counts: list[int | None] = [*blocks] or [None]
-    for strategy, count, compressor in product(strategies, counts, compressors or ["query"]):
-        cuts = method_of(strategy).blocks is None
-        passes = METHODS[strategy].anchor is Anchor.WITH_QUERY
-        setting = Setting(
-            strategy,
-            count if cuts else None,
-            compressor if passes else None,
-            anchor_length if cuts else None,
-            passing_length if passes else None,
-            heads if passes and compressor == "retaining" else None,
-        )
-        found[setting] = None
-    return list(found)
-
-
-def draw(engine: Engine, task: str, length: int, count: int, seed: int) -> list[tuple[Sample, Prompt]]:
-    """``count`` samples of a task, of ``length`` tokens with their answers' room; the same for the same arguments."""
-    if task not in TASKS:
-        raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
+def check(tasks: Sequence[str], count: int, passages: Passages | None = None) -> None:
+    """InputError where such samples cannot be drawn."""
+    for task in tasks:
+        if task not in TASKS:
+            raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
     if count < 1:
         raise InputError(f"Samples must be at least 1, not {count}.")
-    tokenizer = engine.tokenizer
-    assert tokenizer is not None
-    samples = [generate(task, tokenizer, length, seed * _SEED_STRIDE + index) for index in range(count)]
-    return [(sample, Prompt.for_model(tokenizer, sample.document, sample.query)) for sample in samples]
+    if "qa" in tasks and passages is None:
+        raise InputError("The task 'qa' asks questions of passages of yours; name their file with --passages.")
+    if passages is not None and count > len(passages.asked):
+        raise InputError(
+            f"{count} samples were asked for but the passages come with {len(passages.asked)} questions; "
+            "ask for at most as many samples."
+        )
 
 
-def predict(engine: Engine, sample: Sample, prompt: Prompt) -> str:
-    """The engine's answer to a sample, decoded greedily."""
-    assert engine.tokenizer is not None
-    room = len(engine.tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + _SPARE_TOKENS
-    return engine.generate(prompt, max_new_tokens=room).text
+def items(
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    length: int,
+    count: int,
+    seed: int,
+    passages: Passages | None = None,
+    first: int = 0,
+) -> Iterator[Item]:
+    """Samples ``first`` to ``first + count - 1`` of a task, of ``length`` tokens with their answers' room.
+
+    The same for the same arguments, on every machine.
+    """
+    for number in range(first, first + count):
+        options: dict[str, Any] = {"passages": passages, "number": number} if task == "qa" else {}
+        sample = generate(task, tokenizer, length, seed * _SEED_STRIDE + number, **options)
+        room = len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + _SPARE_TOKENS
+        yield Item(
+            suite="synthetic",
+            task=task,
+            length=length,
+            sample=str(sample.seed),
+            document=sample.document,
+            query=sample.query,
+            answers=sample.answers,
+            metric="ruler_part" if task == "qa" else "words",
+            max_new_tokens=room,
+        )
 
 
 def evaluate(
@@ -109,30 +80,20 @@ def evaluate(
     count: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Result]:
-    """Yield a result for every task, length and setting; all settings of a task and length see the same samples."""
-    cells = list(product(tasks, lengths))
-    done, total = 0, len(cells) * len(chosen) * count
-    for task, length in cells:
-        samples = draw(engine, task, length, count, seed)
-        for setting in chosen:
-            reader = setting.engine(engine)
-            scores = []
-            for sample, prompt in samples:
-                scores.append(score(sample, predict(reader, sample, prompt)))
-                done += 1
-                if progress is not None:
-                    progress(done, total)
-            plan = reader.plan(samples[0][1])
-            reader.close()
-            yield Result(
-                task,
-                length,
-                setting.strategy,
-                setting.compressor if plan.passing_length else None,
-                plan.blocks,
-                plan.anchor_length,
-                plan.passing_length,
-                count,
-                sum(scores) / count,
-            )
+) -> Iterator[Cell]:
+    """Yield a cell for every task, length and setting; all settings of a task and length see the same samples."""
+    check(tasks, count)
+    assert engine.tokenizer is not None
+    runner = Runner(engine, "model", chosen, Store())
+    done, total = 0, len(tasks) * len(lengths) * len(chosen) * count
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    for task, length in product(tasks, lengths):
+        rows = list(runner.run(items(engine.tokenizer, task, length, count, seed), tell))
+        for column in zip(*rows, strict=True):
+            yield cell(column)

@@ -18,8 +18,9 @@ from torch import Tensor
 LN2 = tl.constexpr(math.log(2))
 # Rows times heads of a group that one program takes at most.
 _MOST_ROWS = 64
-# Programs a multiprocessor has at a time: enough loads under way to keep memory busy.
-_PROGRAMS_PER_PROCESSOR = 4
+# Programs a multiprocessor has at a time: as many as fit, so that all end together, with loads enough under way.
+_PROGRAMS_PER_PROCESSOR = 3
+_STAGES = 3
 
 
 def attention(
@@ -54,7 +55,7 @@ def attention(
     padded = max(16, 1 << (head_dim - 1).bit_length())
     packed = min(max(16, 1 << (rows * group - 1).bit_length()), _MOST_ROWS)
     blocks = triton.cdiv(rows * group, packed)
-    block_n = 64 if padded <= 128 else 32
+    block_n = 64 if padded * q.element_size() <= 256 else 32
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     # The number of splits depends on the capacity alone: a graph must not change with the length.
     splits = max(
@@ -69,7 +70,7 @@ def attention(
         _split[(splits, kv_heads, blocks)](
             q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, splits, *factors,
             H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed, BN=block_n, CAUSAL=causal,
-            CAPPED=softcap is not None, num_warps=4, num_stages=3,
+            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         _merge[(rows, heads)](
             parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .merge import merge
 from .reference import capped
 
 TILE = 128
+# Shapes that FlexAttention may be compiled for: those of some dozen lengths.
+_SHAPES = 64
 
 
 def vertical_slash(
@@ -80,9 +83,12 @@ def by_flex(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    rows, heads, _ = q.shape
+    asked, heads, _ = q.shape
     group = heads // k.shape[1]
-    columns, diagonals = columns[:, :rows].contiguous(), diagonals[:, :rows].contiguous()
+    # Every shape is compiled anew: rows of zeros at the end, which no other row sees, leave few of them.
+    rows = _rounded(asked)
+    q, k, v = (pad(x, (0, 0, 0, 0, 0, rows - asked)) for x in (q, k, v))
+    columns, diagonals = (pad(x[:, :asked], (0, rows - asked)) for x in (columns, diagonals))
     q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
 
     def on_diagonal(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -106,7 +112,7 @@ def by_flex(
     slashes = flex(q4, k4, v4, blocks, scale)
 
     # Heads may have chosen different columns, never a different number but for those past the document's end.
-    width = int(columns.sum(1).max())
+    width = min(_rounded(int(columns.sum(1).max())), rows)
     order = columns.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     position = torch.where(columns.gather(1, order), order, rows)  # past the end: seen by no row
     # Row tiles before a head's c-th column never see it: as many tiles as begin at or before the row tile's last row.
@@ -132,7 +138,13 @@ def by_flex(
     gathered = flex(q4, k4[:, source, order], v4[:, source, order], blocks, scale)
     outs, lses = zip(*((out[0].transpose(0, 1), lse[0]) for out, lse in (slashes, gathered)), strict=True)
     out, lse = merge(outs, lses)
-    return out.to(q.dtype), lse
+    return out[:asked].to(q.dtype), lse[:, :asked]
+
+
+def _rounded(count: int) -> int:
+    """The next of the numbers of which there are eight between a power of two and the next, and no fraction of TILE."""
+    step = max(TILE, 1 << max(0, (count - 1).bit_length() - 4))
+    return max(1, -(-count // step)) * step
 
 
 def _tiles_back(diagonals: Tensor) -> Tensor:
@@ -172,4 +184,13 @@ def _flex(device: str, softcap: float | None) -> Callable[..., tuple[Tensor, Ten
         assert aux.lse is not None
         return out, aux.lse
 
-    return torch.compile(call, dynamic=False) if device == "cuda" else call
+    if device != "cuda":
+        return call
+    compiled = torch.compile(call, dynamic=False)
+
+    def run(*args: Any) -> tuple[Tensor, Tensor]:
+        # Beyond its limit of shapes dynamo would not compile, and FlexAttention would hold the whole score matrix.
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+            return compiled(*args)
+
+    return run

@@ -11,11 +11,22 @@ from typing import Any
 from .chains import variable_tracking
 from .chapters import headings
 from .filler import FILLERS
-from .material import Builder, Encoder, Material, TaskError, Tokenizer, weave
+from .haystacks import (
+    multikey_all,
+    multikey_codes,
+    multikey_few,
+    single_code,
+    single_needles,
+    single_noise,
+    single_prose,
+)
+from .infinite import extreme_number, kv_retrieval, number_string, passkey
+from .material import Builder, Encoder, Material, Question, TaskError, Tokenizer, weave
 from .needles import multikey, multiquery, multivalue, single
+from .passages import qa
 from .words import common_words, frequent_words
 
-TASKS: dict[str, Builder] = {
+TAUGHT: dict[str, Builder] = {
     "single": single,
     "multikey": multikey,
     "multivalue": multivalue,
@@ -25,7 +36,24 @@ TASKS: dict[str, Builder] = {
     "common_words": common_words,
     "frequent_words": frequent_words,
 }
-"""The kinds of tasks by name."""
+"""The kinds that the shipped model was taught, by name. Their texts never change: its figures rest on them."""
+
+TASKS: dict[str, Builder] = {
+    **TAUGHT,
+    "single_noise": single_noise,
+    "single_prose": single_prose,
+    "single_needles": single_needles,
+    "single_code": single_code,
+    "multikey_few": multikey_few,
+    "multikey_all": multikey_all,
+    "multikey_codes": multikey_codes,
+    "passkey": passkey,
+    "number_string": number_string,
+    "kv_retrieval": kv_retrieval,
+    "extreme_number": extreme_number,
+    "qa": qa,
+}
+"""All kinds of tasks by name; `qa` needs the option `passages`."""
 
 QUERY_START = "\n\n"
 """Stands between the document and the question."""
@@ -56,6 +84,11 @@ def size(text: str, tokenizer: Tokenizer) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
 
+def size_of_ends(question: Question, tokenizer: Tokenizer) -> int:
+    """Number of tokens of a question, of its answers and of the end."""
+    return size(QUERY_START + question.text, tokenizer) + size(" " + ", ".join(question.answers), tokenizer) + 1
+
+
 @lru_cache(maxsize=4)
 def encoder_of(tokenizer: Any) -> Encoder:
     """The encoder of a tokenizer, kept with what it has tokenized."""
@@ -66,8 +99,9 @@ def arrange(material: Material, rng: Random, room: int, encoder: Encoder) -> str
     """The document of a material, of at most `room` tokens by the encoder's count."""
     if material.body is not None:
         return "".join(material.body)
-    filler = FILLERS[material.filler or "prose"](rng)
-    return "".join(weave(material.facts, filler, rng, room, encoder))
+    filler = material.filler or "prose"
+    sentences = FILLERS[filler](rng) if isinstance(filler, str) else filler(rng)
+    return "".join(weave(material.facts, sentences, rng, room, encoder))
 
 
 def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options: Any) -> Sample:
@@ -96,13 +130,13 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
         rng = Random(f"{task} {seed}")
         material = TASKS[task](rng, goal - 64, encoder, **options)
         question = material.questions[0]
-        ends = size(QUERY_START + question.text, tokenizer) + size(" " + ", ".join(question.answers), tokenizer) + 1
+        ends = size_of_ends(question, tokenizer)
         if material.body is not None:
             rng = Random(f"{task} {seed}")
             material = TASKS[task](rng, goal - prefix - ends, encoder, **options)
             question = material.questions[0]
         document = arrange(material, rng, goal - prefix - ends, encoder)
-        total = prefix + size(document, tokenizer) + ends
+        total = prefix + size(document, tokenizer) + size_of_ends(question, tokenizer)
         if 0.988 * length <= total <= length:
             break
         goal = max(SHORTEST // 2, int(goal * (length - 2) / total) - (1 if total > length else 0))

@@ -13,6 +13,7 @@ from random import Random
 from .lexicon import ADJECTIVES, NAMES, NOUNS, PLACES, VERBS, WORDS
 
 Sentence = list[str]
+Filler = Callable[[], Sentence]
 Template = tuple[str | tuple[str, ...], ...]
 
 
@@ -137,5 +138,5 @@ def soup(rng: Random) -> Callable[[], Sentence]:
     return sentence
 
 
-FILLERS: dict[str, Callable[[Random], Callable[[], Sentence]]] = {"prose": prose, "noise": noise, "soup": soup}
+FILLERS: dict[str, Callable[[Random], Filler]] = {"prose": prose, "noise": noise, "soup": soup}
 """Kinds of haystack: each gives, for a random generator, a function that makes the next sentence."""

@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Protocol
 
 from ...errors import InputError
-from .filler import Sentence, spaced
+from .filler import Filler, Sentence, spaced
 from .lexicon import NOUNS
 
 Pair = tuple[str, str]
@@ -70,12 +70,15 @@ class Question:
 
 @dataclass
 class Material:
-    """Facts to be hidden in filler (or a whole `body` that needs none) and questions about them."""
+    """Facts to be hidden in filler (or a whole `body` that needs none) and questions about them.
+
+    `filler` is a name of `filler.FILLERS`, or makes one for a random generator.
+    """
 
     facts: list[Fact] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
     body: Sentence | None = None
-    filler: str | None = None
+    filler: str | Callable[[Random], Filler] | None = None
 
 
 Builder = Callable[..., Material]

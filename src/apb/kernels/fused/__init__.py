@@ -237,7 +237,9 @@ def _launch_portable(
     padded = max(64, 1 << (head_dim - 1).bit_length())
     block_m, block_n, warps, stages = PORTABLE[padded]
     if q.dtype == torch.float32:
-        block_m, stages = block_m // 2, 2
+        block_m, block_n, stages = block_m // 2, block_n // 2, 2
+    elif q.is_cuda and _shared_memory(q.device) < 128 << 10:
+        stages = 2  # GPUs with 99 KiB a program: a third stage does not fit at head dim 128
     plan = schedule(tasks, heads, kv_heads, head_dim * q.element_size(), block_m, block_n, 1, q.device)
     q, *pairs = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(x for source in sources for x in source)))
     used = 1 + max((part.source for task in tasks for part in task.parts), default=0)
@@ -265,6 +267,12 @@ def _launch_portable(
             num_warps=warps,
             num_stages=stages,
         )
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's type stubs do not know the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 @cache

@@ -13,7 +13,7 @@ import numpy
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ...evaluation.tasks import FILLERS, TASKS, TaskError
+from ...evaluation.tasks import FILLERS, TAUGHT, TaskError
 from ...evaluation.tasks.chains import chains
 from ...evaluation.tasks.chapters import chapters
 from ...evaluation.tasks.material import Encoder, Fact, Material, Question, Tokenizer, number, pick, weave
@@ -26,7 +26,7 @@ SELECTED = 32_768
 """Positions of a step at which the loss is taken: all answers, and a draw of the rest."""
 LONELY = 4.0
 """Weight of the answer of a context with one question: such contexts are few, and what evaluation asks."""
-KINDS = (*TASKS, "reminder")
+KINDS = (*TAUGHT, "reminder")
 REMINDER = " This page still belongs to chapter"
 
 
@@ -140,12 +140,12 @@ def compose(rng: Random, length: int, encoder: Encoder, hard: bool) -> Material:
     room = length - 48
     if draw < 0.15:
         task = pick(rng, (*RETRIEVAL, "variable_tracking", "headings") if hard and length > 500 else RETRIEVAL)
-        return TASKS[task](rng, room, encoder)
+        return TAUGHT[task](rng, room, encoder)
     if not hard:
         return needles(rng, room)
     if draw < 0.20 and length > 1000:
         task = pick(rng, ("common_words", "frequent_words"))
-        return TASKS[task](rng, room, encoder)
+        return TAUGHT[task](rng, room, encoder)
     return pick(rng, (needles,) * 8 + (variables,) * 3 + (headed,) * 6 + (mixed,) * 3)(rng, room)
 
 
@@ -180,7 +180,9 @@ def assemble(material: Material, rng: Random, length: int, encoder: Encoder, bos
         if encoder.count(segments) > room:
             raise TaskError("the list is too long")
     else:
-        filler = FILLERS[material.filler or pick(rng, ("prose", "prose", "soup", "noise"))](rng)
+        name = material.filler or pick(rng, ("prose", "prose", "soup", "noise"))
+        assert isinstance(name, str), "only kinds that are not taught bring fillers of their own"
+        filler = FILLERS[name](rng)
         segments = weave(material.facts, filler, rng, room, encoder)
     ids, cache = row.ids, encoder.cache
     reminded = REMINDER in segments

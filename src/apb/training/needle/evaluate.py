@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from ...evaluation.tasks import QUERY_START, TASKS, Sample, generate, score
+from ...evaluation.tasks import QUERY_START, TAUGHT, Sample, generate, score
 from ...hardware import fingerprint
 from .data import BATCH, LENGTHS
 from .model import Network, load
@@ -139,7 +139,7 @@ def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict
         work = [
             [(task, length, SEEDS + i) for i in range(max(1, samples // (1 + (task in ONCE))))]
             for length in lengths
-            for task in TASKS
+            for task in TAUGHT
         ]
         made = [pool.map_async(make_item, part, chunksize=4) for part in work]
         network = Network(load(model, device), compiled=device != "cpu")

@@ -8,7 +8,7 @@ from random import Random
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ...evaluation.tasks import FILLERS, TASKS
+from ...evaluation.tasks import FILLERS, TAUGHT
 from ...evaluation.tasks.chapters import NOTES, heading
 from ...evaluation.tasks.chapters import QUESTIONS as CHAPTER_QUESTIONS
 from ...evaluation.tasks.lexicon import NAMES, TITLES, WORDS
@@ -43,7 +43,7 @@ def corpus(seed: int = 0) -> Iterator[str]:
         sentence = filler(rng)
         yield "".join(segment for _ in range(3000) for segment in sentence())
     encoder = Encoder(Bytes())
-    for build in TASKS.values():
+    for build in TAUGHT.values():
         for _ in range(200):
             material = build(rng, 4000, encoder)
             for fact in material.facts:

@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# The figures that need GPUs. Usage: benchmarks/gpus.sh FOLDER PART ...
+#   tests       the tests that need a GPU, or two                                      about 120 s
+#   attention   every attention kernel on APB's shapes, with its error                 about 60 s
+#   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 128K and 256K      about 200 s
+#   decode      a token after 32K and 128K, with and without CUDA graphs               about 60 s
+#   overlap     two GPUs: whether ring attention hides its sends                       about 40 s
+#   exact       two GPUs: full, ring and ulysses, Llama-3.1-8B shape, 64K and 128K     about 180 s
+#   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s on two
+#   strategies  the shipped model with every strategy and compressor, 204 samples      about 190 s on two
+#   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s on two
+#   heads       two GPUs: retaining heads of the shipped model: data, 3000 steps of two widths
+#   needed      the file HEADS and query at 32K on every kind of question, 204 samples
+#   study       compressors, lengths, blocks, anchors, late questions, 204 samples; ONLY=regex for some cells
+set -u
+cd "$(dirname "$0")/.."
+out=${1:?usage: benchmarks/gpus.sh FOLDER PART ...}
+shift
+[ $# -gt 0 ] || { echo "Name at least one part; benchmarks/gpus.sh begins with their list." >&2; exit 2; }
+mkdir -p "$out"
+export PYTHONPATH=src:tests PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
+cores=$(nproc --all)
+
+bench() { "$python" -m apb.cli.main bench "$@"; }
+
+for part; do
+  case $part in
+    tests) timeout 150 "$python" -m pytest -q tests/gpu ;;
+    attention) bench attention --out "$out/attention_h200.json" ;;
+    prefill)  # blocks of 16K
+      for length in 131072 262144; do
+        bench prefill --random-weights llama-3.1-8b --strategy full --strategy apb --length $length --blocks $((length / 16384)) \
+          --baseline-backend torch --repeat 2 --max-seconds 120 --out "$out/prefill_${length}_h200.json"
+      done ;;
+    decode) bench decode --random-weights llama-3.1-8b --length 32768 --length 131072 --out "$out/decode_h200.json" ;;
+    overlap) timeout 120 "$python" -m torch.distributed.run --nproc-per-node 2 benchmarks/ring_overlap.py --out "$out/ring_overlap.json" ;;
+    exact) bench prefill --random-weights llama-3.1-8b --ranks 2 --strategy full \
+      --strategy ring --strategy ulysses --length 65536 --length 131072 --out "$out/exact_two_gpus.json" ;;
+    accuracy) timeout 240 "$python" -m apb.training.needle.evaluate models/needle "$out/accuracy.json" cuda 200 ;;
+    strategies) OMP_NUM_THREADS=1 timeout 300 "$python" benchmarks/needle_strategies.py --jobs $((cores - 4)) --shard 17 \
+      --samples 204 --out "$out/needle_strategies.json" ;;
+    report) OMP_NUM_THREADS=1 timeout 400 "$python" benchmarks/needle_records.py --jobs $((cores - 4)) --seconds 240 \
+      --out "$out/needle_records.jsonl" ;;
+    heads)
+      data=$(mktemp -d)
+      OMP_NUM_THREADS=1 timeout 90 "$python" -m apb.training.heads.generated "$data/heads.jsonl" --jobs $((cores - 4))
+      for hidden in 256 1024; do  # one GPU each
+        CUDA_VISIBLE_DEVICES=$((hidden / 1024)) OMP_NUM_THREADS=4 timeout 400 "$python" -m apb.cli.main train heads \
+          --data "$data/heads.jsonl" --hidden $hidden --out "$out/heads_$hidden.safetensors" 2> "$out/heads_$hidden.log" &
+      done
+      wait
+      rm -r "$data" ;;
+    needed | study)
+      heads=${HEADS:-models/needle/heads.safetensors}
+      OMP_NUM_THREADS=1 timeout 330 "$python" benchmarks/needle_compressors.py --jobs $((cores - 4)) --samples 204 \
+        --part "$part" --heads "$heads" ${ONLY:+--only "$ONLY"} --out "$out/needle_compressors_$part.json" ;;
+    *) echo "Unknown part $part; benchmarks/gpus.sh begins with their list." >&2; exit 2 ;;
+  esac
+done

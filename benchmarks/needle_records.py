@@ -1,0 +1,178 @@
+"""Every answer of the shipped model, strategy by strategy: what the committed report is made of.
+
+    python benchmarks/needle_records.py --jobs 28 --out benchmarks/results/needle_records.jsonl
+    apb report benchmarks/results/needle_records.jsonl.gz --out benchmarks/results/needle_report.html
+
+All ways to read answer the same samples. First a few are answered by one process alone, for the speeds. The rest is cut
+into units of a few samples that run in processes which share the GPUs. A run that is cut short keeps what it has in the
+.jsonl file and goes on from there when it is started again; one that ends writes everything into .jsonl.gz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apb.evaluation.settings import Setting
+
+if TYPE_CHECKING:
+    from apb.engine import Engine
+    from apb.evaluation.records import Record
+
+FIRST_SEED = 100
+TASKS = ("headings", "variable_tracking", "multivalue", "multiquery", "multikey", "single")
+LENGTHS = (32768, 16384, 4096)
+BLOCKS = (8, 4)
+# Kinds in which a late block must be read in the light of an early one: there, what passing is for is taken apart.
+NEED_EARLIER = ("headings",)
+# Answers of one process alone, per length and way to read, after one that is not counted.
+TIMED = 3
+
+_engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Some samples of one task and length, and how they are read."""
+
+    task: str
+    length: int
+    settings: tuple[Setting, ...]
+    first: int
+    count: int
+
+
+def readings(task: str, heads: str | None) -> list[Setting]:
+    """The ways to read: exact first, minference, which is slow, last."""
+    found = [Setting("full")]
+    for blocks in BLOCKS:
+        found += [Setting("star", blocks), Setting("apb", blocks, "query")]
+        if heads:
+            found.append(Setting("apb", blocks, "retaining", heads=heads))
+        if task in NEED_EARLIER:
+            found += [Setting("apb", blocks, "query", passing_length=0), Setting("apb", blocks, "random")]
+    return [*found, Setting("minference")]
+
+
+def units(arguments: argparse.Namespace) -> Iterator[Unit]:
+    """All samples of all cells: long ones first, and minference after everything else."""
+    for last in (False, True):
+        for length in LENGTHS:
+            for first in range(0, arguments.samples, arguments.shard):
+                for task in TASKS:
+                    chosen = [s for s in readings(task, arguments.heads) if (s.strategy == "minference") is last]
+                    # Few ways to read in a unit, so that the processes end together.
+                    for start in range(0, len(chosen), 5):
+                        count = min(arguments.shard, arguments.samples - first)
+                        yield Unit(task, length, tuple(chosen[start : start + 5]), first, count)
+
+
+def start(model: str, places: Any) -> None:
+    """Load the model in a process of its own."""
+    import torch
+
+    from apb.engine import Engine
+
+    global _engine  # noqa: PLW0603  # one model a process, for all of its units
+    torch.set_num_threads(1)
+    _engine = Engine.from_pretrained(model, device=places.get(), fused=False)
+
+
+def answer(unit: Unit, processes: int) -> list[Record]:
+    """The records of a unit."""
+    from apb.evaluation.records import Store, model_name
+    from apb.evaluation.runner import Runner
+    from apb.evaluation.synthetic import items
+
+    assert _engine is not None and _engine.tokenizer is not None, "made by start"
+    name = model_name(_engine.model, _engine.model.name_or_path)
+    runner = Runner(_engine, name, unit.settings, Store(), processes)
+    drawn = items(_engine.tokenizer, unit.task, unit.length, unit.count, FIRST_SEED, first=unit.first)
+    return [record for row in runner.run(drawn) for record in row]
+
+
+def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
+    """Answers of this process alone, in every way to read but those that take passing apart."""
+    places: Any = get_context("spawn").SimpleQueue()
+    places.put(device)
+    start(model, places)
+    chosen = tuple(readings("multikey", heads))
+    for length in LENGTHS:
+        answer(Unit("multikey", length, chosen, 0, 1), 1)
+        yield from answer(Unit("multikey", length, chosen, 0, TIMED), 1)
+
+
+def is_done(unit: Unit, known: set[tuple[object, ...]]) -> bool:
+    """Whether every sample of a unit has been answered in every way."""
+    first = FIRST_SEED * 1_000_000 + unit.first
+    names = [str(number) for number in range(first, first + unit.count)]
+    return all((unit.task, unit.length, name, asked(s)) in known for name in names for s in unit.settings)
+
+
+def asked(setting: Setting) -> str:
+    """What a record says of a setting."""
+    given = {name: value for name, value in asdict(setting).items() if value is not None and name != "heads"}
+    return repr(sorted(given.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
+    parser.add_argument("--heads", help="file of retaining heads; those that ship with the model, if it has some")
+    parser.add_argument("--samples", type=int, default=102)
+    parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no unit after that time")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from apb.evaluation.records import Store, write_records
+    from apb.hf.loading import pick_device, shipped_model
+
+    began = time.perf_counter()
+    model, device = str(arguments.model or shipped_model()), pick_device(None).type
+    shipped = Path(model) / "heads.safetensors"
+    if arguments.heads is None and shipped.is_file():
+        arguments.heads = str(shipped)
+    store = Store(arguments.out)
+    known: set[tuple[object, ...]] = {
+        (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
+    }
+    missing = [unit for unit in units(arguments) if not is_done(unit, known)]
+    # What the compilers make of this run is on disk when the others need it.
+    speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
+    print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
+    context = get_context("spawn")
+    places = context.SimpleQueue()
+    for number in range(arguments.jobs):
+        places.put(f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else "cpu")
+    with ProcessPoolExecutor(arguments.jobs, context, start, (model, places)) as pool:
+        running: dict[Future[list[Record]], Unit] = {}
+        while missing or running:
+            while missing and len(running) < 2 * arguments.jobs and time.perf_counter() - began < arguments.seconds:
+                unit = missing.pop(0)
+                running[pool.submit(answer, unit, arguments.jobs)] = unit
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                unit = running.pop(future)
+                for record in future.result():
+                    store.add(record)
+                print(f"{time.perf_counter() - began:.0f} s {unit.task} {unit.length}, {len(missing)} left", flush=True)
+    if missing:
+        print(f"Out of time with {len(missing)} units left: start it again to go on.", flush=True)
+    whole = sorted(store, key=lambda r: (r.length, TASKS.index(r.task), r.sample, r.reading_name))
+    write_records(arguments.out.with_suffix(".jsonl.gz"), [*whole, *speeds])
+    print(f"{time.perf_counter() - began:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

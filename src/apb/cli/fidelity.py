@@ -1,0 +1,118 @@
+"""``apb eval fidelity``: what an approximation still sees of full attention, and how far its predictions move."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from . import options
+from .evaluate import Blocks, Compressor, Length, Seed, Strategy, Task
+
+
+def fidelity(
+    task: Task,
+    length: Length,
+    samples: Annotated[int, typer.Option(help="Documents of each task and length.")] = 4,
+    rows: Annotated[int, typer.Option(help="Rows of each document that are looked at, drawn by lot.")] = 128,
+    seed: Seed = 0,
+    strategy: Strategy = None,
+    blocks: Blocks = None,
+    compressor: Compressor = None,
+    heads: options.Heads = None,
+    anchor_length: options.AnchorLength = None,
+    passing_length: options.PassingLength = None,
+    model: options.Model = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Share of full attention's mass on keys that are still seen, per layer and KV head, and KL of predictions."""
+    from ..engine import Engine
+    from ..evaluation import synthetic
+    from ..evaluation.fidelity import measure
+    from ..evaluation.settings import settings
+    from ..hf import loading
+    from ..plan import at_least
+    from .progress import Bar
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    synthetic.check(task, samples)
+    at_least("rows", rows, 1)
+    path = None if heads is None else str(heads)
+    chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length, path)
+    engine = Engine.from_pretrained(model or loading.shipped_model(), dtype=dtype, device=device)
+    assert engine.tokenizer is not None, "from_pretrained loads one"
+    results: list[dict[str, Any]] = []
+    total = len(task) * len(length) * samples * (len(chosen) + 1)
+    done = 0
+    with Bar("Reading", "prefill", shown=True) as bar:
+
+        def tell() -> None:
+            nonlocal done
+            done += 1
+            bar.update(done, total)
+
+        for name in task:
+            for size in length:
+                drawn = synthetic.items(engine.tokenizer, name, size, samples, seed)
+                found = [measure(engine, item.prompt(engine.tokenizer), chosen, rows, seed, tell) for item in drawn]
+                for column in zip(*found, strict=True):
+                    results.append({"task": name, "length": size, "samples": samples} | mean(column))
+    if as_json:
+        print(json.dumps({"seed": seed, "results": results}))
+    else:
+        _print(results)
+
+
+def mean(found: Any) -> dict[str, Any]:
+    """The mean of several documents' figures, as plain values; ``mass_min`` is the least of any layer and KV head."""
+    import numpy
+
+    first = found[0].to_dict()
+    mass = numpy.mean([one.mass for one in found], 0)
+    figures = {name: numpy.mean([getattr(one, name) for one in found]) for name in FIGURES}
+    return {
+        **first,
+        "rows": sum(one.rows for one in found),
+        "mass": mass.tolist(),
+        "mass_mean": float(mass.mean()),
+        "mass_min": float(mass.min()),
+        **{name: float(value) for name, value in figures.items()},
+    }
+
+
+FIGURES = ("kl_document", "kl_answer", "agreement")
+
+
+def _print(results: list[dict[str, Any]]) -> None:
+    import sys
+
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    columns = ("task", "length", "reading", "mass", "least head", "KL document", "KL answer", "same token")
+    table = Table(*columns, title="Mass of full attention on visible keys; KL in nats; sampled rows of the document")
+    for row in results:
+        reading = f"{row['strategy']} {row['compressor'] or ''}".strip() + f", {row['blocks']} blocks"
+        table.add_row(
+            row["task"],
+            f"{row['length']:,}",
+            reading,
+            f"{row['mass_mean']:.3f}",
+            f"{row['mass_min']:.3f}",
+            f"{row['kl_document']:.4f}",
+            f"{row['kl_answer']:.4f}",
+            f"{row['agreement']:.1%}",
+        )
+    console.print(table)
+    for row in results:
+        reading = f"{row['task']} at {row['length']:,}: {row['strategy']} {row['compressor'] or ''}".strip()
+        heads = (f"KV head {number}" for number in range(len(row["mass"][0])))
+        table = Table("layer", *heads, title=f"{reading}, {row['blocks']} blocks: mass")
+        for number, shares in enumerate(row["mass"]):
+            table.add_row(str(number), *(f"{share:.3f}" for share in shares))
+        console.print(table)

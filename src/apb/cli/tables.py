@@ -1,0 +1,55 @@
+"""Results of ``apb eval`` as a table or as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..evaluation.records import Record
+
+
+def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], skipped: int) -> None:
+    """Scores with their intervals, and what every way to read gains or loses on the same samples beside a baseline."""
+    from ..evaluation.statistics import cell, compare, grouped
+
+    cells = [cell(group).to_dict() for group in grouped(records, lambda record: record.group).values()]
+    differences = compare(records)
+    if as_json:
+        print(json.dumps({**notes, "skipped_lines": skipped, "results": cells, "differences": differences}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    columns = ("task", "length", "strategy", "compressor", "blocks", "samples", "score", "95 %", "prefill s")
+    table = Table(*columns)
+    for row in cells:
+        table.add_row(
+            row["task"],
+            f"{row['length']:,}",
+            row["strategy"],
+            row["compressor"] or "",
+            str(row["blocks"]),
+            str(row["samples"]),
+            f"{row['score']:.1f}",
+            "{:.1f} to {:.1f}".format(*row["interval"]),
+            f"{row['prefill_s']:.2f}",
+        )
+    console.print(table)
+    if not differences:
+        return
+    title = f"Difference to {differences[0]['baseline']}, same samples, mean over tasks"
+    table = Table("length", "reading", "tasks", "samples", "differ", "points", "95 %", title=title)
+    for row in differences:
+        table.add_row(
+            f"{row['length']:,}",
+            row["reading"],
+            str(row["tasks"]),
+            str(row["samples"]),
+            str(row["differing"]),
+            f"{row['difference']:+.2f}",
+            "{:+.2f} to {:+.2f}".format(*row["interval"]),
+        )
+    console.print(table)

@@ -1,0 +1,204 @@
+"""How near an approximation is to full attention, before any answer: the attention it still sees, and what it predicts.
+
+Two figures, both on sampled rows of the document and never on a (rows, rows) matrix:
+
+- the share of full attention's mass that the keys a row may see hold, per layer and KV head: queries and keys are those
+  of a full prefill, and what may be seen is what the approximation chose in a prefill of its own;
+- the Kullback-Leibler divergence, in nats, from full attention's next-token distribution to the approximation's.
+
+The question's own rows see everything under every strategy; their prediction is listed apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine import Engine
+from ..plan import METHODS, Plan
+from ..prompt import Prompt
+from ..strategies import Layer, Strategy
+from ..strategies.apb import APB
+from ..strategies.minference import MInference
+from .settings import Setting
+
+# Attention weights held at a time: rows * heads of a group * keys.
+_WEIGHTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One prompt, read in one way.
+
+    Attributes:
+        strategy, compressor, blocks, anchor_length, passing_length: how, by the plan.
+        rows: sampled rows of the document.
+        mass: [layer][KV head], mean share (0 to 1) of full attention's mass on visible keys.
+        kl_document: mean over the sampled rows, nats.
+        kl_answer: of the first answer token, nats.
+        agreement: share of the sampled rows at which both predict the same token.
+    """
+
+    strategy: str
+    compressor: str | None
+    blocks: int
+    anchor_length: int
+    passing_length: int
+    rows: int
+    mass: list[list[float]]
+    kl_document: float
+    kl_answer: float
+    agreement: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        return asdict(self)
+
+
+class Sight:
+    """What each row of the document may see, layer by layer, as a strategy chose it in its own prefill."""
+
+    def __init__(self) -> None:
+        # Layer -> block -> positions (kv_heads, count) that it passed on.
+        self.passed: dict[int, dict[int, Tensor]] = {}
+        # Layer -> columns and diagonals, (heads, prompt) bool each.
+        self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def look(self, strategy: Strategy, layer: Layer) -> None:
+        """Note what a layer's attention chose; choosing depends on the layer's input alone, so it is asked again."""
+        if isinstance(strategy, MInference):
+            self.sparse[layer.index] = strategy.choose(layer)
+        elif isinstance(strategy, APB):
+            chosen = self.passed.setdefault(layer.index, {})
+            for span in strategy.blocks:
+                count = strategy.plan.passed(span.block)
+                if count:
+                    chosen[span.block] = strategy.choose(layer, span, count) + span.start
+
+    def visible(self, plan: Plan, layer: int, head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
+        """Whether a row sees a key: (heads of the group or 1, rows, keys) bool.
+
+        Args:
+            plan: of the approximation.
+            layer: index of the layer.
+            head: KV head.
+            heads: its query heads.
+            rows: (rows,) positions.
+            keys: number of keys: positions 0 to keys - 1.
+        """
+        key = torch.arange(keys, device=rows.device)
+        causal = key <= rows[:, None]
+        if METHODS[plan.strategy].sparse:
+            columns, diagonals = self.sparse[layer]
+            distance = (rows[:, None] - key).clamp(min=0)
+            return causal & (columns[heads, None, :keys] | diagonals[heads][:, distance])
+        blocks = [plan.block(index) for index in range(plan.blocks)]
+        starts = torch.tensor([block.start for block in blocks], device=rows.device)
+        owner = torch.bucketize(rows, starts, right=True) - 1
+        seen = key >= starts[owner][:, None]
+        if plan.blocks > 1:
+            seen |= key < plan.anchored
+        if self.passed.get(layer):
+            # Per key the first block that it is passed to: the one after its own.
+            first = torch.full((keys,), plan.blocks, device=rows.device)
+            for index, positions in self.passed[layer].items():
+                first[positions[head].to(rows.device)] = index + 1
+            seen |= first <= owner[:, None]
+        return (causal & seen).unsqueeze(0)
+
+
+def sample_rows(prompt: Prompt, count: int, seed: int) -> list[int]:
+    """Positions of document rows, ascending: all of them if there are no more than ``count``."""
+    start, stop = len(prompt.prefix), len(prompt.prefix) + len(prompt.document)
+    return sorted(Random(seed).sample(range(start, stop), min(count, stop - start)))
+
+
+def measure(
+    engine: Engine,
+    prompt: Prompt,
+    settings: Sequence[Setting],
+    rows: int = 128,
+    seed: int = 0,
+    done: Callable[[], None] | None = None,
+) -> list[Fidelity]:
+    """The fidelity of every setting on one prompt, on the same rows.
+
+    Args:
+        engine: gives the model; its own strategy is not used. One rank.
+        prompt: what is read.
+        settings: the ways to read that are compared with full attention.
+        rows: how many rows of the document are sampled.
+        seed: of the sampling.
+        done: called after every prefill (one for each setting, and one in full).
+    """
+    positions = sample_rows(prompt, rows, seed)
+    wanted = [*positions, len(prompt) - 1]
+    sights, plans, predictions = [], [], []
+    for setting in settings:
+        sight = Sight()
+        reader = setting.engine(engine)
+        plan, logits = reader.inspect(prompt, wanted, sight.look)
+        reader.close()
+        sights.append(sight)
+        plans.append(plan)
+        predictions.append(logits.log_softmax(-1))
+        if done is not None:
+            done()
+    places = torch.tensor(positions, device=engine.device)
+    masses: list[list[list[float]]] = [[] for _ in settings]
+
+    def look(strategy: Strategy, layer: Layer) -> None:
+        held = _mass(layer, places, plans, sights)
+        for mass, shares in zip(masses, held, strict=True):
+            mass.append(shares)
+
+    full = Setting("full").engine(engine)
+    _, logits = full.inspect(prompt, wanted, look)
+    full.close()
+    if done is not None:
+        done()
+    expected = logits.log_softmax(-1)
+    found = []
+    for setting, plan, mass, prediction in zip(settings, plans, masses, predictions, strict=True):
+        divergence = (expected.exp() * (expected - prediction)).sum(-1)
+        same = expected[:-1].argmax(-1) == prediction[:-1].argmax(-1)
+        found.append(
+            Fidelity(
+                plan.strategy,
+                setting.compressor if plan.passing_length else None,
+                plan.blocks,
+                plan.anchor_length,
+                plan.passing_length,
+                len(positions),
+                mass,
+                divergence[:-1].mean().item(),
+                divergence[-1].item(),
+                same.float().mean().item(),
+            )
+        )
+    return found
+
+
+def _mass(layer: Layer, rows: Tensor, plans: Sequence[Plan], sights: Sequence[Sight]) -> list[list[float]]:
+    """Per setting and KV head of one layer: the mean share of full attention's mass on what the rows may see."""
+    keys = layer.k.shape[0]
+    kv_heads = layer.k.shape[1]
+    group = layer.q.shape[1] // kv_heads
+    chunks = rows.split(max(1, _WEIGHTS // (group * keys)))
+    total = torch.zeros(len(plans), kv_heads, dtype=torch.float64)
+    for head in range(kv_heads):
+        heads = slice(head * group, (head + 1) * group)
+        for chunk in chunks:
+            q = layer.q[chunk, heads].transpose(0, 1)  # (group, rows, head_dim)
+            scores = (q.float() @ layer.k[:, head].float().T) * layer.scale
+            hidden = torch.arange(keys, device=rows.device) > chunk[:, None]
+            weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+            for index, (plan, sight) in enumerate(zip(plans, sights, strict=True)):
+                seen = sight.visible(plan, layer.index, head, heads, chunk, keys)
+                total[index, head] += (weights * seen).sum().double().cpu()
+    return (total / (group * len(rows))).tolist()

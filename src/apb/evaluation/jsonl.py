@@ -1,0 +1,51 @@
+"""A user's own questions: any JSONL file of ``document``, ``query`` and ``answers``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .items import Item, Skipped, answers_field, text_field
+
+
+def items(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    skipped: Skipped,
+    max_new_tokens: int,
+    count: int | None = None,
+    limit: int | None = None,
+) -> Iterator[Item]:
+    """The first ``count`` lines; what is wrong with others goes to ``skipped``.
+
+    The score is the share of the answers that stand in the prediction as whole words. A sample is listed under the
+    length of its prompt, rounded up to a power of two, or under ``limit``, to which it is cut in the middle.
+    """
+    made = 0
+    for number, fields in skipped.lines(path):
+        if made == count:
+            break
+        try:
+            document, query = text_field(fields, "document"), text_field(fields, "query")
+            answers = answers_field(fields, "answers")
+            if not document.strip() or not query.strip():
+                raise ValueError("has no words in its document or query")
+        except ValueError as error:
+            skipped.add(path, number, str(error))
+            continue
+        made += 1
+        tokens = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        yield Item(
+            suite="jsonl",
+            task=path.stem,
+            length=limit or 1 << (tokens - 1).bit_length(),
+            sample=str(number),
+            document=document,
+            query=query,
+            answers=answers,
+            metric="words",
+            max_new_tokens=max_new_tokens,
+            limit=limit,
+        )

@@ -1,0 +1,131 @@
+"""The plots of a report as SVG text, drawn by matplotlib: accuracy by task, by length, and against speed."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from .summary import Summary, Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that differ for most colour-blind readers too (Okabe and Ito), then repeated with another mark.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a", "#000000")
+MARKS = "osD^vP*X"
+
+
+def plots(summary: Summary) -> list[tuple[str, str]]:
+    """(caption, SVG) of every plot that the results allow. InputError where matplotlib is not installed."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "The plots of a report need matplotlib, which is not installed; install apb[report], or write Markdown."
+        ) from error
+
+    # Letters as shapes: a page looks the same wherever fonts differ.
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "font.family": "sans-serif"}):
+        drawn: list[tuple[str, Figure]] = []
+        for table in summary.tables:
+            figure = Figure(figsize=(max(6.0, 1.2 + 1.3 * len(table.tasks)), 3.4), layout="constrained")
+            by_task(figure, table, summary)
+            drawn.append((f"Accuracy by task, {place(table)}; bars: 95 % intervals", figure))
+        for suite in dict.fromkeys(table.suite for table in summary.tables):
+            tables = [table for table in summary.tables if table.suite == suite]
+            if len(tables) > 1:
+                figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+                by_length(figure, tables, summary)
+                drawn.append((f"Mean accuracy of the tasks against length, {suite}", figure))
+        for table in summary.tables:
+            figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+            if by_speed(figure, table, summary):
+                drawn.append((f"Mean accuracy of the tasks against speed of prefill, {place(table)}", figure))
+        return [(caption, svg(figure, caption)) for caption, figure in drawn]
+
+
+def place(table: Table) -> str:
+    """Suite and length in words."""
+    return f"{table.suite}, {table.length:,} tokens"
+
+
+def look(summary: Summary, reading: str) -> tuple[str, str]:
+    """Colour and mark of a way to read: the same in every plot."""
+    number = summary.readings.index(reading)
+    return COLOURS[number % len(COLOURS)], MARKS[number // len(COLOURS) % len(MARKS)]
+
+
+def by_task(figure: Figure, table: Table, summary: Summary) -> None:
+    """Bars of every task, side by side for the ways to read, with their intervals."""
+    axes = figure.subplots()
+    width = 0.8 / len(table.cells)
+    for number, (reading, row) in enumerate(table.cells.items()):
+        colour, _ = look(summary, reading)
+        places = [table.tasks.index(task) - 0.4 + (number + 0.5) * width for task in row]
+        scores = [cell.score for cell in row.values()]
+        low = [cell.score - cell.interval[0] for cell in row.values()]
+        high = [cell.interval[1] - cell.score for cell in row.values()]
+        whiskers = {"elinewidth": 0.6, "ecolor": "#444444"}
+        axes.bar(places, scores, width, label=reading, color=colour, yerr=[low, high], error_kw=whiskers)
+    axes.set_xticks(range(len(table.tasks)), table.tasks)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("score")
+    finish(figure, axes)
+
+
+def by_length(figure: Figure, tables: list[Table], summary: Summary) -> None:
+    """A line for every way to read over the lengths at which it answered all tasks."""
+    axes = figure.subplots()
+    for reading in summary.readings:
+        points = [(table.length, table.average(reading)) for table in tables if reading in table.cells]
+        points = [(length, average) for length, average in points if average is not None]
+        colour, mark = look(summary, reading)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=mark, color=colour, label=reading, markersize=4, alpha=0.85)
+    lengths = sorted({table.length for table in tables})
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("mean score")
+    finish(figure, axes)
+
+
+def by_speed(figure: Figure, table: Table, summary: Summary) -> bool:
+    """A point for every way to read whose speed is known; whether there was one."""
+    axes = figure.subplots()
+    drawn = False
+    for speed in summary.speeds:
+        average = table.average(speed.reading) if speed.reading in table.cells else None
+        if (speed.suite, speed.length) == (table.suite, table.length) and average is not None:
+            colour, mark = look(summary, speed.reading)
+            axes.scatter(speed.tokens_per_s, average, color=colour, marker=mark, label=speed.reading, zorder=3)
+            drawn = True
+    axes.set_xlabel("prompt tokens per second of prefill")
+    axes.set_ylabel("mean score")
+    finish(figure, axes)
+    return drawn
+
+
+def finish(figure: Figure, axes: Axes) -> None:
+    """Grid, frame and legend, alike in all plots."""
+    axes.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+
+
+def svg(figure: Figure, caption: str) -> str:
+    """The figure as an SVG element that can stand inside a page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Ids of different plots on one page must differ: their hashes start from the caption.
+    with matplotlib.rc_context({"svg.hashsalt": caption}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,123 @@
+"""Answering samples in several ways, each sample in all of them before the next one, and keeping what was said."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import torch
+
+from ..engine import Engine
+from ..errors import InputError
+from ..hardware import device_name
+from ..prompt import Prompt
+from .items import Item, prompt_hash
+from .records import Record, Store, file_name
+from .scoring import METRICS
+from .settings import Setting
+
+# Called with (answers so far, answers in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Runner:
+    """Answers items with one model in several ways. Under several ranks all make the same calls.
+
+    Attributes:
+        engine: gives model, tokenizer and ranks; its own strategy is not used.
+        model: what records call the model.
+        settings: the ways to read.
+        store: where records go, and where those of an earlier run are found.
+        processes: how many runs share the machine, for the records.
+    """
+
+    engine: Engine
+    model: str
+    settings: Sequence[Setting]
+    store: Store
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        self._heads = cache(file_name)
+
+    def run(self, items: Iterable[Item], done: Callable[[], None] | None = None) -> Iterator[list[Record]]:
+        """Yield, for every item, its records in the order of the settings; on rank 0 (empty lists on the others).
+
+        Args:
+            items: what to answer; made one at a time where it is an iterator.
+            done: called after every answer.
+        """
+        tokenizer = self.engine.tokenizer
+        if tokenizer is None:
+            raise InputError("Evaluation needs a tokenizer; give one to Engine.from_model.")
+        engines = [setting.engine(self.engine) for setting in self.settings]
+        try:
+            for item in items:
+                prompt = item.prompt(tokenizer)
+                name = prompt_hash(prompt)
+                records = []
+                for setting, engine in zip(self.settings, engines, strict=True):
+                    record = self._answer(item, prompt, name, setting, engine)
+                    if record is not None:
+                        records.append(record)
+                    if done is not None:
+                        done()
+                yield records
+        finally:
+            for engine in engines:
+                engine.close()
+
+    def _answer(self, item: Item, prompt: Prompt, name: str, setting: Setting, engine: Engine) -> Record | None:
+        """The record of an answer, from the store or new; None on ranks other than 0."""
+        group = engine.group
+        plan = engine.plan(prompt, item.max_new_tokens)
+        blank = Record(
+            suite=item.suite,
+            task=item.task,
+            length=item.length,
+            sample=item.sample,
+            prompt=name,
+            prompt_tokens=len(prompt),
+            model=self.model,
+            asked={name: value for name, value in asdict(setting).items() if value is not None and name != "heads"},
+            strategy=setting.strategy,
+            compressor=setting.compressor if plan.passing_length else None,
+            heads=self._heads(setting.heads) if plan.passing_length else None,
+            blocks=plan.blocks,
+            anchor_length=plan.anchor_length,
+            passing_length=plan.passing_length,
+            ranks=group.size,
+            exact=plan.exact,
+            device=device_name(engine.device),
+            dtype=str(engine.dtype).removeprefix("torch."),
+            processes=self.processes,
+            prediction="",
+            answers=item.answers,
+            score=0.0,
+            seconds=0.0,
+            prefill_s=0.0,
+        )
+        known = self.store.get(blank.key)
+        # Rank 0 alone has the file: all of them must take the same way.
+        told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
+        if group.broadcast(told).item():
+            return known
+        start = time.perf_counter()
+        result = engine.generate(prompt, max_new_tokens=item.max_new_tokens)
+        seconds = time.perf_counter() - start
+        if group.rank:
+            return None
+        record = Record(
+            **{
+                **vars(blank),
+                "prediction": result.text,
+                "score": METRICS[item.metric](result.text, item.answers),
+                "seconds": round(seconds, 6),
+                "prefill_s": round(result.timing["prefill_s"], 6),
+            }
+        )
+        self.store.add(record)
+        return record

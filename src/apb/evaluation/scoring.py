@@ -1,0 +1,221 @@
+"""Scores of a prediction, 0 to 100, by name: our own, RULER's and InfiniteBench's, equal to theirs."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+Metric = Callable[[str, Sequence[str]], float]
+"""(prediction, answers) -> 0 to 100."""
+
+CHINESE_PUNCTUATION = (
+    "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣"  # noqa: RUF001
+    "､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
+)
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+NUMBER = re.compile(r"\d+\.\d+|\d+")
+
+
+def words(prediction: str, answers: Sequence[str]) -> float:
+    """Share of the answers that stand in the prediction as whole words, whatever their case."""
+    text = prediction.lower()
+    found = [re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text) is not None for answer in answers]
+    return 100.0 * sum(found) / len(found)
+
+
+# -- RULER (arXiv 2404.06654), scripts/eval ------------------------------------------------------------------------
+
+
+def ruler_all(prediction: str, answers: Sequence[str]) -> float:
+    """RULER's string_match_all: share of the answers that stand in the prediction as strings, whatever their case."""
+    found = _ruler_found(prediction, answers)
+    return 100.0 * sum(found) / len(found)
+
+
+def ruler_part(prediction: str, answers: Sequence[str]) -> float:
+    """RULER's string_match_part: whether any of the answers stands in the prediction."""
+    return 100.0 * any(_ruler_found(prediction, answers))
+
+
+def _ruler_found(prediction: str, answers: Sequence[str]) -> list[bool]:
+    # Control characters become line breaks first: a tab inside an answer's words is then no match.
+    text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+    return [answer.lower() in text for answer in answers]
+
+
+# -- InfiniteBench (arXiv 2402.13718), src/compute_scores.py -------------------------------------------------------
+
+
+def first_integer(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the first run of digits is the answer (PassKey, Number)."""
+    found = re.search(r"[0-9]+", prediction)
+    return 100.0 * (found is not None and found[0] == answers[0])
+
+
+def first_number(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the first number has the answer's value (Math.Find).
+
+    Where the answer is whole, a number with decimals is wrong (InfiniteBench's own script stops with an error there).
+    """
+    found = NUMBER.search(prediction)
+    if found is None or ("." in found[0] and "." not in answers[0]):
+        return 0.0
+    return 100.0 * (float(found[0]) == float(answers[0]))
+
+
+def among_words(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the answer is one of the prediction's words (KV)."""
+    return 100.0 * (answers[0] in _spaced(prediction, "\n:\"'.,?!{}").split())
+
+
+def name_among_words(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the first answer, in capitals, is one of the prediction's words (En.Dia)."""
+    return 100.0 * (answers[0] in _spaced(prediction, "\n:\"'.,?!{}").upper().split())
+
+
+def chosen_option(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the option (answers: its text, its letter) is named (En.MC).
+
+    The first letter decides, else what follows a phrase such as "answer is", else the first word of A, B, C and D.
+    """
+    text = prediction.strip()
+    if not text:
+        return 0.0
+    if text[0] in "ABCD":
+        return 100.0 * (text[0] in answers)
+    if text in answers:
+        return 100.0
+    text = _single_spaces(_spaced(text, "\n\"'.,?!{}"))
+    after = _after_phrase(text, ("answer is:", "answer:", "answer is", "option is"))
+    if after is not None:
+        return 100.0 * after.startswith(tuple(answers))
+    # A word is any run of the letters in their order: "AB" counts, and so is one.
+    named = next((word for word in text.split() if word in "ABCD"), None)
+    return 100.0 * (named in answers)
+
+
+def named_function(prediction: str, answers: Sequence[str]) -> float:
+    """Whether the function (answers: its name, its letter) is named, at once or after a phrase (Code.Debug)."""
+    name, letter = answers[0], answers[1]
+    text = prediction.strip()
+    if text[:2] in (f"{letter}.", f"{letter}:"):
+        return 100.0
+    for mark in ("\n", "`", "'", '"', "-", "*", "Option", "option"):
+        text = text.replace(mark, " ")
+    after = _after_phrase(_single_spaces(text), ("answer is:", "is:", "answer:", "correct option is:"))
+    return 100.0 * (after is not None and after.startswith((letter, name)))
+
+
+def english_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best F1 of words over the answers, without case, punctuation and articles (En.QA)."""
+    return 100.0 * max(_f1(_english(prediction), _english(answer)) for answer in answers)
+
+
+def chinese_f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best F1 of characters over the answers, without punctuation and space (Zh.QA)."""
+    return 100.0 * max(_f1(_chinese(prediction), _chinese(answer)) for answer in answers)
+
+
+def summary(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-Lsum F1, the best over the answers: sentences are lines, no stemming (En.Sum)."""
+    return 100.0 * max(rouge_lsum(prediction, answer) for answer in answers)
+
+
+def rouge_lsum(prediction: str, reference: str) -> float:
+    """ROUGE-L of summaries (Lin 2004): union of longest common subsequences per line; F1, 0 to 1."""
+    said, wanted = _lines(prediction), _lines(reference)
+    sizes = sum(map(len, said)), sum(map(len, wanted))
+    if not all(sizes):
+        return 0.0
+    left, right = Counter(word for line in said for word in line), Counter(word for line in wanted for word in line)
+    hits = 0
+    for line in wanted:
+        for place in sorted(set().union(*(_common(line, other) for other in said))):
+            word = line[place]
+            if left[word] > 0 and right[word] > 0:
+                hits += 1
+                left[word] -= 1
+                right[word] -= 1
+    precision, recall = hits / sizes[0], hits / sizes[1]
+    return 2 * precision * recall / (precision + recall) if hits else 0.0
+
+
+def _lines(text: str) -> list[list[str]]:
+    return [re.findall(r"[a-z0-9]+", line.lower()) for line in text.split("\n") if line]
+
+
+def _common(first: list[str], second: list[str]) -> set[int]:
+    """Places in `first` of a longest common subsequence; of several the one that ROUGE's own backtracking finds."""
+    table = [[0] * (len(second) + 1)]
+    for word in first:
+        above, row = table[-1], [0]
+        for column, other in enumerate(second):
+            row.append(above[column] + 1 if word == other else max(above[column + 1], row[column]))
+        table.append(row)
+    places, row_at, column_at = set(), len(first), len(second)
+    while row_at and column_at:
+        if first[row_at - 1] == second[column_at - 1]:
+            row_at, column_at = row_at - 1, column_at - 1
+            places.add(row_at)
+        elif table[row_at][column_at - 1] > table[row_at - 1][column_at]:
+            column_at -= 1
+        else:
+            row_at -= 1
+    return places
+
+
+def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:
+    same = sum((Counter(said) & Counter(wanted)).values())
+    return 2 * same / (len(said) + len(wanted)) if same else 0.0
+
+
+def _english(text: str) -> list[str]:
+    kept = "".join(mark for mark in text.lower() if mark not in string.punctuation)
+    return ARTICLES.sub(" ", kept).split()
+
+
+def _chinese(text: str) -> list[str]:
+    kept = "".join(mark for mark in text.lower() if mark not in string.punctuation + CHINESE_PUNCTUATION)
+    return list("".join(kept.split()))
+
+
+def _spaced(text: str, marks: str) -> str:
+    return text.strip().translate({ord(mark): " " for mark in marks})
+
+
+def _single_spaces(text: str) -> str:
+    return re.sub(" +", " ", text)
+
+
+def _after_phrase(text: str, phrases: tuple[str, ...]) -> str | None:
+    """What follows the first of the phrases that occurs, less one character (a space); None where none occurs.
+
+    A prediction that ends with the phrase has said nothing: the empty string.
+    """
+    for phrase in phrases:
+        place = text.find(phrase)
+        if place >= 0:
+            return text[place + len(phrase) + 1 :]
+    return None
+
+
+METRICS: dict[str, Metric] = {
+    metric.__name__: metric
+    for metric in (
+        words,
+        ruler_all,
+        ruler_part,
+        first_integer,
+        first_number,
+        among_words,
+        name_among_words,
+        chosen_option,
+        named_function,
+        english_f1,
+        chinese_f1,
+        summary,
+    )
+}
+"""All metrics by name."""

@@ -1,0 +1,128 @@
+"""Questions over passages of the user's own: the passages that answer one, among others, in random order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from ...errors import InputError
+from .filler import Sentence
+from .material import Encoder, Material, Question, TaskError
+
+# What stands before a passage; its number is longer only in texts of more than a thousand.
+_HEAD = "\n\nPassage 999:\n"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, its answers (any one of them is right) and the passages that one must have read."""
+
+    question: str
+    answers: tuple[str, ...]
+    passages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Passages by name, and questions over them."""
+
+    texts: dict[str, str]
+    asked: tuple[Asked, ...]
+
+
+def load_passages(path: Path) -> Passages:
+    """Read a JSONL file with two kinds of lines.
+
+    ``{"id": NAME, "text": TEXT}`` is a passage; ``{"question": TEXT, "answers": [TEXT, ...], "passages": [NAME, ...]}``
+    is a question and the passages that answer it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The passages {str(path)!r} cannot be read as UTF-8 text: {error}.") from error
+    texts: dict[str, str] = {}
+    asked: list[Asked] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if "text" in fields:
+                texts[str(fields["id"])] = str(fields["text"]).strip()
+            else:
+                names = tuple(str(name) for name in fields["passages"])
+                asked.append(Asked(str(fields["question"]), tuple(map(str, fields["answers"])), names))
+                if not asked[-1].answers or not names:
+                    raise ValueError("no answers or no passages")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"Line {number} of {str(path)!r} is neither a passage (id, text) nor a question "
+                f"(question, answers, passages): {type(error).__name__} {error}."
+            ) from error
+    missing = sorted({name for item in asked for name in item.passages} - set(texts))
+    if missing:
+        raise InputError(f"The passages {str(path)!r} have no passage of id {missing[0]!r}, which a question names.")
+    if not asked:
+        raise InputError(f"The file {str(path)!r} holds no question; give lines with question, answers and passages.")
+    return Passages(texts, tuple(asked))
+
+
+def qa(
+    rng: Random, room: int, encoder: Encoder, passages: Passages | None = None, number: int | None = None
+) -> Material:
+    """Question ``number`` of the user's, among as many passages as fit; the last one that does not fit is cut.
+
+    Passages that answer the question are never cut. With fewer passages than fit, the others come again.
+    """
+    if passages is None or number is None:
+        raise TaskError("the task 'qa' asks questions of passages of yours: name their file with --passages")
+    if number >= len(passages.asked):
+        raise TaskError(f"there are {len(passages.asked)} questions: ask for at most as many samples")
+    item = passages.asked[number]
+    needed = [passages.texts[name] for name in item.passages]
+    others = [text for name, text in passages.texts.items() if name not in item.passages]
+    left = room - sum(size_of(text, encoder) for text in needed)
+    if left < 0:
+        raise TaskError(f"the passages of question {number + 1} need {room - left} tokens, and there are {room}")
+    chosen = [*needed, *fill_up(rng, others, left, encoder)]
+    rng.shuffle(chosen)
+    body = [f"{'' if index == 1 else chr(10) * 2}Passage {index}:\n{text}" for index, text in enumerate(chosen, 1)]
+    return Material(questions=[Question([" " + item.question], item.answers, "qa")], body=body)
+
+
+def fill_up(rng: Random, others: Sequence[str], left: int, encoder: Encoder) -> list[str]:
+    """Passages in random order until `left` tokens are full; the last is cut at a word."""
+    chosen: list[str] = []
+    order: list[str] = []
+    frame = encoder.count([_HEAD])
+    while others and left > frame:
+        if not order:
+            order = rng.sample(others, len(others))
+        text = order.pop()
+        size = size_of(text, encoder)
+        if size > left:
+            text = cut(text, left - frame, encoder)
+            size = left
+        if text:
+            chosen.append(text)
+        left -= size
+    return chosen
+
+
+def cut(text: str, room: int, encoder: Encoder) -> str:
+    """The text's first words, as many as have at most `room` tokens."""
+    words: Sentence = []
+    for index, word in enumerate(text.split()):
+        room -= encoder.count([" " + word if index else word])
+        if room < 0:
+            break
+        words.append(word)
+    return " ".join(words)
+
+
+def size_of(text: str, encoder: Encoder) -> int:
+    """About the number of tokens of a passage with its number and line breaks."""
+    return encoder.count([_HEAD, text])

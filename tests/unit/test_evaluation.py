@@ -1,0 +1,171 @@
+"""Answers kept and compared: files that runs resume from, intervals, paired differences."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import apb
+from answers import record, run_of
+from apb.errors import InputError
+from apb.evaluation.records import Store, model_name, read_records, write_records
+from apb.evaluation.settings import Setting, settings
+from apb.evaluation.statistics import compare, difference, interval
+from apb.evaluation.summary import summarize
+from command_line import Cli
+
+
+def test_interval_is_wilsons() -> None:
+    """Textbook cases: 8 of 10; all of 100; none of 20; symmetric."""
+    assert interval(80, 10) == pytest.approx((49.02, 94.33), abs=0.01)
+    assert interval(100, 100) == pytest.approx((96.30, 100), abs=0.01)
+    assert interval(0, 20) == pytest.approx((0, 16.11), abs=0.01)
+    low, high = interval(30, 50)
+    assert interval(70, 50) == pytest.approx((100 - high, 100 - low))
+
+
+def test_differences_are_paired_and_averaged_over_tasks() -> None:
+    """Means of tasks count alike however many samples they have; samples that one side lacks do not count."""
+    full = run_of("full", {"a": [100, 100], "b": [100] * 8})
+    star = run_of("star", {"a": [100, 0, 0], "b": [100] * 6 + [0] * 2})
+    found = difference(star, full)
+    assert found is not None
+    assert (found.tasks, found.samples, found.differing) == (2, 10, 3)
+    assert found.difference == pytest.approx((-50 - 25) / 2)
+    assert found.interval[0] < found.difference < found.interval[1] <= 0
+    assert difference(star, full) == found
+    assert difference(run_of("star", {"c": [1]}), full) is None
+
+
+def test_the_bootstraps_interval_is_that_of_the_normal_distribution_where_that_holds() -> None:
+    """400 samples, half of them lost: -50 plus or minus 1.96 * 50 / 20."""
+    full = run_of("full", {"a": [100] * 400})
+    half = run_of("star", {"a": [100, 0] * 200})
+    found = difference(half, full)
+    assert found is not None
+    assert found.interval == pytest.approx((-54.9, -45.1), abs=0.6)
+    same = difference(run_of("star", {"a": [100] * 400}), full)
+    assert same is not None
+    assert (same.difference, same.interval, same.differing) == (0, (0, 0), 0)
+
+
+def test_comparison_is_with_full_attention_wherever_it_stands() -> None:
+    records = run_of("star", {"a": [0, 100]}) + run_of("full", {"a": [100, 100]})
+    (row,) = compare(records)
+    assert (row["baseline"], row["reading"], row["difference"]) == ("full", "star", -50)
+    assert json.loads(json.dumps(row))["samples"] == 2
+    assert compare(run_of("star", {"a": [1]})) == []
+
+
+def test_settings_that_differ() -> None:
+    """Blocks count where a strategy cuts, compressors and heads where it passes."""
+    assert settings(["full", "star", "apb"], [4, 8], ["query", "recent"], passing_length=9) == [
+        Setting("full"),
+        Setting("star", 4),
+        Setting("star", 8),
+        *(Setting("apb", blocks, name, None, 9) for blocks in (4, 8) for name in ("query", "recent")),
+    ]
+    assert settings(["apb"], [], [], heads="h.pt") == [Setting("apb", None, "retaining", heads="h.pt")]
+    with pytest.raises(InputError, match="Unknown strategy"):
+        settings(["magic"], [], [])
+
+
+def test_readings_have_names() -> None:
+    assert record(strategy="apb", blocks=8, compressor="query").reading_name == "apb, query, 8 blocks"
+    bare = record(strategy="apb", blocks=8, asked={"strategy": "apb", "anchor_length": 0, "passing_length": 0}, ranks=2)
+    assert bare.reading_name == "apb, 8 blocks, no anchor, no passing, 2 ranks"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_records_come_back(tmp_path: Path, name: str) -> None:
+    records = [*run_of("apb", {"a": [1, 2]}, prediction='ü "x"\n', heads="h 1f"), record(compressor="query")]
+    write_records(tmp_path / name, records)
+    assert list(read_records(tmp_path / name)) == records
+
+
+def test_a_store_goes_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    first, second = run_of("full", {"a": [1, 2]})
+    store = Store(path)
+    store.add(first)
+    store.close()
+    with path.open("a") as file:
+        file.write(second.line()[:50])
+    store = Store(path)
+    assert store.get(first.key) == first
+    assert store.get(second.key) is None
+    store.add(second)
+    store.close()
+    assert list(read_records(path)) == [first, second]
+    path.write_text("{}\n" + first.line())
+    with pytest.raises(InputError, match="Line 1 of"):
+        Store(path)
+
+
+def test_what_tells_samples_and_readings_apart() -> None:
+    """Other text, model, dtype, options, heads or ranks are other answers; times and devices are not."""
+    keys = {
+        record(**change).key
+        for change in (
+            {},
+            {"prompt": "x"},
+            {"model": "x"},
+            {"dtype": "bfloat16"},
+            {"asked": {"strategy": "full", "blocks": 2}},
+            {"heads": "x"},
+            {"ranks": 2},
+        )
+    }
+    assert len(keys) == 7
+    assert record(seconds=9.0, device="x", anchor_length=5, processes=4).key in keys
+
+
+def test_model_names_follow_weights(checkpoint: Path) -> None:
+    model = apb.Engine.from_pretrained(checkpoint, device="cpu").model
+    name = model_name(model, str(checkpoint))
+    assert name.startswith(checkpoint.name + " ")
+    assert model_name(model, "owner/id").split() == ["owner/id", name.split()[1]]
+    next(model.parameters()).data[0, 0] += 1
+    assert model_name(model, str(checkpoint)) != name
+
+
+def test_a_run_is_resumed(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers that are in the file are not given again; the result is that of a run in one go."""
+    path, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    given = ["eval", "synthetic", "--task", "single", "--length", 800, "--strategy", "full", "--strategy", "star"]
+    place = ["--blocks", 3, "--model", checkpoint, "--device", "cpu", "--json"]
+    cli(*given, *place, "--samples", 2, "--out", path)
+    before = path.read_text()
+    answers = []
+    generate = apb.Engine.generate
+    monkeypatch.setattr(apb.Engine, "generate", lambda *a, **k: answers.append(1) or generate(*a, **k))
+    resumed = cli(*given, *place, "--samples", 3, "--out", path).json
+    assert len(answers) == 2
+    assert path.read_text().startswith(before)
+    fresh = cli(*given, *place, "--samples", 3, "--out", whole).json
+    assert len(answers) == 8
+
+    def told(report: Any) -> Any:
+        cells = [{**cell, "prefill_s": None} for cell in report["results"]]
+        return cells, report["differences"]
+
+    assert told(resumed) == told(fresh)
+    assert [r.prediction for r in read_records(path)] == [r.prediction for r in read_records(whole)]
+    cli(*given, *place, "--samples", 3, "--out", path, "--dtype", "bfloat16")
+    assert len(answers) == 14
+
+
+def test_summary_counts_a_sample_once_and_times_only_undisturbed_runs() -> None:
+    records = run_of("full", {"a": [100, 0]}) + run_of("full", {"a": [0, 0]}, processes=8, prefill_s=99.0)
+    records += run_of("star", {"a": [100, 0], "b": [50]}, processes=8)
+    summary = summarize(records)
+    (table,) = summary.tables
+    assert (summary.answers, table.tasks, table.baseline) == (5, ["a", "b"], "full")
+    assert table.cells["full"]["a"].score == 50
+    assert table.average("full") is None
+    assert table.average("star") == 50
+    (speed,) = summary.speeds
+    assert (speed.reading, speed.tokens_per_s, speed.samples) == ("full", 4000, 2)

@@ -1,0 +1,151 @@
+"""Scores: what one counts by hand with the rules of RULER and InfiniteBench."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from apb.evaluation.scoring import METRICS, rouge_lsum
+
+
+def check(metric: str, prediction: str, answers: Sequence[str], expected: float) -> None:
+    assert METRICS[metric](prediction, answers) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "every", "some"),
+    [
+        ("They are 12, 34 and 56.", ["12", "34", "56"], 100, 100),
+        ("It is 12.", ["12", "34"], 50, 100),
+        ("5123", ["12", "99"], 50, 100),  # strings, not words
+        ("WILLOW", ["willow"], 100, 100),
+        ("", ["12"], 0, 0),
+        ("a\tb", ["a\tb"], 0, 0),  # control characters of a prediction become line breaks
+        ("a\x07b", ["a\nb"], 100, 100),
+        ("New York City", ["york", "boston", "new"], 200 / 3, 100),
+    ],
+)
+def test_ruler(prediction, answers, every, some):
+    """string_match_all: share of the answers that occur; string_match_part: whether one does. Cases do not matter."""
+    check("ruler_all", prediction, answers, every)
+    check("ruler_part", prediction, answers, some)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [("71432.", "71432", 100), ("It is 71432, not 5", "71432", 100), ("5 or 71432", "71432", 0), ("none", "1", 0)],
+)
+def test_first_integer(prediction, answer, expected):
+    check("first_integer", prediction, [answer], expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("88\nThe smallest is 1", "88", 100),
+        ("It is 088", "88", 100),  # by value
+        ("1, 88", "88", 0),
+        ("47.5", "47.5", 100),
+        ("47", "47.0", 100),
+        ("88.0", "88", 0),  # InfiniteBench's own script fails on this one
+        ("-3", "3", 100),  # signs are not read
+        ("no idea", "3", 0),
+    ],
+)
+def test_first_number(prediction, answer, expected):
+    check("first_number", prediction, [answer], expected)
+
+
+def test_among_words():
+    check("among_words", 'Key: "5e6b-90".', ["5e6b-90"], 100)
+    check("among_words", "5e6b-90x", ["5e6b-90"], 0)
+    check("among_words", "5E6B-90", ["5e6b-90"], 0)
+
+
+def test_name_among_words():
+    """Only the first answer counts, in capitals, and only as one word."""
+    check("name_among_words", "Ace Rothstein, I think", ["ACE", "ACE ROTHSTEIN"], 100)
+    check("name_among_words", "rothstein", ["ACE", "ROTHSTEIN"], 0)
+    check("name_among_words", "ACE ROTHSTEIN", ["ACE ROTHSTEIN"], 0)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("C", 100),
+        ("C. Snowfield", 100),
+        ("A Snowfield", 0),
+        ("Snowfield", 100),
+        ("Dear reader, the answer is C", 0),  # begins with the letter of option D
+        ("dear reader, the answer is: C.", 100),
+        ("i say: answer is Snowfield", 100),
+        ("the answer is: B, not C", 0),
+        ("well, my answer:", 0),
+        ("it may be C or A", 100),
+        ("it may be A or C", 0),
+        ("no letter here", 0),
+        ("", 0),
+    ],
+)
+def test_chosen_option(prediction, expected):
+    check("chosen_option", prediction, ["Snowfield", "C"], expected)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("C.", 100),
+        ("C: load", 100),
+        ("C", 0),  # neither at once with a mark, nor after a phrase
+        ("The answer is: C", 100),
+        ("The answer is: `load`", 100),
+        ("The correct option is: loader", 100),
+        ("answer is: B", 0),
+        ("The answer is:", 0),
+    ],
+)
+def test_named_function(prediction, expected):
+    check("named_function", prediction, ["load", "C"], expected)
+
+
+def test_english_f1():
+    """Words without case, punctuation and articles: two of three and two of two give 0.8; the best answer counts."""
+    check("english_f1", "The old lighthouse, Maud!", ["lighthouse Maud"], 80)
+    check("english_f1", "The old lighthouse, Maud!", ["a cat", "the old lighthouse Maud"], 100)
+    check("english_f1", "a dog a dog", ["dog"], 200 / 3)
+    check("english_f1", "", ["dog"], 0)
+
+
+def test_chinese_f1():
+    """Characters without punctuation: two of three said, two of two wanted."""
+    check("chinese_f1", "胡一刀。", ["胡 刀"], 80)
+    check("chinese_f1", "马", ["胡"], 0)
+
+
+def test_rouge_lsum():
+    """Lines are sentences; a line's words count once they stand in a longest common subsequence with any line."""
+    assert rouge_lsum("the cat sat", "the cat sat") == 1.0
+    # Wanted: a b c d | e. Said: b d | a c. Unions: {b, d} and {a, c} of the first line, nothing of the second.
+    assert rouge_lsum("b d\na c", "a b c d\ne") == pytest.approx(2 * (4 / 4) * (4 / 5) / (4 / 4 + 4 / 5))
+    # Words that are said once count once.
+    assert rouge_lsum("a", "a\na") == pytest.approx(2 * 1 * 0.5 / 1.5)
+    assert rouge_lsum("", "a") == rouge_lsum("x", "a") == rouge_lsum("\n", "\n") == 0.0
+    check("summary", "The Cat!", ["a dog", "the cat"], 100)
+
+
+def test_rouge_is_that_of_the_library():
+    """The same numbers as rouge_score, on which InfiniteBench's own script rests, where it is installed."""
+    library = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge_score is not installed")
+    scorer = library.RougeScorer(["rougeLsum"], use_stemmer=False)
+    texts = ["The old man\nand the sea, the sea.", "A man saw the sea\nold and grey", "sea", "the\nthe the old\nman."]
+    for said in texts:
+        for wanted in texts:
+            assert rouge_lsum(said, wanted) == pytest.approx(scorer.score(wanted, said)["rougeLsum"].fmeasure)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_every_metric_is_0_to_100(name):
+    """Nonsense is scored, not refused."""
+    for prediction in ("", "\x00", "A", "…", "7" * 400):
+        assert 0 <= METRICS[name](prediction, ["x1", "A"] if name != "first_number" else ["1"]) <= 100
