@@ -48,25 +48,31 @@ class APB(Strategy):
         pending = self._share(layer)
         if self.group.size == 1:  # nothing to wait for: one call for all rows
             pairs = self._arrange(layer, pending.wait())
-            tasks = [self._task(span) for span in self.blocks]
-            if self.anchor:
-                rows = self.anchor.rows  # all of the anchor's, in its own order
-                tasks.append(Task(rows.start, rows.stop, (Part(0, 0, self.anchor.stop, causal=True),)))
-            with part("attention"):
-                attend(layer.q, [(pairs[0], pairs[1]), (layer.k, layer.v)], tasks, layer.scale, out, self.backend)
+            if layer.plain:
+                tasks = [self._task(span) for span in self.blocks]
+                if self.anchor:
+                    rows = self.anchor.rows  # all of the anchor's, in its own order
+                    tasks.append(Task(rows.start, rows.stop, (Part(0, 0, self.anchor.stop, causal=True),)))
+                with part("attention"):
+                    sources = [(pairs[0], pairs[1]), (layer.k, layer.v)]
+                    attend(layer.q, sources, tasks, layer.scale, out, self.backend)
+                return
+            for span in self.blocks:
+                segments = [*self._context(pairs, span), self.own(layer, span)]
+                out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
         else:
-            own = [self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale) for span in self.blocks]
+            own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
             with part("communication"):
                 gathered = pending.wait()
             pairs = self._arrange(layer, gathered)
             for span, (alone, lse) in zip(self.blocks, own, strict=True):
-                others, others_lse = self.attention(layer.q[span.rows], self._context(pairs, span), layer.scale)
+                others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
                 with part("attention"):
-                    out[span.rows] = merge((alone, others), (lse, others_lse))[0].to(out.dtype)
-            if self.anchor:
-                # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
-                segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
-                out[self.anchor.rows], _ = self.attention(layer.q[self.anchor.rows], [segment], layer.scale)
+                    out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
+        if self.anchor:
+            # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
+            segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
+            out[self.anchor.rows] = layer.settle(*self.attention(layer, layer.q[self.anchor.rows], [segment]))
 
     def _task(self, span: Span) -> Task:
         """A block's rows over a leading part of the run (source 0) and over themselves (source 1)."""
@@ -103,6 +109,7 @@ class APB(Strategy):
             v=layer.v[span.rows],
             query=layer.q[self.query.rows],
             scale=layer.scale,
+            softcap=layer.softcap,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
         with part("scoring"):
