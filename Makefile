@@ -5,13 +5,22 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint format clean
+# Versions of transformers that `make test-versions` tests beside the pinned one.
+VERSIONS := 5.17.0 newest
+
+.PHONY: demo test test-versions lint format clean
 
 demo: .venv/.installed
 	@$(BIN)/python examples/demo.py $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
+
+test-versions: test $(VERSIONS:%=.transformers-%/.installed)
+	@for version in $(VERSIONS); do \
+		echo "transformers $$version"; \
+		PYTHONPATH=.transformers-$$version $(BIN)/python -m pytest || exit 1; \
+	done
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
@@ -23,7 +32,14 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .transformers-*
+
+# Laid over .venv: transformers and what it needs, but for torch.
+.transformers-%/.installed: .venv/.installed-dev
+	@rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) \
+		"transformers$(if $(filter newest,$*),<6,==$*)" "numpy==$(shell sed -n 's/^numpy==//p' constraints.txt)"
+	@touch $@
 
 # torch goes first, pinned: asked for later, or loosely, it would bring another build with it.
 .venv/.installed: pyproject.toml constraints.txt

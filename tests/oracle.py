@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 POOL = 5  # width of the max-pool over a block's scores
 Tokens = Sequence[int] | Tensor
@@ -266,3 +266,96 @@ def dense_decode(model: PreTrainedModel, result: OracleResult, token_ids: Tokens
         hidden = hidden + layer.self_attn.o_proj(mixed)
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return model.lm_head(model.model.norm(hidden))
+
+
+def within(layout: Layout, window: int) -> Tensor:
+    """(rows, rows), True where a row sees a column on a layer with a sliding window: the true tokens that the window
+    holds, whatever block they stand in; a row of an anchor that is a copy sees those of that anchor, and the query's
+    rows of a round nothing that is not read yet."""
+    rows, at = len(layout.tokens), layout.anchor
+    mask = torch.zeros(rows, rows, dtype=torch.bool)
+    mask[:at, :at] = causal(at)
+    stop = at + layout.query.start
+    mask[at:stop, at:stop] = causal(layout.query.start)
+    for index, copy in enumerate(layout.copies):
+        for number, block in enumerate(layout.blocks):
+            if round_of(number, layout) <= index:
+                mask[copy.start : copy.stop, at + block.start : at + block.stop] = True
+        mask[copy.start : copy.stop, copy.start : copy.stop] = causal(len(copy))
+    positions = torch.tensor(layout.positions)
+    return mask & (positions[:, None] - positions < window)
+
+
+def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None) -> Tensor:
+    """A mask (..., rows, rows) with ``tokens`` more rows and columns at its end, which follow the query, see all of
+    prefix, document and query, and themselves causally, within the window if there is one."""
+    rows, at, stop = len(layout.tokens), layout.anchor, layout.query.stop
+    grown = torch.zeros(*mask.shape[:-2], rows + tokens, rows + tokens, dtype=torch.bool)
+    grown[..., :rows, :rows] = mask
+    grown[..., rows:, at : at + stop] = True
+    grown[..., rows:, rows:] = causal(tokens)
+    positions = torch.tensor([*layout.positions, *range(stop, stop + tokens)])
+    return grown if window is None else grown & (positions[:, None] - positions < window)
+
+
+@torch.no_grad()
+def masked_prefill(
+    model: PreTrainedModel,
+    prefix: Tokens,
+    document: Tokens,
+    query: Tokens,
+    answer: Tokens,
+    *,
+    blocks: int,
+    anchor_length: int | None,
+    passing_length: int,
+    strategy: str = "apb",
+    rounds: int = 1,
+) -> Tensor:
+    """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
+    layers over all rows at once, the attention here, under the masks of this file. Pairs are passed by the scores of
+    the query's rows. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
+    layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
+    at, last = layout.anchor, layout.anchor + layout.query.stop - 1
+    tokens = layout.tokens + [int(token) for token in answer]
+    positions = layout.positions + [layout.query.stop + index for index in range(len(answer))]
+    margins = []
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
+    ) -> tuple[Tensor, None]:
+        q, k, v = query[0], key[0], value[0]
+        logits = q.unflatten(0, (k.shape[0], -1)) @ k.transpose(1, 2)[:, None] * scaling
+        cap, sinks, window = (options.get(name) for name in ("softcap", "s_aux", "sliding_window"))
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        if window is not None:
+            visible = read_on(within(layout, window), layout, len(answer), window).expand(k.shape[0], -1, -1)
+        else:
+            selected = []
+            for number, block in enumerate(layout.blocks):
+                own = slice(at + block.start, at + block.stop)
+                copy = layout.copies[round_of(number, layout)]
+                raw = logits[:, :, copy.start : copy.stop, own].softmax(-1).mean(dim=(1, 2))
+                eligible = [t - block.start for t in block if t >= layout.first_eligible] if passing_length else []
+                picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pool(raw), strict=True)]
+                margins.extend(margin for _, margin in picks)
+                chosen = torch.tensor([tokens for tokens, _ in picks], dtype=torch.long)
+                selected.append(chosen.reshape(k.shape[0], -1) + block.start)
+            visible = read_on(visibility(layout, selected), layout, len(answer))
+        logits = logits.masked_fill(~visible[:, None], -math.inf)
+        if sinks is not None:
+            column = sinks.view(k.shape[0], -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, column], -1)
+        weights = logits.softmax(-1)[..., : k.shape[1]]
+        return (weights @ v[:, None]).flatten(0, 1).transpose(0, 1)[None], None
+
+    AttentionInterface.register("oracle", attention)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("oracle")
+    output = model(torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False)
+    model.set_attn_implementation(before)
+    # Else a rounding error could change which pairs are passed, and a comparison would be a coin toss.
+    assert min(margins, default=math.inf) > 1e-4, f"scores are too close to each other: {min(margins)}"
+    logits = output.logits[0]
+    return torch.cat([logits[last : last + 1], logits[len(layout.tokens) :]])

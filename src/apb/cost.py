@@ -5,9 +5,12 @@ Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention co
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .halo import sent_rows
+from .memory import activations
 from .plan import METHODS, Anchor, Kind, Plan, kv_heads_of
 
 
@@ -17,8 +20,12 @@ class ModelShape:
 
     Attributes:
         layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
-        layer_parameters: weights of all layers' linear maps together: each row of a pass multiplies with all of them.
+        layer_parameters: weights that each row of a pass multiplies with, over all layers: those of the linear maps,
+            and of as many experts as a token is sent to.
         parameters: all weights, embeddings included.
+        windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
+        cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
+        expert_row: numbers that experts hold for one token, who all work at once; 0 without experts.
     """
 
     layers: int
@@ -30,11 +37,35 @@ class ModelShape:
     vocabulary: int
     layer_parameters: int
     parameters: int
+    windows: tuple[int, ...] = ()
+    cache_width: int = 0
+    expert_row: int = 0
+
+    @property
+    def pair_width(self) -> int:
+        """Numbers of one token's keys and values in one layer, as attention reads them and ranks send them."""
+        return 2 * self.kv_heads * self.head_dim
 
     @property
     def cache_row(self) -> int:
-        """Numbers that one token's keys and values take, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim
+        """Numbers that one token's keys and values take in the cache, over all layers."""
+        return self.layers * (self.cache_width or self.pair_width)
+
+    def shared(self, size: int) -> ModelShape:
+        """One process's share where ``size`` of them share the weights: of heads, MLPs, experts and the cache."""
+        return replace(
+            self,
+            heads=self.heads // size,
+            kv_heads=self.kv_heads // size,
+            intermediate=self.intermediate // size,
+            layer_parameters=self.layer_parameters // size,
+            parameters=self.parameters // size,
+            expert_row=self.expert_row // size,
+        )
+
+    def sliding(self, total: int) -> dict[int, int]:
+        """The windows that hide something of so many tokens, and how many layers have each."""
+        return Counter(window for window in self.windows if window < total)
 
 
 @dataclass(frozen=True)
@@ -59,8 +90,14 @@ class RankCost:
     attention_flops: int
     scoring_flops: int
     sent_bytes: int
+    weight_bytes: int
     cache_bytes: int
-    peak_bytes: int
+    activation_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """All memory at the widest moment."""
+        return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
     @property
     def flops(self) -> int:
@@ -101,7 +138,7 @@ class Cost:
             "cache_bytes_per_rank": max(rank.cache_bytes for rank in self.ranks),
             "peak_bytes_per_rank": max(rank.peak_bytes for rank in self.ranks),
             "seconds": None if ceilings is None else self.seconds(ceilings),
-            "per_rank": [asdict(rank) | {"flops": rank.flops} for rank in self.ranks],
+            "per_rank": [asdict(rank) | {"flops": rank.flops, "peak_bytes": rank.peak_bytes} for rank in self.ranks],
         }
 
 
@@ -112,9 +149,10 @@ def predict(plan: Plan, model: ModelShape, element_bytes: int = 2, compressor: s
 
 def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str) -> RankCost:
     contexts = plan.contexts()
+    gathered = _gathered_rows(plan)
     rows = pairs = scored = kept = widest = 0
     for round in range(plan.rounds):
-        before = rows
+        widest = max(widest, activations(plan, rank, round, model, gathered[round]))
         for span in plan.spans(rank, round):
             length = len(span)
             rows += length
@@ -127,25 +165,21 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         pairs += plan.query * kept  # the query goes along in every round
         if rank == plan.tail_rank:
             pairs += plan.query * (plan.query + 1) // 2
-        widest = max(widest, rows - before)
     kept += plan.query if rank == plan.tail_rank else 0
-    pair_flops = 4 * model.heads * model.head_dim * model.layers
-    gathered = max(_gathered_rows(plan))
-    # Widest point of a layer: the residual stream, its normed copy, and the gate, up and product of the MLP, or
-    # q, k, v and the output of attention; beside it the gathered pairs, twice (as received and as arranged).
-    wide = 2 * model.hidden + max(3 * model.intermediate, (2 * model.heads + 2 * model.kv_heads) * model.head_dim)
-    pair_row = 2 * model.kv_heads * model.head_dim
-    activations = widest * wide + 2 * gathered * plan.ranks * pair_row
-    cache = kept * model.cache_row
+    sliding = model.sliding(plan.total)
+    exact_layers = sum(sliding.values())
+    all_pairs = (model.layers - exact_layers) * pairs
+    all_pairs += sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
     if plan.rounds > 1:  # what later rounds see of earlier ones, of every layer
-        cache += contexts[-1] * model.cache_row
+        widest += contexts[-1] * model.cache_row
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
-        attention_flops=pairs * pair_flops,
-        scoring_flops=_scoring_flops(plan, model, compressor) * scored,
+        attention_flops=4 * model.heads * model.head_dim * all_pairs,
+        scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
         sent_bytes=_sent(plan, rank, model, element_bytes),
+        weight_bytes=model.parameters * element_bytes,
         cache_bytes=kept * model.cache_row * element_bytes,
-        peak_bytes=(model.parameters + cache + activations) * element_bytes,
+        activation_bytes=widest * element_bytes,
     )
 
 
@@ -157,10 +191,31 @@ def _block_pairs(plan: Plan, length: int, context: int) -> int:
     return length * (length + 1) // 2 + length * context
 
 
+def _window_pairs(plan: Plan, rank: int, window: int) -> int:
+    """Query-key pairs of a rank on a layer with a sliding window, in any strategy."""
+
+    def reach(stop: int) -> int:
+        """Pairs of the rows at positions [0, stop), which see no further back than the window."""
+        grown = min(stop, window)
+        return grown * (grown + 1) // 2 + (stop - grown) * window
+
+    pairs = 0
+    shard = [range(plan.query_start, plan.total)] if rank == plan.tail_rank else []
+    for round in range(plan.rounds):
+        for span in plan.spans(rank, round):
+            if span.kind is not Kind.QUERY:
+                pairs += reach(span.stop) - reach(span.start)
+            if span.kind is Kind.BLOCK:
+                shard.append(range(span.start, span.stop))
+        for row in range(plan.query_start, plan.total):
+            pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
+    return pairs
+
+
 def _gathered_rows(plan: Plan) -> list[int]:
     """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
     if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
-        return [0]
+        return [0] * plan.rounds
     widths = [[0] * plan.ranks for _ in range(plan.rounds)]
     for rank in range(plan.ranks):
         start, stop = plan.anchor_share(rank)
@@ -176,8 +231,11 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
     # Partial outputs and lse of the query's rows, in fp32, in every round.
     query = plan.rounds * plan.query * model.heads * (model.head_dim + 1) * model.layers * 4
     rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
+    sliding = model.sliding(plan.total)
+    layers = model.layers - sum(sliding.values())
+    halos = sum(count * sent_rows(plan, window)[rank] for window, count in sliding.items()) * model.pair_width
     if plan.strategy == "ring":
-        document = others * max(rows) * model.cache_row
+        document = others * max(rows) * model.pair_width
     elif plan.strategy == "ulysses":
         # q, k and v of this rank's rows go to the ranks that have the heads, and the outputs of theirs go back.
         share, group = max(model.heads // plan.ranks, 1), model.heads // model.kv_heads
@@ -186,17 +244,17 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
             if other != rank:
                 kv_heads = len(kv_heads_of(other * share, share, group))
                 sent += rows[rank] * (share + 2 * kv_heads) + rows[other] * share
-        document = sent * model.head_dim * model.layers
+        document = sent * model.head_dim
     else:
-        document = others * sum(_gathered_rows(plan)) * model.cache_row
-    return document * element_bytes + others * query
+        document = others * sum(_gathered_rows(plan)) * model.pair_width
+    return (layers * document + halos) * element_bytes + others * query
 
 
 def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
-    """FLOPs over all layers to score one token."""
+    """FLOPs of a layer to score one token."""
     if compressor == "query":
-        return 2 * plan.query * model.heads * model.head_dim * model.layers
+        return 2 * plan.query * model.heads * model.head_dim
     if compressor == "retaining":
         features = (model.heads + 2 * model.kv_heads) * model.head_dim
-        return 2 * 1024 * (features + model.kv_heads) * model.layers
+        return 2 * 1024 * (features + model.kv_heads)
     return 0

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressors import make_compressor
 from .distributed.collectives import Group
-from .distributed.launch import join, local_device
+from .distributed.launch import local_device
+from .distributed.mesh import Mesh
 from .errors import Cancelled, InputError
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
@@ -21,6 +22,7 @@ from .hf import fusing, loading
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
+from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
 from .plan import Kind, Plan
 from .prompt import Prompt, check_tokens
@@ -45,26 +47,28 @@ class Engine:
         *,
         seed: int = 0,
         backend: str = "auto",
+        mesh: Mesh | None = None,
         fused: bool | None = None,
         graphs: bool = True,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
         loading.check_supported(model.config)
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.device, self.dtype = next(model.parameters()).device, model.dtype
         shape = HeadShape.of(model.config)
-        choose(backend, self.device, self.dtype, shape.head_dim)
+        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+        choose(backend, self.device, self.dtype, shape.head_dim, softcap)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
-        self.graphs = graphs
-        self.group: Group = join(self.device)
+        self.mesh = mesh or Mesh.join(self.device)
+        self.graphs = graphs and self.mesh.devices is None
+        self.group: Group = self.mesh.sequence
         path = self.reading.heads
         heads = load_heads(path, **asdict(shape), dtype=self.dtype, device=self.device) if path else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
-        self._hardware = Hardware.of(self.device, self.dtype, self.group.size)
-        obstacle = fusing.why_not(self.device)
+        self._hardware = Hardware.of(self.device, self.dtype, self.mesh.everyone.size)
+        obstacle = fusing.why_not(self.device) or ("weights are shared" if self.mesh.devices else None)
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
@@ -79,6 +83,8 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        tensor_parallel: int = 1,
+        quantization: Any = None,
         **options: Any,
     ) -> Engine:
         """Load a checkpoint folder or hub id.
@@ -88,6 +94,9 @@ class Engine:
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
             device: "cpu" or "cuda"; a GPU where there is one if None.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
+            quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; one that comes with
+                the checkpoint needs no word.
+            tensor_parallel: processes that share the weights of one rank; as many as that make up a rank.
             options: see :meth:`from_model`.
         """
         Reading(
@@ -98,7 +107,10 @@ class Engine:
         place = local_device(loading.pick_device(device))
         weights = loading.pick_dtype(dtype, place)
         tokenizer = loading.load_tokenizer(model, trust_remote_code)
-        return cls(loading.load_model(model, weights, place, trust_remote_code), tokenizer, **options)
+        check_shards(config, tensor_parallel)
+        mesh = Mesh.join(place, tensor_parallel)
+        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices, quantization)
+        return cls(loaded, tokenizer, mesh=mesh, **options)
 
     @classmethod
     def from_model(
@@ -130,7 +142,9 @@ class Engine:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
-        plan = self.reading.plan(prompt, self.group.size, self.model.config, self._hardware, max_new_tokens)
+        plan = self.reading.plan(
+            prompt, self.group.size, self.model.config, self._hardware, max_new_tokens, self.mesh.tensor.size
+        )
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
@@ -170,18 +184,17 @@ class Engine:
         read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
         before = 0  # tokens in this rank's cache when the round began
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            if cancelled is not None and self.group.size == 1 and cancelled():
+        def attend(layer: Layer) -> Tensor:
+            if cancelled is not None and self._everyone.size == 1 and cancelled():
                 raise Cancelled("Reading the prompt was cancelled.")
-            earlier = None
             if before:
-                keys, values = cache.shard(layer)
-                earlier = keys[:before], values[:before]
-            out = strategy.attend(Layer(layer, q, k, v, scale, before_rope, earlier))
+                keys, values = cache.shard(layer.index)
+                layer = replace(layer, earlier=(keys[:before], values[:before]))
+            out = strategy.attend(layer)
             if progress is not None:
                 now = read[strategy.round]
                 after = plan.total if strategy.last_round else read[strategy.round + 1]
-                progress(now + (after - now) * (layer + 1) // layers, plan.total)
+                progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
             return out
 
         needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
@@ -207,6 +220,7 @@ class Engine:
             self.backend,
             max_new_tokens,
             self.graphs,
+            self.mesh.tensor,
         )
 
     def inspect(
@@ -234,10 +248,9 @@ class Engine:
             if span.kind is not Kind.ANCHOR and span.start <= position < span.stop
         ]
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            given = Layer(layer, q, k, v, scale, before_rope)
-            out = strategy.attend(given)
-            look(strategy, given)
+        def attend(layer: Layer) -> Tensor:
+            out = strategy.attend(layer)
+            look(strategy, layer)
             return out
 
         ids, places = _rows(prompt, plan, 0, 0)
@@ -280,7 +293,7 @@ class Engine:
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         token_ids: list[int] = []
         text, ended = "", False
-        for token, ended in decode(session, sampling, self.model, self.group):
+        for token, ended in decode(session, sampling, self.model, self._everyone):
             token_ids.append(token)
             if detokenizer is not None:
                 last = ended or len(token_ids) == sampling.max_new_tokens
@@ -295,7 +308,7 @@ class Engine:
         figures = torch.tensor(
             [session.timing["prefill_s"], decode_s, peak_bytes(self.device)], dtype=torch.float64, device=self.device
         )
-        prefill_s, decode_s, peak = self.group.all_gather(figures).wait().amax(0).tolist()
+        prefill_s, decode_s, peak = self._everyone.all_gather(figures).wait().amax(0).tolist()
         return Generation(
             text=text,
             token_ids=token_ids,
@@ -313,12 +326,17 @@ class Engine:
             choice=session.plan.reason,
         )
 
+    @property
+    def _everyone(self) -> Group:
+        """All processes at work on a prompt."""
+        return self.group if self.mesh.devices is None else self.mesh.everyone
+
     def _check_cancelled(self, cancelled: Callable[[], bool] | None) -> None:
         """Raise Cancelled on all ranks where rank 0 says so. Every rank gives a function, or none does."""
         if cancelled is None:
             return
-        word = torch.tensor([self.group.rank == 0 and cancelled()], device=self.device)
-        if self.group.broadcast(word).item():
+        word = torch.tensor([self._everyone.rank == 0 and cancelled()], device=self.device)
+        if self._everyone.broadcast(word).item():
             raise Cancelled("Reading the prompt was cancelled.")
 
 

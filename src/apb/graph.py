@@ -11,7 +11,7 @@ from .distributed.collectives import Group
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .kernels import fused
-from .strategies.base import merge_over_ranks
+from .strategies.base import Layer, merge_over_ranks
 
 # Steps run before a capture: the first ones compile kernels and set up communication.
 _WARM_UP = 2
@@ -23,6 +23,8 @@ def why_not(attachment: Attachment, device: torch.device, dtype: torch.dtype, he
     """Why steps run as ordinary passes; None where they can be those of a :class:`Step`."""
     if device.type != "cuda":
         return f"device type {device.type} has no graphs"
+    if attachment.peculiar:
+        return f"layers have {', '.join(sorted(attachment.peculiar))}"
     parameters = getattr(attachment.model.config.get_text_config(), "rope_parameters", None) or {}
     # Some families have one set of parameters a kind of layer.
     sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
@@ -63,11 +65,11 @@ class Step:
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
         self._length = torch.zeros(1, dtype=torch.int32, device=device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            out, lse = decode.attention(q, k, v, scale, length=self._length)
+        def attend(layer: Layer) -> Tensor:
+            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=self._length)
             if group.size == 1:
                 return out
-            return merge_over_ranks(out, lse, group, q.dtype).wait()
+            return merge_over_ranks(layer, out, lse, group).wait()
 
         def run() -> Tensor:
             cache.slot = self._slot

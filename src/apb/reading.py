@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .compressors import check_compressor
 from .cost import Ceilings, Cost, ModelShape, predict
 from .errors import InputError
+from .fitting import check_memory, peak
 from .plan import METHODS, SHORTEST_WORTH_CUTTING, Plan, method_of
 from .prompt import Prompt
 
@@ -58,7 +59,9 @@ class Reading:
         """The compressor's name, with the default filled in."""
         return self.compressor or ("retaining" if self.heads else "query")
 
-    def plan(self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int) -> Plan:
+    def plan(
+        self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int, tensor: int = 1
+    ) -> Plan:
         """The plan by which a prompt is read; InputError where it cannot be.
 
         Args:
@@ -67,17 +70,20 @@ class Reading:
             config: the model's configuration.
             hardware: what every rank runs on.
             new_tokens: room that the answer needs.
+            tensor: processes that share the weights of a rank.
         """
         from .hf.loading import check_fit, model_shape  # transformers: not needed to make a Reading
 
         sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
+        shape = model_shape(config).shared(tensor)
         if self.strategy == AUTO:
-            plan = self._choose(sizes, ranks, model_shape(config), hardware)
+            plan = self._choose(sizes, ranks, shape, hardware)
         else:
             plan = self._build(self.strategy, sizes, ranks)
             if self.rounds is None:
-                plan = _in_rounds(plan, model_shape(config), hardware, self.scorer)
-        check_fit(config, plan, new_tokens, self.allow_extrapolation)
+                plan = _in_rounds(plan, shape, hardware, self.scorer)
+        check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
+        check_memory(plan, shape, hardware, new_tokens, self.scorer)
         return plan
 
     def _build(self, strategy: str, sizes: dict[str, int], ranks: int) -> Plan:
@@ -109,22 +115,22 @@ class Reading:
 
 def _in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, scorer: str) -> Plan:
     """The plan in as few rounds as fit into memory; as it is where it fits, or where rounds do not help it."""
-    if plan.rounds > 1 or not METHODS[plan.strategy].in_rounds:
+    if plan.rounds > 1 or not METHODS[plan.strategy].in_rounds or shape.cache_width:  # latents: see check_fit
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
         candidate = replace(plan, rounds=rounds)
-        if _peak(predict(candidate, shape, hardware.element_bytes, scorer)) <= hardware.memory:
+        if peak(predict(candidate, shape, hardware.element_bytes, scorer)) <= hardware.memory:
             return candidate
     return plan
 
 
 def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:
     """The plan with the least predicted time among those that fit into memory, with the reason written into it."""
-    fitting = [(plan, cost) for plan, cost in costs if _peak(cost) <= hardware.memory]
+    fitting = [(plan, cost) for plan, cost in costs if peak(cost) <= hardware.memory]
     if not fitting:
-        plan, cost = min(costs, key=lambda item: _peak(item[1]))
+        plan, cost = min(costs, key=lambda item: peak(item[1]))
         raise InputError(
-            f"No strategy fits: {plan.strategy} needs least, {_peak(cost) / 2**30:.1f} GiB a rank, and a rank has "
+            f"No strategy fits: {plan.strategy} needs least, {peak(cost) / 2**30:.1f} GiB a rank, and a rank has "
             f"{hardware.memory / 2**30:.1f} GiB; use more ranks or a shorter document."
         )
     ceilings = hardware.ceilings or _UNKNOWN_HARDWARE
@@ -132,7 +138,3 @@ def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:
     names = ", ".join(candidate.strategy for candidate, _ in fitting)
     busiest = max(rank.flops for rank in cost.ranks)
     return replace(plan, reason=f"predicted fastest of {names} that fit: {busiest:.3g} FLOPs on the busiest rank")
-
-
-def _peak(cost: Cost) -> int:
-    return max(rank.peak_bytes for rank in cost.ranks)

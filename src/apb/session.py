@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,10 +16,9 @@ from .graph import Step, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
-from .kernels.segment import Segment
 from .plan import Kind, Plan
 from .prompt import check_tokens
-from .strategies.base import attend_shards
+from .strategies.base import Layer, attend_shards
 
 # Answers of fewer tokens do not repay the capture of a graph.
 SHORTEST_CAPTURED = 8
@@ -46,6 +46,7 @@ class Session:
         backend: str,
         new_tokens: int,
         graphs: bool,
+        tensor: Group | None = None,
     ) -> None:
         self.plan = plan
         self.logits = logits
@@ -55,6 +56,7 @@ class Session:
         self._group = group
         self._cache = cache
         self._backend = backend
+        self._tensor = tensor or Group()
         self._new_tokens = new_tokens  # that the cache has room for
         self._graphs = graphs
         self._step: Step | None = None
@@ -95,14 +97,16 @@ class Session:
         """Read tokens in one ordinary pass."""
         start, count = self._cache.total, len(token_ids)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            shard = Segment(k, v, causal=self._cache.keeps_new)
-            return attend_shards(q, [shard], scale=scale, group=self._group, backend=self._backend).wait()
+        def attend(layer: Layer) -> Tensor:
+            layer = replace(layer, k=layer.k[:held], v=layer.v[:held])
+            return attend_shards(layer, start, shard, group=self._group, backend=self._backend).wait()
 
         device = self.logits.device
         ids = torch.tensor([list(token_ids)], device=device)
         positions = torch.arange(start, start + count, device=device).unsqueeze(0)
         self._cache.total = start + count
+        shard = self._positions(self._group.rank)
+        held = sum(map(len, shard))
         with torch.no_grad(), self._attachment.running(attend, self._cache.total):
             return forward(self._attachment, ids, positions, self._cache, self._group)
 
@@ -113,18 +117,38 @@ class Session:
         """
         if not 0 <= layer < len(self._cache):
             raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
-        shard = torch.stack(self._cache.shard(layer))  # (2, tokens, kv_heads, head_dim)
+        keys, values = (self._gather(shard) for shard in self._cache.shard(layer))
+        if keys is None or values is None:
+            return None, None
+        if not self._shares_heads(keys):
+            return (keys.transpose(0, 1), values.transpose(0, 1)) if self._tensor.rank == 0 else (None, None)
+        parts = [self._tensor.gather(x.contiguous()) for x in (keys, values)]
+        if parts[0] is None or parts[1] is None:
+            return None, None
+        return torch.cat(parts[0], 1).transpose(0, 1), torch.cat(parts[1], 1).transpose(0, 1)
+
+    def _shares_heads(self, keys: Tensor) -> bool:
+        """Whether each process of a rank holds other KV heads; some models hold all of them in every process."""
+        text = self._attachment.model.config.get_text_config()
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == kv_heads
+
+    def _gather(self, shard: Tensor) -> Tensor | None:
+        """All ranks' shards (tokens, kv_heads, head_dim) in document order, on rank 0."""
         orders = [self._positions(rank) for rank in range(self.plan.ranks)]
-        width = max(len(order) for order in orders)
-        padded = shard.new_zeros(2, width, *shard.shape[2:])
-        padded[:, : shard.shape[1]] = shard
+        width = max(sum(map(len, order)) for order in orders)
+        padded = shard.new_zeros(width, *shard.shape[1:])
+        padded[: shard.shape[0]] = shard
         parts = self._group.gather(padded)
         if parts is None:
-            return None, None
-        whole = shard.new_empty(2, self._cache.total, *shard.shape[2:])
+            return None
+        whole = shard.new_empty(self._cache.total, *shard.shape[1:])
         for order, part in zip(orders, parts, strict=True):
-            whole[:, order.to(shard.device)] = part[:, : len(order)]
-        return whole[0].transpose(0, 1), whole[1].transpose(0, 1)
+            row = 0
+            for positions in order:
+                whole[positions.start : positions.stop] = part[row : row + len(positions)]
+                row += len(positions)
+        return whole
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values that this rank holds, over all layers."""
@@ -144,13 +168,13 @@ class Session:
                 cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
         return cache if self._group.rank == 0 else None
 
-    def _positions(self, rank: int) -> Tensor:
+    def _positions(self, rank: int) -> list[range]:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
         spans = (span for round in range(self.plan.rounds) for span in self.plan.spans(rank, round))
-        held = [torch.arange(span.start, span.stop) for span in spans if span.kind is Kind.BLOCK]
+        held = [range(span.start, span.stop) for span in spans if span.kind is Kind.BLOCK]
         if rank == self.plan.tail_rank:
-            held.append(torch.arange(self.plan.query_start, self._cache.total))
-        return torch.cat(held) if held else torch.arange(0)
+            held.append(range(self.plan.query_start, self._cache.total))
+        return held
 
 
 def forward(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache, group: Group) -> Tensor:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import apb
+import families
 from apb.distributed.collectives import Group, Pending
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
@@ -41,6 +42,7 @@ class Record:
     generated: dict[str, Any] = field(default_factory=dict)
     collectives: dict[str, Any] = field(default_factory=dict)
     exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
+    peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
 
 
 def everything(folder: str) -> None:
@@ -76,6 +78,8 @@ def record(group: Group) -> Record:
     seen.generated = generate(group)
     seen.collectives = collect(group)
     seen.exact = read_exactly(group)
+    if group.size in (2, 4):
+        seen.peculiar = read_families(group)
     return seen
 
 
@@ -144,6 +148,17 @@ def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]
             tokens = engine.generate(prompt, max_new_tokens=32).token_ids
             engine.close()
             results[heads, kv_heads, document, strategy] = (logits, tokens)
+    return results
+
+
+def read_families(group: Group) -> dict[tuple[str, str], tuple[Tensor, int]]:
+    """Models with peculiar layers under every strategy: logits through decode, and the bytes that prefill sent."""
+    results = {}
+    for family, reading in families.CASES:
+        model = families.make(*families.PECULIAR[family])
+        with counting() as sent:
+            logits = families.read(model, reading, group)
+        results[family, reading] = (logits, sum(sent) - families.decode_bytes(model, group.size))
     return results
 
 

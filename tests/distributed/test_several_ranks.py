@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import families
 import rank_work
 from apb.cost import predict
 from apb.distributed.launch import launch
@@ -101,6 +102,26 @@ def test_exact_strategies_are_full_attention(records: Records, size: int) -> Non
         assert (logits - expected_logits).abs().max().item() < 1e-4, key
         assert tokens == expected_tokens, key
         assert len(tokens) == 32
+
+
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_peculiar_layers(records: Records, size: int, family: str, reading: str) -> None:
+    """Windows whose halos travel, caps, sinks, latent attention, experts: what one rank gives, alike on all ranks."""
+    first, *others = (record.peculiar[family, reading][0] for record in records[size])
+    torch.testing.assert_close(first, families.expected(family, reading), rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_halos_are_those_predicted(records: Records, size: int, family: str, reading: str) -> None:
+    """Every rank sends in prefill what the plan's cost says, sliding layers included: to the byte."""
+    plan = Plan.build(3, 101, 6, ranks=size, **families.READINGS[reading])
+    shape = model_shape(families.make(*families.PECULIAR[family]).config)
+    predicted = predict(plan, shape, element_bytes=4)
+    sent = [record.peculiar[family, reading][1] for record in records[size]]
+    assert sent == [rank.sent_bytes for rank in predicted.ranks]
 
 
 @pytest.mark.parametrize("size", SIZES)

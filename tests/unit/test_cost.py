@@ -11,12 +11,12 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 import apb
 import apb.strategies.base as strategies
-from apb.cost import KNOWN_CEILINGS, Ceilings, ModelShape, predict
+from apb.cost import KNOWN_CEILINGS, Ceilings, ModelShape, _window_pairs, predict
 from apb.hf.loading import model_shape
 from apb.plan import METHODS, Kind, Plan
 from cases import CASES, Case
 from models import FAMILIES, tiny_model
-from oracle import lay_out, visibility
+from oracle import lay_out, visibility, within
 
 SHAPE = ModelShape(
     layers=3,
@@ -107,6 +107,7 @@ def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatc
         linear += 2 * output[..., 0].numel() * module.weight.numel()  # type: ignore[operator,union-attr]
 
     monkeypatch.setattr(strategies, "attention", counting)
+    monkeypatch.setattr("apb.kernels.attention.attention", counting)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(count_linear)
@@ -259,3 +260,23 @@ def test_every_strategy_has_a_cost(strategy: str) -> None:
     cost = predict(Plan.build(4, 100_000, 30, blocks=8, strategy=strategy), SHAPE)
     assert len(cost.ranks) == 1
     assert cost.flops > 0
+
+
+@pytest.mark.parametrize("strategy", ["apb", "star", "ring", "full"])
+@pytest.mark.parametrize("window", [1, 7, 40, 90])
+def test_pairs_of_a_sliding_window(window: int, strategy: str) -> None:
+    """On any number of ranks: the cells of the oracle's mask, those of an anchor counted where it is computed."""
+    case = Case(4, strategy=strategy, anchor_length=17 if strategy == "apb" else None)
+    prompt = case.prompt
+    kind = strategy if strategy in ("apb", "star") else "apb"
+    blocks = 4 if strategy in ("apb", "star") else 1
+    layout = lay_out((prompt.prefix, prompt.document, prompt.query), blocks, case.anchor_length, kind, 1)
+    cells = int(within(layout, window).sum())
+    for ranks in (1, 3):
+        plan = plan_of(case, ranks)
+        counted = sum(_window_pairs(plan, rank, window) for rank in range(ranks))
+        copies = 0
+        if strategy == "star" and ranks > 1:
+            length = plan.anchor_length
+            copies = int((torch.ones(length, length).tril() - torch.ones(length, length).tril(-window)).sum())
+        assert counted == cells + copies * sum(plan.anchor_share(rank)[1] > 0 for rank in range(ranks))

@@ -10,25 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import PreTrainedModel
 
 import apb
-from cases import VOCABULARY, Case
-
-PROMPT = Case(1).prompt
-PLAIN = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 512,
-    "attn_implementation": "eager",
-    "pad_token_id": 0,
-}
-SMALL = {**PLAIN, "num_key_value_heads": 2}
-WIDE = {**SMALL, "head_dim": 32}  # not hidden / heads
+from families import CASES, PECULIAR, PLAIN, PROMPT, SMALL, VOCABULARY, WIDE, expected, make, read
 
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNetForCausalLM", SMALL),
@@ -53,10 +37,6 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("OPTForCausalLM", {**PLAIN, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "phi": ("PhiForCausalLM", SMALL),
     "phi3": ("Phi3ForCausalLM", SMALL),
-    "qwen3_moe": (
-        "Qwen3MoeForCausalLM",
-        {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    ),
     "seed_oss": ("SeedOssForCausalLM", WIDE),
     "smollm3": ("SmolLM3ForCausalLM", SMALL),
     "starcoder2": ("Starcoder2ForCausalLM", SMALL),
@@ -69,28 +49,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "attention interface",
     ),
     "chunked attention": ("Llama4ForCausalLM", {**SMALL, "num_local_experts": 2}, "chunked_attention"),
-    "latent attention": (
-        "DeepseekV3ForCausalLM",
-        {**SMALL, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
-        "latent attention",
-    ),
-    "sinks": ("GptOssForCausalLM", {**SMALL, "num_local_experts": 4}, "sinks"),
     "an encoder": ("BertLMHeadModel", PLAIN, "causal"),
 }
-
-
-def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """A random model of a class of transformers, its logits far from uniform, that never ends its answer."""
-    kind = getattr(transformers, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = kind(kind.config_class(**options)).float().eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.mul_(3)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return model
 
 
 @pytest.mark.parametrize("family", EXACT)
@@ -123,3 +83,26 @@ def test_families_that_are_refused(name: str) -> None:
         apb.Engine.from_model(model)
     assert repr(model.config.model_type) in str(refusal.value) or kind in str(refusal.value)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(("family", "reading"), CASES)
+def test_peculiar_layers(family: str, reading: str) -> None:
+    """Windows, caps, sinks, latent attention, experts: transformers' logits where a strategy is exact, else the
+    oracle's, after the prompt and through decode."""
+    logits = read(make(*PECULIAR[family]), reading)
+    torch.testing.assert_close(logits, expected(family, reading), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+def test_experts_and_long_inputs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense MLPs work on chunks of rows; those with experts in them are left alone."""
+    monkeypatch.setattr("apb.hf.chunking.CPU_ROWS", 16)
+    logits = read(make(*PECULIAR[family]), "full")
+    torch.testing.assert_close(logits, expected(family, "full"), rtol=1e-4, atol=1e-4)
+
+
+def test_latent_attention_in_rounds() -> None:
+    """Its cache holds latents, which rounds cannot attend to: refused with the way out."""
+    engine = apb.Engine.from_model(make(*PECULIAR["deepseek_v3"]), blocks=4, rounds=2)
+    with pytest.raises(apb.InputError, match=r"'deepseek_v3'.*latent.*one round"):
+        engine.prefill(PROMPT)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from apb import Engine, Prompt, Segment
+from apb import Engine, Prompt, Segment, attention
 from apb.kernels import fused, reference
 from apb.kernels.fused import HOPPER, Config, Part, Task, launch
 from apb.kernels.fused.schedule import FIELDS, SOURCES, schedule
@@ -157,7 +157,7 @@ def test_softcap(rows: int) -> None:
     """softcap * tanh(x / softcap), in the kernel for many rows and in that for few."""
     torch.manual_seed(0)
     q, k, v = (3 * torch.randn(count, heads, 64) for count, heads in ((rows, 4), (130, 2), (130, 2)))
-    out, lse = fused.attention(q, [Segment(k, v, causal=True)], 0.125, softcap=2.0)
+    out, lse = attention(q, [Segment(k, v, causal=True)], 0.125, backend="fused", softcap=2.0)
     logits = torch.einsum("rhd,khd->hrk", q, k.repeat_interleave(2, 1)) * 0.125
     hidden = torch.ones(rows, 130, dtype=torch.bool).triu(131 - rows)
     logits = (2 * torch.tanh(logits / 2)).masked_fill(hidden, -math.inf)

@@ -93,10 +93,14 @@ def test_both_engines_are_the_masked_softmax(rows, heads, kv_heads):
     distance = torch.arange(rows)[:, None] - torch.arange(rows)
     mask = (distance >= 0) & (columns[:, None] | diagonals[:, distance.clamp(min=0)])
     keys, values = (x.repeat_interleave(heads // kv_heads, 1).transpose(0, 1) for x in (k, v))
-    scores = q.transpose(0, 1) @ keys.mT * 0.3
-    expected = (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ values).transpose(0, 1)
-    for engine in (by_tiles, by_flex):
-        assert (engine(q, k, v, columns, diagonals, 0.3) - expected).abs().max().item() < 1e-5
+    for softcap in (None, 0.7):
+        scores = q.transpose(0, 1) @ keys.mT * 0.3
+        scores = (scores if softcap is None else torch.tanh(scores / softcap) * softcap).masked_fill(~mask, -torch.inf)
+        expected = (scores.softmax(-1) @ values).transpose(0, 1)
+        for engine in (by_tiles, by_flex):
+            out, lse = engine(q, k, v, columns, diagonals, 0.3, softcap)
+            assert (out - expected).abs().max().item() < 1e-5
+            assert (lse - scores.logsumexp(-1)).abs().max().item() < 1e-5
 
 
 def test_budgets_are_numbers_or_shares():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from apb import Engine, InputError, Prompt
 from apb.cost import Ceilings, ModelShape
+from apb.fitting import check_memory
 from apb.hardware import Hardware
+from apb.plan import Plan
 from apb.reading import Reading, _in_rounds
 from models import tiny_model
 
@@ -65,7 +69,7 @@ def test_rounds_are_as_few_as_fit():
         plan = reading._build(strategy, sizes, 1)
         return _in_rounds(plan, SHAPE, Hardware(gigabytes * 10**9, 2, None), "query").rounds
 
-    fits = [rounds(gigabytes) for gigabytes in (300, 141, 120, 100)]
+    fits = [rounds(gigabytes) for gigabytes in (300, 141, 105, 100)]
     assert fits[0] == 1
     assert fits == sorted(fits)
     assert 1 < fits[2] < 16
@@ -106,3 +110,37 @@ def test_a_session_continues_in_transformers():
         ids = torch.tensor([[*prompt.token_ids, first]])
         generated = model.generate(ids, past_key_values=cache, max_new_tokens=11, do_sample=False, eos_token_id=None)
         assert generated[0, len(prompt) :].tolist() == expected
+
+
+def refusal(gigabytes, **sizes):
+    """The sentence that refuses a plan for the 8B shape on a device of so many gigabytes."""
+    plan = Plan.build(1, sizes.pop("document"), 30, **sizes)
+    with pytest.raises(InputError) as refused:
+        check_memory(plan, SHAPE, Hardware(gigabytes * 10**9, 2, None), 64, "query")
+    return str(refused.value)
+
+
+def test_a_plan_that_does_not_fit_is_refused_with_the_numbers():
+    """What a rank needs, part by part, what it has, and the nearest plan that fits."""
+    numbers = r"needs 1\d\d\.\d GiB a rank \(weights 15\.0 GiB, cache 64\.0 GiB, activations \d\d\.\d GiB\)"
+    assert re.search(numbers + r", and a rank has 83\.8 GiB", refusal(90, document=1 << 19, strategy="full"))
+    assert "'ring' with 4 blocks on 2 ranks" in refusal(90, document=1 << 19, strategy="full")
+    assert re.search(r"'apb' with 16 blocks in \d+ rounds\.", refusal(100, document=1 << 19, blocks=16))
+    shorter = refusal(20, document=1 << 24, strategy="star", blocks=8)
+    document = int(re.search(r"at most ([\d,]+) tokens", shorter)[1].replace(",", ""))
+    check_memory(Plan.build(1, document, 30, 8, strategy="star"), SHAPE, Hardware(20 * 10**9, 2, None), 64, "query")
+    assert "weights alone" in refusal(10, document=4096, strategy="full")
+
+
+def test_what_fits_is_not_refused():
+    """The same plan on a device with room for it."""
+    plan = Plan.build(1, 1 << 17, 30, strategy="full")
+    check_memory(plan, SHAPE, GPU, 64, "query")
+
+
+def test_an_engine_refuses_before_anything_runs(monkeypatch):
+    """prefill raises the sentence; no row was computed."""
+    engine = Engine.from_model(tiny_model("llama", heads=4, kv_heads=2, head_dim=16), strategy="full")
+    monkeypatch.setattr(engine, "_hardware", Hardware(10**5, 4, None))
+    with pytest.raises(InputError, match=r"and a rank has 0\.0 GiB"):
+        engine.prefill(Prompt.from_tokens([1], [2] * 500, [3]))

@@ -56,6 +56,7 @@ class Row:
     of_floor: float | None
     speedup: float | None
     peak_bytes: int | None
+    predicted_peak_bytes: int
     parts: dict[str, float] | None = None
     note: str | None = None
 
@@ -147,6 +148,7 @@ def _measure(
         of_floor=floor / median if median else None,
         speedup=baseline / median if median and baseline else None,
         peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))) if median else None,
+        predicted_peak_bytes=max(rank.peak_bytes for rank in cost.ranks),
         parts=parts,
         note=note,
     )

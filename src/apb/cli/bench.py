@@ -27,6 +27,7 @@ class Request:
     """Everything a rank needs; plain values, so that it travels."""
 
     what: str
+    tensor_parallel: int
     model: str | None
     random_weights: str | None
     layers: int | None
@@ -66,6 +67,7 @@ def prefill(
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
     ranks: options.Ranks = None,
+    tensor_parallel: options.TensorParallel = 1,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
@@ -96,7 +98,10 @@ def prefill(
         "baseline_backend": baseline_backend,
         **reading,
     }
-    _launch("prefill", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json)
+    at_least("tensor-parallel", tensor_parallel, 1)
+    _launch(
+        "prefill", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json, tensor_parallel
+    )
 
 
 @app.command()
@@ -134,21 +139,24 @@ def _launch(
     device: str | None,
     out: Path | None,
     as_json: bool,
+    tensor_parallel: int = 1,
 ) -> None:
     from ..distributed import launch
     from ..errors import InputError
     from ..hf import loading
     from ..hf.random_weights import shape_config
+    from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
 
     quiet_libraries()
     if model and random_weights:
         raise InputError("Give a model or a shape with random weights, not both.")
-    if random_weights:
-        shape_config(random_weights)
+    config = shape_config(random_weights) if random_weights else loading.load_config(model or loading.shipped_model())
+    check_shards(config, tensor_parallel)
     place = loading.pick_device(device)
     request = Request(
         what=what,
+        tensor_parallel=tensor_parallel,
         model=None if random_weights else str(model or loading.shipped_model()),
         random_weights=random_weights,
         layers=layers,
@@ -160,7 +168,7 @@ def _launch(
         as_json=as_json,
         command="apb " + " ".join(sys.argv[1:]),
     )
-    launch.run(run, launch.ranks_to_use(ranks, place), request)
+    launch.run(run, launch.ranks_to_use(ranks, place, tensor_parallel) * tensor_parallel, request)
 
 
 @app.command()
@@ -240,28 +248,34 @@ def run(request: Request) -> None:
     from ..benchmarks.decode import bench_decode, copy_bandwidth
     from ..benchmarks.prefill import bench_prefill
     from ..distributed import launch
+    from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import loading
     from ..hf.random_weights import random_model, shape_config
+    from ..hf.tensor_parallel import share
     from .quiet import quiet_libraries
 
     quiet_libraries()
     device = launch.local_device(loading.pick_device(request.device))
     dtype = loading.pick_dtype(request.dtype, device)
-    group = launch.join(device)
+    mesh = Mesh.join(device, request.tensor_parallel)
+    group = mesh.everyone
     if request.random_weights:
         config = shape_config(request.random_weights, request.layers)
         model = random_model(config, dtype, device)
+        if mesh.devices is not None:
+            model = share(model, mesh.devices)
     else:
         assert request.model is not None
         config = loading.load_config(request.model)
-        model = loading.load_model(request.model, dtype, device)
-    shape = loading.model_shape(config)
+        model = loading.load_model(request.model, dtype, device, mesh=mesh.devices)
+    shape = loading.model_shape(config).shared(request.tensor_parallel)
     report = {
         "command": request.command,
         "model": request.random_weights or request.model,
         "layers": config.get_text_config().num_hidden_layers,
-        "ranks": group.size,
+        "ranks": mesh.sequence.size,
+        "tensor_parallel": request.tensor_parallel,
         "fingerprint": fingerprint(device, dtype),
         "rows": [],
     }
@@ -269,7 +283,7 @@ def run(request: Request) -> None:
     if request.what == "prefill":
         ceilings = measure_ceilings(device, dtype, group)
         report["ceilings"] = asdict(ceilings)
-        measured = bench_prefill(model, shape, ceilings, lengths=request.lengths, **request.options)
+        measured = bench_prefill(model, shape, ceilings, lengths=request.lengths, mesh=mesh, **request.options)
     else:
         report["copy_bandwidth"] = copy_bandwidth(device)
         measured = bench_decode(model, shape, request.lengths, bandwidth=report["copy_bandwidth"], **request.options)

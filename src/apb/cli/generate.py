@@ -38,6 +38,7 @@ def generate(
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
     ranks: options.Ranks = None,
+    tensor_parallel: options.TensorParallel = 1,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
@@ -68,16 +69,23 @@ def generate(
     from ..distributed import launch
     from ..generation import Sampling
     from ..hf import loading
+    from ..plan import at_least
     from .quiet import quiet_libraries
 
     quiet_libraries()
     place = loading.pick_device(device)
-    size = launch.ranks_to_use(ranks, place)
+    at_least("tensor-parallel", tensor_parallel, 1)
+    size = launch.ranks_to_use(ranks, place, tensor_parallel)
     request = Request(
         model=str(model or loading.shipped_model()),
         document=text,
         query=query,
-        loading={"dtype": dtype, "device": place.type, "trust_remote_code": trust_remote_code},
+        loading={
+            "dtype": dtype,
+            "device": place.type,
+            "trust_remote_code": trust_remote_code,
+            "tensor_parallel": tensor_parallel,
+        },
         reading={
             "strategy": strategy,
             "blocks": blocks,
@@ -102,7 +110,7 @@ def generate(
     )
     Sampling(**request.sampling)
     _check(request, size, place)
-    launch.run(answer, size, request)
+    launch.run(answer, size * tensor_parallel, request)
 
 
 def read_document(path: str) -> str:
@@ -129,7 +137,7 @@ def answer(request: Request) -> None:
 
     quiet_libraries()
     engine = Engine.from_pretrained(request.model, **request.loading, **request.reading)
-    prints = engine.group.rank == 0
+    prints = engine.mesh.everyone.rank == 0
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
     with Bar("Reading", "token", shown=prints) as progress:
@@ -166,6 +174,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     from ..hardware import Hardware
     from ..hf import loading
     from ..hf.heads import HeadShape, load_heads
+    from ..hf.tensor_parallel import check_shards
     from ..prompt import Prompt
     from ..reading import Reading
 
@@ -175,7 +184,9 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     config = loading.load_config(request.model, remote_code)
     loading.check_supported(config)
     prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
-    hardware = Hardware.of(device, dtype, ranks)
-    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"])
+    tensor = request.loading["tensor_parallel"]
+    check_shards(config, tensor)
+    hardware = Hardware.of(device, dtype, ranks * tensor)
+    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor)
     if reading.heads:
         load_heads(reading.heads, **asdict(HeadShape.of(config)))

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, doctor, evaluate, explain, fidelity, generate, plan, report, train
+from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, train
 
 app = typer.Typer(
     name="apb",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
+app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 evaluate.app.command("fidelity")(fidelity.fidelity)

@@ -26,6 +26,9 @@ Rounds = Annotated[
 Ranks = Annotated[
     int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
 ]
+TensorParallel = Annotated[
+    int, typer.Option(help="Processes that share the weights of one rank; there are that many times as many processes.")
+]
 AnchorLength = Annotated[int | None, typer.Option(help="Tokens of the anchor; a quarter of a block if left out.")]
 PassingLength = Annotated[
     int | None, typer.Option(help="Pairs a block passes on, per KV head; an eighth of a block if left out.")

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..kernels.reference import capped
 from .base import BlockView, Compressor, pool
 
 # Query rows scored at a time: bounds the (heads, rows, tokens) matrix for long questions.
@@ -31,5 +32,5 @@ class Query(Compressor):
         for chunk in view.query.split(_ROWS):
             # (rows, kv_heads * group, head_dim) -> (kv_heads, rows * group, head_dim)
             grouped = chunk.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-            total += ((grouped @ keys).float() * view.scale).softmax(-1).sum(1)
+            total += capped((grouped @ keys).float() * view.scale, view.softcap).softmax(-1).sum(1)
         return pool(total / (rows * heads // kv_heads))

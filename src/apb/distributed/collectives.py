@@ -60,8 +60,8 @@ class Group:
         before, after = (self.rank - 1) % self.size, (self.rank + 1) % self.size
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, x, after, self.process_group),
-                dist.P2POp(dist.irecv, result, before, self.process_group),
+                dist.P2POp(dist.isend, x, group=self.process_group, group_peer=after),
+                dist.P2POp(dist.irecv, result, group=self.process_group, group_peer=before),
             ]
         )
         return Pending(result, *works)
@@ -86,13 +86,13 @@ class Group:
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
-        dist.gather(x.contiguous(), parts, dst=0, group=self.process_group)
+        dist.gather(x.contiguous(), parts, group=self.process_group, group_dst=0)
         return parts
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Overwrite ``x`` with rank 0's on every rank, and return it."""
         if self.size > 1:
-            dist.broadcast(x, src=0, group=self.process_group)
+            dist.broadcast(x, group=self.process_group, group_src=0)
         return x
 
     def sum(self, x: Tensor) -> Tensor:

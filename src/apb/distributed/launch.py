@@ -70,10 +70,11 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def check_ranks(ranks: int, device: torch.device) -> None:
+def check_ranks(ranks: int, device: torch.device, tensor_parallel: int = 1) -> None:
     """InputError where this machine cannot start that many processes."""
     if ranks < 1:
         raise InputError(f"Ranks must be at least 1, not {ranks}.")
+    ranks *= tensor_parallel
     if device.type == "cuda" and ranks > torch.cuda.device_count():
         raise InputError(
             f"{ranks} ranks need {ranks} GPUs and this machine has {torch.cuda.device_count()}; "
@@ -84,14 +85,23 @@ def check_ranks(ranks: int, device: torch.device) -> None:
         raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
 
 
-def ranks_to_use(asked: int | None, device: torch.device) -> int:
-    """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had."""
+def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int = 1) -> int:
+    """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had.
+
+    A rank is ``tensor_parallel`` processes.
+    """
     if under_torchrun():
-        if asked not in (None, world_size()):
-            raise InputError(f"--ranks {asked} was given, but torchrun started {world_size()}; leave --ranks out.")
-        return world_size()
+        ranks, rest = divmod(world_size(), tensor_parallel)
+        if rest:
+            raise InputError(
+                f"torchrun started {world_size()} processes, which make no whole ranks of {tensor_parallel} "
+                "(--tensor-parallel); start a multiple of that."
+            )
+        if asked not in (None, ranks):
+            raise InputError(f"--ranks {asked} was given, but torchrun started {ranks}; leave --ranks out.")
+        return ranks
     ranks = 1 if asked is None else asked
-    check_ranks(ranks, device)
+    check_ranks(ranks, device, tensor_parallel)
     return ranks
 
 

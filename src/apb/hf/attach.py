@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..errors import InputError
+from ..strategies.base import Layer
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .fusing import fuse_parts
@@ -17,8 +19,8 @@ from .rope import pin_length
 
 NAME = "apb"
 
-# (layer index, q, k, v, scale, q/k/v before RoPE or None) -> output; shapes as in strategies.Layer.
-Attend = Callable[[int, Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+# One layer's input to its output (rows, heads, head_dim).
+Attend = Callable[[Layer], Tensor]
 
 
 class Attachment:
@@ -33,6 +35,8 @@ class Attachment:
         self.modules = _attention_modules(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
+        # What layers ask for beside a plain softmax, as far as they have been run.
+        self.peculiar: set[str] = set()
         self._attend: Attend | None = None
         self._calls = 0
         self._before_rope: BeforeRope | None = None
@@ -92,7 +96,7 @@ class Attachment:
         try:
             yield
             if self._calls != len(self.modules):
-                raise RuntimeError(
+                raise InputError(
                     f"{type(self.model).__name__} has {len(self.modules)} attention layers "
                     f"but {self._calls} called the attention function: its results cannot be trusted."
                 )
@@ -102,8 +106,13 @@ class Attachment:
                 self._before_rope.remove()
                 self._before_rope = None
 
-    def __call__(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """One layer: q (1, heads, rows, d), k and v (1, kv_heads, keys, d) -> (1, rows, heads, d)."""
+    def __call__(
+        self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, **softmax: Any
+    ) -> Tensor:
+        """One layer: q (1, heads, rows, d), k and v (1, kv_heads, keys, d) -> (1, rows, heads, v's d).
+
+        ``softmax``: a layer's ``softcap`` and ``sinks``, as in :class:`apb.strategies.Layer`.
+        """
         if self._attend is None:
             raise RuntimeError(
                 "This model is attached to an apb.Engine; call engine.close() before you use it in another way."
@@ -113,8 +122,16 @@ class Attachment:
         self._calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
         before = self._before_rope.pop(index) if self._before_rope is not None else None
+        asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
+        self.peculiar |= {name for name, value in asked.items() if value is not None}
+        width = v.shape[-1]
+        if width < k.shape[-1]:  # latent attention: kernels take values as wide as keys, and zeros stay zeros
+            v = pad(v, (0, k.shape[-1] - width))
+        if window is not None and window >= self.total:
+            window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return self._attend(index, q, k, v, scale, before).unsqueeze(0)
+        out = self._attend(Layer(index, q, k, v, scale, before, window, **softmax))
+        return out[..., :width].contiguous().unsqueeze(0)
 
 
 def _attention(
@@ -132,14 +149,13 @@ def _attention(
     if attachment is None:
         raise RuntimeError(f"{type(module).__name__} was not there when the model was attached to an apb.Engine.")
     if attention_mask is not None:
-        raise InputError("Attention masks (padding) are not supported: give one prompt without padding.")
-    window = kwargs.get("sliding_window")
-    if window is not None and attachment.total > window:
-        raise InputError(f"A sliding window of {window} tokens is not supported for {attachment.total} tokens.")
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise InputError(f"Attention with {name} is not supported.")
-    return attachment(module, query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        raise InputError(
+            f"Attention masks are not supported (padding, or a mask that {type(module).__name__} makes itself): "
+            "give one prompt without padding."
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    softmax = {"softcap": kwargs.get("softcap"), "sinks": kwargs.get("s_aux")}
+    return attachment(module, query, key, value, scale, kwargs.get("sliding_window"), **softmax), None
 
 
 # No mask is registered under this name, so transformers builds none: the plan says what every row sees.

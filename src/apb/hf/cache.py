@@ -21,7 +21,7 @@ class ShardLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage, (1, kv_heads, capacity, head_dim), of the dtype and on the device of the states."""
-        capacity = self._shard.capacity
+        capacity = max(self._shard.capacity, 1)
         self.keys = key_states.new_empty(*key_states.shape[:2], capacity, key_states.shape[3])
         self.values = value_states.new_empty(*value_states.shape[:2], capacity, value_states.shape[3])
         self.is_initialized = True
@@ -30,8 +30,9 @@ class ShardLayer(CacheLayerMixin):
         """Keep what belongs to this shard.
 
         In prefill the states come back as they are (attention also needs the anchor's, which are not kept); in decode
-        the whole shard comes back, with the new tokens at its end where this rank keeps them. With a slot the new token
-        is written there and the whole storage comes back: how much of it counts is known on the device alone.
+        the whole shard comes back, with the new tokens at its end where this rank keeps them. A shard that holds
+        nothing comes back with one row of no meaning: not all models can work on none. With a slot the new token is
+        written there and the whole storage comes back: how much of it counts is known on the device alone.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -47,12 +48,13 @@ class ShardLayer(CacheLayerMixin):
             return self.keys, self.values
         if self._shard.keeps_new:
             self._append(key_states, value_states)
-        return self.view()
+        return self.view(at_least=1)
 
-    def view(self) -> tuple[Tensor, Tensor]:
-        """The filled part: two (1, kv_heads, length, head_dim)."""
+    def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
+        """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        length = max(self.length, at_least)
+        return self.keys[:, :, :length], self.values[:, :, :length]
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         assert self.keys is not None and self.values is not None

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Rows of a chunk: on the CPU its intermediate values stay in the cache, on a GPU a chunk still fills the device.
-CPU_ROWS = 2048
-GPU_ROWS = 16384
+from ..memory import CPU_ROWS, GPU_ROWS
 
 
 def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
@@ -20,7 +18,7 @@ def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
     An MLP treats every row alike, and is the widest point of a layer: of an 8B model at 136K rows chunks take the peak
     from 16 to 8.5 GiB. Mixtures of experts, which look at all rows together, are left alone.
     """
-    changed = [module for module in model.modules() if type(module).__name__.endswith("MLP")]
+    changed = [module for module in model.modules() if is_dense_mlp(module)]
     before = [vars(module).get("forward") for module in changed]  # a compiled one, or what other libraries put there
     for module in changed:
         module.forward = _chunked(module.forward)
@@ -32,6 +30,12 @@ def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
                 module.forward = forward
 
     return undo
+
+
+def is_dense_mlp(module: nn.Module) -> bool:
+    """Whether a module is an MLP without experts in it."""
+    named_so = type(module).__name__.endswith("MLP")
+    return named_so and not any(type(part).__name__.endswith("Experts") for part in module.modules())
 
 
 def _chunked(forward: Callable[..., Any]) -> Callable[..., Any]:

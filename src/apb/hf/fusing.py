@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..kernels.fused import why_no_triton
+from .chunking import is_dense_mlp
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -39,7 +40,7 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
     for module in model.modules():
         kind = type(module)
         plain = kind.__module__.startswith("torch.") or "forward" in vars(module)  # fused already; somebody else's
-        if kind.__name__.endswith(("Norm", "MLP")) and not plain:
+        if (kind.__name__.endswith("Norm") or is_dense_mlp(module)) and not plain:
             compiled.setdefault(kind, torch.compile(kind.forward, dynamic=True))
             module.forward = partial(compiled[kind], module)
             changed.append(module)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
+from .loading import head_dim
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 
@@ -37,7 +38,7 @@ class HeadShape:
             text.num_hidden_layers,
             heads,
             getattr(text, "num_key_value_heads", None) or heads,
-            getattr(text, "head_dim", None) or text.hidden_size // heads,
+            head_dim(config),
         )
 
     @property

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from ..cost import ModelShape
 from ..errors import InputError, first_line
 from ..plan import Plan, check_heads
+from .tensor_parallel import settings, shared
 
+# Counted once for each configuration.
+_SHAPES: dict[str, ModelShape] = {}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -30,14 +38,30 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder or hub id; InputError where there is none."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise InputError(f"The model folder {str(model)!r} does not exist.")
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "config.json").is_file():
+        return load_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"The model {str(model)!r} cannot be loaded: {first_line(error)}.") from error
 
 
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter of peft was made for, as its configuration names it."""
+    if find_spec("peft") is None:
+        raise InputError(f"{str(adapter.parent)!r} is an adapter, which needs peft: pip install 'apb[adapters]'.")
+    try:
+        return str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"The adapter {str(adapter.parent)!r} does not name its base model.") from error
+
+
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or hub id."""
+    """The tokenizer of a checkpoint folder or hub id; of an adapter without one, its base model's."""
+    adapter = Path(model, "adapter_config.json")
+    if adapter.is_file() and not Path(model, "tokenizer_config.json").is_file():
+        return load_tokenizer(_base_of(adapter), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -45,17 +69,39 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
 
 
 def load_model(
-    model: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+    model: str | Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    mesh: DeviceMesh | None = None,
+    quantization: Any = None,
 ) -> PreTrainedModel:
-    """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference.
+    """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
-    Safetensors, or torch files read with ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``.
+    Safetensors go straight to the device, a tensor at a time. Torch files are read with ``weights_only``: no code from
+    a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: what the checkpoint's
+    configuration names, or one of its configurations as ``quantization``. So are adapters: a folder that holds one of
+    peft's is loaded onto its base model.
     """
+    loaded: Any
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization is not None:
+        options["quantization_config"] = quantization
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if mesh is None:
+            loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map={"": device}, **options)
+        else:
+            config = load_config(model, trust_remote_code)
+            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = shared(kind, mesh).from_pretrained(str(model), config=config, **options, **settings(mesh))
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
-    return loaded.to(device=device).eval()  # type: ignore[call-arg]  # decorated method, wrongly annotated
+    return loaded.eval()
+
+
+# Settings of layers that carry a state through the text: Mamba's, RWKV's and their relatives'.
+_RECURRENT = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
+_ATTENTION = {"full_attention", "sliding_attention"}
 
 
 def check_supported(config: Any) -> None:
@@ -63,26 +109,40 @@ def check_supported(config: Any) -> None:
     text = config.get_text_config()
     name = config.model_type
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if known and not getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(text)], "_supports_attention_backend", False):
+    paired = getattr(text, "is_encoder_decoder", False)
+    if paired or (not known and not getattr(config, "auto_map", None)):
+        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
+    odd = sorted(set(kinds) - _ATTENTION)
+    recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
+    takes_over = known and kind._can_set_attn_implementation()
+    if recurrent and (odd or not takes_over):
+        raise InputError(
+            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs "
+            "through the whole text, which cannot be cut into blocks."
+        )
+    if odd:
+        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"{name!r} models have layers that share the keys and values of others, which are not kept apart."
+        )
+    try:
+        head_dim(config)
+    except Exception as error:  # configurations whose layers differ refuse to name one width
+        raise InputError(
+            f"The layers of {name!r} models differ in ways that are not supported: {first_line(error).split('. ')[0]}."
+        ) from error
+    if known and not takes_over:
         raise InputError(
             f"The attention of {name!r} models cannot be taken over: "
             "their code in transformers does not go through its attention interface."
         )
-    if not known and not getattr(config, "auto_map", None):
-        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
-    odd = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"})
-    if odd:
-        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        raise InputError(f"{name!r} models cap their attention logits, which is not supported.")
-    if getattr(text, "kv_lora_rank", None) is not None:
-        raise InputError(f"{name!r} models use latent attention (MLA), which is not supported.")
-    if name == "gpt_oss":
-        raise InputError("'gpt_oss' models have attention sinks, which are not supported.")
 
 
-def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool) -> None:
-    """InputError where a plan does not fit the model: its positions, its sliding windows, its number of heads."""
+def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool, tensor: int = 1) -> None:
+    """InputError where a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
     limit = getattr(text, "max_position_embeddings", None)
@@ -92,14 +152,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
-    check_heads(plan.strategy, text.num_attention_heads, plan.ranks)
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    slides = "sliding_attention" in types if types else getattr(text, "use_sliding_window", True)
-    if window is not None and slides and total > window:
+    check_heads(plan.strategy, text.num_attention_heads // tensor, plan.ranks)
+    if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
-            f"{config.model_type!r} layers see a sliding window of {window} tokens and the prompt and the answer need "
-            f"{total}; sliding windows are not supported beyond their own length."
+            f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
+            "read in one round."
         )
 
 
@@ -131,23 +188,74 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 def model_shape(config: Any) -> ModelShape:
     """The numbers of a model that costs depend on, counted on its modules without making any weight."""
+    known = config.to_json_string(use_diff=False)
+    if known not in _SHAPES:
+        _SHAPES[known] = _count(config)
+    return _SHAPES[known]
+
+
+def _count(config: Any) -> ModelShape:
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    latent = getattr(text, "kv_lora_rank", None)
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return ModelShape(
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-        head_dim=head_dim,
+        kv_heads=text.num_attention_heads if latent else _kv_heads(text),
+        head_dim=head_dim(config),
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
         vocabulary=text.vocab_size,
-        layer_parameters=sum(
-            module.weight.numel()
-            for module in model.modules()
-            if isinstance(module, torch.nn.Linear) and id(module) not in embeddings
-        ),
+        layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        windows=tuple(windows(text)),
+        cache_width=latent + text.qk_rope_head_dim if latent else 0,
+        expert_row=_expert_row(model, text),
     )
+
+
+def head_dim(config: Any) -> int:
+    """The width of a query and key head."""
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _kv_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def windows(text: Any) -> list[int]:
+    """The sliding window of every layer that has one."""
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return []
+    return [window] * (types.count("sliding_attention") if types else text.num_hidden_layers)
+
+
+def _expert_row(model: PreTrainedModel, text: Any) -> int:
+    """Numbers that a layer of experts holds for a token: its copies, and each expert's gate, up, product and output."""
+    if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        return 0
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return _experts_used(text) * (2 * text.hidden_size + 3 * width)
+
+
+def _experts_used(text: Any) -> int:
+    """How many experts a token is sent to."""
+    return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
+
+
+def _multiplied(module: torch.nn.Module, text: Any) -> int:
+    """Weights of a module, without its submodules, that each row multiplies with."""
+    if isinstance(module, (torch.nn.Linear, Conv1D)):
+        return module.weight.numel()
+    stacked = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+    if not stacked or not type(module).__name__.endswith("Experts"):
+        return 0
+    used = _experts_used(text)
+    return sum(weight.numel() // weight.shape[0] * min(used, weight.shape[0]) for weight in stacked)

@@ -20,7 +20,11 @@ _WHY_NOT = {"torch": sdpa.why_not, "fused": fused.why_not}
 
 
 def attention(
-    q: Tensor, segments: Sequence[Segment], scale: float | None = None, backend: str = "auto"
+    q: Tensor,
+    segments: Sequence[Segment],
+    scale: float | None = None,
+    backend: str = "auto",
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of the rows ``q`` over the union of several key/value segments.
 
@@ -31,6 +35,7 @@ def attention(
         scale: factor on q.k before the softmax; 1 / sqrt(head_dim) if None.
         backend: "reference" (fp32 matrices), "torch" (torch's fused kernels), "fused" (this package's: one launch for
             all segments, on NVIDIA GPUs) or "auto".
+        softcap: c, where logits x become c * tanh(x / c) before the softmax (Gemma 2, arXiv 2408.00118).
 
     Returns:
         out: (rows, heads, head_dim) in q's dtype; 0 in a row that sees no key.
@@ -49,7 +54,10 @@ def attention(
     _check(q, segments)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return BACKENDS[choose(backend, q.device, q.dtype, q.shape[-1])[0]](q, segments, scale)
+    name, _ = choose(backend, q.device, q.dtype, q.shape[-1], softcap)
+    if softcap is not None:
+        return (fused if name == "fused" else reference).attention(q, segments, scale, softcap)
+    return BACKENDS[name](q, segments, scale)
 
 
 def attend(
@@ -59,6 +67,7 @@ def attend(
     scale: float,
     out: Tensor,
     backend: str = "auto",
+    lse: Tensor | None = None,
 ) -> None:
     """Several runs of rows over parts of shared keys and values, written into ``out``: one launch where a kernel can.
 
@@ -69,9 +78,10 @@ def attend(
         scale: positive factor on q.k.
         out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
         backend: as in :func:`attention`.
+        lse: (heads, rows) fp32, contiguous; where the log-sum-exps are written, if anybody wants them.
     """
     if choose(backend, q.device, q.dtype, q.shape[2])[0] == "fused":
-        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32) if lse is None else lse
         fused.launch(q, sources, tuple(tasks), scale, out, lse)
         return
     for task in tasks:
@@ -79,14 +89,23 @@ def attend(
         for part in task.parts:
             k, v = (x[part.first : part.first + part.keys] for x in sources[part.source])
             segments.append(Segment(k, v, part.causal))
-        out[rows], _ = attention(q[rows], segments, scale, backend)
+        out[rows], each = attention(q[rows], segments, scale, backend)
+        if lse is not None:
+            lse[:, rows] = each
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
+) -> tuple[str, str]:
     """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
-    if backend in _WHY_NOT and (obstacle := _WHY_NOT[backend](device, dtype, head_dim)):
+    if softcap is not None and backend in ("auto", "reference"):
+        return "reference", "torch's kernels do not cap logits"
+    obstacle = _WHY_NOT[backend](device, dtype, head_dim) if backend in _WHY_NOT else None
+    if softcap is not None and backend == "torch":
+        obstacle = "it does not cap logits"
+    if obstacle:
         raise InputError(f"The attention back-end {backend!r} cannot be used here: {obstacle}; choose 'reference'.")
     if backend != "auto":
         return backend, "asked for"

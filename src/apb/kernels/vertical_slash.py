@@ -11,13 +11,22 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .merge import merge
+from .reference import capped
 
 TILE = 128
 # Shapes that FlexAttention may be compiled for: those of some dozen lengths.
 _SHAPES = 64
 
 
-def vertical_slash(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float) -> Tensor:
+def vertical_slash(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    diagonals: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Row i sees key j <= i where column j or diagonal i - j is chosen for its head.
 
     Block-sparse FlexAttention on GPUs, plain torch elsewhere.
@@ -26,20 +35,22 @@ def vertical_slash(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: 
         q: (rows, heads, head_dim).
         k, v: (rows, kv_heads, head_dim), the same rows' keys and values.
         columns, diagonals: (heads, >= rows) bool; diagonal 0 is chosen for every head, so that every row sees a key.
-        scale: factor on q.k.
+        scale, softcap: as in :func:`apb.attention`.
 
     Returns:
-        out: (rows, heads, head_dim) in q's dtype; arithmetic in fp32 after q.k.
+        out (rows, heads, head_dim) in q's dtype and lse (heads, rows) fp32; arithmetic in fp32 after q.k.
     """
     engine = by_flex if q.device.type == "cuda" else by_tiles
-    return engine(q, k, v, columns, diagonals, scale)
+    return engine(q, k, v, columns, diagonals, scale, softcap)
 
 
-def by_tiles(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float) -> Tensor:
+def by_tiles(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`vertical_slash`: a head and a tile of rows at a time."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
-    out = torch.empty_like(q)
+    out, lse = torch.empty_like(q), q.new_empty(heads, rows, dtype=torch.float32)
     positions = torch.arange(rows, device=q.device)
     for head in range(heads):
         column, diagonal = columns[head], diagonals[head]
@@ -56,13 +67,16 @@ def by_tiles(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor
             key = seen.nonzero()[:, 0]
             distance = row[:, None] - key
             visible = (distance >= 0) & (column[key] | diagonal[distance.clamp(min=0)])
-            scores = (q[row, head] @ keys[key].T).float() * scale
-            weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+            scores = capped((q[row, head] @ keys[key].T).float() * scale, softcap).masked_fill(~visible, float("-inf"))
+            weights = scores.softmax(-1)
+            lse[head, row] = scores.logsumexp(-1)
             out[row, head] = weights.to(q.dtype) @ values[key]
-    return out
+    return out, lse
 
 
-def by_flex(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float) -> Tensor:
+def by_flex(
+    q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """See :func:`vertical_slash`: the tiles that diagonals run through, then the gathered columns beside those.
 
     Both in block-sparse FlexAttention, merged by log-sum-exp; no key counts twice.
@@ -94,7 +108,7 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor,
         seq_lengths=(rows, rows),
         compute_q_blocks=False,
     )
-    flex = _flex(q.device.type)
+    flex = _flex(q.device.type, softcap)
     slashes = flex(q4, k4, v4, blocks, scale)
 
     # Heads may have chosen different columns, never a different number but for those past the document's end.
@@ -123,7 +137,8 @@ def by_flex(q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor,
     order = order.clamp(max=rows - 1)
     gathered = flex(q4, k4[:, source, order], v4[:, source, order], blocks, scale)
     outs, lses = zip(*((out[0].transpose(0, 1), lse[0]) for out, lse in (slashes, gathered)), strict=True)
-    return merge(outs, lses)[0][:asked].to(q.dtype)
+    out, lse = merge(outs, lses)
+    return out[:asked].to(q.dtype), lse[:, :asked]
 
 
 def _rounded(count: int) -> int:
@@ -148,15 +163,19 @@ def _tiles_back(diagonals: Tensor) -> Tensor:
 
 
 @cache
-def _flex(device: str) -> Callable[..., tuple[Tensor, Tensor]]:
+def _flex(device: str, softcap: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
     """(q, k, v, block mask, scale) -> (out, natural log-sum-exp fp32), compiled where it is to be fast."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        return capped(score, softcap)
 
     def call(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> tuple[Tensor, Tensor]:
         out, aux = flex_attention(
             q,
             k,
             v,
+            score_mod=None if softcap is None else cap,
             block_mask=blocks,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],

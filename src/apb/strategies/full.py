@@ -13,4 +13,4 @@ class Full(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         for span in self.blocks:
-            out[span.rows], _ = self.attention(layer.q[span.rows], [self.own(layer, span)], layer.scale)
+            out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], [self.own(layer, span)]))

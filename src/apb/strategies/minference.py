@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.reference import capped
 from ..kernels.vertical_slash import vertical_slash
 from ..parts import part
 from .base import Layer, Strategy
@@ -26,7 +27,10 @@ class MInference(Strategy):
                 columns, diagonals = self.choose(layer)
             rows = span.rows
             with part("attention"):
-                out[rows] = vertical_slash(layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale)
+                attended = vertical_slash(
+                    layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale, layer.softcap
+                )
+                out[rows] = layer.settle(*attended)
 
     def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
@@ -38,7 +42,7 @@ class MInference(Strategy):
         rows = torch.arange(first, prompt, device=layer.q.device)
         hidden = torch.arange(prompt, device=layer.q.device) > rows[:, None]
         for head in range(heads):  # one at a time: (rows, prompt) of all heads together would not be small
-            scores = (layer.q[first:, head] @ layer.k[:, head // group].T).float() * layer.scale
+            scores = capped((layer.q[first:, head] @ layer.k[:, head // group].T).float() * layer.scale, layer.softcap)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             column = weights.sum(0)
             column[:FIRST_COLUMNS] = float("inf")

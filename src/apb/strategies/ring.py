@@ -31,14 +31,14 @@ class Ring(Strategy):
         rank, size = self.group.rank, self.group.size
         early, late = self.blocks
         rows, split = slice(early.row, late.rows.stop), len(early)
-        q, scale = layer.q[rows], layer.scale
+        q = layer.q[rows]
         travelling = layer.k.new_empty(2, self._width, *layer.k.shape[1:])
         travelling[0, : len(q)], travelling[1, : len(q)] = layer.k[rows], layer.v[rows]
 
         arriving = self.group.shift(travelling)
         own = (
-            self.attention(q[:split], [self.own(layer, early)], scale),
-            self.attention(q[split:], [*self._chunks(travelling, rank)[:1], self.own(layer, late)], scale),
+            self.attention(layer, q[:split], [self.own(layer, early)]),
+            self.attention(layer, q[split:], [*self._chunks(travelling, rank)[:1], self.own(layer, late)]),
         )
         merged, lse = torch.cat([o.float() for o, _ in own]), torch.cat([each for _, each in own], 1)
         for step in range(1, size):
@@ -49,14 +49,14 @@ class Ring(Strategy):
             source = (rank - step) % size
             chunks = self._chunks(travelling, source)
             if source < rank:
-                seen, seen_lse = self.attention(q, chunks[:1], scale)
+                seen, seen_lse = self.attention(layer, q, chunks[:1])
                 with part("attention"):
                     merged, lse = merge((merged, seen), (lse, seen_lse))
             else:
-                seen, seen_lse = self.attention(q[split:], chunks, scale)
+                seen, seen_lse = self.attention(layer, q[split:], chunks)
                 with part("attention"):
                     merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
-        out[rows] = merged.to(out.dtype)
+        out[rows] = layer.settle(merged, lse)
 
     def _chunks(self, travelling: Tensor, source: int) -> list[Segment]:
         """A rank's early and late chunk in what it sent round: (2, width, kv_heads, head_dim)."""

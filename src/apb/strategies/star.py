@@ -27,11 +27,10 @@ class Star(Strategy):
         anchor = self._anchor_segments(layer)
         for span in self.blocks:
             segments = [self.own(layer, span)] if span.block == 0 else [*anchor, self.own(layer, span)]
-            out[span.rows], _ = self.attention(layer.q[span.rows], segments, layer.scale)
+            out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
         if self.anchor:
-            out[self.anchor.rows], _ = self.attention(
-                layer.q[self.anchor.rows], [self.own(layer, self.anchor)], layer.scale
-            )
+            attended = self.attention(layer, layer.q[self.anchor.rows], [self.own(layer, self.anchor)])
+            out[self.anchor.rows] = layer.settle(*attended)
 
     def _anchor_segments(self, layer: Layer) -> list[Segment]:
         """The anchor as this rank's later blocks see it: one segment, or none."""

@@ -41,7 +41,8 @@ class Ulysses(Strategy):
         with part("communication"):
             gathered = torch.cat(self.group.all_to_all(parts, [(length, width, head_dim) for length in lengths]))
         q, k, v = gathered.split([share, own_kv, own_kv], 1)
-        result, _ = self.attention(q, [Segment(k, v, causal=True)], layer.scale)
+        attended = self.attention(layer, q, [Segment(k, v, causal=True)])
+        result = layer.settle(*attended, heads=slice(self.group.rank * share, (self.group.rank + 1) * share))
         mine = (len(span), share, head_dim)
         with part("communication"):
             out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)

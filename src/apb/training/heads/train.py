@@ -22,6 +22,7 @@ from ...hf.heads import HeadShape, save_heads
 from ...hf.loading import check_supported
 from ...kernels.attention import Segment, attention
 from ...plan import at_least
+from ...strategies import Layer
 from .data import Example, Samples, ahead, order
 from .labels import answer_attention, head_loss, top_overlap
 
@@ -160,17 +161,19 @@ class HeadTrainer:
         ids = torch.tensor([example.prompt + example.answer], device=self.device)
         positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, before_rope: Tensor | None) -> Tensor:
-            assert before_rope is not None, "asked for below"
-            labels = answer_attention(q[prompt:], k[:prompt], scale)
+        def attend(layer: Layer) -> Tensor:
+            assert layer.before_rope is not None, "asked for below"
+            if not layer.plain:
+                raise InputError("Heads are trained for plain attention: no sliding windows, capped logits or sinks.")
+            labels = answer_attention(layer.q[prompt:], layer.k[:prompt], layer.scale)
             with torch.enable_grad():
-                predicted = self._head(layer)(before_rope[:prompt])
+                predicted = self._head(layer.index)(layer.before_rope[:prompt])
                 loss = head_loss(predicted, labels) / self.settings.batch_size
                 loss.backward()
             share = self.settings.batch_size * self.shape.layers
             overlap = top_overlap(predicted.detach(), labels)
             self._sums += torch.stack((loss.detach() / self.shape.layers, overlap / share))
-            return attention(q, [Segment(k, v, causal=True)], scale)[0]
+            return attention(layer.q, [Segment(layer.k, layer.v, causal=True)], layer.scale)[0]
 
         with torch.no_grad(), self.attachment.running(attend, ids.shape[1], before_rope=True):
             self.attachment.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)

@@ -1,0 +1,49 @@
+"""Writes docs/models.md: what `apb check` finds for the default configuration of every family named here."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from apb.check import Card, check
+
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "glm", "glm4", "olmo2", "olmo3", "granite", "smollm3", "cohere",
+    "cohere2", "stablelm", "nemotron", "gpt_neox", "gpt2", "opt", "starcoder2", "exaone4", "seed_oss", "gemma",
+    "gemma2", "gemma3_text", "gpt_oss", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "minimax_m2",
+    "deepseek_v3", "mamba2", "jamba", "falcon_h1", "qwen3_next", "gemma3n_text", "llama4_text", "gptj", "bert",
+)  # fmt: skip
+
+TITLE = """# Models
+
+Written by `python docs/table.py`; a test keeps it true. For every family: its default configuration in transformers,
+made small and given random weights, and read by every strategy. *Yes*: `full` gives transformers' own logits, `ring`,
+`ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and
+through decode. `apb check --model PATH [--ranks R]` says the same of any checkpoint, and prints the figures.
+
+Layers with a sliding window are exact in every strategy: a row sees what the model's window gives it, fetched from the
+rank that holds it, and nothing is selected there. Latent attention caches latents, attends to keys and values expanded
+from them, and reads in one round.
+
+| model type | supported | layers, or the reason |
+|---|---|---|
+"""
+
+
+def row(card: Card) -> str:
+    """One line of the table."""
+    failed = "; ".join(result.name for result in card.results if not result.passed)
+    reason = card.refused or (f"differs: {failed}" if failed else card.layers)
+    return f"| `{card.model_type}` | {'yes' if card.supported else 'no'} | {reason} |\n"
+
+
+def text() -> str:
+    """The page."""
+    return TITLE + "".join(row(check(AutoConfig.for_model(name))) for name in FAMILIES)
+
+
+if __name__ == "__main__":
+    logging.disable(logging.ERROR)
+    Path(__file__).with_name("models.md").write_text(text())

@@ -1,0 +1,189 @@
+"""Whether a model comes out right under this package: a shrunk copy with random weights, read in every way there is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed.collectives import Group
+from .engine import Engine
+from .errors import InputError, first_line
+from .hf import loading
+from .hf.random_weights import random_model
+from .hf.shrinking import HEADS, shrink
+from .plan import METHODS, Plan
+from .prompt import Prompt
+
+# Differences are measured against the largest logit, in fp32.
+TOLERANCE = 1e-4
+ANSWER = (12, 70, 33)
+PROMPT = Prompt.from_tokens((), [(37 * i + 11) % 501 + 1 for i in range(107)], [42, 95, 148])
+BLOCKS = 5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison: ``error`` is the largest difference of logits over the largest logit, None where it failed."""
+
+    name: str
+    error: float | None
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within rounding."""
+        return self.error is not None and self.error < TOLERANCE
+
+
+@dataclass
+class Card:
+    """What is known of a model: its attention, its size, and what came out of the comparisons."""
+
+    model_type: str
+    layers: str
+    parameters: int | None = None
+    cache_bytes_per_token: int | None = None
+    max_positions: int | None = None
+    refused: str | None = None
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def supported(self) -> bool:
+        """Whether the model may be used: not refused, and all comparisons passed."""
+        return self.refused is None and all(result.passed for result in self.results)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain Python values."""
+        results = [asdict(result) | {"passed": result.passed} for result in self.results]
+        return asdict(self) | {"supported": self.supported, "results": results}
+
+
+class EverythingPassed(Engine):
+    """Reads by apb without an anchor and with every pair passed on: the long way round to full attention."""
+
+    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
+        """See :meth:`Engine.plan`."""
+        return replace(super().plan(prompt, max_new_tokens), anchor_length=0, passing_length=len(prompt.document))
+
+
+def check(config: Any, group: Group | None = None) -> Card:
+    """Check a model's configuration. Every rank of ``group`` must call it, and gets the same card.
+
+    Compared, on a shrunk model with random weights in fp32, after the prompt and after each of three more tokens:
+    `full` with transformers' own eager attention; the other exact strategies, and apb with everything passed, with the
+    same; and the ranks with one another. In apb and star, which are approximate, the ranks alone.
+    """
+    group = group or Group()
+    card = describe(config)
+    if card.refused:
+        return card
+    try:
+        small = shrink(config)
+        model = _random(small)
+        with torch.no_grad():
+            expected = model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
+    except Exception as error:  # whatever a model's code makes of a configuration that it was not written for
+        card.results.append(Result("shrunk", None, f"no small copy can be made: {first_line(error)}"))
+        return card
+    ways: list[tuple[str, type[Engine], dict[str, Any], Tensor | None]] = [
+        ("full = transformers", Engine, {"strategy": "full"}, expected),
+        ("apb, everything passed = full", EverythingPassed, {"blocks": BLOCKS, "compressor": "recent"}, expected),
+    ]
+    for strategy, method in METHODS.items():
+        if strategy == "full" or (method.scatters_heads and HEADS % group.size):
+            continue
+        if method.sparse:
+            budgets = {"vertical_size": 1.0, "slash_size": 1.0}
+            ways.append((f"{strategy}, all columns = full", Engine, {"strategy": strategy, **budgets}, expected))
+        elif method.exact:
+            ways.append((f"{strategy} = full", Engine, {"strategy": strategy}, expected))
+        else:
+            ways.append((f"{strategy}, ranks agree", Engine, {"strategy": strategy, "blocks": BLOCKS}, None))
+    for name, kind, options, reference in ways:
+        try:
+            logits = _read(kind, model, group, options)
+        except InputError as error:
+            card.refused = str(error)
+            return card
+        except Exception as error:  # a model may fail in any way; the card says how
+            card.results.append(Result(name, None, f"{type(error).__name__}: {first_line(error)}"))
+        else:
+            card.results.append(_judge(name, logits, reference, group))
+    return card
+
+
+def describe(config: Any) -> Card:
+    """The card of a configuration before anything is run."""
+    text = config.get_text_config()
+    card = Card(config.model_type, "")
+    try:
+        loading.check_supported(config)
+    except InputError as error:
+        card.refused = str(error)
+        return card
+    card.layers = layers(text)
+    card.max_positions = getattr(text, "max_position_embeddings", None)
+    try:
+        shape = loading.model_shape(config)
+    except Exception:  # a configuration that leaves out what its model needs: its size is unknown
+        return card
+    card.parameters = shape.parameters
+    card.cache_bytes_per_token = 2 * shape.cache_row
+    return card
+
+
+def layers(text: Any) -> str:
+    """What a model's layers are like, in a few words."""
+    windows = loading.windows(text)
+    count = text.num_hidden_layers
+    kinds = []
+    if windows:
+        kinds.append(f"{len(windows)} of {count} layers see {windows[0]:,} tokens")
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        kinds.append("capped logits")
+    if text.model_type == "gpt_oss":
+        kinds.append("sinks")
+    if getattr(text, "kv_lora_rank", None):
+        kinds.append("latent attention")
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        kinds.append("experts")
+    return ", ".join(kinds) or "full attention"
+
+
+def _random(config: Any) -> Any:
+    """A model whose logits are far from uniform and whose attention is peaky, so that errors show."""
+    model = random_model(config, torch.float32, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("sinks"):
+                weight.normal_(generator=generator)
+            elif weight.ndim > 1:
+                weight.mul_(3)
+    return model
+
+
+def _read(kind: type[Engine], model: Any, group: Group, options: dict[str, Any]) -> Tensor:
+    """Logits (1 + len(ANSWER), vocabulary) after the prompt and each token of ANSWER."""
+    engine = kind.from_model(model, allow_extrapolation=True, **options)
+    try:
+        engine.group = group
+        session = engine.prefill(PROMPT)
+        return torch.stack([session.logits, *(session.extend([token]) for token in ANSWER)])
+    finally:
+        engine.close()
+
+
+def _judge(name: str, logits: Tensor, expected: Tensor | None, group: Group) -> Result:
+    """How far logits are from those expected, on the rank that is furthest off."""
+    every = group.all_gather(logits).wait()
+    if not every.isfinite().all():
+        return Result(name, None, "the logits are not numbers")
+    if not torch.equal(every, every[:1].expand_as(every)):
+        return Result(name, None, "the ranks have different logits")
+    if expected is None:
+        return Result(name, 0.0)
+    return Result(name, float((logits - expected).abs().max() / expected.abs().max().clamp(min=1)))

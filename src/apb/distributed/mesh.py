@@ -1,0 +1,50 @@
+"""Processes in two dimensions: ranks that share the sequence, each of several processes that share the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ..errors import InputError
+from .collectives import Group
+from .launch import join
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Who this process works with.
+
+    Attributes:
+        sequence: the processes with this one's share of the weights, one a rank: they share the prompt.
+        tensor: the processes of this rank, which share the weights; neighbours, so on the fastest links.
+        everyone: all of them.
+        devices: torch's mesh of the tensor group; None where the weights are whole.
+    """
+
+    sequence: Group
+    tensor: Group
+    everyone: Group
+    devices: DeviceMesh | None = None
+
+    @classmethod
+    def join(cls, device: torch.device, tensor_parallel: int = 1) -> Mesh:
+        """The mesh of all processes there are, ``tensor_parallel`` of them a rank; InputError where that cannot be."""
+        everyone = join(device)
+        if tensor_parallel == 1:
+            return cls(everyone, Group(), everyone)
+        if tensor_parallel < 1 or everyone.size % tensor_parallel:
+            raise InputError(
+                f"{everyone.size} processes cannot be shared out to ranks of {tensor_parallel} (--tensor-parallel); "
+                f"start a multiple of {tensor_parallel}."
+            )
+        shape = (everyone.size // tensor_parallel, tensor_parallel)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("sequence", "tensor"))
+        return cls(_group(mesh["sequence"]), _group(mesh["tensor"]), everyone, mesh["tensor"])
+
+
+def _group(mesh: DeviceMesh) -> Group:
+    process_group = mesh.get_group()
+    return Group(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)

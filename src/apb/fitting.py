@@ -1,0 +1,94 @@
+"""Whether a plan fits into memory, said before anything runs; and the nearest plan that does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .cost import Cost, ModelShape, predict
+from .errors import InputError
+from .plan import METHODS, Anchor, Plan
+
+if TYPE_CHECKING:
+    from .hardware import Hardware
+
+# Ranks that an answer to "how many would do" goes up to.
+MOST_RANKS = 64
+
+
+def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: str) -> None:
+    """InputError, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
+    answer = new_tokens * shape.cache_row * hardware.element_bytes
+    room = hardware.memory - answer
+
+    def fits(candidate: Plan) -> bool:
+        return peak(predict(candidate, shape, hardware.element_bytes, compressor)) <= room
+
+    if fits(plan):
+        return
+    ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
+    most = max(ranks, key=lambda rank: rank.peak_bytes)
+    raise InputError(
+        f"Reading {plan.total:,} tokens with {plan.strategy!r} on {plan.ranks} rank{'s' * (plan.ranks > 1)} needs "
+        f"{_gib(most.peak_bytes + answer)} a rank (weights {_gib(most.weight_bytes)}, cache "
+        f"{_gib(most.cache_bytes + answer)}, activations {_gib(most.activation_bytes)}), "
+        f"and a rank has {_gib(hardware.memory)}; {_way_out(plan, shape, fits)}."
+    )
+
+
+def peak(cost: Cost) -> int:
+    """Bytes of the rank that needs most."""
+    return max(rank.peak_bytes for rank in cost.ranks)
+
+
+def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str:
+    """The plan that fits with the least change: in rounds, on more ranks, or of a shorter document."""
+    for candidate in _alternatives(plan, shape):
+        if fits(candidate):
+            rounds = f" in {candidate.rounds} rounds" if candidate.rounds > 1 else ""
+            ranks = f" on {candidate.ranks} ranks" if candidate.ranks > 1 else ""
+            return f"what fits is {candidate.strategy!r} with {candidate.blocks} blocks{rounds}{ranks}"
+    shortest, longest = 0, plan.document
+    while longest - shortest > max(shortest // 100, 1):
+        middle = (shortest + longest) // 2
+        if middle and fits(_resized(plan, middle)):
+            shortest = middle
+        else:
+            longest = middle
+    if shortest:
+        return f"what fits is a document of at most {shortest:,} tokens"
+    return f"the weights alone take {_gib(shape.parameters * 2)} in 16 bits: use --tensor-parallel, or a smaller model"
+
+
+def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
+    """Other plans for the same prompt, the least different first."""
+    if METHODS[plan.strategy].in_rounds and not shape.cache_width:
+        for rounds in range(plan.rounds + 1, plan.blocks // plan.ranks + 1):
+            yield replace(plan, rounds=rounds)
+    strategy = plan.strategy if METHODS[plan.strategy].blocks is None or plan.strategy == "ring" else "ring"
+    ranks = plan.ranks * 2
+    while ranks <= MOST_RANKS:
+        blocks = max(plan.blocks, ranks)
+        if blocks <= plan.document:
+            query_inside = METHODS[strategy].anchor is Anchor.WITH_QUERY
+            sizes = (plan.anchor_length, plan.passing_length) if query_inside else (None, None)
+            yield _built(plan, plan.document, strategy, ranks, blocks, *sizes)
+        ranks *= 2
+
+
+def _resized(plan: Plan, document: int) -> Plan:
+    blocks = min(plan.blocks, document)
+    return replace(
+        _built(plan, document, plan.strategy, plan.ranks, blocks, None, None), rounds=min(plan.rounds, blocks)
+    )
+
+
+def _built(
+    plan: Plan, document: int, strategy: str, ranks: int, blocks: int, anchor: int | None, passing: int | None
+) -> Plan:
+    return Plan.build(plan.prefix, document, plan.query, blocks, ranks, anchor or None, passing, strategy)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,65 @@
+"""Which rank sends which keys to whom on layers with a sliding window: their window is an exact halo, in pure Python.
+
+On such a layer no strategy approximates: a row of the document sees exactly the keys that the model's window gives it,
+and those that another rank holds are sent. The anchor's rows, where there are any, see the anchor alone, in the window.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from .plan import Kind, Plan, Span
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Keys at positions [start, stop) among rank ``sender``'s rows, which ``span`` of rank ``receiver`` needs.
+
+    ``row`` is where they begin in the sender's rows, or, where ``early``, in its blocks of earlier rounds. Sender and
+    receiver may be the same rank.
+    """
+
+    sender: int
+    receiver: int
+    span: Span
+    early: bool
+    row: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
+    """All halos of a layer in a round, by receiver, span, and position; a span's follow each other without a gap."""
+    found = []
+    spans = [[span for span in plan.spans(rank, round) if span.kind is not Kind.QUERY] for rank in range(plan.ranks)]
+    sources = [(span, rank, False) for rank, owned in enumerate(spans) for span in owned if len(span)]
+    for rank in range(plan.ranks):
+        row = 0
+        for block in plan.owned(rank):
+            if block.round < round:
+                sources.append((Span(Kind.BLOCK, block.start, block.stop, row, block.index), rank, True))
+                row += len(block)
+    sources.sort(key=lambda source: source[0].start)
+    for receiver, owned in enumerate(spans):
+        for span in owned:
+            needed = max(span.start - window + 1, 0)
+            for source, sender, early in sources if len(span) else ():
+                start, stop = max(source.start, needed), min(source.stop, span.start)
+                if source.kind is span.kind and start < stop:
+                    row = source.row + start - source.start
+                    found.append(Piece(sender, receiver, span, early, row, start, stop))
+    return found
+
+
+def sent_rows(plan: Plan, window: int) -> list[int]:
+    """For every rank, how many keys it sends to others on a layer with such a window, in all rounds."""
+    sent: dict[int, int] = defaultdict(int)
+    for round in range(plan.rounds):
+        for piece in pieces(plan, window, round):
+            if piece.sender != piece.receiver:
+                sent[piece.sender] += len(piece)
+    return [sent[rank] for rank in range(plan.ranks)]

@@ -1,0 +1,100 @@
+"""A small configuration of the same kind: what makes a model's layers different stays, what makes them large goes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+HEADS = 4
+WINDOW = 24
+# Settings that are made small wherever a configuration has them; lists are matched one for one.
+_SMALL = {
+    "vocab_size": 503,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "ffn_hidden_size": 96,
+    "n_inner": 96,
+    "moe_intermediate_size": 32,
+    "expert_ffn_hidden_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "shared_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_num_experts": 4,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+}
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def shrink(config: Any) -> Any:
+    """A copy with few layers, heads and experts, of fp32 and eager attention, whose head width is the original's.
+
+    The layers kept are one of each kind there is (full or sliding attention, dense or with experts) and at least three;
+    sliding windows become 24 tokens long, so that a short prompt is longer.
+    """
+    text = config.get_text_config()
+    small = copy.deepcopy(text)
+    heads = _first(text, _HEADS)
+    hidden = _first(text, _HIDDEN)
+    width = getattr(text, "head_dim", None) or hidden // heads
+    layers = _kept_layers(text)
+    _set(small, _LAYERS, len(layers))
+    for name, value in vars(text).items():
+        if isinstance(value, (list, tuple)) and len(value) == _first(text, _LAYERS) and name != "rope_parameters":
+            setattr(small, name, [value[layer] for layer in layers])
+    kv_heads = _first(text, _KV_HEADS) or heads
+    _set(small, _HEADS, HEADS)
+    for name in _KV_HEADS:
+        if hasattr(text, name):  # None may stand for: as many as heads
+            setattr(small, name, max(HEADS * kv_heads // heads, 1))
+    if hasattr(text, "head_dim") and not _latent(text):
+        small.head_dim = width
+    _set(small, _HIDDEN, HEADS * width if not _latent(text) else 64)
+    for name, value in _SMALL.items():
+        known = getattr(text, name, None)
+        if isinstance(known, int) and not isinstance(known, bool) and known > value:
+            setattr(small, name, value)
+    if getattr(text, "first_k_dense_replace", None):
+        small.first_k_dense_replace = 1
+    if getattr(text, "sliding_window", None) is not None:
+        small.sliding_window = WINDOW
+    for name in _SPECIAL:
+        setattr(small, name, 0)
+    small.dtype = "float32"
+    small._attn_implementation = "eager"
+    return small
+
+
+def _latent(text: Any) -> bool:
+    return bool(getattr(text, "kv_lora_rank", None))
+
+
+def _kept_layers(text: Any) -> list[int]:
+    """The first three layers, and the first of every kind that is not among them."""
+    count = _first(text, _LAYERS)
+    kinds = getattr(text, "layer_types", None) or [None] * count
+    kept = set(range(min(3, count)))
+    kept |= {kinds.index(kind) for kind in set(kinds)}
+    return sorted(kept)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+
+
+def _set(config: Any, names: tuple[str, ...], value: int) -> None:
+    for name in names:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, value)

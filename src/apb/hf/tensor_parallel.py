@@ -1,0 +1,95 @@
+"""Handing transformers' own tensor parallelism a part of the processes: its mesh would take all of them.
+
+Which layer is cut how is each model's own plan in transformers; this module only says among whom. What differs between
+versions of transformers is what its two classmethods around loading take and give.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from ..errors import InputError
+
+_PREPARE = "prepare_distribute_model"
+
+
+def check_shards(config: Any, size: int) -> None:
+    """InputError where a model cannot be shared by so many processes."""
+    text = config.get_text_config()
+    plan = getattr(text, "base_model_tp_plan", None)
+    if size > 1 and not plan:
+        raise InputError(f"{config.model_type!r} models have no plan for tensor parallelism in transformers.")
+    heads = {"query heads": text.num_attention_heads, "KV heads": getattr(text, "num_key_value_heads", None)}
+    for name, count in heads.items():
+        if count is not None and count % size:
+            raise InputError(
+                f"{count} {name} do not divide by {size} (--tensor-parallel); use a number that divides them."
+            )
+
+
+def shared(kind: type[PreTrainedModel], mesh: DeviceMesh) -> type[PreTrainedModel]:
+    """The model class, whose ``from_pretrained`` with :func:`settings` shares the weights over ``mesh``."""
+
+    def prepare(cls: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        return distributed_config, _device(mesh), _as_taken(mesh)
+
+    return type(kind.__name__, (kind,), {_PREPARE: classmethod(prepare), "__module__": kind.__module__})
+
+
+def settings(mesh: DeviceMesh) -> dict[str, Any]:
+    """What ``from_pretrained`` must be given."""
+    return {"distributed_config": DistributedConfig(tp_size=mesh.size(), tp_plan="auto")}
+
+
+def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
+    """Cut the weights of a model that every process of the mesh holds alike; each keeps its share."""
+    head: Any = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:  # each is cut in its own way
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    model = type(model).maybe_distribute_model(model, settings(mesh)["distributed_config"], _as_taken(mesh))
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if isinstance(weight, DTensor):  # its share is a view, which would keep the whole alive
+                share = DTensor.from_local(
+                    weight.to_local().detach().clone(),
+                    weight.device_mesh,
+                    weight.placements,
+                    run_check=False,
+                    shape=weight.shape,
+                    stride=weight.stride(),
+                )
+                setattr(module, name, torch.nn.Parameter(share, requires_grad=False))
+    return model
+
+
+class _Meshes:
+    """Stands for transformers' holder of meshes: of those it asks for, there is one."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+
+    def get_mesh(self, dims: str | tuple[str, ...]) -> DeviceMesh:
+        """The tensor mesh, whatever the dimensions are called."""
+        return self._mesh
+
+
+def _as_taken(mesh: DeviceMesh) -> Any:
+    """The mesh as this version of transformers takes it: from 5.20 on in a holder."""
+    try:
+        from transformers.distributed.utils import TransformersDeviceMesh  # noqa: F401
+    except ImportError:
+        return mesh
+    return _Meshes(mesh)
+
+
+def _device(mesh: DeviceMesh) -> torch.device:
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    return torch.device(mesh.device_type, torch.accelerator.current_device_index())

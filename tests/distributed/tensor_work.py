@@ -1,0 +1,59 @@
+"""What the processes of a mesh do: two ranks of two, models loaded so that each process holds its share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import apb
+import families
+from apb.distributed.mesh import Mesh
+from apb.hf.loading import load_model
+from apb.hf.tensor_parallel import share
+
+# An even vocabulary: not all versions of transformers cut one that is odd.
+EVEN = {"vocab_size": 504}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", families.SMALL | EVEN),
+    "phi3": ("Phi3ForCausalLM", families.SMALL | EVEN),
+    "qwen3": ("Qwen3ForCausalLM", families.WIDE | EVEN),
+}
+for name in ("gemma2", "gpt_oss", "qwen3_moe"):
+    SHAPES[name] = (families.PECULIAR[name][0], families.PECULIAR[name][1] | EVEN)
+READINGS = ("full", "ring", "ulysses", "apb", "apb, 3 rounds")
+
+
+def everything(folder: str) -> None:
+    """One process's part; writes {(family, reading): logits and all keys of layer 1, "shared": parameters held}."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results: dict[Any, Any] = {}
+    cpu = torch.device("cpu")
+    mesh = Mesh.join(cpu, 2)
+    for family, shape in SHAPES.items():
+        model = load_model(Path(folder, family), torch.float32, cpu, mesh=mesh.devices)
+        model.generation_config.eos_token_id = None
+        for reading in READINGS:
+            engine = apb.Engine.from_model(model, mesh=mesh, **families.READINGS[reading])
+            session = engine.prefill(families.PROMPT)
+            keys, _ = session.gather_kv(1)
+            logits = torch.stack([session.logits, *(session.extend([token]) for token in families.ANSWER)])
+            results[family, reading] = (logits, keys)
+            drawn = engine.generate(families.PROMPT, max_new_tokens=4, temperature=1.0).token_ids
+            engine.close()
+        results[family, "drawn"] = drawn
+        results[family, "held"] = sum(_local(weight).numel() for weight in model.parameters())
+        model = share(families.make(*shape), mesh.devices)
+        shares = [_local(weight) for weight in model.parameters()]
+        results[family, "kept alive"] = sum(x.untyped_storage().nbytes() - x.nbytes for x in shares)
+        engine = apb.Engine.from_model(model, strategy="ring", mesh=mesh)
+        results[family, "in memory"] = engine.prefill(families.PROMPT).logits
+    torch.save(results, Path(folder, f"rank{dist.get_rank()}.pt"))
+    dist.destroy_process_group()
+
+
+def _local(weight: Any) -> torch.Tensor:
+    return weight.to_local() if hasattr(weight, "to_local") else weight

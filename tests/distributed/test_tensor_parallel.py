@@ -1,0 +1,67 @@
+"""Two ranks of two processes that share the weights: the same numbers as one process that has everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import apb
+import families
+import tensor_work
+from apb.distributed.launch import launch
+from apb.distributed.mesh import Mesh
+from apb.hf.tensor_parallel import check_shards
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of the four processes got."""
+    folder = tmp_path_factory.mktemp("mesh")
+    for family, shape in tensor_work.SHAPES.items():
+        families.make(*shape).save_pretrained(folder / family)
+    launch(tensor_work.everything, 4, str(folder))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+@pytest.mark.parametrize("reading", tensor_work.READINGS)
+@pytest.mark.parametrize("family", tensor_work.SHAPES)
+def test_a_mesh_of_two_by_two(results: list[dict[Any, Any]], family: str, reading: str) -> None:
+    """Every process has one process's logits, through decode; the first one gathers the keys of all heads."""
+    model = families.make(*tensor_work.SHAPES[family])
+    engine = apb.Engine.from_model(model, **families.READINGS[reading])
+    keys, _ = engine.prefill(families.PROMPT).gather_kv(1)
+    engine.close()
+    expected = families.read(model, reading)
+    for rank, result in enumerate(results):
+        logits, gathered = result[family, reading]
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        assert (gathered is None) == (rank > 0)
+    torch.testing.assert_close(results[0][family, reading][1], keys, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tensor_work.SHAPES)
+def test_what_a_process_holds(results: list[dict[Any, Any]], family: str) -> None:
+    """Less than the whole; drawn tokens are the same everywhere without a seed; models in memory are shared too."""
+    model = families.make(*tensor_work.SHAPES[family])
+    whole = sum(weight.numel() for weight in model.parameters())
+    assert all(result[family, "held"] < whole for result in results)
+    assert len({tuple(result[family, "drawn"]) for result in results}) == 1
+    with torch.no_grad():
+        expected = model(torch.tensor([families.PROMPT.token_ids])).logits[0, -1]
+    for result in results:
+        assert result[family, "kept alive"] == 0
+        torch.testing.assert_close(result[family, "in memory"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_shared_is_refused() -> None:
+    """Heads that do not divide, models without a plan: one sentence each, before any weight is read."""
+    llama = families.make(*tensor_work.SHAPES["llama"]).config
+    with pytest.raises(apb.InputError, match="2 KV heads do not divide by 4"):
+        check_shards(llama, 4)
+    gpt2 = families.make("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 1, "n_head": 4}).config
+    with pytest.raises(apb.InputError, match="'gpt2' models have no plan"):
+        check_shards(gpt2, 2)
+    with pytest.raises(apb.InputError, match=r"1 processes cannot be shared out to ranks of 2"):
+        Mesh.join(torch.device("cpu"), 2)

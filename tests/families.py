@@ -1,0 +1,128 @@
+"""Small random models of many families, and what transformers and the oracle say of a prompt: tests of any decoder."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import apb
+from apb.hf.loading import head_dim
+from oracle import masked_prefill
+
+VOCABULARY = 503
+WINDOW = 24  # of 110 tokens
+ANSWER = (12, 70, 33)
+PLAIN = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "attn_implementation": "eager",
+    "pad_token_id": 0,
+}
+SMALL = {**PLAIN, "num_key_value_heads": 2}
+WIDE = {**SMALL, "head_dim": 32}  # not hidden / heads
+# Sliding layers in front of, between and behind others: what one kind gets wrong, the other carries on.
+MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+# Models whose layers differ from plain attention: what has to come out right on any number of ranks.
+PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
+    "cohere2": ("Cohere2ForCausalLM", {**SMALL, **MIXED}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {
+            **PLAIN,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 32,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 16,
+        },
+    ),
+    "gemma2": ("Gemma2ForCausalLM", {**WIDE, **MIXED, "attn_logit_softcapping": 2.0}),
+    "gemma3_text": ("Gemma3ForCausalLM", {**WIDE, **MIXED}),
+    "gpt_oss": ("GptOssForCausalLM", {**SMALL, **MIXED, "head_dim": 16, "num_local_experts": 4}),
+    "mistral": ("MistralForCausalLM", {**SMALL, "sliding_window": WINDOW}),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+}
+APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4}
+STAR = {"strategy": "star", "blocks": 5}
+READINGS: dict[str, dict[str, Any]] = {
+    "full": {"strategy": "full"},
+    "ring": {"strategy": "ring"},
+    "ulysses": {"strategy": "ulysses"},
+    "minference, all columns": {"strategy": "minference", "vertical_size": 1.0},
+    "apb": APB,
+    "apb, 3 rounds": {**APB, "rounds": 3},
+    "star": STAR,
+    "star, 2 rounds": {**STAR, "rounds": 2},
+}
+# What the cache of latent attention holds is not what later rounds attend to: refused.
+CASES = [(f, r) for f in PECULIAR for r in READINGS if not (f == "deepseek_v3" and "rounds" in READINGS[r])]
+PROMPT = apb.Prompt.from_tokens(
+    [5, 96, 187],
+    [(37 * i + 11) % VOCABULARY for i in range(101)],
+    [(53 * i + 41) % VOCABULARY for i in range(6)],
+)
+
+
+def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """A random model of a class of transformers, its logits far from uniform, that never ends its answer."""
+    kind = getattr(transformers, name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = kind(kind.config_class(**options)).float().eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("sinks"):
+                    weight.normal_()
+                elif weight.ndim > 1:
+                    weight.mul_(3)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+def read(model: PreTrainedModel, reading: str, group: Any = None) -> Tensor:
+    """Logits (1 + len(ANSWER), vocabulary): after the prompt, and after each token of ANSWER."""
+    engine = apb.Engine.from_model(model, **READINGS[reading])
+    if group is not None:
+        engine.group = group
+    session = engine.prefill(PROMPT)
+    logits = torch.stack([session.logits, *(session.extend([token]) for token in ANSWER)])
+    engine.close()
+    return logits
+
+
+@cache
+def expected(family: str, reading: str) -> Tensor:
+    """What :func:`read` must give: transformers' own logits, or the oracle's."""
+    model, options = make(*PECULIAR[family]), READINGS[reading]
+    if options["strategy"] not in ("apb", "star"):
+        with torch.no_grad():
+            return model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
+    sizes = {"anchor_length": None, "passing_length": 0, **options}
+    return masked_prefill(model, PROMPT.prefix, PROMPT.document, PROMPT.query, ANSWER, **sizes)
+
+
+def decode_bytes(model: PreTrainedModel, size: int) -> int:
+    """What a rank of ``size`` sends while ANSWER is read: per layer and token an output row and its lse, in fp32."""
+    config = model.config
+    width = head_dim(config)
+    return (size - 1) * len(ANSWER) * config.num_hidden_layers * config.num_attention_heads * (width + 1) * 4

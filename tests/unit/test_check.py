@@ -1,0 +1,91 @@
+"""`apb check` finds what is wrong, and the table in docs/models.md says what it finds."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+import apb.strategies.base as base
+from apb.check import check
+from apb.hf.shrinking import shrink
+
+ROOT = Path(__file__).parents[2]
+spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
+assert spec is not None and spec.loader is not None
+table = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(table)
+
+
+def test_a_sound_model_passes() -> None:
+    """Every comparison is made and is within rounding, and not because there is nothing to see."""
+    card = check(AutoConfig.for_model("gemma2"))
+    assert card.supported
+    assert {"full = transformers", "apb, everything passed = full", "ring = full"} <= {r.name for r in card.results}
+    errors = [result.error for result in card.results if "=" in result.name]
+    assert all(error is not None and 0 < error < 1e-5 for error in errors)
+    assert json.loads(json.dumps(card.to_dict()))["supported"] is True
+
+
+@pytest.mark.parametrize("broken", ["settle", "window"])
+def test_a_wrong_result_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the sinks forgotten, or the window one token too long, the card says no."""
+    if broken == "settle":
+        monkeypatch.setattr(base.Layer, "settle", lambda layer, out, lse, heads=None: out.to(layer.q.dtype))
+    else:
+        whole = base.window_attention
+        monkeypatch.setattr(
+            base, "window_attention", lambda a, q, first, runs, window: whole(a, q, first, runs, window + 1)
+        )
+    card = check(AutoConfig.for_model("gpt_oss"))
+    assert not card.supported
+    assert card.refused is None
+    assert not card.results[0].passed
+
+
+@pytest.mark.parametrize(
+    "model_type", ["mamba", "jamba", "qwen3_next", "llama4_text", "bert", "t5", "diffllama", "doge"]
+)
+def test_what_cannot_work_is_refused(model_type: str) -> None:
+    """By name, with the reason, and with nothing compared."""
+    card = check(AutoConfig.for_model(model_type))
+    assert card.refused
+    assert not card.supported
+
+
+def test_shrinking_keeps_what_is_peculiar() -> None:
+    """Few layers, of every kind there is; the ratio of heads; the width of a head."""
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2)
+    small = shrink(config)
+    assert small.num_hidden_layers == 4
+    assert small.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (4, 1, config.head_dim)
+    assert config.num_hidden_layers == 12
+    llama = shrink(LlamaConfig(hidden_size=4096, num_attention_heads=32))
+    assert llama.hidden_size // llama.num_attention_heads == 128
+
+
+def test_the_table_is_true() -> None:
+    """docs/models.md is what docs/table.py writes today; `python docs/table.py` writes it anew."""
+    torch.manual_seed(0)
+    assert (ROOT / "docs" / "models.md").read_text() == table.text()
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Two ranks agree; a refused model ends with status 2 and one sentence."""
+    command = [sys.executable, "-m", "apb.cli.main", "check", "--json"]
+    done = subprocess.run([*command, "--ranks", "2"], capture_output=True, text=True, check=True)
+    card = json.loads(done.stdout)
+    assert card["supported"]
+    assert card["ranks"] == 2
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    done = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "'mamba'" in json.loads(done.stdout)["refused"]
+    assert len(done.stderr.splitlines()) == 1
