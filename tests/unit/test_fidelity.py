@@ -13,6 +13,7 @@ from apb.evaluation.fidelity import Sight, measure, sample_rows
 from apb.evaluation.settings import Setting
 from cases import CASES, Case, expected
 from command_line import Cli
+from families import PECULIAR, make
 
 
 @pytest.mark.parametrize("name", ["four heads share keys", "recent", "star, short anchor", "no prefix"])
@@ -74,6 +75,14 @@ def test_columns_and_diagonals_that_rows_see() -> None:
         [[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]],
         [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0]],
     ]
+
+
+def test_layers_that_are_not_plain_are_refused() -> None:
+    """A sliding window hides what full attention would weigh: the sentence names a layer and a way out."""
+    engine = apb.Engine.from_model(make(*PECULIAR["mistral"]), strategy="full")
+    with pytest.raises(apb.InputError, match=r"Layer 0 has a sliding window.*apb eval"):
+        measure(engine, CASES["full"].prompt, [Setting("apb", 3)], rows=5)
+    engine.close()
 
 
 def test_rows_are_of_the_document_and_repeatable() -> None:

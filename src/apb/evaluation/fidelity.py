@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..engine import Engine
+from ..errors import InputError
 from ..plan import METHODS, Plan
 from ..prompt import Prompt
 from ..strategies import Layer, Strategy
@@ -71,6 +72,11 @@ class Sight:
 
     def look(self, strategy: Strategy, layer: Layer) -> None:
         """Note what a layer's attention chose; choosing depends on the layer's input alone, so it is asked again."""
+        if not layer.plain:
+            raise InputError(
+                f"Layer {layer.index} has a sliding window, capped logits or sinks, and fidelity knows plain causal "
+                "attention only; compare answers instead, with apb eval."
+            )
         if isinstance(strategy, MInference):
             self.sparse[layer.index] = strategy.choose(layer)
         elif isinstance(strategy, APB):
