@@ -110,9 +110,14 @@ class Span:
         return self.stop - self.start
 
     @property
+    def bounds(self) -> tuple[int, int]:
+        """First of these rows in the rank's row order, and the one after the last."""
+        return self.row, self.row + len(self)
+
+    @property
     def rows(self) -> slice:
         """Where these rows are in the rank's row order."""
-        return slice(self.row, self.row + len(self))
+        return slice(*self.bounds)
 
 
 @dataclass(frozen=True)

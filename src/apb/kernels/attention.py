@@ -67,6 +67,7 @@ def attend(
     scale: float,
     out: Tensor,
     backend: str = "auto",
+    lse: Tensor | None = None,
 ) -> None:
     """Several runs of rows over parts of shared keys and values, written into ``out``: one launch where a kernel can.
 
@@ -77,9 +78,10 @@ def attend(
         scale: positive factor on q.k.
         out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
         backend: as in :func:`attention`.
+        lse: (heads, rows) fp32, contiguous; where the log-sum-exps are written, if anybody wants them.
     """
     if choose(backend, q.device, q.dtype, q.shape[2])[0] == "fused":
-        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32)
+        lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32) if lse is None else lse
         fused.launch(q, sources, tuple(tasks), scale, out, lse)
         return
     for task in tasks:
@@ -87,7 +89,9 @@ def attend(
         for part in task.parts:
             k, v = (x[part.first : part.first + part.keys] for x in sources[part.source])
             segments.append(Segment(k, v, part.causal))
-        out[rows], _ = attention(q[rows], segments, scale, backend)
+        out[rows], each = attention(q[rows], segments, scale, backend)
+        if lse is not None:
+            lse[:, rows] = each
 
 
 def choose(

@@ -46,39 +46,65 @@ class APB(Strategy):
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         pending = self._share(layer)
-        if self.group.size == 1:  # nothing to wait for: one call for all rows
+        if not layer.plain:
+            self._attend_by_span(layer, pending, out)
+        elif self.group.size == 1:  # nothing to wait for: one call for all rows
             pairs = self._arrange(layer, pending.wait())
-            if layer.plain:
-                tasks = [self._task(span) for span in self.blocks]
-                if self.anchor:
-                    rows = self.anchor.rows  # all of the anchor's, in its own order
-                    tasks.append(Task(rows.start, rows.stop, (Part(0, 0, self.anchor.stop, causal=True),)))
-                with part("attention"):
-                    sources = [(pairs[0], pairs[1]), (layer.k, layer.v)]
-                    attend(layer.q, sources, tasks, layer.scale, out, self.backend)
-                return
-            for span in self.blocks:
-                segments = [*self._context(pairs, span), self.own(layer, span)]
-                out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], segments))
+            tasks = [Task(*span.bounds, (*self._seen(span), self._itself(span, source=1))) for span in self.blocks]
+            with part("attention"):
+                sources = [(pairs[0], pairs[1]), (layer.k, layer.v)]
+                attend(layer.q, sources, [*tasks, *self._anchor_task()], layer.scale, out, self.backend)
         else:
-            own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
-            with part("communication"):
-                gathered = pending.wait()
-            pairs = self._arrange(layer, gathered)
-            for span, (alone, lse) in zip(self.blocks, own, strict=True):
-                others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
-                with part("attention"):
-                    out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
+            self._attend_meanwhile(layer, pending, out)
+
+    def _attend_meanwhile(self, layer: Layer, pending: Pending, out: Tensor) -> None:
+        """What needs no other rank while pairs are on their way, then the rest, merged by log-sum-exp."""
+        lse = layer.q.new_empty(layer.q.shape[1], len(out), dtype=torch.float32)
+        others, others_lse = torch.empty_like(out), torch.empty_like(lse)
+        own = [Task(*span.bounds, (self._itself(span, source=0),)) for span in self.blocks]
+        with part("attention"):
+            attend(layer.q, [(layer.k, layer.v)], own, layer.scale, out, self.backend, lse)
+        with part("communication"):
+            gathered = pending.wait()
+        pairs = self._arrange(layer, gathered)
+        seeing = [span for span in self.blocks if self._contexts[span.block]]
+        tasks = [*(Task(*span.bounds, self._seen(span)) for span in seeing), *self._anchor_task()]
+        with part("attention"):
+            attend(layer.q, [(pairs[0], pairs[1])], tasks, layer.scale, others, self.backend, others_lse)
+            for span in seeing:
+                rows = span.rows
+                merged, _ = merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows]))
+                out[rows] = merged.to(out.dtype)
+            if self.anchor:
+                out[self.anchor.rows] = others[self.anchor.rows]
+
+    def _attend_by_span(self, layer: Layer, pending: Pending, out: Tensor) -> None:
+        """Layers that cap logits or have sinks."""
+        own = [self.attention(layer, layer.q[span.rows], [self.own(layer, span)]) for span in self.blocks]
+        with part("communication"):
+            gathered = pending.wait()
+        pairs = self._arrange(layer, gathered)
+        for span, (alone, lse) in zip(self.blocks, own, strict=True):
+            others, others_lse = self.attention(layer, layer.q[span.rows], self._context(pairs, span))
+            with part("attention"):
+                out[span.rows] = layer.settle(*merge((alone, others), (lse, others_lse)))
         if self.anchor:
             # This share's rows end where the segment ends, so the bottom-right alignment is the anchor's own order.
             segment = Segment(pairs[0, : self.anchor.stop], pairs[1, : self.anchor.stop], causal=True)
             out[self.anchor.rows] = layer.settle(*self.attention(layer, layer.q[self.anchor.rows], [segment]))
 
-    def _task(self, span: Span) -> Task:
-        """A block's rows over a leading part of the run (source 0) and over themselves (source 1)."""
-        seen, rows = self._contexts[span.block], span.rows
-        context = (Part(0, 0, seen, causal=False),) if seen else ()
-        return Task(rows.start, rows.stop, (*context, Part(1, rows.start, rows.stop - rows.start, causal=True)))
+    def _seen(self, span: Span) -> tuple[Part, ...]:
+        """The leading part of the run, source 0, that a block's rows see; none for the first block."""
+        seen = self._contexts[span.block]
+        return (Part(0, 0, seen, causal=False),) if seen else ()
+
+    def _itself(self, span: Span, source: int) -> Part:
+        """A block as its own rows see it, in the layer's keys and values."""
+        return Part(source, span.row, len(span), causal=True)
+
+    def _anchor_task(self) -> list[Task]:
+        """This share of the anchor's rows over the anchor, which they end: their alignment is the anchor's order."""
+        return [Task(*self.anchor.bounds, (Part(0, 0, self.anchor.stop, causal=True),))] if self.anchor else []
 
     def _share(self, layer: Layer) -> Pending:
         """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""
