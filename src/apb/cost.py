@@ -5,6 +5,7 @@ Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention co
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -70,26 +71,33 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates that the hardware reaches: FLOP/s in linear maps and in attention, bytes/s between devices."""
+    """Rates that the hardware reaches: FLOP/s in linear maps and attention, bytes/s between devices and in memory."""
 
     linear: float
     attention: float
     link: float
+    memory: float = math.inf
+
+    @property
+    def arithmetic(self) -> Ceilings:
+        """The same, were bytes for nothing: what FLOPs alone take is the floor."""
+        return Ceilings(self.linear, self.attention, math.inf)
 
 
 # Measured with bf16 and random data: large matrix products, causal attention of 32K rows through cuDNN, a 256 MB
-# all-gather between two devices over NVLink.
-KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9)}
+# all-gather between two devices over NVLink, a large copy (bytes read and written).
+KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9, memory=4.2e12)}
 
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank does in prefill."""
+    """What one rank does in prefill. ``moved_bytes``: read and written between linear maps and attention."""
 
     linear_flops: int
     attention_flops: int
     scoring_flops: int
     sent_bytes: int
+    moved_bytes: int
     weight_bytes: int
     cache_bytes: int
     activation_bytes: int
@@ -109,7 +117,8 @@ class RankCost:
         return (
             self.linear_flops / ceilings.linear
             + (self.attention_flops + self.scoring_flops) / ceilings.attention
-            + self.sent_bytes / ceilings.link
+            + (self.sent_bytes / ceilings.link if self.sent_bytes else 0.0)
+            + self.moved_bytes / ceilings.memory
         )
 
 
@@ -177,10 +186,21 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         attention_flops=4 * model.heads * model.head_dim * all_pairs,
         scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
         sent_bytes=_sent(plan, rank, model, element_bytes),
+        moved_bytes=rows * model.layers * _moved(model) * element_bytes,
         weight_bytes=model.parameters * element_bytes,
         cache_bytes=kept * model.cache_row * element_bytes,
         activation_bytes=widest * element_bytes,
     )
+
+
+def _moved(model: ModelShape) -> int:
+    """Numbers that a row of a layer costs in memory traffic beside linear maps and attention, fused as far as it goes.
+
+    Two norms and two residual additions, a pass over q and k for RoPE, gate and up to their product, a copy of the
+    MLP's chunks, keys and values into the cache.
+    """
+    rotated = 2 * (model.heads + model.kv_heads) * model.head_dim
+    return 12 * model.hidden + rotated + 3 * model.intermediate + 2 * model.pair_width
 
 
 def _block_pairs(plan: Plan, length: int, context: int) -> int:

@@ -183,12 +183,14 @@ def test_published_figures(document: int, blocks: int, strategy: str, peta_flops
 def test_seconds() -> None:
     """Seconds are FLOPs and bytes over the ceilings, of the slowest rank; unknown hardware gives none."""
     cost = predict(plan_of(Case(5), 2), SHAPE)
-    ceilings = Ceilings(linear=2.0, attention=4.0, link=8.0)
-    expected = [
-        rank.linear_flops / 2 + (rank.attention_flops + rank.scoring_flops) / 4 + rank.sent_bytes / 8
-        for rank in cost.ranks
-    ]
-    assert cost.seconds(ceilings) == pytest.approx(max(expected))
+    ceilings = Ceilings(linear=2.0, attention=4.0, link=8.0, memory=16.0)
+    flops = [rank.linear_flops / 2 + (rank.attention_flops + rank.scoring_flops) / 4 for rank in cost.ranks]
+    moved = [rank.sent_bytes / 8 + rank.moved_bytes / 16 for rank in cost.ranks]
+    assert cost.seconds(ceilings.arithmetic) == pytest.approx(max(flops))
+    assert cost.seconds(ceilings) == pytest.approx(max(sum(both) for both in zip(flops, moved, strict=True)))
+    rows = [sum(len(span) for span in plan_of(Case(5), 2).spans(rank)) for rank in range(2)]
+    numbers = 12 * SHAPE.hidden + 2 * (4 + 2) * 16 + 3 * SHAPE.intermediate + 4 * 2 * 16
+    assert [rank.moved_bytes for rank in cost.ranks] == [count * 3 * numbers * 2 for count in rows]
     assert cost.to_dict(ceilings)["seconds"] == cost.seconds(ceilings)
     assert cost.to_dict()["seconds"] is None
     h200 = predict(Plan.build(4, 524288, 30, strategy="full"), model_shape(LLAMA_8B))

@@ -124,13 +124,6 @@ def bench_attention(
                 yield Row(str(shape), name, note=str(error).splitlines()[0][:200])
 
 
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device."""
-    x = torch.randn((1 << 30) if device.type == "cuda" else (1 << 24), device=device)
-    y = torch.empty_like(x)
-    return 2 * x.nbytes / statistics.median(_seconds(lambda: y.copy_(x), device, 5))
-
-
 def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Segment]]:
     def draw(rows: int, heads: int) -> Tensor:
         return torch.randn(rows, heads, shape.head_dim, device=device).to(dtype)

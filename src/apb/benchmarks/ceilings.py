@@ -14,7 +14,7 @@ from ..session import Stopwatch
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> Ceilings:
-    """Rates of a large matrix product, of causal attention (32 heads over 8 KV heads of 128) and of an all-gather.
+    """Rates of a large matrix product, causal attention (32 heads over 8 KV heads of 128), an all-gather and a copy.
 
     The sizes fill a GPU; on the CPU they are smaller. The link is 0 for a single rank.
     """
@@ -33,7 +33,14 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
     if group.size > 1:
         x = random(message)
         link = (group.size - 1) * x.nbytes / median_seconds(lambda: group.all_gather(x).wait(), device)
-    return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link)
+    return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link, copy_bandwidth(device))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy on the device."""
+    source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, warm_up: int = 2, repeat: int = 5) -> float:

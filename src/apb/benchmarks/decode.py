@@ -7,14 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..cost import ModelShape
 from ..engine import Engine
 from ..hardware import peak_bytes
 from ..session import Stopwatch
-from .ceilings import median_seconds
 from .prefill import random_prompt, slowest
 
 # Not counted: the first ones compile kernels, and the second token captures the graph.
@@ -48,13 +46,6 @@ class Row:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
         return asdict(self)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device."""
-    source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def bench_decode(

@@ -37,7 +37,9 @@ class Row:
     Attributes:
         backend: the attention back-end.
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
-        floor_seconds: what the plan's FLOPs and bytes take at the ceilings measured in the same run.
+        floor_seconds: what the plan's FLOPs alone take at the ceilings measured in the same run.
+        predicted_seconds: with the bytes that are sent and moved, nothing overlapped; ``prediction_error`` is how much
+            longer that is than what was measured (0.1: 10 % longer).
         speedup: the first strategy's seconds at this length over these; None for the first itself.
         parts: seconds by part on the first rank in one more prefill, whose clocks cost little; they sum to that
             prefill's time. "communication" is what is waited for, not what is hidden.
@@ -53,6 +55,8 @@ class Row:
     all_seconds: list[float]
     tokens_per_s: float | None
     floor_seconds: float
+    predicted_seconds: float
+    prediction_error: float | None
     of_floor: float | None
     speedup: float | None
     peak_bytes: int | None
@@ -117,7 +121,7 @@ def _measure(
     prompt = random_prompt(engine, length)
     plan = engine.plan(prompt)
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
-    floor = cost.seconds(Ceilings(ceilings.linear, ceilings.attention, ceilings.link or float("inf")))
+    floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(ceilings)
     seconds: list[float] = []
     parts = None
     note = _obstacle(engine, cost, floor, max_seconds)
@@ -145,6 +149,8 @@ def _measure(
         all_seconds=counted,
         tokens_per_s=plan.total / median if median else None,
         floor_seconds=floor,
+        predicted_seconds=predicted,
+        prediction_error=predicted / median - 1 if median else None,
         of_floor=floor / median if median else None,
         speedup=baseline / median if median and baseline else None,
         peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))) if median else None,

@@ -188,6 +188,7 @@ def attention(
 ) -> None:
     """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
     from ..benchmarks import attention as benchmark
+    from ..benchmarks.ceilings import copy_bandwidth
     from ..hardware import fingerprint
     from ..hf import loading
     from ..plan import at_least
@@ -200,7 +201,7 @@ def attention(
     report: dict[str, Any] = {
         "command": "apb " + " ".join(sys.argv[1:]),
         "fingerprint": fingerprint(place, number),
-        "copy_bytes_per_s": benchmark.copy_bytes_per_s(place),
+        "copy_bandwidth": copy_bandwidth(place),
         "rows": [],
     }
     for row in benchmark.bench_attention(shapes, place, number, repeat, kernel or ()):
@@ -238,14 +239,14 @@ def _print_attention(report: dict[str, Any]) -> None:
     for kernel, note in {row["kernel"]: row["note"] for row in report["rows"] if row["note"]}.items():
         console.print(f"{kernel}: {note}")
     console.print(
-        f"A copy moves {report['copy_bytes_per_s'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
+        f"A copy moves {report['copy_bandwidth'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
     )
 
 
 def run(request: Request) -> None:
     """One rank's part; rank 0 prints."""
-    from ..benchmarks.ceilings import measure_ceilings
-    from ..benchmarks.decode import bench_decode, copy_bandwidth
+    from ..benchmarks.ceilings import copy_bandwidth, measure_ceilings
+    from ..benchmarks.decode import bench_decode
     from ..benchmarks.prefill import bench_prefill
     from ..distributed import launch
     from ..distributed.mesh import Mesh
@@ -362,6 +363,7 @@ def _print_prefill(report: dict[str, Any]) -> None:
         "tokens/s",
         "floor s",
         "of floor",
+        "predicted s",
         "speed-up",
         "peak GiB",
     )
@@ -377,6 +379,7 @@ def _print_prefill(report: dict[str, Any]) -> None:
             "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
             f"{row['floor_seconds']:.3f}",
             "" if seconds is None else f"{row['of_floor']:.0%}",
+            f"{row['predicted_seconds']:.3f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}",
             "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
         )
