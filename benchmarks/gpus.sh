@@ -6,6 +6,8 @@
 #   decode      a token after 32K and 128K, with and without CUDA graphs               about 60 s
 #   overlap     two GPUs: whether ring attention hides its sends                       about 40 s
 #   exact       two GPUs: full, ring and ulysses, Llama-3.1-8B shape, 64K and 128K     about 180 s
+#   tensor      two GPUs: sequence parallel and tensor parallel, Qwen2.5-14B shape, 64K about 150 s
+#   memory      predicted and measured peak, Llama-3.1-8B shape, 64K, 128K and 256K    about 150 s
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s on two
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 190 s on two
 #   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s on two
@@ -37,6 +39,13 @@ for part; do
     overlap) timeout 120 "$python" -m torch.distributed.run --nproc-per-node 2 benchmarks/ring_overlap.py --out "$out/ring_overlap.json" ;;
     exact) bench prefill --random-weights llama-3.1-8b --ranks 2 --strategy full \
       --strategy ring --strategy ulysses --length 65536 --length 131072 --out "$out/exact_two_gpus.json" ;;
+    tensor)
+      bench prefill --random-weights qwen2.5-14b --length 65536 --ranks 2 --strategy ring --strategy apb --repeat 2 \
+        --out "$out/sequence_parallel_two_gpus.json"
+      bench prefill --random-weights qwen2.5-14b --length 65536 --ranks 1 --tensor-parallel 2 --strategy full \
+        --strategy apb --repeat 2 --out "$out/tensor_parallel_two_gpus.json" ;;
+    memory) bench prefill --random-weights llama-3.1-8b --strategy full --strategy apb --length 65536 --length 131072 \
+      --length 262144 --repeat 1 --out "$out/memory_h200.json" ;;
     accuracy) timeout 240 "$python" -m apb.training.needle.evaluate models/needle "$out/accuracy.json" cuda 200 ;;
     strategies) OMP_NUM_THREADS=1 timeout 300 "$python" benchmarks/needle_strategies.py --jobs $((cores - 4)) --shard 17 \
       --samples 204 --out "$out/needle_strategies.json" ;;

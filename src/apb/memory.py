@@ -46,6 +46,7 @@ def _strategy(plan: Plan, rows: int, blocks: list[int], model: ModelShape, gathe
         # Packed, as sent, as received, and apart again; the outputs the same way back.
         return 3 * rows * (head + pair) + 3 * rows * head
     if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY and plan.blocks > 1:
-        own = sum(blocks) if plan.ranks > 1 else longest  # with others to wait for, all blocks' own part is ready first
-        return (1 + 2 * plan.ranks) * gathered * pair + own * head + longest * head * (1 + _MERGING)
+        # With others to wait for, what blocks see of them comes apart from what they see of themselves.
+        merging = rows * head + longest * head * _MERGING if plan.ranks > 1 else longest * head
+        return (1 + 2 * plan.ranks) * gathered * pair + merging
     return longest * head + (longest * head * _MERGING if plan.blocks > 1 else 0)

@@ -23,7 +23,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 for name in ("gemma2", "gpt_oss", "qwen3_moe"):
     SHAPES[name] = (families.PECULIAR[name][0], families.PECULIAR[name][1] | EVEN)
-READINGS = ("full", "ring", "ulysses", "apb", "apb, 3 rounds")
+READINGS = ("full", "ulysses", "apb, 3 rounds")
 
 
 def everything(folder: str) -> None:

@@ -1,0 +1,112 @@
+"""Two machines, as far as one can play them: two network namespaces, 100 Mbit/s and 20 ms apart, under torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import apb
+import machine_work
+from apb.cost import predict
+from apb.hf.loading import model_shape
+from apb.plan import Plan
+
+NAMES = [f"apb-test-{os.getpid()}-{end}" for end in range(2)]
+LINKS = [f"apbt{os.getpid() % 100000}{end}" for end in "ab"]
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[list[str]]:
+    """Two namespaces with a wire between them; skips where they cannot be made."""
+    if not shutil.which("ip") or not shutil.which("tc"):
+        pytest.skip("iproute2 (ip, tc) is not installed")
+    try:
+        for name in NAMES:
+            run("ip", "netns", "add", name)
+        run("ip", "link", "add", LINKS[0], "netns", NAMES[0], "type", "veth", "peer", LINKS[1], "netns", NAMES[1])
+        for number, (name, link) in enumerate(zip(NAMES, LINKS, strict=True), 1):
+            run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+            for device in (link, "lo"):
+                run("ip", "-n", name, "link", "set", device, "up")
+            _shape(name, link)
+    except (subprocess.CalledProcessError, OSError) as error:
+        _remove()
+        reason = getattr(error, "stderr", None) or str(error)
+        pytest.skip(f"network namespaces cannot be made here: {reason.strip()}")
+    yield NAMES
+    _remove()
+
+
+def _shape(name: str, link: str) -> None:
+    """100 Mbit/s, and 10 ms each way where the kernel can delay; traffic and answers do not depend on it."""
+    for shape in (
+        ("netem", "rate", "100mbit", "delay", "10ms"),
+        ("tbf", "rate", "100mbit", "burst", "64kb", "latency", "1s"),
+    ):
+        command = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", link, "root", *shape]
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
+            return
+
+
+def _remove() -> None:
+    for name in NAMES:
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def results(machines: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each machine got and sent."""
+    folder = tmp_path_factory.mktemp("machines")
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
+    started = []
+    for rank, (name, link) in enumerate(zip(machines, LINKS, strict=True)):
+        torchrun = ["torch.distributed.run", "--nnodes", "2", "--node-rank", str(rank), "--nproc-per-node", "1"]
+        meeting = ["--master-addr", "10.77.0.1", "--master-port", "29571"]
+        work = [str(here / "machine_work.py"), str(folder), link]
+        command = ["ip", "netns", "exec", name, sys.executable, "-m", *torchrun, *meeting, *work]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": link, "PYTHONPATH": path}
+        started.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    try:
+        said = [process.communicate(timeout=200)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", machine_work.READINGS)
+def test_the_same_answer(results: list[dict[str, Any]], name: str) -> None:
+    """Both machines have the logits of one."""
+    engine = apb.Engine.from_model(machine_work.model(name), **machine_work.READINGS[name])
+    expected = engine.prefill(machine_work.PROMPT).logits
+    for result in results:
+        torch.testing.assert_close(torch.tensor(result[name]["logits"]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", machine_work.READINGS)
+def test_the_traffic_is_what_the_plan_predicts(results: list[dict[str, Any]], name: str) -> None:
+    """What left each machine during prefill, headers apart, within 5 % of the predicted bytes."""
+    prompt = machine_work.PROMPT
+    plan = Plan.build(
+        len(prompt.prefix), len(prompt.document), len(prompt.query), ranks=2, **machine_work.READINGS[name]
+    )
+    predicted = predict(plan, model_shape(machine_work.model(name).config), element_bytes=4)
+    for result, rank in zip(results, predicted.ranks, strict=True):
+        assert result[name]["sent"] == pytest.approx(rank.sent_bytes, rel=0.05)
