@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from . import options
+from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 
 app = typer.Typer(help="How fast, beside a baseline of the same run and the floor.")
 
@@ -206,41 +207,13 @@ def attention(
     }
     for row in benchmark.bench_attention(shapes, place, number, repeat, kernel or ()):
         report["rows"].append(row.to_dict())
-        print(_attention_line(report["rows"][-1]), file=sys.stderr, flush=True)
+        print(attention_line(report["rows"][-1]), file=sys.stderr, flush=True)
         if out:
             out.write_text(json.dumps(report, indent=1) + "\n")
     if as_json:
         print(json.dumps(report))
     else:
-        _print_attention(report)
-
-
-def _attention_line(row: dict[str, Any]) -> str:
-    figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
-    return f"apb: {row['kernel']} on {row['shape']}: {figure}"
-
-
-def _print_attention(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    facts = report["fingerprint"]
-    columns = ("heads, d, block, anchor, passing", "kernel", "ms", "TFLOP/s", "GB/s of K, V", "error", "lse error")
-    table = Table(*columns, title=f"{facts['device']}, {facts['dtype']}")
-    for row in report["rows"]:
-        if row["note"] is None:
-            figures = [f"{1e3 * row['seconds']:.3f}", f"{row['tflops']:.3g}", f"{row['kv_bytes_per_s'] / 1e9:.3g}"]
-            figures += [f"{row['error']:.1e}", f"{row['lse_error']:.1e}"]
-            table.add_row(row["shape"], row["kernel"], *figures)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=120)
-    console.print(table)
-    for kernel, note in {row["kernel"]: row["note"] for row in report["rows"] if row["note"]}.items():
-        console.print(f"{kernel}: {note}")
-    console.print(
-        f"A copy moves {report['copy_bandwidth'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
-    )
+        print_attention(report)
 
 
 def run(request: Request) -> None:
@@ -291,109 +264,12 @@ def run(request: Request) -> None:
     for row in measured:
         report["rows"].append(row.to_dict())
         if group.rank == 0:
-            print(_line(report["rows"][-1]), file=sys.stderr, flush=True)
+            print(line(report["rows"][-1]), file=sys.stderr, flush=True)
             if request.out:
                 Path(request.out).write_text(json.dumps(report, indent=1) + "\n")
     if group.rank == 0:
         if request.as_json:
             print(json.dumps(report))
         else:
-            (_print_prefill if request.what == "prefill" else _print_decode)(report)
+            (print_prefill if request.what == "prefill" else print_decode)(report)
     launch.leave()
-
-
-def _line(row: dict[str, Any]) -> str:
-    figure = row.get("note") or f"{row['seconds']:.4g} s"
-    name = row.get("strategy") or ("decode by graph" if row["graph"] else "decode")
-    return f"apb: {name} at {row['length']:,} tokens: {figure}"
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    console = Console()
-    # A file or a log has no edge; rich takes 80 columns for one.
-    return console if console.is_terminal else Console(width=120)
-
-
-def _title(report: dict[str, Any]) -> str:
-    facts = report["fingerprint"]
-    return f"{report['model']}, {report['layers']} layers, {report['ranks']} x {facts['device']}, {facts['dtype']}"
-
-
-def _versions(report: dict[str, Any]) -> str:
-    facts = report["fingerprint"]
-    return f"apb {facts['apb']}, torch {facts['torch']}, transformers {facts['transformers']}"
-
-
-def _print_decode(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    columns = ("tokens", "graph", "ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
-    table = Table(*columns, title=_title(report))
-    for row in report["rows"]:
-        table.add_row(
-            f"{row['length']:,}",
-            "yes" if row["graph"] else "no",
-            f"{1e3 * row['seconds']:.2f}",
-            f"{row['tokens_per_s']:.1f}",
-            f"{1e3 * row['limit_seconds']:.2f}",
-            f"{row['of_limit']:.0%}",
-            f"{row['peak_bytes'] / 2**30:.1f}",
-            "" if row["same_tokens"] is None else ("yes" if row["same_tokens"] else "no"),
-        )
-    console = _console()
-    console.print(table)
-    console.print(
-        f"Limit: weights and cache read once at this run's copy bandwidth, {report['copy_bandwidth'] / 1e12:.2f} TB/s; "
-        f"{_versions(report)}."
-    )
-
-
-def _print_prefill(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    ceilings = report["ceilings"]
-    columns = (
-        "tokens",
-        "strategy",
-        "blocks",
-        "kernel",
-        "seconds",
-        "tokens/s",
-        "floor s",
-        "of floor",
-        "predicted s",
-        "speed-up",
-        "peak GiB",
-    )
-    table = Table(*columns, title=_title(report))
-    for row in report["rows"]:
-        seconds = row["seconds"]
-        table.add_row(
-            f"{row['length']:,}",
-            row["strategy"],
-            str(row["plan"]["blocks"]),
-            row["backend"],
-            row["note"] or f"{seconds:.3f}",
-            "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
-            f"{row['floor_seconds']:.3f}",
-            "" if seconds is None else f"{row['of_floor']:.0%}",
-            f"{row['predicted_seconds']:.3f}",
-            "" if row["speedup"] is None else f"{row['speedup']:.2f}",
-            "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
-        )
-    console = _console()
-    console.print(table)
-    parts = [row for row in report["rows"] if row["parts"]]
-    if parts:
-        names = list(parts[0]["parts"])
-        shares = Table("tokens", "strategy", *names, title="Where a prefill's seconds go, on the first rank")
-        for row in parts:
-            shares.add_row(f"{row['length']:,}", row["strategy"], *(f"{row['parts'][name]:.3f}" for name in names))
-        console.print(shares)
-    link = f", {ceilings['link'] / 1e9:.0f} GB/s between ranks" if ceilings["link"] else ""
-    console.print(
-        f"Ceilings of this run: {ceilings['linear'] / 1e12:.1f} TFLOP/s linear, "
-        f"{ceilings['attention'] / 1e12:.1f} attention{link}; {_versions(report)}."
-    )

@@ -1,0 +1,132 @@
+"""Results of ``apb bench`` as tables, and a line of each as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def attention_line(row: dict[str, Any]) -> str:
+    """One kernel on one shape."""
+    figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
+    return f"apb: {row['kernel']} on {row['shape']}: {figure}"
+
+
+def print_attention(report: dict[str, Any]) -> None:
+    """Every kernel on every shape, and why those that are missing were left out."""
+    from rich.table import Table
+
+    facts = report["fingerprint"]
+    columns = ("heads, d, block, anchor, passing", "kernel", "ms", "TFLOP/s", "GB/s of K, V", "error", "lse error")
+    table = Table(*columns, title=f"{facts['device']}, {facts['dtype']}")
+    for row in report["rows"]:
+        if row["note"] is None:
+            figures = [f"{1e3 * row['seconds']:.3f}", f"{row['tflops']:.3g}", f"{row['kv_bytes_per_s'] / 1e9:.3g}"]
+            figures += [f"{row['error']:.1e}", f"{row['lse_error']:.1e}"]
+            table.add_row(row["shape"], row["kernel"], *figures)
+    console = _console()
+    console.print(table)
+    for kernel, note in {row["kernel"]: row["note"] for row in report["rows"] if row["note"]}.items():
+        console.print(f"{kernel}: {note}")
+    console.print(
+        f"A copy moves {report['copy_bandwidth'] / 1e9:.3g} GB/s here; apb {facts['apb']}, torch {facts['torch']}."
+    )
+
+
+def line(row: dict[str, Any]) -> str:
+    """One prefill, or one length of decode."""
+    figure = row.get("note") or f"{row['seconds']:.4g} s"
+    name = row.get("strategy") or ("decode by graph" if row["graph"] else "decode")
+    return f"apb: {name} at {row['length']:,} tokens: {figure}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    # A file or a log has no edge; rich takes 80 columns for one.
+    return console if console.is_terminal else Console(width=120)
+
+
+def _title(report: dict[str, Any]) -> str:
+    facts = report["fingerprint"]
+    return f"{report['model']}, {report['layers']} layers, {report['ranks']} x {facts['device']}, {facts['dtype']}"
+
+
+def _versions(report: dict[str, Any]) -> str:
+    facts = report["fingerprint"]
+    return f"apb {facts['apb']}, torch {facts['torch']}, transformers {facts['transformers']}"
+
+
+def print_decode(report: dict[str, Any]) -> None:
+    """A row for each length, with and without a graph."""
+    from rich.table import Table
+
+    columns = ("tokens", "graph", "ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
+    table = Table(*columns, title=_title(report))
+    for row in report["rows"]:
+        table.add_row(
+            f"{row['length']:,}",
+            "yes" if row["graph"] else "no",
+            f"{1e3 * row['seconds']:.2f}",
+            f"{row['tokens_per_s']:.1f}",
+            f"{1e3 * row['limit_seconds']:.2f}",
+            f"{row['of_limit']:.0%}",
+            f"{row['peak_bytes'] / 2**30:.1f}",
+            "" if row["same_tokens"] is None else ("yes" if row["same_tokens"] else "no"),
+        )
+    console = _console()
+    console.print(table)
+    console.print(
+        f"Limit: weights and cache read once at this run's copy bandwidth, {report['copy_bandwidth'] / 1e12:.2f} TB/s; "
+        f"{_versions(report)}."
+    )
+
+
+def print_prefill(report: dict[str, Any]) -> None:
+    """A row for each length and strategy, then where the seconds go."""
+    from rich.table import Table
+
+    ceilings = report["ceilings"]
+    columns = (
+        "tokens",
+        "strategy",
+        "blocks",
+        "kernel",
+        "seconds",
+        "tokens/s",
+        "floor s",
+        "of floor",
+        "predicted s",
+        "speed-up",
+        "peak GiB",
+    )
+    table = Table(*columns, title=_title(report))
+    for row in report["rows"]:
+        seconds = row["seconds"]
+        table.add_row(
+            f"{row['length']:,}",
+            row["strategy"],
+            str(row["plan"]["blocks"]),
+            row["backend"],
+            row["note"] or f"{seconds:.3f}",
+            "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
+            f"{row['floor_seconds']:.3f}",
+            "" if seconds is None else f"{row['of_floor']:.0%}",
+            f"{row['predicted_seconds']:.3f}",
+            "" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
+        )
+    console = _console()
+    console.print(table)
+    parts = [row for row in report["rows"] if row["parts"]]
+    if parts:
+        names = list(parts[0]["parts"])
+        shares = Table("tokens", "strategy", *names, title="Where a prefill's seconds go, on the first rank")
+        for row in parts:
+            shares.add_row(f"{row['length']:,}", row["strategy"], *(f"{row['parts'][name]:.3f}" for name in names))
+        console.print(shares)
+    link = f", {ceilings['link'] / 1e9:.0f} GB/s between ranks" if ceilings["link"] else ""
+    console.print(
+        f"Ceilings of this run: {ceilings['linear'] / 1e12:.1f} TFLOP/s linear, "
+        f"{ceilings['attention'] / 1e12:.1f} attention{link}; {_versions(report)}."
+    )
