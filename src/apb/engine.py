@@ -125,7 +125,7 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run; None
                 does so on GPUs that can.
-            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
+            graphs: decode by CUDA graphs where they can be captured (on one rank), with the same numbers out.
         """
         return cls(model, tokenizer, **options)
 

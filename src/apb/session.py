@@ -89,7 +89,8 @@ class Session:
             def run(ids: Tensor, positions: Tensor) -> Tensor:
                 return forward(self._attachment, ids, positions, self._cache, self._group)
 
-            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
+            # Only on a single rank: a graph with communication in it has not been run on several GPUs yet.
+            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED and self._group.size == 1
             self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
         return self._step
 
