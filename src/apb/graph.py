@@ -59,23 +59,24 @@ class Step:
         from .kernels import decode  # Triton: there where GPUs are
 
         self._cache = cache
-        # What changes from step to step lies in the GPU's memory, at addresses that the graph knows.
-        self._ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._position = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._length = torch.zeros(1, dtype=torch.int32, device=device)
+        # What changes from step to step lies in the GPU's memory, at addresses that the graph knows. The functions
+        # below hold these, not this object: a cycle would keep the cache alive after its session.
+        self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._position = position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._slot = slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
 
         def attend(layer: Layer) -> Tensor:
-            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=self._length)
+            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length)
             if group.size == 1:
                 return out
             return merge_over_ranks(layer, out, lse, group).wait()
 
         def run() -> Tensor:
-            cache.slot = self._slot
+            cache.slot = slot
             try:
                 with torch.no_grad(), attachment.running(attend, cache.total):
-                    return forward(self._ids, self._position)
+                    return forward(ids, position)
             finally:
                 cache.slot = None
 

@@ -86,8 +86,10 @@ class Session:
             if why_not(self._attachment, keys.device, keys.dtype, keys.shape[2]):
                 return None
 
+            attachment, cache, group = self._attachment, self._cache, self._group
+
             def run(ids: Tensor, positions: Tensor) -> Tensor:
-                return forward(self._attachment, ids, positions, self._cache, self._group)
+                return forward(attachment, ids, positions, cache, group)
 
             # Only on a single rank: a graph with communication in it has not been run on several GPUs yet.
             capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED and self._group.size == 1

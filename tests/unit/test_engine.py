@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -185,6 +187,24 @@ def test_a_session_tells_plan_and_time() -> None:
     assert (session.logits.shape, session.logits.dtype) == ((VOCABULARY,), torch.float32)
     total = len(PROMPT)
     assert told == [(total // 3, total), (2 * total // 3, total), (total, total)]
+
+
+@pytest.mark.parametrize("strategy", ["full", "apb", "star", "ring", "minference"])
+def test_a_session_gives_its_memory_back_at_once(strategy: str) -> None:
+    """No cycle of references keeps a cache alive until the garbage collector runs: it may be most of a GPU."""
+    blocks = 3 if strategy in ("apb", "star") else None
+    engine = apb.Engine.from_model(llama(), strategy=strategy, blocks=blocks)
+    gc.collect()
+    gc.disable()
+    try:
+        session = engine.prefill(PROMPT)
+        session.extend([3])
+        storage = weakref.ref(session._cache.layers[0].keys)
+        assert storage() is not None
+        del session
+        assert storage() is None
+    finally:
+        gc.enable()
 
 
 # --- taking a model over and giving it back ------------------------------------------------------------------------

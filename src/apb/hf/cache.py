@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ class ShardLayer(CacheLayerMixin):
 
     def __init__(self, shard: ShardCache) -> None:
         super().__init__()
-        self._shard = shard
+        # Weakly: a cycle would keep gigabytes alive until Python's collector happens to run.
+        self._shard: ShardCache = weakref.proxy(shard)
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
