@@ -104,8 +104,8 @@ def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton:
     from . import portable
 
     chosen = torch.empty(kv_heads, count, dtype=torch.int64, device=scores.device)
-    ranks = torch.empty(kv_heads, selectable, dtype=torch.uint32, device=scores.device)
     chunk = min(max(32 * _WARPS, 1 << (selectable - 1).bit_length()), _CHUNK)
+    ranks = torch.empty(kv_heads, -(-selectable // chunk) * chunk, dtype=torch.uint32, device=scores.device)
     with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
         portable.choose[(kv_heads,)](
             scores, ranks, chosen, tokens, first, count, *scores.stride(), POOLED=pooled, CHUNK=chunk, num_warps=_WARPS

@@ -102,7 +102,7 @@ def _rank(scores, token, tokens, stride):
 def choose(
     scores, ranks, chosen, tokens, first, count, score_head, score_token, POOLED: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One KV head. See :func:`apb.kernels.selection.choose`; ``ranks`` (kv_heads, tokens - first) holds what is sorted.
+    """One KV head. See :func:`apb.kernels.selection.choose`; ``ranks``, whole chunks a KV head, is room to work in.
 
     The rank of the last token that is chosen is found bit by bit, from the highest: it is the largest that ``count``
     tokens reach.
@@ -110,7 +110,7 @@ def choose(
     head = tl.program_id(0).to(tl.int64)
     selectable = tokens - first
     scores += head * score_head
-    ranks += head * selectable
+    ranks += head * (tl.cdiv(selectable, CHUNK) * CHUNK)
     chosen += head * count
     lanes = tl.arange(0, CHUNK)
     for start in range(0, selectable, CHUNK):
@@ -120,7 +120,7 @@ def choose(
             for away in tl.static_range(1, 3):
                 rank = tl.maximum(rank, _rank(scores, token - away, tokens, score_token))
                 rank = tl.maximum(rank, _rank(scores, token + away, tokens, score_token))
-        tl.store(ranks + start + lanes, rank, mask=start + lanes < selectable)
+        tl.store(ranks + start + lanes, tl.where(token < tokens, rank, _NOTHING))
     tl.debug_barrier()  # other threads of the program read them
     last = tl.full([], 0, tl.uint32)
     above = 0  # tokens of a higher rank than the last
@@ -128,7 +128,7 @@ def choose(
         candidate = last | (tl.full([], 1 << 31, tl.uint32) >> bit)
         reach = tl.zeros([CHUNK], tl.int32)
         for start in range(0, selectable, CHUNK):
-            rank = tl.load(ranks + start + lanes, mask=start + lanes < selectable, other=_NOTHING)
+            rank = tl.load(ranks + start + lanes)
             reach += (rank >= candidate).to(tl.int32)
         total = tl.sum(reach, 0)
         last = tl.where(total >= count, candidate, last)
@@ -137,7 +137,7 @@ def choose(
     tied = 0
     taken = 0
     for start in range(0, selectable, CHUNK):
-        rank = tl.load(ranks + start + lanes, mask=start + lanes < selectable, other=_NOTHING)
+        rank = tl.load(ranks + start + lanes)
         same = (rank == last).to(tl.int32)
         take = (rank > last) | ((rank == last) & (tied + tl.cumsum(same, 0) <= count - above))
         place = taken + tl.cumsum(take.to(tl.int32), 0) - 1
