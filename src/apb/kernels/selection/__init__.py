@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..fused import why_no_triton
+from ..fused import why_not
 from ..reference import capped
 
-# Tokens a program looks at together, at most, and its warps: of those tried on one H200 the fastest.
-_CHUNK, _WARPS = 16384, 32
+# Tokens a program looks at together, at most, and its warps: more a thread do not fit into its registers.
+_CHUNK, _WARPS = 8192, 32
 # Pairs of one KV head that a program copies.
 _PAIRS = 32
 # Query rows that torch scores at a time: bounds the (heads, rows, tokens) matrix for long questions.
@@ -44,7 +44,7 @@ def attention_received(
     rows, heads, head_dim = query.shape
     tokens, kv_heads, _ = k.shape
     group = heads // kv_heads
-    if not _by_triton(k, triton) or head_dim > 256:
+    if not _by_triton(k, head_dim, triton):
         keys = k.permute(1, 2, 0)  # (kv_heads, head_dim, tokens)
         total = torch.zeros(kv_heads, tokens, dtype=torch.float32, device=k.device)
         for chunk in query.split(_ROWS):
@@ -88,7 +88,7 @@ def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton:
         selectable: tokens that may be chosen.
         pooled: whether a token takes its neighbours along: scores are max-pooled first (:func:`pool`), also over the
             neighbours that stand in the anchor.
-        triton: whether the kernel chooses; by default where there is an NVIDIA GPU and Triton.
+        triton: whether the kernel chooses; by default where :func:`apb.kernels.fused.why_not` knows no obstacle on a GPU.
 
     Returns:
         Indices (kv_heads, count) int64, ascending.
@@ -96,7 +96,7 @@ def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton:
     kv_heads, tokens = scores.shape
     first = tokens - selectable
     count = min(count, selectable)
-    if not _by_triton(scores, triton) or not count:
+    if not _by_triton(scores, 1, triton) or not count:
         if pooled:
             scores = pool(scores)
         best = scores[:, first:].sort(dim=1, descending=True, stable=True).indices[:, :count]
@@ -124,13 +124,13 @@ def pack(k: Tensor, v: Tensor, chosen: Tensor, out: Tensor, *, triton: bool | No
         triton: as for :func:`choose`.
     """
     kv_heads, count = chosen.shape
-    if not _by_triton(k, triton) or not chosen.numel():
+    head_dim = k.shape[2]
+    if not _by_triton(k, head_dim, triton) or not count:
         for x, place in zip((k, v), out, strict=True):
-            place.copy_(torch.gather(x, 0, chosen.T.unsqueeze(-1).expand(-1, -1, x.shape[2])))
+            place.copy_(torch.gather(x, 0, chosen.T.unsqueeze(-1).expand(-1, -1, head_dim)))
         return
     from . import portable
 
-    head_dim = k.shape[2]
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
         portable.pack[(-(-count // _PAIRS), kv_heads)](
@@ -147,5 +147,5 @@ def pool(scores: Tensor) -> Tensor:
     return F.max_pool1d(scores.unsqueeze(0), kernel_size=5, stride=1, padding=2).squeeze(0)
 
 
-def _by_triton(x: Tensor, asked: bool | None) -> bool:
-    return x.is_cuda and torch.version.hip is None and why_no_triton() is None if asked is None else asked
+def _by_triton(x: Tensor, head_dim: int, asked: bool | None) -> bool:
+    return x.is_cuda and why_not(x.device, x.dtype, head_dim) is None if asked is None else asked
