@@ -56,8 +56,9 @@ def attention_received(
 
     query, k = (x if x.stride(2) == 1 else x.contiguous() for x in (query, k))
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    block_n = 128 if padded * k.element_size() <= 256 else 64 if padded * k.element_size() <= 512 else 32
-    packed = min(max(16, 1 << (rows * group - 1).bit_length()), 64)
+    width = padded * k.element_size()
+    block_m, block_n = (64, 128) if width <= 256 else (32, 64) if width <= 512 else (16, 32)
+    packed = min(max(16, 1 << (rows * group - 1).bit_length()), block_m)
     splits = min(_SPLITS, -(-tokens // block_n))
     sums = query.new_empty(splits, kv_heads, rows * group, dtype=torch.float32)
     received = query.new_empty(kv_heads, tokens, dtype=torch.float32)
@@ -67,11 +68,11 @@ def attention_received(
     sizes = {"GROUP": group, "D": head_dim, "BD": padded, "BM": packed, "BN": block_n, "CAPPED": softcap is not None}
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
         portable.sum_exponentials[(splits, kv_heads, -(-rows * group // packed))](
-            query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4
+            query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4, num_stages=2
         )
         portable.attention_received[(-(-tokens // block_n), kv_heads)](
             query, k, sums, received, rows, tokens, splits, *strides, *factors, **sizes,
-            BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4,
+            BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4, num_stages=2,
         )  # fmt: skip
     return received
 
@@ -88,7 +89,7 @@ def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton:
         selectable: tokens that may be chosen.
         pooled: whether a token takes its neighbours along: scores are max-pooled first (:func:`pool`), also over the
             neighbours that stand in the anchor.
-        triton: whether the kernel chooses; by default where :func:`apb.kernels.fused.why_not` knows no obstacle on a GPU.
+        triton: whether the kernel chooses; by default on GPUs where :func:`apb.kernels.fused.why_not` has no objection.
 
     Returns:
         Indices (kv_heads, count) int64, ascending.

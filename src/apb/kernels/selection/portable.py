@@ -10,19 +10,12 @@ _NOTHING = tl.constexpr(0)
 
 
 @triton.jit
-def _logits(
-    q, packed, keys, rows, kv_head, q_row, q_head, scale, cap,
-    GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, CAPPED: tl.constexpr,
-):  # fmt: skip
-    """Logits in base 2 of some rows of a group's heads over a tile of keys (BD, BN): row i is of head i % GROUP."""
+def _queries(q, packed, rows, kv_head, q_row, q_head, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """A tile of the rows of a group's heads, (BM, BD): row i is of head i % GROUP."""
     row = packed // GROUP
     dims = tl.arange(0, BD)
     at = row.to(tl.int64)[:, None] * q_row + (kv_head * GROUP + packed % GROUP).to(tl.int64)[:, None] * q_head
-    query = tl.load(q + at + dims[None, :], mask=(row < rows)[:, None] & (dims < D)[None, :], other=0.0)
-    s = tl.dot(query, keys, input_precision="ieee")
-    if CAPPED:
-        s = 1.0 - 2.0 / (tl.exp2(s * cap) + 1.0)  # tanh
-    return s * scale
+    return tl.load(q + at + dims[None, :], mask=(row < rows)[:, None] & (dims < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -31,6 +24,15 @@ def _keys(k, token, tokens, k_row, D: tl.constexpr, BD: tl.constexpr):
     dims = tl.arange(0, BD)
     at = token.to(tl.int64)[None, :] * k_row + dims[:, None]
     return tl.load(k + at, mask=(dims < D)[:, None] & (token < tokens)[None, :], other=0.0)
+
+
+@triton.jit
+def _logits(query, keys, scale, cap, CAPPED: tl.constexpr):
+    """Of a tile of rows over a tile of keys, (BM, BN), in base 2."""
+    s = tl.dot(query, keys, input_precision="ieee")
+    if CAPPED:
+        s = 1.0 - 2.0 / (tl.exp2(s * cap) + 1.0)  # tanh
+    return s * scale
 
 
 @triton.jit(do_not_specialize=["rows", "tokens"])
@@ -42,14 +44,14 @@ def sum_exponentials(
     split, splits = tl.program_id(0), tl.num_programs(0)
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     packed = tl.program_id(2) * BM + tl.arange(0, BM)
+    query = _queries(q, packed, rows, kv_head, q_row, q_head, GROUP, D, BD)
     k += kv_head.to(tl.int64) * k_head
     share = tl.cdiv(tl.cdiv(tokens, BN), splits)
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for tile in range(split * share, tl.minimum((split + 1) * share, tl.cdiv(tokens, BN))):
         token = tile * BN + tl.arange(0, BN)
-        keys = _keys(k, token, tokens, k_row, D, BD)
-        s = _logits(q, packed, keys, rows, kv_head, q_row, q_head, scale, cap, GROUP, D, BD, CAPPED)
+        s = _logits(query, _keys(k, token, tokens, k_row, D, BD), scale, cap, CAPPED)
         s = tl.where((token < tokens)[None, :], s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1))  # finite: every tile has a key
         total = total * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
@@ -83,7 +85,7 @@ def attention_received(
         each = tl.sum(tl.exp2(each - top[None, :]), 0)
         # A row that is not there gives nothing: 2 ** (s - inf) = 0.
         lse = tl.where(there, top + tl.log2(tl.where(there, each, 1.0)), float("inf"))
-        s = _logits(q, packed, keys, rows, kv_head, q_row, q_head, scale, cap, GROUP, D, BD, CAPPED)
+        s = _logits(_queries(q, packed, rows, kv_head, q_row, q_head, GROUP, D, BD), keys, scale, cap, CAPPED)
         total += tl.sum(tl.exp2(s - lse[:, None]), 0)
     at = kv_head.to(tl.int64) * tokens + token
     tl.store(received + at, total / (rows * GROUP), mask=token < tokens)
