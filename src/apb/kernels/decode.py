@@ -21,6 +21,8 @@ _MOST_ROWS = 64
 # Programs a multiprocessor has at a time: as many as fit, so that all end together, with loads enough under way.
 _PROGRAMS_PER_PROCESSOR = 3
 _STAGES = 3
+# Registers a thread, so that so many programs fit.
+_REGISTERS = 168
 
 
 def attention(
@@ -73,7 +75,7 @@ def attention(
         _split[(splits, kv_heads, blocks)](
             q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, splits, *factors,
             H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed, BN=block_n, CAUSAL=causal,
-            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES,
+            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES, maxnreg=_REGISTERS,
         )  # fmt: skip
         _merge[(rows, heads)](
             parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,
