@@ -19,10 +19,8 @@ LN2 = tl.constexpr(math.log(2))
 # Rows times heads of a group that one program takes at most.
 _MOST_ROWS = 64
 # Programs a multiprocessor has at a time: as many as fit, so that all end together, with loads enough under way.
-_PROGRAMS_PER_PROCESSOR = 3
+_PROGRAMS_PER_PROCESSOR = 2
 _STAGES = 3
-# Registers a thread, so that so many programs fit.
-_REGISTERS = 168
 
 
 def attention(
@@ -75,7 +73,7 @@ def attention(
         _split[(splits, kv_heads, blocks)](
             q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, splits, *factors,
             H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed, BN=block_n, CAUSAL=causal,
-            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES, maxnreg=_REGISTERS,
+            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         _merge[(rows, heads)](
             parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,
