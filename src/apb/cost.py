@@ -272,7 +272,7 @@ def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
 
 def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
     """FLOPs of a layer to score one token."""
-    if compressor == "query":
+    if compressor in ("query", "query-edge"):
         return 2 * plan.query * model.heads * model.head_dim
     if compressor == "retaining":
         features = (model.heads + 2 * model.kv_heads) * model.head_dim

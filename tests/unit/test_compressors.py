@@ -26,7 +26,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 FEATURES = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
 
-def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: int = 0) -> BlockView:
+def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: int = 0, passed: int = 4) -> BlockView:
     """A block of random keys, with query rows and what stood before RoPE."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -40,6 +40,7 @@ def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: 
         v=draw(tokens, KV_HEADS, HEAD_DIM),
         query=draw(rows, HEADS, HEAD_DIM),
         scale=0.3,
+        passed=passed,
         before_rope=draw(tokens, FEATURES),
     )
 
@@ -64,6 +65,15 @@ def test_query_scores(tokens: int, rows: int) -> None:
         expected = [sum_ / (2 * rows) for sum_ in total]
         torch.testing.assert_close(actual[kv_head], torch.tensor(expected), rtol=1e-4, atol=1e-6)
     assert (actual.shape, actual.dtype) == ((KV_HEADS, tokens), torch.float32)
+
+
+@pytest.mark.parametrize(("passed", "edge"), [(0, 0), (3, 0), (4, 1), (11, 2), (127, 31), (1000, 32)])
+def test_query_edge_scores(passed: int, edge: int) -> None:
+    """query-edge: query's scores, but the last tokens before all others: a quarter of what is passed, at most 32."""
+    seen = view(tokens=300, passed=passed)
+    actual, plain = (make_compressor(name).score(seen) for name in ("query-edge", "query"))
+    assert torch.equal(actual[:, : 300 - edge], plain[:, : 300 - edge])
+    assert (actual[:, 300 - edge :] > 1).all()  # no share of attention is
 
 
 def test_query_scores_read_nothing_but_keys_and_query() -> None:
@@ -138,7 +148,7 @@ def test_every_compressor_scores_every_token_of_every_head(name: str) -> None:
 
 def test_who_pools() -> None:
     """Scores that say something of a token's neighbours are max-pooled before the choice; the ablations' are not."""
-    assert {name for name, kind in COMPRESSORS.items() if kind.pooled} == {"query", "retaining"}
+    assert {name for name, kind in COMPRESSORS.items() if kind.pooled} == {"query", "query-edge", "retaining"}
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -147,8 +157,8 @@ def test_who_pools() -> None:
 @pytest.mark.parametrize(
     ("name", "has_heads", "fragments"),
     [
-        ("magic", False, ["'magic'", "query, random, recent, retaining"]),
-        ("retaining", False, ["'retaining'", "none were given", "'query'"]),
+        ("magic", False, ["'magic'", "query, query-edge, random, recent, retaining"]),
+        ("retaining", False, ["'retaining'", "none were given", "'query-edge'"]),
         ("query", True, ["'query'", "does not use them", "'retaining'"]),
     ],
 )

@@ -21,6 +21,7 @@ class BlockView:
         k, v: (tokens, kv_heads, head_dim), keys after RoPE.
         query: (query tokens, heads, head_dim), the true query rows after RoPE, at their true positions.
         scale: the layer's factor on q.k.
+        passed: key/value pairs that the block passes on, per KV head.
         softcap: what the layer caps its logits at; None where it does not.
         before_rope: (tokens, (heads + 2 kv_heads) * head_dim): q, k, v before RoPE side by side; None unless the
             compressor asked for it with ``needs_before_rope``.
@@ -32,6 +33,7 @@ class BlockView:
     v: Tensor
     query: Tensor
     scale: float
+    passed: int
     before_rope: Tensor | None = None
     softcap: float | None = None
 

@@ -136,6 +136,7 @@ class APB(Strategy):
             v=layer.v[span.rows],
             query=layer.q[self.query.rows],
             scale=layer.scale,
+            passed=count,
             softcap=layer.softcap,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
