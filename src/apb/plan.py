@@ -61,14 +61,16 @@ class Method:
     scatters_heads: bool = False
     # Whether blocks can be read round by round, with what later blocks see of earlier ones kept.
     in_rounds: bool = False
+    # Whether attention is computed while keys and values are on their way.
+    overlaps: bool = False
 
 
 # One line per strategy; its attention lives in strategies/<name>.py.
 METHODS: dict[str, Method] = {
     "full": Method(exact=True, blocks=lambda ranks: 1),
-    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY, in_rounds=True),
+    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY, in_rounds=True, overlaps=True),
     "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK, in_rounds=True),
-    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
+    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks, overlaps=True),
     "ulysses": Method(exact=True, blocks=lambda ranks: ranks, scatters_heads=True),
     "minference": Method(exact=False, blocks=lambda ranks: 1, sparse=True),
 }

@@ -42,9 +42,6 @@ class Request:
 
 
 Length = Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
-RandomWeights = Annotated[
-    str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
-]
 Layers = Annotated[int | None, typer.Option(help="With random weights: only so many layers.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
 
@@ -56,7 +53,7 @@ def prefill(
         list[str] | None, typer.Option(help="Strategies, the baseline first; repeatable. By default full and apb.")
     ] = None,
     model: options.Model = None,
-    random_weights: RandomWeights = None,
+    random_weights: options.RandomWeights = None,
     layers: Layers = None,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
     max_seconds: Annotated[
@@ -110,7 +107,7 @@ def decode(
     length: Length,
     strategy: options.Strategy = "apb",
     model: options.Model = None,
-    random_weights: RandomWeights = None,
+    random_weights: options.RandomWeights = None,
     layers: Layers = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
     blocks: options.Blocks = None,
