@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -156,3 +157,24 @@ def test_unknown_kernel_is_refused():
     """The sentence lists those there are."""
     with pytest.raises(InputError, match=r"Unknown kernel 'magic'.*FlashAttention 3"):
         list(bench_attention([], CPU, torch.float32, 1, ["magic"]))
+
+
+def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch):
+    """`apb bench prefill --out`: the file, and plots beside it; without matplotlib the file and a sentence."""
+    out = tmp_path / "figures.json"
+    command = ("bench", "prefill", "--model", checkpoint, "--length", 200, "--blocks", 2, "--repeat", 1)
+    done = cli(*command, "--device", "cpu", "--out", out)
+    assert done.status == 0
+    assert sorted(path.name for path in tmp_path.glob("figures*")) == [
+        "figures.json",
+        "figures_parts.svg",
+        "figures_seconds.svg",
+    ]
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    done = cli(*command, "--device", "cpu", "--out", out)
+    assert done.status == 0
+    assert "no plots" in done.err
+    assert not list(tmp_path.glob("*.svg"))
+    cli(*command, "--out", tmp_path / "no" / "figures.json").refused("figures.json", "no folder")

@@ -92,4 +92,5 @@ def test_ceilings_that_cannot_be_used(cli: Cli, run: dict[str, Any], tmp_path: P
     assert cli(*PLAN, "--ceilings", path, "--ranks", 1).json["projection"] is False
     cli(*PLAN, "--network-gbit", "0").refused("--network-gbit", "above 0")
     cli(*PLAN, "--ranks-per-host", "0").refused("Ranks per host", "at least 1")
+    cli(*PLAN, "--model", "models/needle").refused("not both")
     cli(*PLAN[:3], "--random-weights", "gpt-9").refused("Unknown model shape 'gpt-9'")

@@ -57,11 +57,11 @@ def plan(
         basis.check_link(size)
 
     from ..hf import loading
-    from ..hf.random_weights import shape_config
+    from ..hf.random_weights import config_of
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    config = shape_config(random_weights) if random_weights else loading.load_config(model or loading.shipped_model())
+    config = config_of(model, random_weights)
     loading.check_supported(config)
     shape = loading.model_shape(config)
     report = {
