@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 
-from .errors import InputError
+from .errors import DoesNotFit, InputError
 
 # Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
 SHORTEST_WORTH_CUTTING = 8192
@@ -344,9 +344,9 @@ def method_of(strategy: str) -> Method:
 
 
 def check_heads(strategy: str, heads: int, ranks: int) -> None:
-    """InputError where a strategy scatters query heads over ranks that do not divide them."""
+    """DoesNotFit where a strategy scatters query heads over ranks that do not divide them."""
     if METHODS[strategy].scatters_heads and heads % ranks:
-        raise InputError(
+        raise DoesNotFit(
             f"The strategy {strategy!r} needs query heads that divide by the ranks, and {heads} do not divide by "
             f"{ranks}; use another number of ranks, or the strategy 'ring'."
         )

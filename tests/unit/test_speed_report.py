@@ -47,7 +47,9 @@ def files(tmp_path: Path) -> list[Path]:
     return [
         written(tmp_path / "short.json", row("full", 1024, 4.0), row("ring", 1024, 1.0, 16), row("apb", 1024, 0.5, 8)),
         written(tmp_path / "long.json", row("full", 2048, None, note="left out: too long"), row("apb", 2048, 2.0, 8)),
-        written(tmp_path / "blocks.json", row("apb", 2048, 1.0, 32)),
+        written(
+            tmp_path / "blocks.json", row("apb", 2048, 1.0, 32), row("ulysses", 2048, None, note="no") | {"plan": {}}
+        ),
         written(tmp_path / "layer.json", row("full", 2048, 0.25), layers=1, ranks=1),
         written(tmp_path / "decode.json", step),
     ]
@@ -76,6 +78,7 @@ def test_tables_by_hand(cli: Cli, files: list[Path], tmp_path: Path) -> None:
     assert "| full, 1 of 32 layers scaled up |" + " 31.25 |" * 8 + " 250.00 |" in layer
     assert "| 1,024 | 8 | yes | 100.0 | 10.00 | 7.50 | 75% | 2.0 |" in tables["Decode"]
     assert "full at 2,048: left out: too long." in tables["Notes"]
+    assert "ulysses at 2,048: no." in tables["Notes"]
     assert "seconds of 1 layers times 32" in tables["Notes"]
 
 

@@ -92,12 +92,12 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
     several_ranks = len({report["ranks"] for report, row in prefill if row["strategy"] != "full"}) > 1
     at: dict[tuple[str, int, int], set[int]] = {}
     for report, row in prefill:
-        at.setdefault((row["strategy"], row["length"], report["ranks"]), set()).add(row["plan"]["blocks"])
+        at.setdefault((row["strategy"], row["length"], report["ranks"]), set()).add(row["plan"].get("blocks"))
     in_several_ways = {strategy for (strategy, _, _), blocks in at.items() if len(blocks) > 1}
     points: dict[tuple[str, int], Point] = {}
     for report, row in prefill:
         name, layers = row["strategy"], report["layers"]
-        if name in in_several_ways:
+        if name in in_several_ways and row["plan"]:
             name += f", {row['plan']['blocks']} blocks"
         if several_ranks and row["strategy"] != "full":
             name += f", {report['ranks']} ranks"
