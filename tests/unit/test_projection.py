@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from apb.cost import KNOWN_CEILINGS
+from apb.cost import KNOWN_CEILINGS, Ceilings, predict
+from apb.hf.loading import model_shape
+from apb.hf.random_weights import shape_config
+from apb.plan import METHODS, Plan
 from command_line import Cli
 
 PLAN = ("plan", "--length", 100_000, "--random-weights", "llama-3.1-8b", "--json")
@@ -94,3 +99,54 @@ def test_ceilings_that_cannot_be_used(cli: Cli, run: dict[str, Any], tmp_path: P
     cli(*PLAN, "--ranks-per-host", "0").refused("Ranks per host", "at least 1")
     cli(*PLAN, "--model", "models/needle").refused("not both")
     cli(*PLAN[:3], "--random-weights", "gpt-9").refused("Unknown model shape 'gpt-9'")
+
+
+def test_the_table_of_a_run(run: dict[str, Any], tmp_path: Path) -> None:
+    """benchmarks/projection.py: every strategy and length on 8, 16 and 64 GPUs, with what was measured beside it."""
+    run |= {"model": "llama-3.1-8b", "layers": 32, "command": "apb bench prefill"}
+    run["fingerprint"] |= {"torch": "2.11", "transformers": "5.17"}
+    full = {"strategy": "full", "length": 131072, "plan": {"blocks": 1}, "backend": "torch", "seconds": 11.0}
+    full |= {"floor_seconds": 8.0, "predicted_seconds": 10.0, "peak_bytes": 1, "parts": None, "note": None}
+    run["rows"] = [full]
+    one = written(run, tmp_path)
+    eight = tmp_path / "eight.json"
+    star = full | {"strategy": "star", "plan": {"blocks": 8}, "seconds": 1.5}
+    eight.write_text(json.dumps(run | {"ranks": 8, "rows": [star]}))
+    out = tmp_path / "projection.json"
+    script = Path(__file__).parents[2] / "benchmarks" / "projection.py"
+    command = [sys.executable, str(script), str(one), "--out", str(out)]
+    subprocess.run([*command, "--measured", str(one), str(eight)], check=True, timeout=120)
+    report = json.loads(out.read_text())
+    rows = {(row["gpus"], row["strategy"], row["length"], row["more_blocks"]): row for row in report["rows"]}
+    lengths = [32768, 65536, 131072, 262144, 524288, 1048576]
+    assert {key[:3] for key in rows} == {
+        (gpus, strategy, length)
+        for gpus in (8, 16, 64)
+        for strategy in METHODS
+        for length in lengths
+        if strategy != "ulysses" or gpus < 64  # of 32 heads
+    }
+    shape = model_shape(shape_config("llama-3.1-8b"))
+    rates = Ceilings(8e14, 7e14, KNOWN_CEILINGS["NVIDIA H200"].link, 4e12, 50e9)
+    plan = Plan.build(1, 131072 - 33, 32, ranks=16, strategy="ring")
+    row = rows[16, "ring", 131072, False]
+    assert row["seconds"] == pytest.approx(predict(plan, shape, ranks_per_host=8).seconds(rates))
+    assert rows[8, "apb", 131072, True]["plan"]["blocks"] == 32
+    assert rows[8, "full", 131072, False]["measured_seconds"] == 11.0
+    assert rows[8, "star", 131072, False]["measured_seconds"] == 1.5
+    assert rows[16, "star", 131072, False]["measured_seconds"] is None
+    text = out.with_suffix(".md").read_text()
+    for words in (
+        "**A projection, not a measurement.**",
+        "| full | 131,072 | 1 | 11.00 | 10.00 | 1.10 |",
+        "another run: prefill.json is of one rank",
+        "## 64 GPUs, 8 hosts",
+        "(measured 1.5)",
+    ):
+        assert words in text
+    unknown = run | {"fingerprint": run["fingerprint"] | {"device": "Abacus"}}
+    done = subprocess.run(
+        [*command[:2], str(written(unknown, tmp_path)), *command[3:]], capture_output=True, check=False, timeout=120
+    )
+    assert done.returncode == 1
+    assert b"unknown" in done.stderr and b"Traceback" not in done.stderr
