@@ -152,7 +152,7 @@ def main() -> None:
         "model": model,
         "ranks_per_host": RANKS_PER_HOST,
         "ceilings": basis.to_dict(),
-        "run": {name: basis.run[name] for name in ("command", "ranks", "fingerprint", "rows")},
+        "run": {"file": arguments.result.name} | {name: basis.run[name] for name in ("ranks", "fingerprint", "rows")},
         "rows": found,
     }
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")

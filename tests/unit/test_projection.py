@@ -103,7 +103,7 @@ def test_ceilings_that_cannot_be_used(cli: Cli, run: dict[str, Any], tmp_path: P
 
 def test_the_table_of_a_run(run: dict[str, Any], tmp_path: Path) -> None:
     """benchmarks/projection.py: every strategy and length on 8, 16 and 64 GPUs, with what was measured beside it."""
-    run |= {"model": "llama-3.1-8b", "layers": 32, "command": "apb bench prefill"}
+    run |= {"model": "llama-3.1-8b", "layers": 32}
     run["fingerprint"] |= {"torch": "2.11", "transformers": "5.17"}
     full = {"strategy": "full", "length": 131072, "plan": {"blocks": 1}, "backend": "torch", "seconds": 11.0}
     full |= {"floor_seconds": 8.0, "predicted_seconds": 10.0, "peak_bytes": 1, "parts": None, "note": None}
