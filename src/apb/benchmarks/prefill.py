@@ -126,7 +126,7 @@ def _measure(
         plan = engine.plan(prompt)
     except DoesNotFit as error:
         strategy = engine.reading.strategy
-        return Row(strategy, length, METHODS[strategy].exact, {}, backend, note=f"left out: {error}")
+        return Row(strategy, length, METHODS[strategy].exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
     floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(ceilings)
     seconds: list[float] = []

@@ -108,7 +108,7 @@ def print_prefill(report: dict[str, Any]) -> None:
             row["strategy"],
             str(row["plan"].get("blocks", "")),
             row["backend"],
-            row["note"] or f"{seconds:.3f}",
+            "-" if seconds is None else f"{seconds:.3f}",
             "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
             "" if row["floor_seconds"] is None else f"{row['floor_seconds']:.3f}",
             "" if seconds is None else f"{row['of_floor']:.0%}",
@@ -118,6 +118,9 @@ def print_prefill(report: dict[str, Any]) -> None:
         )
     console = _console()
     console.print(table)
+    for row in report["rows"]:
+        if row["note"]:
+            console.print(f"{row['strategy']} at {row['length']:,} tokens: {row['note']}", highlight=False)
     parts = [row for row in report["rows"] if row["parts"]]
     if parts:
         names = list(parts[0]["parts"])
