@@ -14,6 +14,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def needed() -> list[Cell]:
     cells = []
     for task in (*NEEDLES, "headings"):
         cells.append(Cell(task, LONG, "full", Variant("full")))
-        for name, share in (("query", 8), ("query", 32), ("retaining", 8), ("retaining", 32)):
+        for name, share in product(("query-edge", "query", "retaining"), (8, 32)):
             cells.append(Cell(task, LONG, f"{name}, 1/{share}", variant(name, LONG, share=share)))
     for name in ("recent", "random"):
         cells.append(Cell("headings", LONG, f"{name}, 1/8", variant(name, LONG)))
@@ -184,6 +185,7 @@ def study() -> list[Cell]:
         found[task, name] = variant(length=LENGTH, **options)
 
     shares = {"query": (4, 8, 16, 32, 64, 128, 256), "retaining": (4, 8, 16, 32, 64, 128, 256)}
+    shares["query-edge"] = (8, 32, 128)
     shares |= {"random": (4, 8, 16, 32, 64), "recent": (8, 32)} | {kind.name: (32, 128, 256) for kind in CANDIDATES}
     for name, each in shares.items():
         for share in each:
@@ -221,10 +223,11 @@ def tables(rows: list[dict[str, Any]]) -> str:
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
     tasks = (*NEEDLES, "headings")
-    names = ["full", "query, 1/8", "query, 1/32", "retaining, 1/8", "retaining, 1/32"]
+    names = ["full"]
+    names += [f"{name}, 1/{share}" for name, share in product(("query-edge", "query", "retaining"), (8, 32))]
     names += ["recent, 1/8", "random, 1/8", "nothing passed"]
     shares = ("4", "8", "16", "32", "64", "128", "256")
-    compressors = ["query", "retaining", *(kind.name for kind in CANDIDATES), "random", "recent"]
+    compressors = ["query-edge", "query", "retaining", *(kind.name for kind in CANDIDATES), "random", "recent"]
     counts = (2, 4, 8, 16, 32)
     ways = {"": "anchor with the question", "plain anchor": "anchor without it", "no anchor": "no anchor"}
 

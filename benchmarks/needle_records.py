@@ -52,7 +52,7 @@ def readings(task: str, heads: str | None) -> list[Setting]:
     """The ways to read: exact first, minference, which is slow, last."""
     found = [Setting("full")]
     for blocks in BLOCKS:
-        found += [Setting("star", blocks), Setting("apb", blocks, "query")]
+        found += [Setting("star", blocks), Setting("apb", blocks, "query-edge"), Setting("apb", blocks, "query")]
         if heads:
             found.append(Setting("apb", blocks, "retaining", heads=heads))
         if task in NEED_EARLIER:
