@@ -29,6 +29,8 @@ def compile_forward(head_dim: int, config: Config, dtype: str, *, heads: int = 3
     constants = {
         **{"H": heads, "GROUP": group, "D": head_dim, "BN": config.block_n, "GROUPS": config.groups},
         **{"STAGES": config.stages, "PING_PONG": config.ping_pong, "CAPPED": False, "REGISTERS": config.registers},
+        **{"AHEAD": config.ahead, "LATE": config.late, "DEFER": config.defer, "SKIP": config.skip},
+        **{"TREE": config.tree, "SHARE": config.share},
     }
     types = {"q": f"tensordesc<{dtype}[1, 64, {head_dim}],{LAYOUT!r}>", "out": f"*{dtype}", "lse": "*fp32"}
     tiles = f"tensordesc<{dtype}[1, {config.block_n}, {head_dim}],{LAYOUT!r}>"

@@ -239,6 +239,9 @@ CONFIGS = {
     "three consumers, four stages": (64, Config(64, 3, 4, 160, 128, False)),
     "in turns": (128, Config(128, 2, 2, 240, 168, True)),
     "three in turns": (64, Config(128, 3, 3, 160, 128, True)),
+    "a tile ahead": (64, Config(128, 2, 4, 240, 168, False, ahead=1)),
+    "a tile ahead, two a turn": (64, Config(64, 2, 4, 240, 168, False, ahead=2, tree=True, share=4)),
+    "late": (64, Config(64, 2, 2, 240, 168, False, late=True, defer=True, skip=True, tree=True, share=8)),
 }
 
 
@@ -272,6 +275,8 @@ def emulate(
                 **{"H": heads, "GROUP": heads // kv_heads, "D": head_dim, "BN": config.block_n},
                 **{"GROUPS": config.groups, "STAGES": config.stages, "PING_PONG": config.ping_pong},
                 **{"CAPPED": factors is not None, "REGISTERS": config.registers},
+                **{"AHEAD": config.ahead, "LATE": config.late, "DEFER": config.defer, "SKIP": config.skip},
+                **{"TREE": config.tree, "SHARE": config.share},
             )
     return torch.from_numpy(out), torch.from_numpy(lse)
 

@@ -38,6 +38,12 @@ class Config:
     registers: int
     cap: int
     ping_pong: bool
+    ahead: int = 0
+    late: bool = False
+    defer: bool = False
+    skip: bool = False
+    tree: bool = False
+    share: int = 0
 
     @property
     def block_m(self) -> int:
@@ -47,7 +53,7 @@ class Config:
 
 HOPPER = {
     64: Config(block_n=128, groups=2, stages=3, registers=240, cap=168, ping_pong=True),
-    128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
+    128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False, late=True),
     256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=True),
 }
 # Versions of Triton whose Gluon the kernel was compiled with.
@@ -209,6 +215,12 @@ def _launch_hopper(
             PING_PONG=config.ping_pong,
             CAPPED=capped,
             REGISTERS=config.registers,
+            AHEAD=config.ahead,
+            LATE=config.late,
+            DEFER=config.defer,
+            SKIP=config.skip,
+            TREE=config.tree,
+            SHARE=config.share,
             num_warps=4,
             maxnreg=config.cap,
         )
