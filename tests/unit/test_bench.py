@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from functools import partial
 
 import pytest
@@ -129,7 +130,26 @@ def test_attention_rows_hold_time_and_error():
         assert row.kv_bytes_per_s == pytest.approx(shape.kv_bytes(4) / row.seconds)
         assert max(row.error, row.lse_error) < 1e-5
         assert len(row.all_seconds) == 2
+        rivals = [other for other in measured if other.shape == row.shape]
+        best = min(rivals, key=lambda other: other.seconds)
+        ratios = [a / b for a, b in zip(best.all_seconds, row.all_seconds, strict=True)]
+        assert row.of_fastest == pytest.approx(statistics.median(ratios))
     assert all(row.note for row in rows if "Flash" in row.kernel)
+
+
+def test_attention_kernels_take_turns(monkeypatch):
+    """Each round times every kernel, so that a slow minute of the machine slows all of them."""
+    log = []
+
+    def logged(name):
+        return lambda q, segments: lambda: log.append(name) or attention(q, segments)
+
+    monkeypatch.setattr("apb.benchmarks.attention._FILL_S", 0)
+    for name in "ab":
+        monkeypatch.setitem(KERNELS, name, logged(name))
+    list(bench_attention([Shape(4, 2, 64, 8, 2, 3)], CPU, torch.float32, 3, ["a", "b"]))
+    checked, warm, rounds = log[:2], log[2:6], log[6:]
+    assert (checked, warm, rounds) == (["a", "b"], ["a", "a", "b", "b"], ["a", "a", "b", "b"] * 3)
 
 
 def test_attention_that_is_wrong_shows(monkeypatch):
