@@ -35,7 +35,7 @@ def _exponentials(count, cubic):
         if i in cubic:
             lines += [
                 "{ .reg .f32 x, t, f; .reg .b32 n, b;",
-                f"max.f32 x, {x}, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000; sub.rn.f32 f, t, 0f4B400000;",
+                f"max.f32 x, {x}, 0fC2FC0000; add.rn.f32 t, x, 0f4B400000; sub.rn.f32 f, t, 0f4B400000;",
                 "sub.rn.f32 f, x, f; fma.rn.f32 x, f, 0f3D61FBB0, 0f3E786F0D; fma.rn.f32 x, x, f, 0f3F31798D;",
                 "fma.rn.f32 x, x, f, 0f3F7FFB49; mov.b32 n, t; mov.b32 b, x; shl.b32 n, n, 23; add.s32 n, n, b;",
                 f"mov.b32 {y}, n; }}",
