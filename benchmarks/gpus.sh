@@ -11,7 +11,7 @@
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s on two
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 190 s on two
 #   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s on two
-#   heads       two GPUs: retaining heads of the shipped model: data, 3000 steps of two widths
+#   heads       retaining heads of the shipped model: data, 3000 steps of two widths
 #   needed      the file HEADS and query at 32K on every kind of question, 204 samples
 #   study       compressors, lengths, blocks, anchors, late questions, 204 samples; ONLY=regex for some cells
 set -u
@@ -23,6 +23,7 @@ mkdir -p "$out"
 export PYTHONPATH=src:tests PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
 cores=$(nproc --all)
+gpus=$(nvidia-smi --list-gpus | wc -l)
 
 bench() { "$python" -m apb.cli.main bench "$@"; }
 
@@ -54,8 +55,8 @@ for part; do
     heads)
       data=$(mktemp -d)
       OMP_NUM_THREADS=1 timeout 90 "$python" -m apb.training.heads.generated "$data/heads.jsonl" --jobs $((cores - 4))
-      for hidden in 256 1024; do  # one GPU each
-        CUDA_VISIBLE_DEVICES=$((hidden / 1024)) OMP_NUM_THREADS=4 timeout 400 "$python" -m apb.cli.main train heads \
+      for hidden in 256 1024; do  # one GPU each, where there are two
+        CUDA_VISIBLE_DEVICES=$((hidden / 1024 % gpus)) OMP_NUM_THREADS=4 timeout 400 "$python" -m apb.cli.main train heads \
           --data "$data/heads.jsonl" --hidden $hidden --out "$out/heads_$hidden.safetensors" 2> "$out/heads_$hidden.log" &
       done
       wait
