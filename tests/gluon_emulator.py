@@ -248,8 +248,6 @@ def _assembly(text: str, constraints: str, args: list[Array], dtype: Any, is_pur
     if text.startswith("mov.b32"):
         (x,) = args
         return tuple(array((x.view(np.uint32) >> shift).astype(np.uint16).view(np.int16)) for shift in (0, 16))
-    if "ex2.approx.ftz.f32" in text:
-        return array(np.exp2(args[0]))
     if "vote.sync.any" in text:
         return array(args[0] * args[1])
     raise NotImplementedError(text)

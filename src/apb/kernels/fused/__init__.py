@@ -38,12 +38,6 @@ class Config:
     registers: int
     cap: int
     ping_pong: bool
-    ahead: int = 0
-    late: bool = False
-    defer: bool = False
-    skip: bool = False
-    tree: bool = False
-    share: int = 0
 
     @property
     def block_m(self) -> int:
@@ -52,8 +46,8 @@ class Config:
 
 
 HOPPER = {
-    64: Config(block_n=128, groups=2, stages=3, registers=240, cap=168, ping_pong=True),
-    128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False, late=True),
+    64: Config(block_n=128, groups=3, stages=4, registers=160, cap=128, ping_pong=False),
+    128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
     256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=True),
 }
 # Versions of Triton whose Gluon the kernel was compiled with.
@@ -215,12 +209,6 @@ def _launch_hopper(
             PING_PONG=config.ping_pong,
             CAPPED=capped,
             REGISTERS=config.registers,
-            AHEAD=config.ahead,
-            LATE=config.late,
-            DEFER=config.defer,
-            SKIP=config.skip,
-            TREE=config.tree,
-            SHARE=config.share,
             num_warps=4,
             maxnreg=config.cap,
         )

@@ -2,8 +2,9 @@
 
 The producer brings query tiles and key/value tiles in with the bulk copy engine; every consumer owns 64 query rows. A
 consumer issues QK of a tile and PV of the tile before it, and computes the softmax of the former while the latter runs
-(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What the
-tiles are and in which order they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
+(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What was
+summed up is rescaled a step late, beside QK, and only where a maximum has grown. What the tiles are and in which order
+they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
 """
 
 from __future__ import annotations
@@ -24,27 +25,6 @@ LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
 
 
-def _exponentials(count, cubic):
-    """Assembly of ``count`` powers of two of numbers <= 0, those that ``cubic`` names without the unit for them.
-
-    x = n + f with f in [-1/2, 1/2]; a cubic in f, whose relative error is 1e-4, and n added to its exponent.
-    """
-    lines = []
-    for i in range(count):
-        x, y = f"${count + i}", f"${i}"
-        if i in cubic:
-            lines += [
-                "{ .reg .f32 x, t, f; .reg .b32 n, b;",
-                f"max.f32 x, {x}, 0fC2FC0000; add.rn.f32 t, x, 0f4B400000; sub.rn.f32 f, t, 0f4B400000;",
-                "sub.rn.f32 f, x, f; fma.rn.f32 x, f, 0f3D61FBB0, 0f3E786F0D; fma.rn.f32 x, x, f, 0f3F31798D;",
-                "fma.rn.f32 x, x, f, 0f3F7FFB49; mov.b32 n, t; mov.b32 b, x; shl.b32 n, n, 23; add.s32 n, n, b;",
-                f"mov.b32 {y}, n; }}",
-            ]
-        else:
-            lines.append(f"ex2.approx.ftz.f32 {y}, {x};")
-    return " ".join(lines)
-
-
 def _scaling(count):
     """Assembly that multiplies ``count`` registers, of two rows by turns, unless all factors of the warp are 1."""
     first, second = 2 * count, 2 * count + 2
@@ -60,8 +40,6 @@ def _scaling(count):
 
 _SCALING = gl.constexpr(_scaling(32))
 _SCALED = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
-_QUARTER = gl.constexpr(_exponentials(8, (1, 6)))
-_EIGHTH = gl.constexpr(_exponentials(16, (1, 10)))
 
 
 @gluon.jit
@@ -188,52 +166,25 @@ def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr, layou
 
 
 @gluon.jit
-def _exp2(x, SHARE: gl.constexpr):
-    """2 ** x for x <= 0; one in ``SHARE`` by a polynomial, beside the unit for such functions (arXiv 2603.05451)."""
-    if SHARE == 0:
-        return gl.exp2(x)
-    elif SHARE == 4:
-        return gl.inline_asm_elementwise(
-            _QUARTER, "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=8
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            _EIGHTH,
-            "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
-            [x],
-            dtype=gl.float32,
-            is_pure=True,
-            pack=16,
-        )
+def _row_max(s, M: gl.constexpr, BN: gl.constexpr):
+    """In four chains rather than in one."""
+    return gl.max(gl.max(gl.reshape(s, [M, BN // 16, 16]), 1), 1)
 
 
 @gluon.jit
-def _row_max(s, M: gl.constexpr, BN: gl.constexpr, TREE: gl.constexpr):
-    if TREE:  # in four chains rather than in one
-        return gl.max(gl.max(gl.reshape(s, [M, BN // 16, 16]), 1), 1)
-    else:
-        return gl.max(s, 1)
-
-
-@gluon.jit
-def _softmax(
-    s, m, scale, M: gl.constexpr, BN: gl.constexpr, TREE: gl.constexpr, SHARE: gl.constexpr, MASKED: gl.constexpr
-):
+def _softmax(s, m, scale, M: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr):
     """exp2(scale s - new maximum), that maximum, and the factor of what was summed up under the old one."""
-    new = gl.maximum(m, gl.convert_layout(_row_max(s, M, BN, TREE), m.type.layout) * scale)
+    new = gl.maximum(m, gl.convert_layout(_row_max(s, M, BN), m.type.layout) * scale)
     shift = new
     if MASKED:  # a row may have seen nothing yet: (-inf) - (-inf) would be nan
         shift = gl.where(new == float("-inf"), 0.0, new)
-    return _exp2(s * scale - shift[:, None], SHARE), new, gl.exp2(m - shift)
+    return gl.exp2(s * scale - shift[:, None]), new, gl.exp2(m - shift)
 
 
 @gluon.jit
-def _rescaled(acc, alpha, SKIP: gl.constexpr):
+def _rescaled(acc, alpha):
     alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    if SKIP:
-        return gl.inline_asm_elementwise(_SCALING, _SCALED, [acc, alpha], dtype=gl.float32, is_pure=True, pack=32)
-    else:
-        return acc * alpha
+    return gl.inline_asm_elementwise(_SCALING, _SCALED, [acc, alpha], dtype=gl.float32, is_pure=True, pack=32)
 
 
 @gluon.jit
@@ -246,8 +197,7 @@ def _scores(q, k_bufs, stage, M: gl.constexpr, D: gl.constexpr, BN: gl.constexpr
 def _step(
     g: gl.constexpr, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
     bars, turns, q, bufs, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr, CAPPED: gl.constexpr, LATE: gl.constexpr, DEFER: gl.constexpr, SKIP: gl.constexpr,
-    TREE: gl.constexpr, SHARE: gl.constexpr, MASKED: gl.constexpr,
+    PING_PONG: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     """QK of ``tile`` and PV of the tile before; the softmax of the one runs while the other is computed."""
     M: gl.constexpr = 64
@@ -263,8 +213,7 @@ def _step(
     if PING_PONG:
         mbarrier.wait(turns.index(g), turn & 1)
     token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
-    if DEFER:
-        acc = _rescaled(acc, alpha, SKIP)
+    acc = _rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
     mbarrier.wait(v_full.index(before), phase)
     operand = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
     o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
@@ -275,63 +224,15 @@ def _step(
     s = _capped(s, cap, CAPPED)
     if MASKED:
         s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
-    p, m, alpha = _softmax(s, m, scale, M, BN, TREE, SHARE, MASKED)
+    p, m, alpha = _softmax(s, m, scale, M, BN, MASKED)
     sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
-    if not LATE:
-        pairs = _pack(p, M, BN, dtype)
     # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
     # softmax behind the wait for PV, where nothing would run beside it.
     mbarrier.wait(k_full.index(after), after_phase, pred=tile + 1 < tiles)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_free.index(before), count=1)
-    if LATE:
-        pairs = _pack(p, M, BN, dtype)
-    if not DEFER:
-        acc = _rescaled(acc, alpha, SKIP)
+    pairs = _pack(p, M, BN, dtype)  # not before: the registers of the pairs before are PV's until now
     return acc, m, sums, pairs, alpha, count + 1, turn + 1
-
-
-@gluon.jit
-def _step_ahead(
-    s, acc, m, sums, pairs, count, tile, tiles, masked, strip, rows, scale, cap,
-    bars, gate, q, bufs, D: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CAPPED: gl.constexpr,
-    SKIP: gl.constexpr, TREE: gl.constexpr, SHARE: gl.constexpr, MASKED: gl.constexpr, LAST: gl.constexpr,
-):  # fmt: skip
-    """PV of the tile before and QK of the tile after run beside the softmax of ``tile``, whose scores are ``s``."""
-    M: gl.constexpr = 64
-    dtype: gl.constexpr = bufs[0].dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    sum_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
-    k_full, k_free, v_full, v_free = bars
-    k_bufs, v_bufs = bufs
-    before, phase = _slot(count, STAGES)
-    after, _ = _slot(count + 2, STAGES)
-    later, later_phase = _slot(count + 3, STAGES)
-    if not LAST:
-        token = _scores(q, k_bufs, after, M, D, BN, s_layout)
-    mbarrier.wait(v_full.index(before), phase)
-    operand = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
-    o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
-    # Never waits. Its branch keeps the assembler from issuing parts of the softmax between the products.
-    if not LAST:
-        mbarrier.wait(gate[0], gate[1])
-    s = _capped(s, cap, CAPPED)
-    if MASKED:
-        s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
-    p, m, alpha = _softmax(s, m, scale, M, BN, TREE, SHARE, MASKED)
-    sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
-    pairs = _pack(p, M, BN, dtype)
-    if LAST:
-        acc = warpgroup_mma_wait(0, deps=[o_token])
-        s_next = s
-    else:
-        mbarrier.wait(k_full.index(later), later_phase, pred=tile + 2 < tiles)
-        s_next, acc = warpgroup_mma_wait(0, deps=[token, o_token])
-        mbarrier.arrive(k_free.index(after), count=1)
-    mbarrier.arrive(v_free.index(before), count=1)
-    acc = _rescaled(acc, alpha, SKIP)
-    return s_next, acc, m, sums, pairs, count + 1
 
 
 @gluon.jit
@@ -350,8 +251,7 @@ def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexp
 def _consume(
     g: gl.constexpr, factors, target, work, storage,
     H: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    PING_PONG: gl.constexpr, CAPPED: gl.constexpr, AHEAD: gl.constexpr, LATE: gl.constexpr, DEFER: gl.constexpr,
-    SKIP: gl.constexpr, TREE: gl.constexpr, SHARE: gl.constexpr,
+    PING_PONG: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
     """One consumer: 64 rows of every strip of this program's items."""
     M: gl.constexpr = 64
@@ -393,65 +293,25 @@ def _consume(
             mbarrier.arrive(k_free.index(stage), count=1)
             cols = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
             s = _mask(_capped(s, cap, CAPPED), strip, 0, masked, rows, cols, BN)
-            p, m, alpha = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, M, BN, TREE, 0, True)
+            p, m, alpha = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, M, BN, True)
             sums = _row_sums(p, M, BN)
             pairs = _pack(p, M, BN, dtype)
             acc = gl.zeros([M, D], gl.float32, o_layout)
             stage, phase = _slot(count + 1, STAGES)
             mbarrier.wait(k_full.index(stage), phase, pred=tiles > 1)
-            if AHEAD:
-                gate = (q_full.index(g), (index - first) & 1)
-                if tiles > 1:
-                    s_token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
-                    s = warpgroup_mma_wait(0, deps=[s_token])
-                    mbarrier.arrive(k_free.index(stage), count=1)
-                    stage, phase = _slot(count + 2, STAGES)
-                    mbarrier.wait(k_full.index(stage), phase, pred=tiles > 2)
-                    for tile in range(1, gl.minimum(masked, tiles - 1)):
-                        s, acc, m, sums, pairs, count = _step_ahead(
-                            s, acc, m, sums, pairs, count, tile, tiles, masked, strip, rows, scale, cap,
-                            bars, gate, q, bufs, D, BN, STAGES, CAPPED, SKIP, TREE, 0, True, False,
-                        )  # fmt: skip
-                    start = gl.maximum(masked, 1)
-                    if AHEAD == 2:
-                        twos = gl.maximum(tiles - 1 - start, 0) // 2
-                        for two in range(twos):
-                            for half in gl.static_range(2):
-                                s, acc, m, sums, pairs, count = _step_ahead(
-                                    s, acc, m, sums, pairs, count, start + 2 * two + half, tiles, masked, strip, rows,
-                                    scale, cap, bars, gate, q, bufs, D, BN, STAGES, CAPPED, SKIP, TREE, SHARE,
-                                    False, False,
-                                )  # fmt: skip
-                        start += 2 * twos
-                    for tile in range(start, tiles - 1):
-                        s, acc, m, sums, pairs, count = _step_ahead(
-                            s, acc, m, sums, pairs, count, tile, tiles, masked, strip, rows, scale, cap,
-                            bars, gate, q, bufs, D, BN, STAGES, CAPPED, SKIP, TREE, SHARE, False, False,
-                        )  # fmt: skip
-                    mbarrier.arrive(q_free.index(g), count=1)
-                    s, acc, m, sums, pairs, count = _step_ahead(
-                        s, acc, m, sums, pairs, count, tiles - 1, tiles, masked, strip, rows, scale, cap,
-                        bars, gate, q, bufs, D, BN, STAGES, CAPPED, SKIP, TREE, 0, True, True,
-                    )  # fmt: skip
-                else:
-                    mbarrier.arrive(q_free.index(g), count=1)
-            else:
-                alpha = gl.full([M], 1.0, gl.float32, s_rows)
-                for tile in range(1, masked):
-                    acc, m, sums, pairs, alpha, count, turn = _step(
-                        g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
-                        bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        LATE, DEFER, SKIP, TREE, 0, True,
-                    )  # fmt: skip
-                for tile in range(gl.maximum(masked, 1), tiles):
-                    acc, m, sums, pairs, alpha, count, turn = _step(
-                        g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
-                        bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        LATE, DEFER, SKIP, TREE, SHARE, False,
-                    )  # fmt: skip
-                mbarrier.arrive(q_free.index(g), count=1)
-                if DEFER:
-                    acc = _rescaled(acc, alpha, SKIP)
+            alpha = gl.full([M], 1.0, gl.float32, s_rows)
+            for tile in range(1, masked):
+                acc, m, sums, pairs, alpha, count, turn = _step(
+                    g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                    bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, True,
+                )  # fmt: skip
+            for tile in range(gl.maximum(masked, 1), tiles):
+                acc, m, sums, pairs, alpha, count, turn = _step(
+                    g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                    bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, False,
+                )  # fmt: skip
+            mbarrier.arrive(q_free.index(g), count=1)
+            acc = _rescaled(acc, alpha)
             stage, phase = _slot(count, STAGES)
             mbarrier.wait(v_full.index(stage), phase)
             p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
@@ -471,8 +331,6 @@ def forward(
     q, k0, v0, k1, v1, k2, v2, out, lse, out_row, out_head, lse_head, scale, cap, table, items, bounds,
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, CAPPED: gl.constexpr, REGISTERS: gl.constexpr,
-    AHEAD: gl.constexpr, LATE: gl.constexpr, DEFER: gl.constexpr, SKIP: gl.constexpr, TREE: gl.constexpr,
-    SHARE: gl.constexpr,
 ):  # fmt: skip
     """See :func:`apb.kernels.fused.launch`. A program computes the items that ``bounds`` gives it, in their order."""
     q_bufs = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 64, D], q.layout)
@@ -503,20 +361,15 @@ def forward(
     # fmt: off
     if GROUPS == 2:
         gl.warp_specialize([
-            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        AHEAD, LATE, DEFER, SKIP, TREE, SHARE)),
-            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        AHEAD, LATE, DEFER, SKIP, TREE, SHARE)),
+            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
             (_produce, (descs, work, storage, H, GROUP, BN, GROUPS, STAGES)),
         ], [4, 1], [REGISTERS, 24])
     else:
         gl.warp_specialize([
-            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        AHEAD, LATE, DEFER, SKIP, TREE, SHARE)),
-            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        AHEAD, LATE, DEFER, SKIP, TREE, SHARE)),
-            (_consume, (2, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED,
-                        AHEAD, LATE, DEFER, SKIP, TREE, SHARE)),
+            (_consume, (0, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (1, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
+            (_consume, (2, factors, target, work, storage, H, D, BN, GROUPS, STAGES, PING_PONG, CAPPED)),
             (_produce, (descs, work, storage, H, GROUP, BN, GROUPS, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, 24])
     # fmt: on
