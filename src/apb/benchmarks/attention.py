@@ -2,7 +2,9 @@
 
 The work is what APB gives one rank in one layer. What a competitor needs concatenated is concatenated before the clock
 starts. FLOPs are those of unmasked query/key pairs; errors are against fp64, on a sample of rows and heads. The kernels
-of a shape take turns: a GPU's clock follows its power and heat, and all of them should meet the same.
+of a shape take turns: a GPU's clock follows its power and heat, and all of them should meet the same. A turn is long
+enough for the clock to settle where the kernel's own power puts it, as it does in a prefill; what comes before that is
+not timed.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from ..hardware import synchronize
 from ..kernels.segment import Segment
 from .attention_kernels import KERNELS, Result
 
-# A turn is as many calls as fill this time, so that short ones are not lost in the clock's.
-_FILL_S = 0.03
+# A turn is as many calls as fill this time, at least two; those of its first quarter, at least one, are not timed.
+_TURN_S, _UNTIMED = 0.2, 0.25
 _SAMPLED_ROWS, _SAMPLED_HEADS = 256, 3
 
 
@@ -192,30 +194,34 @@ def _checked(
 
 def _in_turns(calls: dict[str, Callable[[], Result]], device: torch.device, repeat: int) -> dict[str, list[float]]:
     """Seconds a call of every kernel, ``repeat`` times: all take one turn, then all take the next."""
-    counts = {name: max(1, round(_FILL_S / _turn(call, device, 1))) for name, call in calls.items()}
+    counts = {}
+    for name, call in calls.items():
+        fit = _TURN_S / _turn(call, device, 1, 1)
+        counts[name] = [max(1, round(share * fit)) for share in (_UNTIMED, 1 - _UNTIMED)]
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeat):
         for name, call in calls.items():
-            seconds[name].append(_turn(call, device, counts[name]))
+            seconds[name].append(_turn(call, device, *counts[name]))
     return seconds
 
 
-def _turn(call: Callable[[], Result], device: torch.device, count: int) -> float:
-    """Seconds a call, the mean of ``count``. One more comes first: a GPU computes it while the others are launched."""
+def _turn(call: Callable[[], Result], device: torch.device, untimed: int, timed: int) -> float:
+    """Seconds a call, the mean of ``timed`` after ``untimed``; a GPU computes these while the others are launched."""
     synchronize(device)
-    call()
+    for _ in range(untimed):
+        call()
     if device.type == "cuda":
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(count):
+        for _ in range(timed):
             call()
         stop.record()
         stop.synchronize()
-        return float(start.elapsed_time(stop)) / 1e3 / count
+        return float(start.elapsed_time(stop)) / 1e3 / timed
     began = time.perf_counter()
-    for _ in range(count):
+    for _ in range(timed):
         call()
-    return (time.perf_counter() - began) / count
+    return (time.perf_counter() - began) / timed
 
 
 def _timed(row: Row, shape: Shape, element_bytes: int, seconds: list[float], fastest: list[float]) -> Row:
