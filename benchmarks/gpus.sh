@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The figures that need GPUs. Usage: benchmarks/gpus.sh FOLDER PART ...
 #   tests       the tests that need a GPU, or two                                      about 120 s
+#   sanitize    every kernel on small shapes under compute-sanitizer                   about 120 s
 #   attention   every attention kernel on APB's shapes, with its error                 about 60 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 128K and 256K      about 200 s
 #   decode      a token after 32K and 128K, with and without CUDA graphs               about 60 s
@@ -30,6 +31,12 @@ bench() { "$python" -m apb.cli.main bench "$@"; }
 for part; do
   case $part in
     tests) timeout 150 "$python" -m pytest -q tests/gpu ;;
+    sanitize)
+      for tool in memcheck racecheck initcheck; do
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool $tool --error-exitcode 1 \
+          "$python" tests/gpu/small_shapes.py > "$out/$tool.txt" 2>&1
+        echo "$tool: exit status $?; $(tail -n 1 "$out/$tool.txt")"
+      done ;;
     attention) bench attention --out "$out/attention_h200.json" ;;
     prefill)  # blocks of 16K
       for length in 131072 262144; do

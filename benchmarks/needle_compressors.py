@@ -22,11 +22,11 @@ from needle_cells import Cell, arguments_of, measure
 from torch import Tensor
 
 from apb.compressors import COMPRESSORS, BlockView, Compressor, Retaining, make_compressor
-from apb.compressors.base import pool
 from apb.engine import Engine
 from apb.evaluation.synthetic import Setting
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.loading import load_config, shipped_model
+from apb.kernels.selection import pool
 from apb.plan import Plan, Tokens
 from apb.prompt import Prompt
 from apb.session import Session
@@ -51,18 +51,20 @@ class QueryMax(Compressor):
     """The strongest query row and head of the group instead of their mean."""
 
     name = "query, max over rows"
+    pooled = True
 
     def score(self, view: BlockView) -> Tensor:
-        return pool(attention_of(view).amax(1))
+        return attention_of(view).amax(1)
 
 
 class QueryValues(Compressor):
     """The mean attention times the norm of the value that it would bring."""
 
     name = "query, times value norm"
+    pooled = True
 
     def score(self, view: BlockView) -> Tensor:
-        return pool(attention_of(view).mean(1) * view.v.float().norm(dim=2).T)
+        return attention_of(view).mean(1) * view.v.float().norm(dim=2).T
 
 
 class QueryUnpooled(Compressor):
@@ -82,7 +84,7 @@ class HeadsAndQuery(Compressor):
 
     def score(self, view: BlockView) -> Tensor:
         both = (heads_for(view.k.dtype, view.k.device).score(view), make_compressor("query").score(view))
-        return torch.stack([scores.argsort(1).argsort(1).float() for scores in both]).amax(0)
+        return torch.stack([pool(scores).argsort(1).argsort(1).float() for scores in both]).amax(0)
 
 
 @cache

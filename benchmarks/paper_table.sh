@@ -1,31 +1,94 @@
 #!/usr/bin/env bash
 # The paper's comparison (its tables 14, 16 and 18) on this machine's GPUs, however many there are, in under 10 minutes.
-# Usage: benchmarks/paper_table.sh FOLDER [GPUS]; writes FOLDER/paper_<part>_<GPUS>gpu.json and prints the tables.
-# What does not fit in memory, or into the seconds allowed for it, is left out with a sentence.
+#
+# Usage: benchmarks/paper_table.sh FOLDER [RANKS]     RANKS: by default as many as there are GPUs
+# Writes FOLDER/paper_<part>_<RANKS>gpu.json as it goes, and from all of these at the end paper_<RANKS>gpu.md, its plots,
+# and the same as one page, paper_<RANKS>gpu.html. What does not fit in memory, or in the time, is left out with a
+# sentence. The parts, the most telling first:
+#   short   32K, 64K, 128K by all strategies
+#   long    256K, 512K by those that share the prompt
+#   decode  a token after 32K and 128K
+#   blocks  apb in four times as many blocks, 128K to 512K
+#   layer   one layer of full attention at 256K and 512K, where all of them take too long
+#   1m      1M by apb, star and ring
+#
+# From the environment: PARTS="layer 1m" (these alone: what an earlier call had no time for), LIMIT=120 (seconds for all),
+# MODEL=models/needle (a checkpoint instead of Llama-3.1-8B's shape with random weights), DIVIDE=64 (lengths divided by
+# that). To try it without a GPU: MODEL=models/needle DIVIDE=64 benchmarks/paper_table.sh FOLDER 2
 set -u
-cd "$(dirname "$0")/.."
-out=${1:?usage: benchmarks/paper_table.sh FOLDER [GPUS]}
-mkdir -p "$out"
+trap 'exit 130' INT
+cd "$(dirname "$0")/.." || exit 1
+out=${1:?usage: benchmarks/paper_table.sh FOLDER [RANKS]}
+mkdir -p "$out" || exit 2
 export PYTHONPATH=src PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
-python=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)
-gpus=${2:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
-[ "$gpus" -ge 1 ] || { echo "paper_table.sh needs a GPU, and torch sees none." >&2; exit 2; }
-blocks=$((gpus > 8 ? gpus : 8))
-bench() { "$python" -m apb.cli.main bench "$@" --random-weights llama-3.1-8b --ranks "$gpus"; }
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+ranks=${2:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+  echo "There are '$ranks' GPUs to run on; without any, say how many ranks: benchmarks/paper_table.sh FOLDER 2" >&2
+  exit 2
+}
+every="short long decode blocks layer 1m"
+parts=${PARTS:-$every}
+for name in $parts; do
+  [[ " $every " == *" $name "* ]] || { echo "Unknown part $name; choose of: $every." >&2; exit 2; }
+done
+divide=${DIVIDE:-1}
+limit=${LIMIT:-570}
+model=(--random-weights llama-3.1-8b)
+[ -z "${MODEL:-}" ] || model=(--model "$MODEL")
 
-# The paper's eight blocks, anchor and passing lengths (table 8), for every length; full attention is one GPU's.
-while read -r length anchor passing seconds; do
-  timeout 200 bash -c "$(declare -f bench); python='$python' gpus=$gpus; bench prefill --length $length --strategy full \
-    --strategy ulysses --strategy ring --strategy star --strategy apb --blocks $blocks --anchor-length $anchor \
-    --passing-length $passing --repeat 3 --max-seconds $seconds --out '$out/paper_${length}_${gpus}gpu.json'" ||
-    echo "The part for $length tokens was stopped or failed; what was measured until then is in its file." >&2
-done <<'LENGTHS'
-32768 1024 512 8
-65536 2048 1024 12
-131072 4096 2048 25
-262144 8192 4096 30
-524288 8192 8192 40
-1048576 4096 2048 60
-LENGTHS
-timeout 60 bash -c "$(declare -f bench); python='$python' gpus=$gpus; bench decode --length 32768 --length 131072 \
-  --out '$out/paper_decode_${gpus}gpu.json'" || echo "The part for decode was stopped or failed." >&2
+# The paper's eight blocks; the plan's own anchor and passing lengths are then those of its table 8.
+blocks=$((ranks > 8 ? ranks : 8))
+# More of them leave less to attend to, and give every rank early and late ones. Not below 4K, the paper's shortest.
+more=$((4 * blocks))
+sharing=(--strategy apb --strategy star --strategy ring --strategy ulysses)
+if [ "$ranks" = 1 ]; then
+  sharing=(--strategy apb --strategy star)
+  echo "On one rank ring and ulysses are full attention: left out." >&2
+fi
+# Seconds that a strategy may take at a length: few ranks take longer, and have less to measure in the same time.
+patience=$((ranks > 7 ? 40 : ranks > 1 ? 70 : 100))
+
+# part NAME MOST LEAST LENGTHS COMMAND OPTION...: one call of apb bench, with MOST seconds at most, if LEAST are left.
+part() {
+  local name=$1 most=$2 least=$3 file="$out/paper_$1_${ranks}gpu.json" left=$((limit - 20 - SECONDS)) status length
+  local lengths=() wanted=$4 command=$5
+  shift 5
+  [[ " $parts " == *" $name "* ]] || return
+  rm -f "$file"
+  [ -n "$wanted" ] || { echo "Part $name: left out, its blocks would be shorter than 4K." >&2; return; }
+  [ "$left" -ge "$least" ] || { echo "Part $name: left out, $left seconds are left for it." >&2; return; }
+  for length in $wanted; do lengths+=(--length $((length / divide))); done
+  # An interrupt, not a kill: apb then ends the processes that it started.
+  timeout --foreground --signal INT --kill-after 20 $((left < most ? left : most)) \
+    "$python" -m apb.cli.main bench "$command" "${lengths[@]}" "${model[@]}" "$@" --out "$file"
+  status=$?
+  [ "$status" = 0 ] || echo "Part $name: stopped (status $status); what it had measured is in its file." >&2
+  rm -f "${file%.json}"_*.svg  # one of all parts follows
+}
+
+several=(--ranks "$ranks" --blocks $blocks)
+part short 220 30 "32768 65536 131072" prefill --strategy full "${sharing[@]}" "${several[@]}" --max-seconds 30
+part long 300 60 "262144 524288" prefill "${sharing[@]}" "${several[@]}" --repeat 1 --max-seconds $patience
+part decode 60 30 "32768 131072" decode "${several[@]}"
+long=""
+for length in 131072 262144 524288; do
+  [ $((length / more)) -lt 4096 ] || long+=" $length"
+done
+part blocks 120 40 "$long" prefill --strategy apb --ranks "$ranks" --blocks $more --repeat 1 --max-seconds $patience
+if [ -z "${MODEL:-}" ]; then
+  part layer 60 40 "262144 524288" prefill --strategy full --layers 1 --ranks 1 --repeat 1 --max-seconds 20
+else
+  echo "Part layer: left out, a checkpoint has all its layers." >&2
+fi
+# The anchor and passing lengths that the paper had at 1M (its figure 1).
+part 1m 300 60 1048576 prefill "${sharing[@]:0:6}" "${several[@]}" \
+  --anchor-length $((4096 / divide)) --passing-length $((2048 / divide)) --repeat 1 --max-seconds 150
+
+shopt -s nullglob
+results=("$out"/paper_*_"${ranks}gpu.json")
+[ ${#results[@]} -gt 0 ] || { echo "Nothing was measured." >&2; exit 1; }
+report=("$python" -m apb.cli.main report "${results[@]}" --out)
+"${report[@]}" "$out/paper_${ranks}gpu.md" || exit 1
+"${report[@]}" "$out/paper_${ranks}gpu.html" || echo "No page, but the tables as Markdown." >&2
+echo "paper_table.sh: $SECONDS seconds; the tables are in $out/paper_${ranks}gpu.md" >&2

@@ -84,7 +84,7 @@ class Case:
         def score(layer: int, index: int) -> Tensor:
             block = plan.block(index)
             empty = torch.empty(len(block), self.kv_heads, 0)
-            return make_compressor("random", seed=self.seed).score(BlockView(layer, block, empty, empty, empty, 1.0))
+            return make_compressor("random", seed=self.seed).score(BlockView(layer, block, empty, empty, empty, 1.0, 0))
 
         return score
 
@@ -112,6 +112,10 @@ CASES = {
     "four heads share keys": Case(4, heads=8, kv_heads=2),
     "eight heads share keys": Case(4, heads=8, kv_heads=1),
     "recent": Case(4, compressor="recent"),
+    "query-edge": Case(4, compressor="query-edge", passing_length=8),
+    "query-edge, blocks shorter than what they may pass": Case(
+        5, document=31, passing_length=9, compressor="query-edge"
+    ),
     "random": Case(4, compressor="random", seed=3),
     "retaining": Case(4, compressor="retaining"),
     "retaining, qwen3": Case(3, compressor="retaining", family="qwen3"),

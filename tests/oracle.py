@@ -199,12 +199,13 @@ def dense_prefill(
     rounds: int = 1,
 ) -> OracleResult:
     """Prefill by strategy "apb" or "star"; one block is plain causal attention under either.
-    compressor: "query", "recent", "retaining" (needs `heads`: a heads file's tensors by name), None (nothing passed).
+    compressor: "query", "query-edge" (a block's last min(32, passing_length // 4) tokens before all others), "recent",
+    "retaining" (needs `heads`: a heads file's tensors by name), None (nothing passed).
     score(layer, block), both counted from 0, gives (kv_heads, tokens of the block, prefix included) in the compressor's
     place; these scores are used as they are, not pooled. star ignores compressor, score and passing_length, and its
     anchor_length is the number of block 1's first tokens that later blocks see (None: all).
     rounds: the query's rows of a round see the blocks up to that round, and score those of that round."""
-    if passing_length < 0 or (score is None and compressor not in ("query", "recent", "retaining", None)):
+    if passing_length < 0 or (score is None and compressor not in ("query", "query-edge", "recent", "retaining", None)):
         raise ValueError(f"a negative passing_length, or an unknown compressor: {passing_length}, {compressor!r}")
     layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     passes = strategy == "apb" and blocks > 1 and passing_length > 0 and (compressor is not None or score is not None)
@@ -233,6 +234,9 @@ def dense_prefill(
                     else:
                         copy = layout.copies[round_of(number, layout)]
                         raw = query_scores(attention, q[:, copy.start : copy.stop], k[:, own])
+                        if compressor == "query-edge":  # 2: above every share of attention
+                            edge = min(32, passing_length // 4)
+                            raw = raw + 2.0 * torch.tensor([t >= len(block) - edge for t in range(len(block))])
                     pooled = pool(raw)
                 assert raw.shape == (k.shape[0], len(block)), "one score per KV head and token of the block"
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pooled, strict=True)]

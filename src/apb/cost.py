@@ -10,9 +10,9 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .halo import sent_rows
 from .memory import activations
-from .plan import METHODS, Anchor, Kind, Plan, kv_heads_of
+from .plan import METHODS, Kind, Plan
+from .traffic import Sent, gathered_rows, sent
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,25 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates that the hardware reaches: FLOP/s in linear maps and attention, bytes/s between devices and in memory."""
+    """Rates that the hardware reaches.
+
+    Attributes:
+        linear, attention: FLOP/s in linear maps and in attention.
+        link: bytes/s that a device sends to others of its host; 0 where there are none.
+        memory: bytes/s read and written on a device.
+        network: bytes/s that a device sends to other hosts, through an adapter of its own; 0 where there are none.
+    """
 
     linear: float
     attention: float
     link: float
     memory: float = math.inf
+    network: float = 0.0
 
     @property
     def arithmetic(self) -> Ceilings:
         """The same, were bytes for nothing: what FLOPs alone take is the floor."""
-        return Ceilings(self.linear, self.attention, math.inf)
+        return Ceilings(self.linear, self.attention, math.inf, network=math.inf)
 
 
 # Measured with bf16 and random data: large matrix products, causal attention of 32K rows through cuDNN, a 256 MB
@@ -91,12 +99,17 @@ KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank does in prefill. ``moved_bytes``: read and written between linear maps and attention."""
+    """What one rank does in prefill.
+
+    Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see traffic.py). ``moved_bytes`` are read and written
+    between linear maps and attention.
+    """
 
     linear_flops: int
     attention_flops: int
     scoring_flops: int
     sent_bytes: int
+    network_bytes: int
     moved_bytes: int
     weight_bytes: int
     cache_bytes: int
@@ -112,30 +125,37 @@ class RankCost:
         """All floating-point operations."""
         return self.linear_flops + self.attention_flops + self.scoring_flops
 
-    def seconds(self, ceilings: Ceilings) -> float:
-        """Time at the ceilings, with nothing overlapped."""
-        return (
-            self.linear_flops / ceilings.linear
-            + (self.attention_flops + self.scoring_flops) / ceilings.attention
-            + (self.sent_bytes / ceilings.link if self.sent_bytes else 0.0)
-            + self.moved_bytes / ceilings.memory
+    def seconds(self, ceilings: Ceilings, hidden: bool = False) -> float:
+        """Time at the ceilings; ``hidden``: what is sent is on its way while attention is computed, else before it."""
+        attention = (self.attention_flops + self.scoring_flops) / ceilings.attention
+        sending = self.sending_seconds(ceilings)
+        others = self.linear_flops / ceilings.linear + self.moved_bytes / ceilings.memory
+        return others + (max(attention, sending) if hidden else attention + sending)
+
+    def sending_seconds(self, ceilings: Ceilings) -> float:
+        """Time to send: what stays in the host and what leaves it go at once, and the slower of the two counts."""
+        inside = self.sent_bytes - self.network_bytes
+        return max(
+            inside / ceilings.link if inside else 0.0,
+            self.network_bytes / ceilings.network if self.network_bytes else 0.0,
         )
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs: every rank's part."""
+    """What a plan costs: every rank's part. ``overlaps``: whether its strategy computes while it sends."""
 
     ranks: tuple[RankCost, ...]
+    overlaps: bool
 
     @property
     def flops(self) -> int:
         """Over all ranks."""
         return sum(rank.flops for rank in self.ranks)
 
-    def seconds(self, ceilings: Ceilings) -> float:
-        """The slowest rank's time."""
-        return max(rank.seconds(ceilings) for rank in self.ranks)
+    def seconds(self, ceilings: Ceilings, hidden: bool = False) -> float:
+        """The slowest rank's time; ``hidden``: with all hidden that the strategy can hide, else nothing."""
+        return max(rank.seconds(ceilings, hidden and self.overlaps) for rank in self.ranks)
 
     def to_dict(self, ceilings: Ceilings | None = None) -> dict[str, Any]:
         """Totals, the largest rank's bytes, and the ranks one by one."""
@@ -144,22 +164,35 @@ class Cost:
             "linear_flops": sum(rank.linear_flops for rank in self.ranks),
             "attention_flops": sum(rank.attention_flops + rank.scoring_flops for rank in self.ranks),
             "sent_bytes_per_rank": max(rank.sent_bytes for rank in self.ranks),
+            "network_bytes_per_rank": max(rank.network_bytes for rank in self.ranks),
             "cache_bytes_per_rank": max(rank.cache_bytes for rank in self.ranks),
             "peak_bytes_per_rank": max(rank.peak_bytes for rank in self.ranks),
             "seconds": None if ceilings is None else self.seconds(ceilings),
+            "hidden_seconds": None if ceilings is None else self.seconds(ceilings, hidden=True),
             "per_rank": [asdict(rank) | {"flops": rank.flops, "peak_bytes": rank.peak_bytes} for rank in self.ranks],
         }
 
 
-def predict(plan: Plan, model: ModelShape, element_bytes: int = 2, compressor: str = "query") -> Cost:
-    """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number."""
-    return Cost(tuple(_rank(plan, rank, model, element_bytes, compressor) for rank in range(plan.ranks)))
+def predict(
+    plan: Plan,
+    model: ModelShape,
+    element_bytes: int = 2,
+    compressor: str = "query",
+    ranks_per_host: int | None = None,
+) -> Cost:
+    """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number.
+
+    ``ranks_per_host``: how many consecutive ranks share a host; None: all of them.
+    """
+    sending = [sent(plan, rank, model, element_bytes, ranks_per_host) for rank in range(plan.ranks)]
+    ranks = (_rank(plan, rank, model, element_bytes, compressor, each) for rank, each in enumerate(sending))
+    return Cost(tuple(ranks), METHODS[plan.strategy].overlaps)
 
 
-def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str) -> RankCost:
+def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str, sending: Sent) -> RankCost:
     contexts = plan.contexts()
-    gathered = _gathered_rows(plan)
-    rows = pairs = scored = kept = widest = 0
+    gathered = gathered_rows(plan)
+    rows = pairs = query_pairs = scored = kept = widest = 0
     for round in range(plan.rounds):
         widest = max(widest, activations(plan, rank, round, model, gathered[round]))
         for span in plan.spans(rank, round):
@@ -171,21 +204,26 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
                 kept += length
                 pairs += _block_pairs(plan, length, contexts[span.block])
                 scored += length if plan.passed(span.block) else 0
-        pairs += plan.query * kept  # the query goes along in every round
+        query_pairs += plan.query * kept  # the query goes along in every round
         if rank == plan.tail_rank:
-            pairs += plan.query * (plan.query + 1) // 2
+            query_pairs += plan.query * (plan.query + 1) // 2
+    heads = model.heads
+    if METHODS[plan.strategy].scatters_heads:  # a share of the heads, of all blocks' rows
+        heads = model.heads * (rank + 1) // plan.ranks - model.heads * rank // plan.ranks
+        pairs = sum(_block_pairs(plan, len(block), contexts[block.index]) for block in plan.all_blocks())
     kept += plan.query if rank == plan.tail_rank else 0
     sliding = model.sliding(plan.total)
     exact_layers = sum(sliding.values())
-    all_pairs = (model.layers - exact_layers) * pairs
-    all_pairs += sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
+    attended = (model.layers - exact_layers) * (heads * pairs + model.heads * query_pairs)
+    attended += model.heads * sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
     if plan.rounds > 1:  # what later rounds see of earlier ones, of every layer
         widest += contexts[-1] * model.cache_row
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
-        attention_flops=4 * model.heads * model.head_dim * all_pairs,
+        attention_flops=4 * model.head_dim * attended,
         scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
-        sent_bytes=_sent(plan, rank, model, element_bytes),
+        sent_bytes=sending.total,
+        network_bytes=sending.leaving,
         moved_bytes=rows * model.layers * _moved(model) * element_bytes,
         weight_bytes=model.parameters * element_bytes,
         cache_bytes=kept * model.cache_row * element_bytes,
@@ -232,47 +270,9 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
     return pairs
 
 
-def _gathered_rows(plan: Plan) -> list[int]:
-    """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
-    if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
-        return [0] * plan.rounds
-    widths = [[0] * plan.ranks for _ in range(plan.rounds)]
-    for rank in range(plan.ranks):
-        start, stop = plan.anchor_share(rank)
-        widths[0][rank] += stop - start
-        for block in plan.owned(rank):
-            widths[block.round][rank] += plan.passed(block.index)
-    return [max(width) for width in widths]
-
-
-def _sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int) -> int:
-    """Bytes a rank sends over all layers of a prefill."""
-    others = plan.ranks - 1
-    # Partial outputs and lse of the query's rows, in fp32, in every round.
-    query = plan.rounds * plan.query * model.heads * (model.head_dim + 1) * model.layers * 4
-    rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
-    sliding = model.sliding(plan.total)
-    layers = model.layers - sum(sliding.values())
-    halos = sum(count * sent_rows(plan, window)[rank] for window, count in sliding.items()) * model.pair_width
-    if plan.strategy == "ring":
-        document = others * max(rows) * model.pair_width
-    elif plan.strategy == "ulysses":
-        # q, k and v of this rank's rows go to the ranks that have the heads, and the outputs of theirs go back.
-        share, group = max(model.heads // plan.ranks, 1), model.heads // model.kv_heads
-        sent = 0
-        for other in range(plan.ranks):
-            if other != rank:
-                kv_heads = len(kv_heads_of(other * share, share, group))
-                sent += rows[rank] * (share + 2 * kv_heads) + rows[other] * share
-        document = sent * model.head_dim
-    else:
-        document = others * sum(_gathered_rows(plan)) * model.pair_width
-    return (layers * document + halos) * element_bytes + others * query
-
-
 def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
     """FLOPs of a layer to score one token."""
-    if compressor == "query":
+    if compressor in ("query", "query-edge"):
         return 2 * plan.query * model.heads * model.head_dim
     if compressor == "retaining":
         features = (model.heads + 2 * model.kv_heads) * model.head_dim

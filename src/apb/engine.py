@@ -129,11 +129,6 @@ class Engine:
         """
         return cls(model, tokenizer, **options)
 
-    @property
-    def memory(self) -> int:
-        """Bytes that every rank may use."""
-        return self._hardware.memory
-
     def close(self) -> None:
         """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
         if not self._closed:

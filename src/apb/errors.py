@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class DoesNotFit(InputError):
+    """A request that makes sense, and is more than this machine's memory or this model's heads allow."""
+
+
 class Cancelled(RuntimeError):
     """The caller said, while a prompt was being read, that it is not wanted any more."""
 

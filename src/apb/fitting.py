@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .cost import Cost, ModelShape, predict
-from .errors import InputError
+from .errors import DoesNotFit
 from .plan import METHODS, Anchor, Plan
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ MOST_RANKS = 64
 
 
 def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: str) -> None:
-    """InputError, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
+    """DoesNotFit, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
     answer = new_tokens * shape.cache_row * hardware.element_bytes
     room = hardware.memory - answer
 
@@ -29,7 +29,7 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
         return
     ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
     most = max(ranks, key=lambda rank: rank.peak_bytes)
-    raise InputError(
+    raise DoesNotFit(
         f"Reading {plan.total:,} tokens with {plan.strategy!r} on {plan.ranks} rank{'s' * (plan.ranks > 1)} needs "
         f"{_gib(most.peak_bytes + answer)} a rank (weights {_gib(most.weight_bytes)}, cache "
         f"{_gib(most.cache_bytes + answer)}, activations {_gib(most.activation_bytes)}), "

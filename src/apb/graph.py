@@ -67,8 +67,9 @@ class Step:
         self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
 
         def attend(layer: Layer) -> Tensor:
-            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length)
-            if group.size == 1:
+            alone = group.size == 1
+            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length, partial=not alone)
+            if alone:
                 return out
             return merge_over_ranks(layer, out, lse, group).wait()
 

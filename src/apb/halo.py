@@ -6,7 +6,6 @@ and those that another rank holds are sent. The anchor's rows, where there are a
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 from .plan import Kind, Plan, Span
@@ -55,11 +54,11 @@ def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
     return found
 
 
-def sent_rows(plan: Plan, window: int) -> list[int]:
-    """For every rank, how many keys it sends to others on a layer with such a window, in all rounds."""
-    sent: dict[int, int] = defaultdict(int)
+def sent_rows(plan: Plan, window: int) -> list[list[int]]:
+    """``[sender][receiver]``: keys sent on a layer with such a window, in all rounds; 0 from a rank to itself."""
+    sent = [[0] * plan.ranks for _ in range(plan.ranks)]
     for round in range(plan.rounds):
         for piece in pieces(plan, window, round):
             if piece.sender != piece.receiver:
-                sent[piece.sender] += len(piece)
-    return [sent[rank] for rank in range(plan.ranks)]
+                sent[piece.sender][piece.receiver] += len(piece)
+    return sent

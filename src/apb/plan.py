@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 
-from .errors import InputError
+from .errors import DoesNotFit, InputError
 
 # Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
 SHORTEST_WORTH_CUTTING = 8192
@@ -61,14 +61,16 @@ class Method:
     scatters_heads: bool = False
     # Whether blocks can be read round by round, with what later blocks see of earlier ones kept.
     in_rounds: bool = False
+    # Whether attention is computed while keys and values are on their way.
+    overlaps: bool = False
 
 
 # One line per strategy; its attention lives in strategies/<name>.py.
 METHODS: dict[str, Method] = {
     "full": Method(exact=True, blocks=lambda ranks: 1),
-    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY, in_rounds=True),
+    "apb": Method(exact=False, anchor=Anchor.WITH_QUERY, in_rounds=True, overlaps=True),
     "star": Method(exact=False, anchor=Anchor.FIRST_BLOCK, in_rounds=True),
-    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks),
+    "ring": Method(exact=True, blocks=lambda ranks: 2 * ranks, overlaps=True),
     "ulysses": Method(exact=True, blocks=lambda ranks: ranks, scatters_heads=True),
     "minference": Method(exact=False, blocks=lambda ranks: 1, sparse=True),
 }
@@ -342,9 +344,9 @@ def method_of(strategy: str) -> Method:
 
 
 def check_heads(strategy: str, heads: int, ranks: int) -> None:
-    """InputError where a strategy scatters query heads over ranks that do not divide them."""
+    """DoesNotFit where a strategy scatters query heads over ranks that do not divide them."""
     if METHODS[strategy].scatters_heads and heads % ranks:
-        raise InputError(
+        raise DoesNotFit(
             f"The strategy {strategy!r} needs query heads that divide by the ranks, and {heads} do not divide by "
             f"{ranks}; use another number of ranks, or the strategy 'ring'."
         )

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compressors import check_compressor
+from .compressors import check_compressor, default_compressor
 from .cost import Ceilings, Cost, ModelShape, predict
 from .errors import InputError
 from .fitting import check_memory, peak
@@ -30,8 +30,8 @@ class Reading:
             fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
         blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
         rounds: forward passes that the blocks are read in; by default one, or as many as make it fit into memory.
-        compressor: "query", "retaining", "recent" or "random"; by default "retaining" where heads are given, else
-            "query".
+        compressor: "query-edge", "query", "retaining", "recent" or "random"; by default "retaining" where heads are
+            given, else "query-edge".
         heads: file of retaining heads.
         allow_extrapolation: go beyond the positions that the model was trained for.
         approximate: allow "auto" to choose a strategy that is not exact.
@@ -57,7 +57,7 @@ class Reading:
     @property
     def scorer(self) -> str:
         """The compressor's name, with the default filled in."""
-        return self.compressor or ("retaining" if self.heads else "query")
+        return self.compressor or default_compressor(self.heads is not None)
 
     def plan(
         self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int, tensor: int = 1

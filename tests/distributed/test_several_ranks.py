@@ -11,7 +11,7 @@ import families
 import rank_work
 from apb.cost import predict
 from apb.distributed.launch import launch
-from apb.errors import InputError, RankError
+from apb.errors import DoesNotFit, InputError, RankError
 from apb.hf.loading import model_shape
 from apb.plan import Plan
 from cases import CASES, check
@@ -152,10 +152,11 @@ def test_a_rank_that_fails_ends_the_others() -> None:
         launch(rank_work.fail_on_rank_1, 2, ValueError)
 
 
-def test_what_only_a_rank_finds_wrong_is_still_wrong_input() -> None:
-    """An InputError that a rank raises comes out of the launcher as one, with its own sentence."""
+@pytest.mark.parametrize("error", [InputError, DoesNotFit])
+def test_what_only_a_rank_finds_wrong_is_still_wrong_input(error: type[InputError]) -> None:
+    """An InputError of any kind that a rank raises comes out of the launcher as one, with its own sentence."""
     with pytest.raises(InputError, match=r"^the reason$"):
-        launch(rank_work.fail_on_rank_1, 2, InputError)
+        launch(rank_work.fail_on_rank_1, 2, error)
 
 
 def test_records_are_of_different_plans(records: Records) -> None:

@@ -20,7 +20,7 @@ def main() -> None:
         plans = {"full": {}, "ring": {}, "ulysses": {}}
         if length > 100:
             plans |= {
-                "apb": {"blocks": 5, "anchor_length": 40, "passing_length": 16},
+                "apb": {"blocks": 5, "anchor_length": 40, "passing_length": 16, "compressor": "query"},
                 "star": {"blocks": 5, "anchor_length": 30},
             }
         for strategy, options in plans.items():

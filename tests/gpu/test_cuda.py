@@ -80,7 +80,8 @@ def test_apb_is_the_oracle(blocks):
         model, prompt().prefix, prompt().document, prompt().query, blocks=blocks, anchor_length=40, passing_length=16
     )
     assert expected.margins > 1e-4, "the selection of this seed is a coin toss: take another"
-    engine = Engine.from_model(model.cuda(), strategy="apb", blocks=blocks, anchor_length=40, passing_length=16)
+    options = {"blocks": blocks, "anchor_length": 40, "passing_length": 16, "compressor": "query"}
+    engine = Engine.from_model(model.cuda(), strategy="apb", **options)
     session = engine.prefill(prompt())
     assert (session.logits.cpu() - expected.logits).abs().max().item() < 1e-4
     for layer, (keys, values) in enumerate(zip(expected.keys, expected.values, strict=True)):

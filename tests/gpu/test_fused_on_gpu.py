@@ -153,6 +153,35 @@ def test_softcap(kernel: str) -> None:
     check(out, lse, (torch.einsum("hrk,khd->rhd", logits.softmax(-1), v.double()), logits.logsumexp(-1)))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("value", [math.nan, -3e4])
+@pytest.mark.parametrize("head_dim", list(HOPPER))
+def test_one_head_apart(head_dim: int, value: float, kernel: str) -> None:
+    """A head whose rows all have logits far below the others', or none that are numbers, changes no other head."""
+    torch.manual_seed(0)
+    q, k, v = (draw(300, heads, head_dim, torch.bfloat16, True) for heads in (8, 2, 2))
+    k[:, 0] = k[:, 0].abs() + 1
+    segments = [Segment(k[:130], v[:130]), Segment(k, v, causal=True)]
+    changed = q.clone()
+    changed[:, 3] = value
+    others = [head for head in range(8) if head != 3]
+    wanted, wanted_lse = computed(q, segments, kernel)
+    if value < 0:
+        out, lse = computed(changed, segments, kernel)
+        assert out[:, 3].isfinite().all() and lse[3].max().item() < -1e4
+        expected, _ = dense(
+            changed[:, 3:4], [Segment(x.k[:, :1], x.v[:, :1], x.causal) for x in segments], head_dim**-0.5
+        )
+        assert ((out[:, 3:4].double() - expected).norm() <= 2e-2 * expected.norm()).item()
+    else:
+        out, lse = torch.empty_like(q), torch.empty_like(wanted_lse)
+        parts = (Part(0, 0, 130, False), Part(1, 0, 300, True))
+        sources = [(x.k, x.v) for x in segments]
+        launch(changed, sources, (Task(0, 300, parts),), head_dim**-0.5, out, lse, kernel=kernel)
+    assert torch.equal(out[:, others], wanted[:, others])
+    assert torch.equal(lse[others], wanted_lse[others])
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 70_001), (32, 20_000), (64, 3000), (7, 3)])
 def test_few_rows(rows: int, keys: int, dtype: torch.dtype) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from functools import partial
 
 import pytest
 import torch
 
-from apb import Engine, InputError, attention
-from apb.benchmarks import prefill
+from apb import InputError, attention
+from apb.benchmarks import ceilings, prefill
 from apb.benchmarks.attention import Shape, _in_turns, bench_attention
 from apb.benchmarks.attention_kernels import KERNELS
-from apb.benchmarks.ceilings import measure_ceilings
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
+from apb.cli import bench
+from apb.cost import Ceilings
 from apb.distributed.collectives import Group
+from apb.hardware import Hardware
 from apb.hf.loading import model_shape
 from apb.hf.random_weights import random_model, shape_config
 from models import tiny_model
@@ -54,12 +58,12 @@ def test_unknown_shape_is_refused():
 def test_rows_hold_baseline_ratio_and_floor():
     """The first strategy is the baseline of each length; ratios and shares follow from the seconds of the same run."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    ceilings = measure_ceilings(CPU, torch.float32, Group())
-    assert ceilings.linear > 0
-    assert ceilings.attention > 0
-    assert ceilings.link == 0
+    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
+    assert rates.linear > 0
+    assert rates.attention > 0
+    assert rates.link == 0
     shape = model_shape(model.config)
-    rows = list(bench_prefill(model, shape, ceilings, ["full", "apb"], [100, 300], 3, blocks=3))
+    rows = list(bench_prefill(model, shape, rates, ["full", "apb"], [100, 300], 3, blocks=3))
     assert [(row.length, row.strategy) for row in rows] == [(100, "full"), (100, "apb"), (300, "full"), (300, "apb")]
     for full, apb in (rows[:2], rows[2:]):
         assert full.speedup is None
@@ -79,8 +83,8 @@ def test_rows_hold_baseline_ratio_and_floor():
 def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
     """A row says why there are no figures; short of time, fewer repeats are counted and no parts."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    ceilings = measure_ceilings(CPU, torch.float32, Group())
-    run = partial(bench_prefill, model, model_shape(model.config), ceilings, ["full"], [300], 50)
+    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
+    run = partial(bench_prefill, model, model_shape(model.config), rates, ["full"], [300], 50)
     (row,) = run(max_seconds=1e-12)
     assert (row.seconds, row.all_seconds, row.parts, row.speedup) == (None, [], None, None)
     assert row.note.startswith("left out: two prefills take at least")
@@ -90,9 +94,11 @@ def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
     (row,) = run(max_seconds=1000.0)
     assert len(row.all_seconds) == 50
     assert row.parts
-    monkeypatch.setattr(Engine, "memory", 1)
+    small = Hardware(memory=1 << 20, element_bytes=4, ceilings=None)
+    monkeypatch.setattr(Hardware, "of", lambda *_: small)
     (row,) = run()
-    assert row.note.startswith("left out: needs")
+    assert (row.seconds, row.plan) == (None, {})
+    assert row.note.startswith("left out: Reading 300 tokens with 'full' on 1 rank needs")
 
 
 def test_decode_reads_weights_and_cache():
@@ -112,9 +118,9 @@ def test_decode_reads_weights_and_cache():
 def test_a_prompt_without_document_is_refused():
     """The length counts the query too."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    ceilings = measure_ceilings(CPU, torch.float32, Group())
+    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
     with pytest.raises(InputError, match="leaves no document"):
-        list(bench_prefill(model, model_shape(model.config), ceilings, ["full"], [33], 1))
+        list(bench_prefill(model, model_shape(model.config), rates, ["full"], [33], 1))
 
 
 def test_attention_rows_hold_time_and_error(monkeypatch):
@@ -189,3 +195,24 @@ def test_unknown_kernel_is_refused():
     """The sentence lists those there are."""
     with pytest.raises(InputError, match=r"Unknown kernel 'magic'.*FlashAttention 3"):
         list(bench_attention([], CPU, torch.float32, 1, ["magic"]))
+
+
+def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch, capfd):
+    """`apb bench prefill --out`: the file, and plots beside it; without matplotlib the file and a sentence."""
+    monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_: Ceilings(1e11, 1e11, 0.0, 1e10))
+    out = tmp_path / "figures.json"
+    command = ("bench", "prefill", "--model", checkpoint, "--length", 200, "--blocks", 2, "--repeat", 1)
+    done = cli(*command, "--device", "cpu", "--out", out)
+    assert done.status == 0
+    assert sorted(path.name for path in tmp_path.glob("figures*")) == [
+        "figures.json",
+        "figures_parts.svg",
+        "figures_seconds.svg",
+    ]
+    for path in tmp_path.glob("*.svg"):
+        path.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    bench._draw(json.loads(out.read_text()), out)
+    assert "no plots" in capfd.readouterr().err
+    assert not list(tmp_path.glob("*.svg"))
+    cli(*command, "--out", tmp_path / "no" / "figures.json").refused("figures.json", "no folder")

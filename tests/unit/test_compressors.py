@@ -11,14 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
 import apb
 from apb.compressors import COMPRESSORS, BlockView, Head, check_compressor, make_compressor
-from apb.compressors.base import pool, select, take
 from apb.compressors.retaining import Retaining
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.random_weights import shape_config
@@ -29,7 +26,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 FEATURES = (HEADS + 2 * KV_HEADS) * HEAD_DIM
 
 
-def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: int = 0) -> BlockView:
+def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: int = 0, passed: int = 4) -> BlockView:
     """A block of random keys, with query rows and what stood before RoPE."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -43,13 +40,9 @@ def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: 
         v=draw(tokens, KV_HEADS, HEAD_DIM),
         query=draw(rows, HEADS, HEAD_DIM),
         scale=0.3,
+        passed=passed,
         before_rope=draw(tokens, FEATURES),
     )
-
-
-def pooled(scores: list[float]) -> list[float]:
-    """The largest of each token's own score and those of two neighbours on each side, within the block."""
-    return [max(scores[max(0, token - 2) : token + 3]) for token in range(len(scores))]
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
@@ -58,7 +51,7 @@ def pooled(scores: list[float]) -> list[float]:
 @pytest.mark.parametrize("rows", [1, 3, 150])
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_query_scores(tokens: int, rows: int) -> None:
-    """query: softmax over the block of each query row's logits, mean over rows and the group's heads, max-pooled;
+    """query: softmax over the block of each query row's logits, mean over rows and the group's heads;
     however many query rows there are."""
     seen = view(tokens, rows)
     actual = make_compressor("query").score(seen)
@@ -69,9 +62,18 @@ def test_query_scores(tokens: int, rows: int) -> None:
                 logits = [0.3 * float(seen.query[row, head] @ seen.k[token, kv_head]) for token in range(tokens)]
                 whole = sum(map(math.exp, logits))
                 total = [sum_ + math.exp(logit) / whole for sum_, logit in zip(total, logits, strict=True)]
-        expected = pooled([sum_ / (2 * rows) for sum_ in total])
+        expected = [sum_ / (2 * rows) for sum_ in total]
         torch.testing.assert_close(actual[kv_head], torch.tensor(expected), rtol=1e-4, atol=1e-6)
     assert (actual.shape, actual.dtype) == ((KV_HEADS, tokens), torch.float32)
+
+
+@pytest.mark.parametrize(("passed", "edge"), [(0, 0), (3, 0), (4, 1), (11, 2), (127, 31), (1000, 32)])
+def test_query_edge_scores(passed: int, edge: int) -> None:
+    """query-edge: query's scores, but the last tokens before all others: a quarter of what is passed, at most 32."""
+    seen = view(tokens=300, passed=passed)
+    actual, plain = (make_compressor(name).score(seen) for name in ("query-edge", "query"))
+    assert torch.equal(actual[:, : 300 - edge], plain[:, : 300 - edge])
+    assert (actual[:, 300 - edge :] > 1).all()  # no share of attention is
 
 
 def test_query_scores_read_nothing_but_keys_and_query() -> None:
@@ -98,7 +100,7 @@ def test_retaining_scores() -> None:
             scores.append(
                 sum(float(w) * x / (1 + math.exp(-x)) for w, x in zip(heads[1].fc2[kv_head], inner, strict=True))
             )
-        torch.testing.assert_close(actual[kv_head], torch.tensor(pooled(scores)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual[kv_head], torch.tensor(scores), rtol=1e-4, atol=1e-4)
     assert actual.dtype == torch.float32
 
 
@@ -144,45 +146,9 @@ def test_every_compressor_scores_every_token_of_every_head(name: str) -> None:
         assert scores.isfinite().all()
 
 
-@given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=9, max_size=9), min_size=1, max_size=3))
-def test_pool(scores: list[list[float]]) -> None:
-    """Max over five tokens around each, the block's edges cut, no token of another KV head."""
-    assert pool(torch.tensor(scores)).tolist() == [pooled(row) for row in scores]
-
-
-# --- selection -----------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.integers(1, 3).flatmap(
-        lambda heads: st.lists(
-            st.lists(st.integers(0, 4).map(float), min_size=10, max_size=10), min_size=heads, max_size=heads
-        )
-    ),
-    st.integers(0, 10),
-    st.integers(0, 10),
-)
-def test_select(scores: list[list[float]], count: int, selectable: int) -> None:
-    """The best of the last `selectable` tokens of each KV head, ascending; of equal scores the earlier token."""
-    count = min(count, selectable)
-    actual = select(torch.tensor(scores), count, selectable)
-    assert actual.shape == (len(scores), count)
-    for row, chosen in zip(scores, actual.tolist(), strict=True):
-        order = sorted(range(10 - selectable, 10), key=lambda token: (-row[token], token))
-        assert chosen == sorted(order[:count])
-
-
-def test_select_takes_no_more_than_there_are() -> None:
-    """Asked for more than may be selected, it gives those that may be: never a token of the anchor."""
-    assert select(torch.tensor([[9.0, 8.0, 1.0, 2.0]]), 3, 2).tolist() == [[2, 3]]
-    assert select(torch.tensor([[9.0, 8.0]]), 3, 0).shape == (1, 0)
-
-
-def test_take() -> None:
-    """Each KV head gives its own rows, in the order asked for."""
-    x = torch.arange(24.0).view(4, 2, 3)  # (tokens, kv_heads, head_dim)
-    taken = take(x, torch.tensor([[0, 3], [2, 1]]))
-    assert torch.equal(taken, torch.stack([torch.stack([x[0, 0], x[2, 1]]), torch.stack([x[3, 0], x[1, 1]])]))
+def test_who_pools() -> None:
+    """Scores that say something of a token's neighbours are max-pooled before the choice; the ablations' are not."""
+    assert {name for name, kind in COMPRESSORS.items() if kind.pooled} == {"query", "query-edge", "retaining"}
 
 
 # --- names ---------------------------------------------------------------------------------------------------------
@@ -191,8 +157,8 @@ def test_take() -> None:
 @pytest.mark.parametrize(
     ("name", "has_heads", "fragments"),
     [
-        ("magic", False, ["'magic'", "query, random, recent, retaining"]),
-        ("retaining", False, ["'retaining'", "none were given", "'query'"]),
+        ("magic", False, ["'magic'", "query, query-edge, random, recent, retaining"]),
+        ("retaining", False, ["'retaining'", "none were given", "'query-edge'"]),
         ("query", True, ["'query'", "does not use them", "'retaining'"]),
     ],
 )
@@ -259,8 +225,7 @@ def test_heads_in_the_public_layout(tmp_path: Path, name: str, layers: int, feat
         inner = before_rope.double() @ fc1.T
         raw = (inner / (1 + (-inner).exp())) @ fc2.T
         seen = replace(view(9), layer=layer, before_rope=before_rope)
-        expected = torch.tensor([pooled(row) for row in raw.T.tolist()])
-        torch.testing.assert_close(Retaining(heads).score(seen), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(Retaining(heads).score(seen), raw.T.float(), rtol=1e-4, atol=1e-4)
 
     tensors[f"model.layers.{layers - 1}.self_attn.fc1.weight"] = torch.zeros(5, features - 128)
     wrong = save(tmp_path, tensors, "safetensors")
@@ -394,5 +359,4 @@ def test_retaining_scores_in_a_model(tmp_path: Path, family: str, monkeypatch: p
         fc1, fc2 = (tensors[f"model.layers.{seen.layer}.self_attn.{name}.weight"] for name in ("fc1", "fc2"))
         inner = torch.cat([q.flatten(1), k.flatten(1), v], 1) @ fc1.T
         raw = (inner * inner.sigmoid()) @ fc2.T
-        expected = torch.tensor([pooled(row) for row in raw.T.tolist()])
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(actual, raw.T, rtol=1e-4, atol=1e-4)

@@ -192,9 +192,25 @@ def test_seconds() -> None:
     numbers = 12 * SHAPE.hidden + 2 * (4 + 2) * 16 + 3 * SHAPE.intermediate + 4 * 2 * 16
     assert [rank.moved_bytes for rank in cost.ranks] == [count * 3 * numbers * 2 for count in rows]
     assert cost.to_dict(ceilings)["seconds"] == cost.seconds(ceilings)
+    late = [rank.linear_flops / 2 + rank.moved_bytes / 16 for rank in cost.ranks]
+    attention = [(rank.attention_flops + rank.scoring_flops) / 4 for rank in cost.ranks]
+    sent = [rank.sent_bytes / 8 for rank in cost.ranks]
+    assert min(sent) > 0
+    assert cost.to_dict(ceilings)["hidden_seconds"] == pytest.approx(
+        max(other + max(both) for other, *both in zip(late, attention, sent, strict=True))
+    )
     assert cost.to_dict()["seconds"] is None
     h200 = predict(Plan.build(4, 524288, 30, strategy="full"), model_shape(LLAMA_8B))
     assert h200.seconds(KNOWN_CEILINGS["NVIDIA H200"]) == pytest.approx(130, rel=0.1)
+
+
+def test_ulysses_shares_the_heads() -> None:
+    """Every rank has some heads of all rows: all attend to as many pairs, but for the query's own on the last."""
+    cost = predict(Plan.build(4, 1000, 6, ranks=4, strategy="ulysses"), SHAPE)
+    document = 1004 * 1005 // 2  # one of four heads
+    query = [4 * 6 * rows for rows in (254, 250, 250, 250)]
+    query[3] += 4 * 6 * 7 // 2
+    assert [rank.attention_flops for rank in cost.ranks] == [4 * 16 * 3 * (document + pairs) for pairs in query]
 
 
 def test_the_report() -> None:

@@ -39,7 +39,8 @@ def test_what_the_blocks_passed_on(explanation: Explanation) -> None:
     """Layer by layer and KV head by KV head it is the oracle's selection, at true positions."""
     engine, prompt = engine_and_prompt()
     parts = (prompt.prefix, prompt.document, prompt.query)
-    expected = oracle.dense_prefill(engine.model, *parts, blocks=4, anchor_length=20, passing_length=5)
+    sizes = {"blocks": 4, "anchor_length": 20, "passing_length": 5}
+    expected = oracle.dense_prefill(engine.model, *parts, **sizes, compressor="query-edge")
     assert expected.margins > 1e-5
     for layer, selected in enumerate(expected.selected):
         for head in range(2):

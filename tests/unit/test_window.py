@@ -80,7 +80,7 @@ def test_halos_by_hand() -> None:
     # The anchor's rows 0..2 are rank 0's and 3..5 rank 1's.
     anchor = [piece for piece in pieces(plan, 4) if piece.span.kind is Kind.ANCHOR]
     assert [(piece.sender, piece.receiver, piece.start, piece.stop) for piece in anchor] == [(0, 1, 0, 3)]
-    assert sent_rows(plan, 4) == [3 + 3, 3]
+    assert sent_rows(plan, 4) == [[0, 3 + 3], [3, 0]]
     wide = [(piece.sender, piece.receiver, piece.start, piece.stop) for piece in pieces(plan, 15)]
     assert (1, 0, 16, 20) in wide and (1, 0, 20, 30) in wide and (0, 1, 6, 10) in wide
 

@@ -6,17 +6,17 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cost import Ceilings, Cost, ModelShape, predict
+from ..cost import Ceilings, ModelShape, predict
 from ..distributed.collectives import Group
 from ..engine import Engine
-from ..errors import InputError
+from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
 from ..parts import Clock, clocked
@@ -43,7 +43,7 @@ class Row:
         speedup: the first strategy's seconds at this length over these; None for the first itself.
         parts: seconds by part on the first rank in one more prefill, whose clocks cost little; they sum to that
             prefill's time. "communication" is what is waited for, not what is hidden.
-        note: why there are no figures, where there are none.
+        note: why there are no figures, where there are none; no plan either where the request does not fit.
     """
 
     strategy: str
@@ -51,16 +51,16 @@ class Row:
     exact: bool
     plan: dict[str, int]
     backend: str
-    seconds: float | None
-    all_seconds: list[float]
-    tokens_per_s: float | None
-    floor_seconds: float
-    predicted_seconds: float
-    prediction_error: float | None
-    of_floor: float | None
-    speedup: float | None
-    peak_bytes: int | None
-    predicted_peak_bytes: int
+    seconds: float | None = None
+    all_seconds: list[float] = field(default_factory=list)
+    tokens_per_s: float | None = None
+    floor_seconds: float | None = None
+    predicted_seconds: float | None = None
+    prediction_error: float | None = None
+    of_floor: float | None = None
+    speedup: float | None = None
+    peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
     parts: dict[str, float] | None = None
     note: str | None = None
 
@@ -82,8 +82,10 @@ def bench_prefill(
 ) -> Iterator[Row]:
     """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
 
-    One prefill of each is not counted, and one more, clocked by part, follows those that are. What the floor says does
-    not fit into ``max_seconds`` or into memory is left out, with a note; what does is repeated as often as it fits.
+    One prefill of each is not counted, and one more, clocked by part, follows those that are. What does not fit into
+    ``max_seconds``, by its floor, or into memory, by its plan, is left out, with a note; what does is repeated as often
+    as it fits. Out of memory after all, one rank alone goes on with what follows; of several the others could not know,
+    and the error is raised.
     ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
     ``reading`` are the engine's other options, the same for all strategies that know them. Every rank must run it.
     """
@@ -119,12 +121,19 @@ def _measure(
     baseline: float | None,
 ) -> Row:
     prompt = random_prompt(engine, length)
-    plan = engine.plan(prompt)
+    backend = choose(engine.backend, engine.device, engine.dtype, shape.head_dim)[0]
+    try:
+        plan = engine.plan(prompt)
+    except DoesNotFit as error:
+        strategy = engine.reading.strategy
+        return Row(strategy, length, METHODS[strategy].exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
     floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(ceilings)
     seconds: list[float] = []
     parts = None
-    note = _obstacle(engine, cost, floor, max_seconds)
+    note = None
+    if 2 * floor > max_seconds:
+        note = f"left out: two prefills take at least {2 * floor:.0f} s, and {max_seconds:.0f} are allowed"
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(engine.device)
@@ -136,6 +145,8 @@ def _measure(
         if note is None and sum(seconds) + seconds[-1] <= max_seconds:
             parts = _parts(engine, prompt)
     except torch.OutOfMemoryError as error:
+        if engine.group.size > 1:
+            raise
         note = f"out of memory: {str(error).splitlines()[0]}"
     counted = seconds[1:]
     median = statistics.median(counted) if counted and note is None else None
@@ -144,7 +155,7 @@ def _measure(
         length=length,
         exact=plan.exact,
         plan=plan.to_dict(),
-        backend=choose(engine.backend, engine.device, engine.dtype, shape.head_dim)[0],
+        backend=backend,
         seconds=median,
         all_seconds=counted,
         tokens_per_s=plan.total / median if median else None,
@@ -158,16 +169,6 @@ def _measure(
         parts=parts,
         note=note,
     )
-
-
-def _obstacle(engine: Engine, cost: Cost, floor: float, max_seconds: float) -> str | None:
-    """Why a strategy is not run at a length; None where it is."""
-    peak, memory = max(rank.peak_bytes for rank in cost.ranks), engine.memory
-    if peak > memory:
-        return f"left out: needs {peak / 2**30:.0f} GiB a rank, and there are {memory / 2**30:.0f}"
-    if 2 * floor > max_seconds:
-        return f"left out: two prefills take at least {2 * floor:.0f} s, and {max_seconds:.0f} are allowed"
-    return None
 
 
 def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import InputError
 from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 
@@ -42,11 +43,11 @@ class Request:
 
 
 Length = Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
-RandomWeights = Annotated[
-    str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
-]
 Layers = Annotated[int | None, typer.Option(help="With random weights: only so many layers.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
+PlottedOut = Annotated[
+    Path | None, typer.Option(help="Also write the figures there, as JSON, and plots beside it (apb[report]).")
+]
 
 
 @app.command()
@@ -56,7 +57,7 @@ def prefill(
         list[str] | None, typer.Option(help="Strategies, the baseline first; repeatable. By default full and apb.")
     ] = None,
     model: options.Model = None,
-    random_weights: RandomWeights = None,
+    random_weights: options.RandomWeights = None,
     layers: Layers = None,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
     max_seconds: Annotated[
@@ -74,7 +75,7 @@ def prefill(
     compressor: options.Compressor = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    out: Out = None,
+    out: PlottedOut = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
@@ -110,7 +111,7 @@ def decode(
     length: Length,
     strategy: options.Strategy = "apb",
     model: options.Model = None,
-    random_weights: RandomWeights = None,
+    random_weights: options.RandomWeights = None,
     layers: Layers = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
     blocks: options.Blocks = None,
@@ -143,17 +144,15 @@ def _launch(
     tensor_parallel: int = 1,
 ) -> None:
     from ..distributed import launch
-    from ..errors import InputError
     from ..hf import loading
-    from ..hf.random_weights import shape_config
+    from ..hf.random_weights import config_of
     from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    if model and random_weights:
-        raise InputError("Give a model or a shape with random weights, not both.")
-    config = shape_config(random_weights) if random_weights else loading.load_config(model or loading.shipped_model())
-    check_shards(config, tensor_parallel)
+    if out is not None and not out.parent.is_dir():
+        raise InputError(f"The figures cannot be written to {str(out)!r}: there is no folder {str(out.parent)!r}.")
+    check_shards(config_of(model, random_weights), tensor_parallel)
     place = loading.pick_device(device)
     request = Request(
         what=what,
@@ -272,4 +271,18 @@ def run(request: Request) -> None:
             print(json.dumps(report))
         else:
             (print_prefill if request.what == "prefill" else print_decode)(report)
+        if request.what == "prefill" and request.out:
+            _draw(report, Path(request.out))
     launch.leave()
+
+
+def _draw(report: dict[str, Any], out: Path) -> None:
+    """Plots beside the file of figures, where they can be drawn."""
+    from ..benchmarks.plots import write_plots
+    from ..benchmarks.results import combine
+
+    try:
+        for _, path in write_plots(combine([(out.name, report)]), out):
+            print(f"apb: wrote {path}", file=sys.stderr)
+    except InputError as error:
+        print(f"apb: no plots: {error}", file=sys.stderr)

@@ -106,18 +106,21 @@ def print_prefill(report: dict[str, Any]) -> None:
         table.add_row(
             f"{row['length']:,}",
             row["strategy"],
-            str(row["plan"]["blocks"]),
+            str(row["plan"].get("blocks", "")),
             row["backend"],
-            row["note"] or f"{seconds:.3f}",
+            "-" if seconds is None else f"{seconds:.3f}",
             "" if seconds is None else f"{row['tokens_per_s']:,.0f}",
-            f"{row['floor_seconds']:.3f}",
+            "" if row["floor_seconds"] is None else f"{row['floor_seconds']:.3f}",
             "" if seconds is None else f"{row['of_floor']:.0%}",
-            f"{row['predicted_seconds']:.3f}",
+            "" if row["predicted_seconds"] is None else f"{row['predicted_seconds']:.3f}",
             "" if row["speedup"] is None else f"{row['speedup']:.2f}",
             "" if seconds is None else f"{row['peak_bytes'] / 2**30:.1f}",
         )
     console = _console()
     console.print(table)
+    for row in report["rows"]:
+        if row["note"]:
+            console.print(f"{row['strategy']} at {row['length']:,} tokens: {row['note']}", highlight=False)
     parts = [row for row in report["rows"] if row["parts"]]
     if parts:
         names = list(parts[0]["parts"])

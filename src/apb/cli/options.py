@@ -12,6 +12,9 @@ from ..errors import InputError
 Model = Annotated[
     str | None, typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.")
 ]
+RandomWeights = Annotated[
+    str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
+]
 Strategy = Annotated[
     str,
     typer.Option(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..cost import KNOWN_CEILINGS, Ceilings, ModelShape, predict
+from ..cost import ModelShape, predict
 from ..errors import InputError
 from ..plan import METHODS, Plan, at_least, check_heads
+from ..projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 from . import options
 
 # A short question with its chat template; the length of the document is what matters.
@@ -22,30 +24,55 @@ ONE_DEVICE = ("full", "minference")
 def plan(
     length: Annotated[int, typer.Option(help="Tokens of the document.")],
     model: options.Model = None,
+    random_weights: options.RandomWeights = None,
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
-    ranks: options.Ranks = None,
+    ranks: Annotated[int | None, typer.Option(help="Devices to plan for, whether they are here or not.")] = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
+    ceilings: Annotated[
+        Path | None,
+        typer.Option(help="Predict seconds from the ceilings in a file that apb bench prefill --out wrote."),
+    ] = None,
+    ranks_per_host: Annotated[
+        int, typer.Option(help="Ranks that share a host; what they send beyond it takes the network.")
+    ] = RANKS_PER_HOST,
+    network_gbit: Annotated[
+        float, typer.Option(help="Gbit/s between hosts, for every rank: each with an adapter of its own.")
+    ] = NETWORK_GBIT,
     as_json: options.AsJson = False,
 ) -> None:
     """The plan for a document of that many tokens (bfloat16, a question of 32 tokens) and its predicted costs."""
     size = 1 if ranks is None else ranks
     at_least("length", length, 1)
     at_least("ranks", size, 1)
+    at_least("ranks per host", ranks_per_host, 1)
+    if not network_gbit > 0:
+        raise InputError(f"--network-gbit takes a number above 0, not {network_gbit:g}.")
     sizes = {"blocks": blocks, "rounds": rounds, "anchor_length": anchor_length, "passing_length": passing_length}
     plan_of("apb", length, size, sizes)  # says what is wrong with the request before a model is looked for
 
+    basis = _basis(ceilings, network_gbit)
+    if basis is not None:
+        basis.check_link(size)
+
     from ..hf import loading
+    from ..hf.random_weights import config_of
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    config = loading.load_config(model or loading.shipped_model())
+    config = config_of(model, random_weights)
     loading.check_supported(config)
     shape = loading.model_shape(config)
-    rows = [_row(name, length, size, sizes, shape) for name in METHODS]
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    report = {"model": str(model or "needle"), "length": length, "max_positions": limit, "strategies": rows}
+    report = {
+        "model": str(random_weights or model or "needle"),
+        "length": length,
+        "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),
+        "ranks_per_host": ranks_per_host,
+        "ceilings": None if basis is None else basis.to_dict(),
+        "projection": basis is not None and basis.projects(size),
+        "strategies": [_row(name, length, size, sizes, shape, basis, ranks_per_host) for name in METHODS],
+    }
     if as_json:
         print(json.dumps(report))
     else:
@@ -67,21 +94,32 @@ def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]
     )
 
 
-def _row(strategy: str, length: int, ranks: int, sizes: dict[str, int | None], shape: ModelShape) -> dict[str, Any]:
+def _row(
+    strategy: str,
+    length: int,
+    ranks: int,
+    sizes: dict[str, int | None],
+    shape: ModelShape,
+    basis: Basis | None,
+    ranks_per_host: int,
+) -> dict[str, Any]:
     """The plan and its costs, or why there is none."""
     try:
         check_heads(strategy, shape.heads, ranks)
     except InputError as error:
         return {"strategy": strategy, "refused": str(error)}
     chosen = plan_of(strategy, length, ranks, sizes)
-    costs = predict(chosen, shape).to_dict(_ceilings())
+    costs = predict(chosen, shape, ranks_per_host=ranks_per_host).to_dict(None if basis is None else basis.ceilings)
     return {"strategy": strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
 
 
-def _ceilings() -> Ceilings | None:
+def _basis(path: Path | None, network_gbit: float) -> Basis | None:
+    """What seconds are predicted from: a file, or what is known of the GPU that is here."""
+    if path is not None:
+        return Basis.of_run(path, network_gbit)
     import torch
 
-    return KNOWN_CEILINGS.get(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return Basis.of_device(torch.cuda.get_device_name(), network_gbit) if torch.cuda.is_available() else None
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -90,6 +128,7 @@ def _print(report: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     rows = [row for row in report["strategies"] if "refused" not in row]
+    seconds = "seconds, projection" if report["projection"] else "seconds"
     table = Table(title=f"{report['length']:,} tokens, {report['model']}")
     table.add_column("")
     for row in rows:
@@ -104,16 +143,25 @@ def _print(report: dict[str, Any]) -> None:
         "linear FLOPs": lambda row: f"{row['linear_flops']:.3g}",
         "attention FLOPs": lambda row: f"{row['attention_flops']:.3g}",
         "sent per rank": lambda row: _bytes(row["sent_bytes_per_rank"]),
+        "of it to other hosts": lambda row: _bytes(row["network_bytes_per_rank"]),
         "cache per rank": lambda row: _bytes(row["cache_bytes_per_rank"]),
         "peak per rank": lambda row: _bytes(row["peak_bytes_per_rank"]),
-        "seconds": lambda row: "unknown here" if row["seconds"] is None else f"{row['seconds']:.2f}",
+        seconds: lambda row: "unknown here" if row["seconds"] is None else f"{row['seconds']:.3g}",
     }
+    if report["ceilings"]:
+        lines["with sends hidden"] = lambda row: f"{row['hidden_seconds']:.3g}"
     for name, cell in lines.items():
         table.add_row(name, *(cell(row) for row in rows))
     console.print(table)
     for row in report["strategies"]:
         if "refused" in row:
             console.print(row["refused"])
+    if report["ceilings"]:
+        if report["projection"]:
+            console.print("A projection, not a measurement: the ceilings are of fewer ranks, latencies are left out.")
+        for name, source in report["ceilings"]["sources"].items():
+            unit = "TFLOP/s" if name in ("linear", "attention") else "TB/s"
+            console.print(f"{name}: {report['ceilings'][name] / 1e12:.4g} {unit}, {source}", highlight=False)
     limit = report["max_positions"]
     if limit is not None and report["length"] > limit:
         console.print(f"The model was trained for {limit:,} positions: reading this needs --allow-extrapolation.")

@@ -1,8 +1,9 @@
-"""``apb report``: tables and plots of what ``apb eval`` wrote."""
+"""``apb report``: tables and plots of what ``apb eval`` or ``apb bench`` wrote."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,14 +15,32 @@ FORMS = (".html", ".md")
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Files that apb eval wrote with --out (.jsonl, .jsonl.gz).")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Files that apb eval wrote with --out (.jsonl, .jsonl.gz), or apb bench prefill and decode (.json)."
+        ),
+    ],
     out: Annotated[list[Path], typer.Option(help="Where to write: a page (.html) or Markdown (.md); repeatable.")],
 ) -> None:
-    """Tables in the paper's layout with intervals, differences and plots, from result files, as one HTML page."""
+    """Tables in the paper's layout and plots, from result files of accuracy or of speed, as one HTML page."""
     for path in out:
         if path.suffix not in FORMS:
             raise InputError(f"A report is written as .html or .md, not as {str(path)!r}.")
+    of_speed = {path.suffix == ".json" for path in results}
+    if len(of_speed) > 1:
+        raise InputError("A report is of what apb eval wrote (.jsonl) or of what apb bench wrote (.json), not of both.")
+    text = _speed(results) if of_speed == {True} else _accuracy(results)
+    for path in out:
+        try:
+            path.write_text(text(path), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"The report cannot be written to {str(path)!r}: {error.strerror}.") from error
+        print(f"apb: wrote {path}", file=sys.stderr)
 
+
+def _accuracy(results: list[Path]) -> Callable[[Path], str]:
+    """The report of answers, by the file it is for."""
     from ..evaluation.records import read_records
     from ..evaluation.report import html, markdown
     from ..evaluation.summary import summarize
@@ -31,10 +50,25 @@ def report(
         raise InputError(f"There are no answers in {', '.join(repr(str(path)) for path in results)}.")
     summary = summarize(records)
     names = [path.name for path in results]
-    for path in out:
-        text = html(summary, names) if path.suffix == ".html" else markdown(summary, names)
+    return lambda out: html(summary, names) if out.suffix == ".html" else markdown(summary, names)
+
+
+def _speed(results: list[Path]) -> Callable[[Path], str]:
+    """The report of seconds, by the file it is for; Markdown's plots are written beside it."""
+    from ..benchmarks.plots import plots, write_plots
+    from ..benchmarks.report import html, markdown
+    from ..benchmarks.results import read_results
+
+    found = read_results(results)
+
+    def text(out: Path) -> str:
+        if out.suffix == ".html":
+            return html(found, plots(found))
         try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"The report cannot be written to {str(path)!r}: {error.strerror}.") from error
-        print(f"apb: wrote {path}", file=sys.stderr)
+            pictures = [(caption, path.name) for caption, path in write_plots(found, out)]
+        except InputError as error:
+            print(f"apb: no plots: {error}", file=sys.stderr)
+            pictures = []
+        return markdown(found, pictures)
+
+    return text

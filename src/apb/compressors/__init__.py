@@ -7,13 +7,27 @@ from collections.abc import Sequence
 from ..errors import InputError
 from .base import BlockView, Compressor
 from .query import Query
+from .query_edge import QueryEdge
 from .random import Random
 from .recent import Recent
 from .retaining import Head, Retaining
 
-__all__ = ["COMPRESSORS", "BlockView", "Compressor", "Head", "check_compressor", "make_compressor"]
+__all__ = [
+    "COMPRESSORS",
+    "BlockView",
+    "Compressor",
+    "Head",
+    "check_compressor",
+    "default_compressor",
+    "make_compressor",
+]
 
-COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, Random, Recent, Retaining)}
+COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, QueryEdge, Random, Recent, Retaining)}
+
+
+def default_compressor(has_heads: bool) -> str:
+    """The compressor where none is named: 'retaining' where heads are given."""
+    return Retaining.name if has_heads else QueryEdge.name
 
 
 def check_compressor(name: str, has_heads: bool) -> None:
@@ -23,7 +37,7 @@ def check_compressor(name: str, has_heads: bool) -> None:
     if name == Retaining.name and not has_heads:
         raise InputError(
             "The compressor 'retaining' scores with trained heads and none were given; "
-            "name a file of heads, or use the compressor 'query', which needs none."
+            "name a file of heads, or use the compressor 'query-edge', which needs none."
         )
     if name != Retaining.name and has_heads:
         raise InputError(f"Heads were given but the compressor {name!r} does not use them; use 'retaining'.")

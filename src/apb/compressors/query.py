@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ..kernels.reference import capped
-from .base import BlockView, Compressor, pool
-
-# Query rows scored at a time: bounds the (heads, rows, tokens) matrix for long questions.
-_ROWS = 64
+from ..kernels.selection import attention_received
+from .base import BlockView, Compressor
 
 
 class Query(Compressor):
@@ -22,15 +18,8 @@ class Query(Compressor):
     """
 
     name: ClassVar[str] = "query"
+    pooled: ClassVar[bool] = True
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
-        rows, heads, head_dim = view.query.shape
-        tokens, kv_heads, _ = view.k.shape
-        keys = view.k.permute(1, 2, 0)  # (kv_heads, head_dim, tokens)
-        total = torch.zeros(kv_heads, tokens, dtype=torch.float32, device=view.k.device)
-        for chunk in view.query.split(_ROWS):
-            # (rows, kv_heads * group, head_dim) -> (kv_heads, rows * group, head_dim)
-            grouped = chunk.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-            total += capped((grouped @ keys).float() * view.scale, view.softcap).softmax(-1).sum(1)
-        return pool(total / (rows * heads // kv_heads))
+        return attention_received(view.query, view.k, view.scale, view.softcap)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import BlockView, Compressor, pool
+from .base import BlockView, Compressor
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Retaining(Compressor):
 
     name: ClassVar[str] = "retaining"
     needs_before_rope: ClassVar[bool] = True
+    pooled: ClassVar[bool] = True
 
     def __init__(self, heads: Sequence[Head]) -> None:
         self.heads = tuple(heads)
@@ -36,4 +37,4 @@ class Retaining(Compressor):
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
         assert view.before_rope is not None, "the engine provides it because needs_before_rope is set"
-        return pool(self.heads[view.layer](view.before_rope))
+        return self.heads[view.layer](view.before_rope)

@@ -140,7 +140,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode == _WRONG_INPUT:
-                raise InputError(_message(failure).removeprefix("InputError: ")) from None
+                raise InputError(_message(failure).split(": ", 1)[-1]) from None  # behind the error's name
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -17,31 +19,38 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 MARKS = "osD^vP*X"
 
 
-def plots(summary: Summary) -> list[tuple[str, str]]:
-    """(caption, SVG) of every plot that the results allow. InputError where matplotlib is not installed."""
+@contextmanager
+def drawing() -> Iterator[type[Figure]]:
+    """What figures are made of, their style set; InputError where matplotlib is not installed."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "The plots of a report need matplotlib, which is not installed; install apb[report], or write Markdown."
+            "Plots need matplotlib, which is not installed; install apb[report]. Tables as Markdown do without."
         ) from error
 
     # Letters as shapes: a page looks the same wherever fonts differ.
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "font.family": "sans-serif"}):
+        yield Figure
+
+
+def plots(summary: Summary) -> list[tuple[str, str]]:
+    """(caption, SVG) of every plot that the results allow. InputError where matplotlib is not installed."""
+    with drawing() as new_figure:
         drawn: list[tuple[str, Figure]] = []
         for table in summary.tables:
-            figure = Figure(figsize=(max(6.0, 1.2 + 1.3 * len(table.tasks)), 3.4), layout="constrained")
+            figure = new_figure(figsize=(max(6.0, 1.2 + 1.3 * len(table.tasks)), 3.4), layout="constrained")
             by_task(figure, table, summary)
             drawn.append((f"Accuracy by task, {place(table)}; bars: 95 % intervals", figure))
         for suite in dict.fromkeys(table.suite for table in summary.tables):
             tables = [table for table in summary.tables if table.suite == suite]
             if len(tables) > 1:
-                figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+                figure = new_figure(figsize=(6.4, 3.6), layout="constrained")
                 by_length(figure, tables, summary)
                 drawn.append((f"Mean accuracy of the tasks against length, {suite}", figure))
         for table in summary.tables:
-            figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+            figure = new_figure(figsize=(6.4, 3.6), layout="constrained")
             if by_speed(figure, table, summary):
                 drawn.append((f"Mean accuracy of the tasks against speed of prefill, {place(table)}", figure))
         return [(caption, svg(figure, caption)) for caption, figure in drawn]
@@ -86,10 +95,7 @@ def by_length(figure: Figure, tables: list[Table], summary: Summary) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker=mark, color=colour, label=reading, markersize=4, alpha=0.85)
     lengths = sorted({table.length for table in tables})
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.minorticks_off()
-    axes.set_xlabel("tokens")
+    mark_lengths(axes, lengths)
     axes.set_ylabel("mean score")
     finish(figure, axes)
 
@@ -108,6 +114,14 @@ def by_speed(figure: Figure, table: Table, summary: Summary) -> bool:
     axes.set_ylabel("mean score")
     finish(figure, axes)
     return drawn
+
+
+def mark_lengths(axes: Axes, lengths: list[int]) -> None:
+    """Lengths in tokens across, each doubling as wide as the one before."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_xlabel("tokens")
 
 
 def finish(figure: Figure, axes: Axes) -> None:

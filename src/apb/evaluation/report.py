@@ -54,7 +54,12 @@ def html(summary: Summary, sources: list[str]) -> str:
     if summary.speeds:
         parts += ["<h2>Speed of prefill</h2>", html_table(*speeds(summary))]
     parts += ["<h2>How to read this</h2>", *(f'<p class="note">{escape(note)}</p>' for note in NOTES)]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(TITLE)}</title>'
+    return page(TITLE, parts)
+
+
+def page(title: str, parts: list[str]) -> str:
+    """A page of HTML, its style inside."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'

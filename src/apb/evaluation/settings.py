@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 
+from ..compressors import default_compressor
 from ..engine import Engine
 from ..errors import InputError
 from ..plan import METHODS, Anchor, method_of
@@ -41,7 +42,7 @@ def settings(
     """
     found: dict[Setting, None] = {}
     counts: list[int | None] = [*blocks] or [None]
-    names = compressors or ["retaining" if heads else "query"]
+    names = compressors or [default_compressor(heads is not None)]
     if heads and "retaining" not in names:
         raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
     for strategy, count, compressor in product(strategies, counts, names):

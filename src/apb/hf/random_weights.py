@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError
+from .loading import load_config, shipped_model
 
 _FOLDER = Path(__file__).parent / "configs"
 
@@ -27,6 +28,13 @@ def shape_config(name: str, layers: int | None = None) -> Any:
     if layers is not None:
         values["num_hidden_layers"] = layers
     return AutoConfig.for_model(**values)
+
+
+def config_of(model: str | None, shape: str | None) -> Any:
+    """The configuration of a checkpoint or of a shape's name, or of the shipped model; InputError for both."""
+    if model and shape:
+        raise InputError("Give a model or a shape with random weights, not both.")
+    return shape_config(shape) if shape else load_config(model or shipped_model())
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:

@@ -19,7 +19,7 @@ LN2 = tl.constexpr(math.log(2))
 # Rows times heads of a group that one program takes at most.
 _MOST_ROWS = 64
 # Programs a multiprocessor has at a time: as many as fit, so that all end together, with loads enough under way.
-_PROGRAMS_PER_PROCESSOR = 3
+_PROGRAMS_PER_PROCESSOR = 2
 _STAGES = 3
 
 
@@ -32,6 +32,7 @@ def attention(
     causal: bool = False,
     length: Tensor | None = None,
     softcap: float | None = None,
+    partial: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Rows over the first ``length`` keys of a cache, in two launches.
 
@@ -42,9 +43,10 @@ def attention(
         causal: the last keys are those of the rows, aligned at the bottom right as in :class:`apb.Segment`.
         length: (1,) int32 on the device, at most the capacity; by default the capacity.
         softcap: logits x become softcap * tanh(x / softcap).
+        partial: leave out in fp32, to be merged with that over other keys.
 
     Returns:
-        out (rows, heads, head_dim) in q's dtype and lse (heads, rows) fp32, as :func:`apb.attention`.
+        out (rows, heads, head_dim) in q's dtype, or fp32, and lse (heads, rows) fp32, as :func:`apb.attention`.
     """
     rows, heads, head_dim = q.shape
     capacity, kv_heads, _ = k.shape
@@ -63,7 +65,8 @@ def attention(
     )
     parts = q.new_empty(splits, rows, heads, head_dim, dtype=torch.float32)
     sums = q.new_empty(splits, heads, rows, dtype=torch.float32)
-    out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
+    out = q.new_empty(rows, heads, head_dim, dtype=torch.float32 if partial else q.dtype)
+    lse = q.new_empty(heads, rows, dtype=torch.float32)
     log2e = 1 / math.log(2)
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
@@ -123,7 +126,11 @@ def _split(
         total = total * alpha + tl.sum(p, 1)
         there_v = (dims < D)[None, :] & there[:, None]
         x = tl.load(v + at * v_row + cols[:, None] * v_row + dims[None, :], mask=there_v, other=0.0)
-        acc = tl.dot(p.to(x.dtype), x, acc * alpha[:, None], input_precision="ieee")
+        near = p.to(x.dtype)
+        acc = tl.dot(near, x, acc * alpha[:, None], input_precision="ieee")
+        if x.dtype != tl.float32:
+            # 16 bits hold a probability to 3 digits. A second product brings what they lost: time is spent on reading.
+            acc = tl.dot((p - near.to(tl.float32)).to(x.dtype), x, acc, input_precision="ieee")
         m = new
     some = total > 0.0
     safe = tl.where(some, total, 1.0)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..compressors import BlockView, Compressor
-from ..compressors.base import select, take
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Part, Segment, Task, attend
 from ..kernels.merge import merge
+from ..kernels.selection import choose, pack
 from ..parts import part
 from ..plan import Plan, Span
 from .base import Layer, Strategy
@@ -107,8 +107,10 @@ class APB(Strategy):
         return [Task(*self.anchor.bounds, (Part(0, 0, self.anchor.stop, causal=True),))] if self.anchor else []
 
     def _share(self, layer: Layer) -> Pending:
-        """Start to gather (2, pairs, kv_heads, head_dim) of every rank: its anchor share, then what its blocks pass."""
-        packed = layer.k.new_empty(2, self._width, *layer.k.shape[1:])
+        """Start to gather (2, kv_heads, pairs, head_dim) of every rank: its anchor share, then what its blocks pass."""
+        _, kv_heads, head_dim = layer.k.shape
+        message = layer.k.new_empty(2, kv_heads, self._width, head_dim)
+        packed = message.transpose(1, 2)
         row = 0
         if self.anchor:
             row = len(self.anchor)
@@ -120,10 +122,9 @@ class APB(Strategy):
                 if self.on_selection is not None:
                     self.on_selection(layer.index, span.block, chosen + span.start)
                 with part("selection"):
-                    packed[0, row : row + count] = take(layer.k[span.rows], chosen)
-                    packed[1, row : row + count] = take(layer.v[span.rows], chosen)
+                    pack(layer.k[span.rows], layer.v[span.rows], chosen, packed[:, row : row + count])
                 row += count
-        return self.group.all_gather(packed)
+        return self.group.all_gather(message)
 
     def choose(self, layer: Layer, span: Span, count: int) -> Tensor:
         """Rows (kv_heads, count) of a block that it passes on, counted from the block's first row, ascending."""
@@ -135,22 +136,23 @@ class APB(Strategy):
             v=layer.v[span.rows],
             query=layer.q[self.query.rows],
             scale=layer.scale,
+            passed=count,
             softcap=layer.softcap,
             before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
         )
         with part("scoring"):
             scores = self.compressor.score(view)
         with part("selection"):
-            return select(scores, count, self.plan.selectable(block))
+            return choose(scores, count, self.plan.selectable(block), pooled=self.compressor.pooled)
 
     def _arrange(self, layer: Layer, gathered: Tensor) -> Tensor:
-        """The run (2, pairs, kv_heads, head_dim) as blocks see it, from (ranks, 2, pairs, kv_heads, head_dim)."""
-        new = [gathered[rank, :, start:stop] for rank, start, stop in self._pieces]
+        """The run (2, pairs, kv_heads, head_dim) as blocks see it, from (ranks, 2, kv_heads, pairs, head_dim)."""
+        new = [gathered[rank, :, :, start:stop] for rank, start, stop in self._pieces]
         known = [self._runs.pop(layer.index)] if self.round else []
-        run = torch.cat([*known, *new], 1)
+        run = torch.cat([*known, *new], 2)
         if not self.last_round:
             self._runs[layer.index] = run
-        return run
+        return run.transpose(1, 2)
 
     def _context(self, pairs: Tensor, span: Span) -> list[Segment]:
         """Anchor and passing block of one block: a leading part of the run."""

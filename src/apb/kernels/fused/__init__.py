@@ -103,8 +103,11 @@ def attention(
     if rows <= FEW_ROWS:
         from .. import decode
 
-        for segment in segments:
-            results.append(decode.attention(q, segment.k, segment.v, scale, causal=segment.causal, softcap=softcap))
+        several = len(segments) > 1
+        results = [
+            decode.attention(q, part.k, part.v, scale, causal=part.causal, softcap=softcap, partial=several)
+            for part in segments
+        ]
     else:
         for first in range(0, len(segments), SOURCES):
             few = segments[first : first + SOURCES]

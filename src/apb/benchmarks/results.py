@@ -1,0 +1,125 @@
+"""Result files of ``apb bench prefill`` and ``decode``, put together: every way to read by length, under one name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+# What a row is asked for by the tables; a file without it is not one of ours.
+PREFILL = set("strategy length plan backend seconds floor_seconds predicted_seconds peak_bytes parts note".split())
+DECODE = set("length graph seconds tokens_per_s limit_seconds of_limit peak_bytes".split())
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to read at one length.
+
+    Attributes:
+        name: the strategy, and what sets it apart from others of the same strategy.
+        length: tokens of the prompt.
+        seconds: of a prefill; None where ``note`` says why there are none.
+        layers: how many layers were run.
+        scale: what the seconds of those layers were multiplied with to stand for all; 1 where all were run.
+        row: as in the file; its seconds are not scaled.
+    """
+
+    name: str
+    length: int
+    seconds: float | None
+    layers: int
+    scale: float
+    row: dict[str, Any]
+
+    @property
+    def note(self) -> str | None:
+        """Why there are no figures; None where there are."""
+        return None if self.seconds is not None else self.row["note"] or "stopped before it was measured"
+
+
+@dataclass(frozen=True)
+class Results:
+    """What files hold together.
+
+    Attributes:
+        model: what was run.
+        runs: (file name, its report) in the order given.
+        prefill: points; of a name and length the last one.
+        decode: (ranks, row) in the order given.
+    """
+
+    model: str
+    runs: list[tuple[str, dict[str, Any]]]
+    prefill: list[Point]
+    decode: list[tuple[int, dict[str, Any]]]
+
+    @property
+    def names(self) -> list[str]:
+        """Ways to read, in the order of their first appearance."""
+        return list(dict.fromkeys(point.name for point in self.prefill))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Lengths of prefills, ascending."""
+        return sorted({point.length for point in self.prefill})
+
+    def point(self, name: str, length: int) -> Point | None:
+        """What there is of a way to read at a length."""
+        return next((point for point in self.prefill if (point.name, point.length) == (name, length)), None)
+
+    def baseline(self, length: int) -> float | None:
+        """Seconds of full attention on one device at a length; None where there are none."""
+        found = (p.seconds for p in self.prefill if (p.row["strategy"], p.length) == ("full", length))
+        return next((seconds for seconds in found if seconds), None)
+
+
+def read_results(paths: Iterable[Path]) -> Results:
+    """Files of one model, put together; InputError where one is something else."""
+    return combine([(path.name, _read(path)) for path in paths])
+
+
+def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
+    """Reports of one model, each under its file's name, put together; InputError for several models."""
+    models = list(dict.fromkeys(report["model"] for _, report in runs))
+    if len(models) > 1:
+        raise InputError(f"These results are of several models, {' and '.join(models)}; report each by itself.")
+    whole = max(report["layers"] for _, report in runs)
+    prefill = [(report, row) for _, report in runs for row in report["rows"] if "strategy" in row]
+    several_ranks = len({report["ranks"] for report, row in prefill if row["strategy"] != "full"}) > 1
+    at: dict[tuple[str, int, int], set[int]] = {}
+    for report, row in prefill:
+        at.setdefault((row["strategy"], row["length"], report["ranks"]), set()).add(row["plan"].get("blocks"))
+    in_several_ways = {strategy for (strategy, _, _), blocks in at.items() if len(blocks) > 1}
+    points: dict[tuple[str, int], Point] = {}
+    for report, row in prefill:
+        name, layers = row["strategy"], report["layers"]
+        if name in in_several_ways and row["plan"]:
+            name += f", {row['plan']['blocks']} blocks"
+        if several_ranks and row["strategy"] != "full":
+            name += f", {report['ranks']} ranks"
+        if layers < whole:
+            name += f", {layers} of {whole} layers scaled up"
+        scale = whole / layers
+        seconds = None if row["seconds"] is None else row["seconds"] * scale
+        points[name, row["length"]] = Point(name, row["length"], seconds, layers, scale, row)
+    decode = [(report["ranks"], row) for _, report in runs for row in report["rows"] if "graph" in row]
+    return Results(models[0], runs, list(points.values()), decode)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One report."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        known = {"model", "layers", "ranks", "fingerprint"} <= report.keys() and isinstance(report["rows"], list)
+        known = known and all((PREFILL if "strategy" in row else DECODE) <= row.keys() for row in report["rows"])
+    except OSError as error:
+        raise InputError(f"The results in {str(path)!r} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        known = False
+    if not known:
+        raise InputError(f"{str(path)!r} is no result of apb bench prefill or decode (written by --out).")
+    return dict(report)

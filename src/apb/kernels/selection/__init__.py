@@ -1,0 +1,152 @@
+"""From a block's keys to the pairs it passes on: scores by the query's rows, the best tokens, what is sent of them.
+
+On NVIDIA GPUs each step takes a launch or two (:mod:`.portable`), elsewhere torch computes it: of the same scores the
+same tokens either way, down to ties. Nothing is read back to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..fused import why_not
+from ..reference import capped
+
+# Tokens a program looks at together, at most, and its warps: the fastest of those tried on one H200.
+_CHUNK, _WARPS = 4096, 16
+# Pairs of one KV head that a program copies.
+_PAIRS = 32
+# Query rows that torch scores at a time: bounds the (heads, rows, tokens) matrix for long questions.
+_ROWS = 64
+# Programs that share a KV head's keys when the kernel sums exponentials.
+_SPLITS = 32
+
+
+def attention_received(
+    query: Tensor, k: Tensor, scale: float, softcap: float | None = None, *, triton: bool | None = None
+) -> Tensor:
+    """softmax(q k^T) of every query row over the keys, averaged over the rows and the heads of a group.
+
+    Args:
+        query: (rows, heads, head_dim), at least one row.
+        k: (tokens, kv_heads, head_dim) of the same dtype, any strides.
+        scale: factor on q.k.
+        softcap: as in :func:`apb.attention`.
+        triton: as for :func:`choose`. The kernels keep logits in fp32 and hold no matrix of them.
+
+    Returns:
+        (kv_heads, tokens) fp32; a KV head's sum to 1.
+    """
+    rows, heads, head_dim = query.shape
+    tokens, kv_heads, _ = k.shape
+    group = heads // kv_heads
+    if not _by_triton(k, head_dim, triton):
+        keys = k.permute(1, 2, 0)  # (kv_heads, head_dim, tokens)
+        total = torch.zeros(kv_heads, tokens, dtype=torch.float32, device=k.device)
+        for chunk in query.split(_ROWS):
+            # (rows, kv_heads * group, head_dim) -> (kv_heads, rows * group, head_dim)
+            grouped = chunk.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
+            total += capped((grouped @ keys).float() * scale, softcap).softmax(-1).sum(1)
+        return total / (rows * group)
+    from . import portable
+
+    query, k = (x if x.stride(2) == 1 else x.contiguous() for x in (query, k))
+    padded = max(16, 1 << (head_dim - 1).bit_length())
+    width = padded * k.element_size()
+    block_m, block_n = (64, 128) if width <= 256 else (32, 64) if width <= 512 else (16, 32)
+    packed = min(max(16, 1 << (rows * group - 1).bit_length()), block_m)
+    splits = min(_SPLITS, -(-tokens // block_n))
+    sums = query.new_empty(splits, kv_heads, rows * group, dtype=torch.float32)
+    received = query.new_empty(kv_heads, tokens, dtype=torch.float32)
+    log2e = 1 / math.log(2)
+    factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
+    strides = (*query.stride()[:2], *k.stride()[:2])
+    sizes = {"GROUP": group, "D": head_dim, "BD": padded, "BM": packed, "BN": block_n, "CAPPED": softcap is not None}
+    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+        portable.sum_exponentials[(splits, kv_heads, -(-rows * group // packed))](
+            query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4, num_stages=2
+        )
+        portable.attention_received[(-(-tokens // block_n), kv_heads)](
+            query, k, sums, received, rows, tokens, splits, *strides, *factors, **sizes,
+            BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return received
+
+
+def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton: bool | None = None) -> Tensor:
+    """The best of a block's last ``selectable`` tokens, for every KV head; those before stand in the anchor.
+
+    Of equal scores (pooling makes many) the earlier token is taken, so that the choice depends on neither device nor
+    kernel; not-a-number counts as more than any number, and -0 as 0.
+
+    Args:
+        scores: (kv_heads, tokens) fp32, any strides.
+        count: how many are chosen; all that may be where there are fewer.
+        selectable: tokens that may be chosen.
+        pooled: whether a token takes its neighbours along: scores are max-pooled first (:func:`pool`), also over the
+            neighbours that stand in the anchor.
+        triton: whether the kernel chooses; by default on GPUs where :func:`apb.kernels.fused.why_not` has no objection.
+
+    Returns:
+        Indices (kv_heads, count) int64, ascending.
+    """
+    kv_heads, tokens = scores.shape
+    first = tokens - selectable
+    count = min(count, selectable)
+    if not _by_triton(scores, 1, triton) or not count:
+        if pooled:
+            scores = pool(scores)
+        best = scores[:, first:].sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return best.sort(dim=1).values + first
+    from . import portable
+
+    chosen = torch.empty(kv_heads, count, dtype=torch.int64, device=scores.device)
+    chunk = min(max(32 * _WARPS, 1 << (selectable - 1).bit_length()), _CHUNK)
+    ranks = torch.empty(kv_heads, -(-selectable // chunk) * chunk, dtype=torch.uint32, device=scores.device)
+    with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
+        portable.choose[(kv_heads,)](
+            scores, ranks, chosen, tokens, first, count, *scores.stride(), POOLED=pooled, CHUNK=chunk, num_warps=_WARPS
+        )
+    return chosen
+
+
+def pack(k: Tensor, v: Tensor, chosen: Tensor, out: Tensor, *, triton: bool | None = None) -> None:
+    """Write the chosen pairs of a block into ``out``.
+
+    Args:
+        k, v: (tokens, kv_heads, head_dim), any strides.
+        chosen: (kv_heads, count) int64, contiguous, as :func:`choose` gives them.
+        out: (2, count, kv_heads, head_dim) of the same dtype: keys, then values. Contiguous in its last dimension;
+            otherwise any strides, so that it may be a part of what is sent.
+        triton: as for :func:`choose`.
+    """
+    kv_heads, count = chosen.shape
+    head_dim = k.shape[2]
+    if not _by_triton(k, head_dim, triton) or not count:
+        for x, place in zip((k, v), out, strict=True):
+            place.copy_(torch.gather(x, 0, chosen.T.unsqueeze(-1).expand(-1, -1, head_dim)))
+        return
+    from . import portable
+
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
+    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+        portable.pack[(-(-count // _PAIRS), kv_heads)](
+            k, v, chosen, out, count, *k.stride()[:2], *v.stride()[:2], *out.stride()[:3], D=head_dim,
+            BD=1 << (head_dim - 1).bit_length(), PAIRS=_PAIRS, num_warps=4,
+        )  # fmt: skip
+
+
+def pool(scores: Tensor) -> Tensor:
+    """Max-pool (kernel 5, stride 1, padding 2) over the tokens of one block: a good token takes its neighbours along.
+
+    In the reference code, not in the paper. ``scores`` and the result: (kv_heads, tokens).
+    """
+    return F.max_pool1d(scores.unsqueeze(0), kernel_size=5, stride=1, padding=2).squeeze(0)
+
+
+def _by_triton(x: Tensor, head_dim: int, asked: bool | None) -> bool:
+    return x.is_cuda and why_not(x.device, x.dtype, head_dim) is None if asked is None else asked
