@@ -48,8 +48,8 @@ def compile_forward(head_dim: int, config: Config, dtype: str, *, heads: int = 3
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def examine(kernel: Any) -> dict[str, int]:
-    """What the machine code holds, as a whole and in the loops over tiles."""
+def examine(kernel: Any) -> dict[str, Any]:
+    """What the machine code holds, as a whole and in each consumer's loops over tiles, masked ones and whole ones."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -73,7 +73,7 @@ def examine(kernel: Any) -> dict[str, int]:
     return {
         "products": text.count("HGMMA"),
         "spills": sum(map(_spills, lines)),
-        "loop_spills": sum(_spills(line) for body in inner for line in body.splitlines()),
+        "loop_spills": [sum(map(_spills, body.splitlines())) for body in inner],
         "exponentials": sum(body.count("MUFU.EX2") for body in inner),
         "exponentials_meanwhile": sum(body.count("MUFU.EX2") for body in meanwhile),
         "shared": kernel.metadata.shared,

@@ -174,13 +174,12 @@ class Machine:
         self.pending().append(product)
         return product
 
-    def mma_wait(self, outstanding: int, deps: list[Product]) -> Array:
+    def mma_wait(self, outstanding: int, deps: list[Product]) -> Any:
         pending = self.pending()
         while len(pending) > outstanding:
             pending.pop(0).finish()
-        (product,) = deps
-        assert product not in pending, "a result is used before it was waited for"
-        return product.result
+        assert not any(product in pending for product in deps), "a result is used before it was waited for"
+        return deps[0].result if len(deps) == 1 else tuple(product.result for product in deps)
 
     def pending(self) -> list[Product]:
         if not hasattr(self.local, "pending"):
@@ -249,6 +248,8 @@ def _assembly(text: str, constraints: str, args: list[Array], dtype: Any, is_pur
     if text.startswith("mov.b32"):
         (x,) = args
         return tuple(array((x.view(np.uint32) >> shift).astype(np.uint16).view(np.int16)) for shift in (0, 16))
+    if "vote.sync.any" in text:
+        return array(args[0] * args[1])
     raise NotImplementedError(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from functools import partial
 
@@ -11,7 +12,7 @@ import torch
 
 from apb import InputError, attention
 from apb.benchmarks import ceilings, prefill
-from apb.benchmarks.attention import Shape, bench_attention
+from apb.benchmarks.attention import Shape, _in_turns, bench_attention
 from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
@@ -122,8 +123,9 @@ def test_a_prompt_without_document_is_refused():
         list(bench_prefill(model, model_shape(model.config), rates, ["full"], [33], 1))
 
 
-def test_attention_rows_hold_time_and_error():
+def test_attention_rows_hold_time_and_error(monkeypatch):
     """Every kernel gets a row: figures that follow from each other, or why there are none; errors are against fp64."""
+    monkeypatch.setattr("apb.benchmarks.attention._TURN_S", 0.02)
     shapes = [Shape(4, 2, 64, 96, 20, 33), Shape(4, 2, 64, 1, 0, 70)]
     rows = list(bench_attention(shapes, CPU, torch.float32, 2))
     assert [(row.shape, row.kernel) for row in rows] == [(str(shape), name) for shape in shapes for name in KERNELS]
@@ -135,7 +137,38 @@ def test_attention_rows_hold_time_and_error():
         assert row.kv_bytes_per_s == pytest.approx(shape.kv_bytes(4) / row.seconds)
         assert max(row.error, row.lse_error) < 1e-5
         assert len(row.all_seconds) == 2
+        rivals = [other for other in measured if other.shape == row.shape]
+        best = min(rivals, key=lambda other: other.seconds)
+        ratios = [a / b for a, b in zip(best.all_seconds, row.all_seconds, strict=True)]
+        assert row.of_fastest == pytest.approx(statistics.median(ratios))
     assert all(row.note for row in rows if "Flash" in row.kernel)
+
+
+def test_attention_kernels_take_turns(monkeypatch):
+    """Each round times every kernel, so that a slow minute of the machine slows all of them."""
+    log = []
+
+    def logged(name):
+        return lambda q, segments: lambda: log.append(name) or attention(q, segments)
+
+    monkeypatch.setattr("apb.benchmarks.attention._TURN_S", 0)
+    for name in "ab":
+        monkeypatch.setitem(KERNELS, name, logged(name))
+    list(bench_attention([Shape(4, 2, 64, 8, 2, 3)], CPU, torch.float32, 3, ["a", "b"]))
+    checked, warm, rounds = log[:2], log[2:6], log[6:]
+    assert (checked, warm, rounds) == (["a", "b"], ["a", "a", "b", "b"], ["a", "a", "b", "b"] * 3)
+
+
+def test_attention_turns_settle_first(monkeypatch):
+    """A quarter of a turn's calls come before the clock starts, three quarters after; a slow kernel has one of each."""
+    log = []
+    taken = {"quick": 0.01, "slow": 5.0}
+    monkeypatch.setattr("apb.benchmarks.attention._TURN_S", 0.2)
+    monkeypatch.setattr(
+        "apb.benchmarks.attention._turn", lambda call, device, *counts: log.append((call, *counts)) or taken[call]
+    )
+    assert _in_turns({name: name for name in taken}, CPU, 1) == {name: [seconds] for name, seconds in taken.items()}
+    assert log[2:] == [("quick", 5, 15), ("slow", 1, 1)]
 
 
 def test_attention_that_is_wrong_shows(monkeypatch):

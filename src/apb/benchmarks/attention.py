@@ -1,7 +1,10 @@
 """Attention of a block over [anchor | passed pairs | itself] by several kernels, each with its time and its error.
 
 The work is what APB gives one rank in one layer. What a competitor needs concatenated is concatenated before the clock
-starts. FLOPs are those of unmasked query/key pairs; errors are against fp64, on a sample of rows and heads.
+starts. FLOPs are those of unmasked query/key pairs; errors are against fp64, on a sample of rows and heads. The kernels
+of a shape take turns: a GPU's clock follows its power and heat, and all of them should meet the same. A turn is long
+enough for the clock to settle where the kernel's own power puts it, as it does in a prefill; what comes before that is
+not timed.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +23,8 @@ from ..hardware import synchronize
 from ..kernels.segment import Segment
 from .attention_kernels import KERNELS, Result
 
-# A call is repeated until this time is filled, so that short ones are not lost in the clock's.
-_FILL_S = 0.01
+# A turn is as many calls as fill this time, at least two; those of its first quarter, at least one, are not timed.
+_TURN_S, _UNTIMED = 0.2, 0.25
 _SAMPLED_ROWS, _SAMPLED_HEADS = 256, 3
 
 
@@ -84,7 +87,8 @@ class Row:
     """One kernel on one shape; ``note`` says why there are no figures, where there are none.
 
     Attributes:
-        seconds: median over ``all_seconds``.
+        seconds: median over ``all_seconds``, a call's time in each turn; turn i of all kernels of a shape is one round.
+        of_fastest: median over the rounds of the fastest kernel's time over this one's; 1 for the fastest itself.
         error: norm of the difference to fp64 over the norm of fp64, on the sample; ``lse_error``: largest difference.
         kv_bytes_per_s: bytes of keys and values over seconds: what counts in decode.
     """
@@ -93,6 +97,7 @@ class Row:
     kernel: str
     seconds: float | None = None
     all_seconds: list[float] | None = None
+    of_fastest: float | None = None
     tflops: float | None = None
     kv_bytes_per_s: float | None = None
     error: float | None = None
@@ -116,12 +121,19 @@ def bench_attention(
         q, segments = _inputs(shape, device, dtype)
         sample = _sample(shape, device)
         expected = _dense(q, segments, *sample)
+        rows: dict[str, Row] = {}
+        calls: dict[str, Callable[[], Result]] = {}
         for name in kernels or KERNELS:
             try:
                 call = KERNELS[name](q, segments)
-                yield _measure(shape, name, call, q, sample, expected, repeat)
+                rows[name] = _checked(shape, name, call, q, sample, expected)
+                calls[name] = call
             except Exception as error:  # whatever stops one kernel, the others are still compared
-                yield Row(str(shape), name, note=str(error).splitlines()[0][:200])
+                rows[name] = Row(str(shape), name, note=str(error).splitlines()[0][:200])
+        seconds = _in_turns(calls, device, repeat)
+        fastest = min(seconds.values(), key=statistics.median, default=[])
+        for name, row in rows.items():
+            yield _timed(row, shape, q.element_size(), seconds[name], fastest) if name in seconds else row
 
 
 def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, list[Segment]]:
@@ -165,15 +177,10 @@ def _dense(q: Tensor, segments: list[Segment], rows: Tensor, heads: Tensor) -> R
     return torch.stack(outs, 1), torch.stack(lses)
 
 
-def _measure(
-    shape: Shape,
-    name: str,
-    call: Callable[[], Result],
-    q: Tensor,
-    sample: tuple[Tensor, Tensor],
-    expected: Result,
-    repeat: int,
+def _checked(
+    shape: Shape, name: str, call: Callable[[], Result], q: Tensor, sample: tuple[Tensor, Tensor], expected: Result
 ) -> Row:
+    """A row with the errors of one call."""
     rows, heads = sample
     poison = torch.full_like(q, float("nan"))  # freed again: what the call allocates and leaves unwritten shows
     del poison
@@ -181,35 +188,49 @@ def _measure(
     error = (out[rows][:, heads].double() - expected[0]).norm() / expected[0].norm()
     lse_error = (lse[heads][:, rows].double() - expected[1]).abs().max()
     if not out.isfinite().all():
-        return Row(str(shape), name, note="wrong: not all of the output is finite")
-    seconds = _seconds(call, q.device, repeat)
+        raise InputError("wrong: not all of the output is finite")
+    return Row(str(shape), name, error=float(error), lse_error=float(lse_error))
+
+
+def _in_turns(calls: dict[str, Callable[[], Result]], device: torch.device, repeat: int) -> dict[str, list[float]]:
+    """Seconds a call of every kernel, ``repeat`` times: all take one turn, then all take the next."""
+    counts = {}
+    for name, call in calls.items():
+        fit = _TURN_S / _turn(call, device, 1, 1)
+        counts[name] = [max(1, round(share * fit)) for share in (_UNTIMED, 1 - _UNTIMED)]
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeat):
+        for name, call in calls.items():
+            seconds[name].append(_turn(call, device, *counts[name]))
+    return seconds
+
+
+def _turn(call: Callable[[], Result], device: torch.device, untimed: int, timed: int) -> float:
+    """Seconds a call, the mean of ``timed`` after ``untimed``; a GPU computes these while the others are launched."""
+    synchronize(device)
+    for _ in range(untimed):
+        call()
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(timed):
+            call()
+        stop.record()
+        stop.synchronize()
+        return float(start.elapsed_time(stop)) / 1e3 / timed
+    began = time.perf_counter()
+    for _ in range(timed):
+        call()
+    return (time.perf_counter() - began) / timed
+
+
+def _timed(row: Row, shape: Shape, element_bytes: int, seconds: list[float], fastest: list[float]) -> Row:
     median = statistics.median(seconds)
-    return Row(
-        shape=str(shape),
-        kernel=name,
+    return replace(
+        row,
         seconds=median,
         all_seconds=seconds,
+        of_fastest=statistics.median(best / own for best, own in zip(fastest, seconds, strict=True)),
         tflops=shape.flops / median / 1e12,
-        kv_bytes_per_s=shape.kv_bytes(q.element_size()) / median,
-        error=float(error),
-        lse_error=float(lse_error),
+        kv_bytes_per_s=shape.kv_bytes(element_bytes) / median,
     )
-
-
-def _seconds(call: Callable[[], object], device: torch.device, repeat: int) -> list[float]:
-    """Seconds a call, ``repeat`` times, each the mean of as many calls as fill the clock."""
-    call()
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    calls = max(1, int(_FILL_S / (time.perf_counter() - start)))
-    seconds = []
-    for _ in range(repeat):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        synchronize(device)
-        seconds.append((time.perf_counter() - start) / calls)
-    return seconds

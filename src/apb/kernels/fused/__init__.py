@@ -46,7 +46,7 @@ class Config:
 
 
 HOPPER = {
-    64: Config(block_n=128, groups=2, stages=3, registers=240, cap=168, ping_pong=True),
+    64: Config(block_n=128, groups=3, stages=4, registers=160, cap=128, ping_pong=False),
     128: Config(block_n=128, groups=2, stages=2, registers=240, cap=168, ping_pong=False),
     256: Config(block_n=64, groups=2, stages=2, registers=240, cap=168, ping_pong=True),
 }

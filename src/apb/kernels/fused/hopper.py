@@ -2,8 +2,9 @@
 
 The producer brings query tiles and key/value tiles in with the bulk copy engine; every consumer owns 64 query rows. A
 consumer issues QK of a tile and PV of the tile before it, and computes the softmax of the former while the latter runs
-(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What the
-tiles are and in which order they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
+(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What was
+summed up is rescaled a step late, beside QK, and only where a maximum has grown. What the tiles are and in which order
+they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
 """
 
 from __future__ import annotations
@@ -24,14 +25,41 @@ LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
 
 
+def _scaling(count):
+    """Assembly that multiplies ``count`` registers, of two rows by turns, unless all factors of the warp are 1."""
+    first, second = 2 * count, 2 * count + 2
+    lines = [
+        "{ .reg .pred p, r;",
+        f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.f32 r, ${second}, 0f3F800000; or.pred p, p, r;",
+        "vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE;",
+        *(f"mul.f32 ${i}, ${i}, ${second if i & 2 else first};" for i in range(count)),
+        "DONE: }",
+    ]
+    return " ".join(lines)
+
+
+_SCALING = gl.constexpr(_scaling(32))
+_SCALED = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
+
+
+@gluon.jit
+def _slot(count, STAGES: gl.constexpr):
+    """Where tile ``count`` lies, and the parity of its round."""
+    if STAGES == 4:
+        return count & 3, (count >> 2) & 1
+    elif STAGES == 2:
+        return count & 1, (count >> 1) & 1
+    else:
+        return count % STAGES, (count // STAGES) & 1
+
+
 @gluon.jit
 def _send(k_desc, v_desc, head, row, tiles, count, bars, bufs, BN: gl.constexpr, STAGES: gl.constexpr):
     """Bring ``tiles`` tiles of one source in; ``count`` tiles came before."""
     k_full, k_free, v_full, v_free = bars
     k_bufs, v_bufs = bufs
     for tile in range(tiles):
-        stage = count % STAGES
-        phase = (count // STAGES) & 1
+        stage, phase = _slot(count, STAGES)
         mbarrier.wait(k_free.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
         _fetch(k_desc, [head, row + tile * BN, 0], k_full.index(stage), k_bufs.index(stage))
@@ -138,9 +166,15 @@ def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr, layou
 
 
 @gluon.jit
-def _softmax(s, m, scale, MASKED: gl.constexpr):
+def _row_max(s, M: gl.constexpr, BN: gl.constexpr):
+    """In four chains rather than in one."""
+    return gl.max(gl.max(gl.reshape(s, [M, BN // 16, 16]), 1), 1)
+
+
+@gluon.jit
+def _softmax(s, m, scale, M: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr):
     """exp2(scale s - new maximum), that maximum, and the factor of what was summed up under the old one."""
-    new = gl.maximum(m, gl.max(s, 1) * scale)
+    new = gl.maximum(m, gl.convert_layout(_row_max(s, M, BN), m.type.layout) * scale)
     shift = new
     if MASKED:  # a row may have seen nothing yet: (-inf) - (-inf) would be nan
         shift = gl.where(new == float("-inf"), 0.0, new)
@@ -148,8 +182,20 @@ def _softmax(s, m, scale, MASKED: gl.constexpr):
 
 
 @gluon.jit
+def _rescaled(acc, alpha):
+    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
+    return gl.inline_asm_elementwise(_SCALING, _SCALED, [acc, alpha], dtype=gl.float32, is_pure=True, pack=32)
+
+
+@gluon.jit
+def _scores(q, k_bufs, stage, M: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
+    k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
+    return warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, layout), use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _step(
-    g: gl.constexpr, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+    g: gl.constexpr, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
     bars, turns, q, bufs, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
@@ -161,16 +207,16 @@ def _step(
     sum_rows: gl.constexpr = gl.SliceLayout(1, sums.type.layout)
     k_full, k_free, v_full, v_free = bars
     k_bufs, v_bufs = bufs
-    before = count % STAGES
-    stage = (count + 1) % STAGES
-    after = (count + 2) % STAGES
+    before, phase = _slot(count, STAGES)
+    stage, _ = _slot(count + 1, STAGES)
+    after, after_phase = _slot(count + 2, STAGES)
     if PING_PONG:
         mbarrier.wait(turns.index(g), turn & 1)
-    k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
-    token = warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, s_layout), use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(before), (count // STAGES) & 1)
-    p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
-    o_token = warpgroup_mma(p, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
+    token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
+    acc = _rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
+    mbarrier.wait(v_full.index(before), phase)
+    operand = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+    o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turns.index((g + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[token])
@@ -178,16 +224,27 @@ def _step(
     s = _capped(s, cap, CAPPED)
     if MASKED:
         s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
-    p, m, alpha = _softmax(s, m, scale, MASKED)
+    p, m, alpha = _softmax(s, m, scale, M, BN, MASKED)
     sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
-    pairs = _pack(p, M, BN, dtype)
     # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
     # softmax behind the wait for PV, where nothing would run beside it.
-    mbarrier.wait(k_full.index(after), ((count + 2) // STAGES) & 1, pred=tile + 1 < tiles)
+    mbarrier.wait(k_full.index(after), after_phase, pred=tile + 1 < tiles)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_free.index(before), count=1)
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-    return acc, m, sums, pairs, count + 1, turn + 1
+    pairs = _pack(p, M, BN, dtype)  # not before: the registers of the pairs before are PV's until now
+    return acc, m, sums, pairs, alpha, count + 1, turn + 1
+
+
+@gluon.jit
+def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr):
+    """64 rows of one head, those before ``end``. Addresses are made here: the loops need all registers."""
+    out, lse, out_row, out_head, lse_head = target
+    rows = row + gl.arange(0, M, row_lse.type.layout)
+    gl.store(lse + head.to(gl.int64) * lse_head + rows, row_lse, mask=rows < end)
+    rows = row + gl.arange(0, M, gl.SliceLayout(1, acc.type.layout))
+    cols = gl.arange(0, D, gl.SliceLayout(0, acc.type.layout))
+    pointers = out + head.to(gl.int64) * out_head + rows.to(gl.int64)[:, None] * out_row + cols[None, :]
+    gl.store(pointers, acc.to(dtype), mask=(rows < end)[:, None])
 
 
 @gluon.jit
@@ -198,7 +255,6 @@ def _consume(
 ):  # fmt: skip
     """One consumer: 64 rows of every strip of this program's items."""
     M: gl.constexpr = 64
-    out, lse, out_row, out_head, lse_head = target
     table, items, first, last = work
     scale, cap = factors
     q_bars, bars, turns, q_bufs, bufs = storage
@@ -221,57 +277,53 @@ def _consume(
         head = item % H
         strip = table + item // H * FIELDS
         row = gl.load(strip) + g * M
-        end = gl.load(strip + 1)
         masked = gl.load(strip + 4) + gl.load(strip + 9) + gl.load(strip + 14)
         tiles = masked + gl.load(strip + 3) + gl.load(strip + 8) + gl.load(strip + 13)
         rows = row + gl.arange(0, M, s_rows)
-        o_row = row + gl.arange(0, M, o_rows)
-        o_col = gl.arange(0, D, gl.SliceLayout(0, o_layout))
-        o_ptr = out + head.to(gl.int64) * out_head + o_row.to(gl.int64)[:, None] * out_row + o_col[None, :]
-        o_here = (o_row < end)[:, None]
-        lse_ptr = lse + head.to(gl.int64) * lse_head + rows
         mbarrier.wait(q_full.index(g), (index - first) & 1)
         if tiles == 0:
             mbarrier.arrive(q_free.index(g), count=1)
-            gl.store(o_ptr, gl.zeros([M, D], dtype, o_layout), mask=o_here)
-            gl.store(lse_ptr, gl.full([M], float("-inf"), gl.float32, s_rows), mask=rows < end)
+            nothing = gl.full([M], float("-inf"), gl.float32, s_rows)
+            _write(gl.zeros([M, D], gl.float32, o_layout), nothing, target, head, row, gl.load(strip + 1), M, D, dtype)
         else:
-            stage = count % STAGES
-            mbarrier.wait(k_full.index(stage), (count // STAGES) & 1)
-            k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
-            token = warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, s_layout), use_acc=False, is_async=True)
+            stage, phase = _slot(count, STAGES)
+            mbarrier.wait(k_full.index(stage), phase)
+            token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
             s = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(k_free.index(stage), count=1)
             cols = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
             s = _mask(_capped(s, cap, CAPPED), strip, 0, masked, rows, cols, BN)
-            p, m, _ = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, True)
+            p, m, alpha = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, M, BN, True)
             sums = _row_sums(p, M, BN)
             pairs = _pack(p, M, BN, dtype)
             acc = gl.zeros([M, D], gl.float32, o_layout)
-            mbarrier.wait(k_full.index((count + 1) % STAGES), ((count + 1) // STAGES) & 1, pred=tiles > 1)
+            stage, phase = _slot(count + 1, STAGES)
+            mbarrier.wait(k_full.index(stage), phase, pred=tiles > 1)
+            alpha = gl.full([M], 1.0, gl.float32, s_rows)
             for tile in range(1, masked):
-                acc, m, sums, pairs, count, turn = _step(
-                    g, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                acc, m, sums, pairs, alpha, count, turn = _step(
+                    g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
                     bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, True,
                 )  # fmt: skip
             for tile in range(gl.maximum(masked, 1), tiles):
-                acc, m, sums, pairs, count, turn = _step(
-                    g, acc, m, sums, pairs, count, turn, tile, tiles, masked, strip, rows, scale, cap,
+                acc, m, sums, pairs, alpha, count, turn = _step(
+                    g, acc, m, sums, pairs, alpha, count, turn, tile, tiles, masked, strip, rows, scale, cap,
                     bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, False,
                 )  # fmt: skip
             mbarrier.arrive(q_free.index(g), count=1)
-            stage = count % STAGES
-            mbarrier.wait(v_full.index(stage), (count // STAGES) & 1)
+            acc = _rescaled(acc, alpha)
+            stage, phase = _slot(count, STAGES)
+            mbarrier.wait(v_full.index(stage), phase)
             p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
             token = warpgroup_mma(p, v_bufs.index(stage).reshape([BN, D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
             total = gl.convert_layout(gl.sum(sums, 1), s_rows)
-            gl.store(lse_ptr, (m + gl.log2(total)) * LN2, mask=rows < end)
+            row_lse = (m + gl.log2(total)) * LN2
             total = gl.where(total == 0.0, 1.0, total)
             acc = acc / gl.convert_layout(total, o_rows)[:, None]
-            gl.store(o_ptr, acc.to(dtype), mask=o_here)
+            _write(acc, row_lse, target, head, row, gl.load(strip + 1), M, D, dtype)
 
 
 @gluon.jit(do_not_specialize=["lse_head"])
