@@ -62,7 +62,7 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
         {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
 }
-APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4, "compressor": "query"}
+APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4}
 STAR = {"strategy": "star", "blocks": 5}
 READINGS: dict[str, dict[str, Any]] = {
     "full": {"strategy": "full"},
@@ -118,7 +118,6 @@ def expected(family: str, reading: str) -> Tensor:
         with torch.no_grad():
             return model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
     sizes = {"anchor_length": None, "passing_length": 0, **options}
-    sizes.pop("compressor", None)  # the oracle's is "query"
     return masked_prefill(model, PROMPT.prefix, PROMPT.document, PROMPT.query, ANSWER, **sizes)
 
 

@@ -40,7 +40,7 @@ def test_what_the_blocks_passed_on(explanation: Explanation) -> None:
     engine, prompt = engine_and_prompt()
     parts = (prompt.prefix, prompt.document, prompt.query)
     sizes = {"blocks": 4, "anchor_length": 20, "passing_length": 5}
-    expected = oracle.dense_prefill(engine.model, *parts, **sizes, compressor="query-edge")
+    expected = oracle.dense_prefill(engine.model, *parts, **sizes)
     assert expected.margins > 1e-5
     for layer, selected in enumerate(expected.selected):
         for head in range(2):

@@ -1,4 +1,4 @@
-"""The default: what the question's rows attend to, and the end of the block, so that no sentence is lost at a cut."""
+"""What the question's rows attend to, and the end of the block, so that no sentence is lost at a cut."""
 
 from __future__ import annotations
 
