@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def examine(kernel: Any) -> dict[str, Any]:
     return {
         "products": text.count("HGMMA"),
         "spills": sum(map(_spills, lines)),
+        "stores": dict(Counter(re.findall(r"\bSTG\.E(?:\.\w+)?", text))),
         "loop_spills": [sum(map(_spills, body.splitlines())) for body in inner],
         "exponentials": sum(body.count("MUFU.EX2") for body in inner),
         "exponentials_meanwhile": sum(body.count("MUFU.EX2") for body in meanwhile),

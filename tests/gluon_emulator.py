@@ -209,6 +209,7 @@ class Machine:
         gluon, language = types.ModuleType(root), types.ModuleType(f"{root}.language")
         hopper = types.ModuleType(f"{root}.language.nvidia.hopper")
         gluon.jit = lambda function=None, **_: function or (lambda f: f)
+        gluon.constexpr_function = lambda function: function
         gluon.language = language
         vars(language).update(_LANGUAGE)
         language.program_id = lambda axis: self.program
@@ -281,6 +282,7 @@ _LANGUAGE: dict[str, Any] = {
     "inline_asm_elementwise": _assembly,
     "allocate_shared_memory": _allocate,
     "SliceLayout": lambda *_, **__: None,
+    "DistributedLinearLayout": lambda *_, **__: None,
     "DotOperandLayout": lambda *_, **__: None,
     "NVMMADistributedLayout": lambda *_, **__: None,
 }

@@ -157,12 +157,12 @@ def _pack(p, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
+    """(M, BN): what :func:`_pack` rounded to ``dtype``."""
     low, high = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
     )
-    p = gl.reshape(gl.join(low, high), [M, BN]).to(dtype, bitcast=True)
-    return gl.convert_layout(p, layout)
+    return gl.reshape(gl.join(low, high), [M, BN]).to(dtype, bitcast=True)
 
 
 @gluon.jit
@@ -215,7 +215,7 @@ def _step(
     token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
     acc = _rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
     mbarrier.wait(v_full.index(before), phase)
-    operand = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+    operand = gl.convert_layout(_unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
     o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turns.index((g + 1) % GROUPS), count=1)
@@ -235,16 +235,31 @@ def _step(
     return acc, m, sums, pairs, alpha, count + 1, turn + 1
 
 
+@gluon.constexpr_function
+def _in_fours(D):
+    """Layout of (64, D / 2) pairs in which a thread holds four neighbours: 16 bytes, where a product leaves it 4.
+
+    A row stays with the four threads that a product leaves it to: what they exchange stays within a warp.
+    """
+    columns = [[0, step] for step in (16, 32, 64) if step < D // 2]
+    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], *columns, [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, D // 2])
+
+
 @gluon.jit
 def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr):
-    """64 rows of one head, those before ``end``. Addresses are made here: the loops need all registers."""
+    """64 rows of one head, those before ``end``, 16 bytes a store where the strides of ``out`` are multiples of that.
+
+    Addresses are made here: the loops need all registers.
+    """
     out, lse, out_row, out_head, lse_head = target
     rows = row + gl.arange(0, M, row_lse.type.layout)
     gl.store(lse + head.to(gl.int64) * lse_head + rows, row_lse, mask=rows < end)
-    rows = row + gl.arange(0, M, gl.SliceLayout(1, acc.type.layout))
-    cols = gl.arange(0, D, gl.SliceLayout(0, acc.type.layout))
+    values = _unpack(gl.convert_layout(_pack(acc, M, D, dtype), _in_fours(D)), M, D, dtype)
+    rows = row + gl.arange(0, M, gl.SliceLayout(1, values.type.layout))
+    cols = gl.arange(0, D, gl.SliceLayout(0, values.type.layout))
     pointers = out + head.to(gl.int64) * out_head + rows.to(gl.int64)[:, None] * out_row + cols[None, :]
-    gl.store(pointers, acc.to(dtype), mask=(rows < end)[:, None])
+    gl.store(pointers, values, mask=(rows < end)[:, None])
 
 
 @gluon.jit
@@ -314,16 +329,17 @@ def _consume(
             acc = _rescaled(acc, alpha)
             stage, phase = _slot(count, STAGES)
             mbarrier.wait(v_full.index(stage), phase)
-            p = _unpack(pairs, M, BN, dtype, gl.DotOperandLayout(0, o_layout, 2))
+            p = gl.convert_layout(_unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
             token = warpgroup_mma(p, v_bufs.index(stage).reshape([BN, D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(v_free.index(stage), count=1)
             count += 1
             total = gl.convert_layout(gl.sum(sums, 1), s_rows)
+            end = gl.load(strip + 1)
             row_lse = (m + gl.log2(total)) * LN2
             total = gl.where(total == 0.0, 1.0, total)
-            acc = acc / gl.convert_layout(total, o_rows)[:, None]
-            _write(acc, row_lse, target, head, row, gl.load(strip + 1), M, D, dtype)
+            acc = acc * gl.convert_layout(1.0 / total, o_rows)[:, None]
+            _write(acc, row_lse, target, head, row, end, M, D, dtype)
 
 
 @gluon.jit(do_not_specialize=["lse_head"])
@@ -346,6 +362,7 @@ def forward(
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
+    for i in gl.static_range(GROUPS):
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
