@@ -3,6 +3,7 @@
 #   tests       the tests that need a GPU, or two                                      about 120 s
 #   sanitize    every kernel on small shapes under compute-sanitizer                   about 120 s
 #   attention   every attention kernel on APB's shapes, with its error                 about 60 s
+#   small       selection by torch and by the kernels, decode, a cache in fp8          about 40 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 128K and 256K      about 200 s
 #   decode      a token after 32K and 128K, with and without CUDA graphs               about 60 s
 #   overlap     two GPUs: whether ring attention hides its sends                       about 40 s
@@ -38,6 +39,7 @@ for part; do
         echo "$tool: exit status $?; $(tail -n 1 "$out/$tool.txt")"
       done ;;
     attention) bench attention --out "$out/attention_h200.json" ;;
+    small) timeout 120 "$python" benchmarks/small_kernels.py --out "$out/small_kernels_h200.json" ;;
     prefill)  # blocks of 16K
       for length in 131072 262144; do
         bench prefill --random-weights llama-3.1-8b --strategy full --strategy apb --length $length --blocks $((length / 16384)) \

@@ -24,13 +24,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
     the CPU they are smaller. The link is 0 for a single rank.
     """
     gpu = device.type == "cuda"
-    size, rows, message = (8192, 32768, 1 << 27) if gpu else (1024, 2048, 1 << 20)
+    rows, message = (32768, 1 << 27) if gpu else (2048, 1 << 20)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    a, b = random(size, size), random(size, size)
-    linear = 2 * size**3 / sustained_seconds(lambda: a @ b, device)
+    linear = product_rate(device, dtype)
     q, k, v = random(rows, 32, 128), random(rows, 8, 128), random(rows, 8, 128)
     pairs = rows * (rows + 1) // 2
     seconds = sustained_seconds(lambda: attention(q, [Segment(k, v, causal=True)]), device)
@@ -39,6 +38,13 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
         x = random(message)
         link = (group.size - 1) * x.nbytes / median_seconds(lambda: group.all_gather(x).wait(), device)
     return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link, copy_bandwidth(device))
+
+
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, at the rate that the device keeps up."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / sustained_seconds(lambda: a @ b, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
