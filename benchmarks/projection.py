@@ -23,7 +23,7 @@ from apb.cost import predict
 from apb.evaluation.report import markdown_table
 from apb.hf.loading import model_shape
 from apb.hf.random_weights import config_of, shapes
-from apb.plan import METHODS, check_heads
+from apb.methods import METHODS, check_heads
 from apb.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 
 GPUS = (8, 16, 64)

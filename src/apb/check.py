@@ -14,7 +14,8 @@ from .errors import InputError, first_line
 from .hf import loading
 from .hf.random_weights import random_model
 from .hf.shrinking import HEADS, shrink
-from .plan import METHODS, Plan
+from .methods import METHODS
+from .plan import Plan
 from .prompt import Prompt
 
 # Differences are measured against the largest logit, in fp32.

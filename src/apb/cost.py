@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .memory import activations
-from .plan import METHODS, Kind, Plan
+from .methods import METHODS
+from .plan import Kind, Plan
 from .traffic import Sent, gathered_rows, sent
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from .engine import Engine, Progress
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
-from .plan import METHODS, Anchor, Plan
+from .methods import METHODS, Anchor
+from .plan import Plan
 from .prompt import Prompt
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from .cost import Cost, ModelShape, predict
 from .errors import DoesNotFit
-from .plan import METHODS, Anchor, Plan
+from .methods import METHODS, Anchor
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .hardware import Hardware

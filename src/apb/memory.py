@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .plan import METHODS, Anchor, Kind, Plan
+from .methods import METHODS, Anchor
+from .plan import Kind, Plan
 
 if TYPE_CHECKING:
     from .cost import ModelShape

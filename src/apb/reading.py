@@ -10,7 +10,8 @@ from .compressors import check_compressor, default_compressor
 from .cost import Ceilings, Cost, ModelShape, predict
 from .errors import InputError
 from .fitting import check_memory, peak
-from .plan import METHODS, SHORTEST_WORTH_CUTTING, Plan, method_of
+from .methods import METHODS, method_of
+from .plan import SHORTEST_WORTH_CUTTING, Plan
 from .prompt import Prompt
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class Reading:
     """The options of :class:`apb.Engine` that say how a prompt is read; None leaves a choice to the plan.
 
     Attributes:
-        strategy: a name of plan.METHODS, or "auto": full attention for short documents, else what is predicted to be
+        strategy: a name of methods.METHODS, or "auto": full attention for short documents, else what is predicted to be
             fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
         blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
         rounds: forward passes that the blocks are read in; by default one, or as many as make it fit into memory.

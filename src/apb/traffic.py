@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .halo import sent_rows
-from .plan import METHODS, Anchor, Plan, kv_heads_of
+from .methods import METHODS, Anchor, kv_heads_of
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .cost import ModelShape

@@ -13,7 +13,8 @@ import apb
 import apb.strategies.base as strategies
 from apb.cost import KNOWN_CEILINGS, Ceilings, ModelShape, _window_pairs, predict
 from apb.hf.loading import model_shape
-from apb.plan import METHODS, Kind, Plan
+from apb.methods import METHODS
+from apb.plan import Kind, Plan
 from cases import CASES, Case
 from models import FAMILIES, tiny_model
 from oracle import lay_out, visibility, within

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import apb
 from apb.cost import ModelShape, predict
 from apb.errors import InputError
-from apb.plan import METHODS, Kind, Plan
+from apb.methods import METHODS
+from apb.plan import Kind, Plan
 
 SHAPE = ModelShape(
     layers=32,

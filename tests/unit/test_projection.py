@@ -13,7 +13,8 @@ import pytest
 from apb.cost import KNOWN_CEILINGS, Ceilings, predict
 from apb.hf.loading import model_shape
 from apb.hf.random_weights import shape_config
-from apb.plan import METHODS, Plan
+from apb.methods import METHODS
+from apb.plan import Plan
 from command_line import Cli
 
 PLAN = ("plan", "--length", 100_000, "--random-weights", "llama-3.1-8b", "--json")

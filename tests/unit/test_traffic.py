@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apb.cost import Ceilings, ModelShape, predict
-from apb.plan import METHODS, Plan
+from apb.methods import METHODS
+from apb.plan import Plan
 from apb.traffic import Hosts, Sent
 
 # Keys and values of a token in a layer: 64 numbers; a rank's partial results of a query's row: 4 x 17 fp32 numbers.

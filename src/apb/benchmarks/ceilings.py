@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 
@@ -12,23 +13,26 @@ from ..distributed.collectives import Group
 from ..kernels.attention import Segment, attention
 from ..session import Stopwatch
 
+# A prefill takes seconds. After some tens of milliseconds of matrix products a GPU at its power limit lowers its clock.
+_SUSTAINED_S = 0.4
+
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> Ceilings:
     """Rates of a large matrix product, causal attention (32 heads over 8 KV heads of 128), an all-gather and a copy.
 
-    The sizes fill a GPU; on the CPU they are smaller. The link is 0 for a single rank.
+    Products and attention at the rate that the device keeps up, not at that of its first call. The sizes fill a GPU; on
+    the CPU they are smaller. The link is 0 for a single rank.
     """
     gpu = device.type == "cuda"
-    size, rows, message = (8192, 32768, 1 << 27) if gpu else (1024, 2048, 1 << 20)
+    rows, message = (32768, 1 << 27) if gpu else (2048, 1 << 20)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    a, b = random(size, size), random(size, size)
-    linear = 2 * size**3 / median_seconds(lambda: a @ b, device)
+    linear = product_rate(device, dtype)
     q, k, v = random(rows, 32, 128), random(rows, 8, 128), random(rows, 8, 128)
     pairs = rows * (rows + 1) // 2
-    seconds = median_seconds(lambda: attention(q, [Segment(k, v, causal=True)]), device)
+    seconds = sustained_seconds(lambda: attention(q, [Segment(k, v, causal=True)]), device)
     link = 0.0
     if group.size > 1:
         x = random(message)
@@ -36,11 +40,30 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
     return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link, copy_bandwidth(device))
 
 
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, at the rate that the device keeps up."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / sustained_seconds(lambda: a @ b, device)
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes read and written per second by a large copy on the device."""
     source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
+
+
+def sustained_seconds(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of a call when calls have followed each other for a while, and go on to; on the CPU, of a few calls."""
+    once = median_seconds(function, device, repeat=3)
+    calls = math.ceil(_SUSTAINED_S / once) if device.type == "cuda" else 3
+    for _ in range(calls):
+        function()
+    watch = Stopwatch(device)
+    for _ in range(calls):
+        function()
+    return watch.seconds() / calls
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, warm_up: int = 2, repeat: int = 5) -> float:

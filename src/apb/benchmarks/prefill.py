@@ -19,8 +19,8 @@ from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
+from ..methods import METHODS, Anchor
 from ..parts import Clock, clocked
-from ..plan import METHODS, Anchor
 from ..prompt import Prompt
 
 QUERY_TOKENS = 32

@@ -79,7 +79,8 @@ def prefill(
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
-    from ..plan import at_least, method_of
+    from ..methods import method_of
+    from ..plan import at_least
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]

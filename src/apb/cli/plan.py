@@ -11,7 +11,8 @@ import typer
 
 from ..cost import ModelShape, predict
 from ..errors import InputError
-from ..plan import METHODS, Plan, at_least, check_heads
+from ..methods import METHODS, check_heads
+from ..plan import Plan, at_least
 from ..projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 from . import options
 

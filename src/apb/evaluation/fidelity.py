@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import InputError
-from ..plan import METHODS, Plan
+from ..methods import METHODS
+from ..plan import Plan
 from ..prompt import Prompt
 from ..strategies import Layer, Strategy
 from ..strategies.apb import APB

@@ -9,7 +9,7 @@ from itertools import product
 from ..compressors import default_compressor
 from ..engine import Engine
 from ..errors import InputError
-from ..plan import METHODS, Anchor, method_of
+from ..methods import METHODS, Anchor, method_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..cost import ModelShape
 from ..errors import InputError, first_line
-from ..plan import Plan, check_heads
+from ..methods import check_heads
+from ..plan import Plan
 from . import placement
 from .attach import attention_modules
 from .tensor_parallel import settings, shared

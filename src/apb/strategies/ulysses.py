@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.attention import Segment
+from ..methods import check_heads, kv_heads_of
 from ..parts import part
-from ..plan import check_heads, kv_heads_of
 from .base import Layer, Strategy
 
 
