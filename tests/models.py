@@ -74,6 +74,18 @@ def tiny_model(
     return model.requires_grad_(False)
 
 
+def placed(model: PreTrainedModel, gpus: int, first: int = 0) -> PreTrainedModel:
+    """The same model, its layers split over so many GPUs by accelerate's map, as `from_pretrained` would put them."""
+    from accelerate import dispatch_model
+
+    from apb.hf.placement import balanced
+
+    if gpus == 1:
+        return model.to(f"cuda:{first}")
+    places = {name: torch.device("cuda", first + place) for name, place in balanced(model, gpus, torch.float32).items()}
+    return dispatch_model(model, places, skip_keys=model._skip_keys_device_placement)
+
+
 def tiny_heads(model: PreTrainedModel, *, hidden: int = 32, seed: int = 0) -> dict[str, Tensor]:
     """Random retaining heads for `model` under the names of a heads file: per layer fc1 (hidden, (heads + 2 kv_heads) *
     head_dim) and fc2 (kv_heads, hidden), no bias."""

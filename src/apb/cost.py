@@ -28,6 +28,7 @@ class ModelShape:
         windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
         expert_row: numbers that experts hold for one token, who all work at once; 0 without experts.
+        split: (layers, weights) of each GPU where the layers of a rank lie on several; empty where they lie on one.
     """
 
     layers: int
@@ -42,6 +43,7 @@ class ModelShape:
     windows: tuple[int, ...] = ()
     cache_width: int = 0
     expert_row: int = 0
+    split: tuple[tuple[int, int], ...] = ()
 
     @property
     def pair_width(self) -> int:
@@ -51,7 +53,17 @@ class ModelShape:
     @property
     def cache_row(self) -> int:
         """Numbers that one token's keys and values take in the cache, over all layers."""
-        return self.layers * (self.cache_width or self.pair_width)
+        return self.layers * self.layer_cache_row
+
+    @property
+    def layer_cache_row(self) -> int:
+        """The same of one layer."""
+        return self.cache_width or self.pair_width
+
+    def fullest(self, tokens: int) -> tuple[int, int]:
+        """(layers, weights) of the GPU that holds most of a rank with so many tokens in its cache."""
+        parts = self.split or ((self.layers, self.parameters),)
+        return max(parts, key=lambda part: part[1] + part[0] * tokens * self.layer_cache_row)
 
     def shared(self, size: int) -> ModelShape:
         """One process's share where ``size`` of them share the weights: of heads, MLPs, experts and the cache."""
@@ -103,7 +115,8 @@ class RankCost:
     """What one rank does in prefill.
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see traffic.py). ``moved_bytes`` are read and written
-    between linear maps and attention.
+    between linear maps and attention. Where the layers of a rank lie on several GPUs, bytes of weights, cache and
+    activations are those of the GPU that holds most.
     """
 
     linear_flops: int
@@ -144,10 +157,14 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs: every rank's part. ``overlaps``: whether its strategy computes while it sends."""
+    """What a plan costs: every rank's part.
+
+    ``overlaps``: whether its strategy computes while it sends. ``gpus``: GPUs that the layers of a rank lie on.
+    """
 
     ranks: tuple[RankCost, ...]
     overlaps: bool
+    gpus: int = 1
 
     @property
     def flops(self) -> int:
@@ -159,15 +176,19 @@ class Cost:
         return max(rank.seconds(ceilings, hidden and self.overlaps) for rank in self.ranks)
 
     def to_dict(self, ceilings: Ceilings | None = None) -> dict[str, Any]:
-        """Totals, the largest rank's bytes, and the ranks one by one."""
+        """Totals, the largest rank's bytes, and the ranks one by one.
+
+        Cache and peak are called ``..._per_gpu`` where a rank has several: they are those of the fullest.
+        """
+        unit = "rank" if self.gpus == 1 else "gpu"
         return {
             "flops": self.flops,
             "linear_flops": sum(rank.linear_flops for rank in self.ranks),
             "attention_flops": sum(rank.attention_flops + rank.scoring_flops for rank in self.ranks),
             "sent_bytes_per_rank": max(rank.sent_bytes for rank in self.ranks),
             "network_bytes_per_rank": max(rank.network_bytes for rank in self.ranks),
-            "cache_bytes_per_rank": max(rank.cache_bytes for rank in self.ranks),
-            "peak_bytes_per_rank": max(rank.peak_bytes for rank in self.ranks),
+            f"cache_bytes_per_{unit}": max(rank.cache_bytes for rank in self.ranks),
+            f"peak_bytes_per_{unit}": max(rank.peak_bytes for rank in self.ranks),
             "seconds": None if ceilings is None else self.seconds(ceilings),
             "hidden_seconds": None if ceilings is None else self.seconds(ceilings, hidden=True),
             "per_rank": [asdict(rank) | {"flops": rank.flops, "peak_bytes": rank.peak_bytes} for rank in self.ranks],
@@ -187,7 +208,7 @@ def predict(
     """
     sending = [sent(plan, rank, model, element_bytes, ranks_per_host) for rank in range(plan.ranks)]
     ranks = (_rank(plan, rank, model, element_bytes, compressor, each) for rank, each in enumerate(sending))
-    return Cost(tuple(ranks), METHODS[plan.strategy].overlaps)
+    return Cost(tuple(ranks), METHODS[plan.strategy].overlaps, len(model.split) or 1)
 
 
 def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str, sending: Sent) -> RankCost:
@@ -216,9 +237,10 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
     sliding = model.sliding(plan.total)
     exact_layers = sum(sliding.values())
     attended = (model.layers - exact_layers) * (heads * pairs + model.heads * query_pairs)
-    attended += model.heads * sum(layers * _window_pairs(plan, rank, window) for window, layers in sliding.items())
-    if plan.rounds > 1:  # what later rounds see of earlier ones, of every layer
-        widest += contexts[-1] * model.cache_row
+    attended += model.heads * sum(count * _window_pairs(plan, rank, window) for window, count in sliding.items())
+    carried = contexts[-1] if plan.rounds > 1 else 0  # what later rounds see of earlier ones, of every layer
+    layers, parameters = model.fullest(kept + carried)
+    widest += carried * layers * model.layer_cache_row
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
         attention_flops=4 * model.head_dim * attended,
@@ -226,8 +248,8 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         sent_bytes=sending.total,
         network_bytes=sending.leaving,
         moved_bytes=rows * model.layers * _moved(model) * element_bytes,
-        weight_bytes=model.parameters * element_bytes,
-        cache_bytes=kept * model.cache_row * element_bytes,
+        weight_bytes=parameters * element_bytes,
+        cache_bytes=kept * layers * model.layer_cache_row * element_bytes,
         activation_bytes=widest * element_bytes,
     )
 

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .compressors import make_compressor
 from .distributed.collectives import Group
-from .distributed.launch import local_device
+from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
 from .errors import Cancelled, InputError
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
-from .hf import fusing, loading
-from .hf.attach import Attachment
+from .hf import fusing, loading, placement
+from .hf.attach import Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
@@ -54,21 +54,28 @@ class Engine:
     ) -> None:
         self.reading = Reading(**reading)
         loading.check_supported(model.config)
-        self.device, self.dtype = next(model.parameters()).device, model.dtype
+        placement.check_map(model)
+        self.devices = placement.devices(model)
+        self.device, self.dtype = self.devices[0], model.dtype
         shape = HeadShape.of(model.config)
         softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
         choose(backend, self.device, self.dtype, shape.head_dim, softcap)
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
-        self.mesh = mesh or Mesh.join(self.device)
+        self.mesh = mesh or Mesh.join(self.device, gpus=len(self.devices))
         self.graphs = graphs and self.mesh.devices is None
         self.group: Group = self.mesh.sequence
         path = self.reading.heads
-        heads = load_heads(path, **asdict(shape), dtype=self.dtype, device=self.device) if path else None
+        layers = attention_modules(model)
+        places = [placement.device_of(layer) for layer in layers]
+        heads = load_heads(path, **asdict(shape), dtype=self.dtype, devices=places) if path else None
         self._compressor = make_compressor(self.reading.scorer, heads, seed)
         self._hardware = Hardware.of(self.device, self.dtype, self.mesh.everyone.size)
+        self._split = placement.split(model, layers) if len(self.devices) > 1 else ()
         obstacle = fusing.why_not(self.device) or ("weights are shared" if self.mesh.devices else None)
+        if obstacle is None and len(self.devices) > 1:
+            obstacle = "layers lie on several GPUs, with accelerate's hooks between them"
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
@@ -85,6 +92,7 @@ class Engine:
         trust_remote_code: bool = False,
         tensor_parallel: int = 1,
         quantization: Any = None,
+        gpus_per_rank: int = 1,
         **options: Any,
     ) -> Engine:
         """Load a checkpoint folder or hub id.
@@ -97,6 +105,8 @@ class Engine:
             quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; one that comes with
                 the checkpoint needs no word.
             tensor_parallel: processes that share the weights of one rank; as many as that make up a rank.
+            gpus_per_rank: GPUs that the layers of one rank are split over, whole layers on each, by accelerate; they
+                work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
         Reading(
@@ -104,12 +114,13 @@ class Engine:
         )
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
-        place = local_device(loading.pick_device(device))
+        place = local_device(loading.pick_device(device), gpus_per_rank)
+        check_split(place, gpus_per_rank, tensor_parallel)
         weights = loading.pick_dtype(dtype, place)
         tokenizer = loading.load_tokenizer(model, trust_remote_code)
         check_shards(config, tensor_parallel)
-        mesh = Mesh.join(place, tensor_parallel)
-        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices, quantization)
+        mesh = Mesh.join(place, tensor_parallel, gpus_per_rank)
+        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices, quantization, gpus_per_rank)
         return cls(loaded, tokenizer, mesh=mesh, **options)
 
     @classmethod
@@ -117,6 +128,8 @@ class Engine:
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
     ) -> Engine:
         """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
+
+        Layers may lie on several GPUs, where accelerate has put them (``device_map`` of transformers).
 
         Options:
             strategy, blocks, anchor_length, passing_length, vertical_size, slash_size, compressor, heads,
@@ -138,7 +151,13 @@ class Engine:
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
         plan = self.reading.plan(
-            prompt, self.group.size, self.model.config, self._hardware, max_new_tokens, self.mesh.tensor.size
+            prompt,
+            self.group.size,
+            self.model.config,
+            self._hardware,
+            max_new_tokens,
+            self.mesh.tensor.size,
+            self._split,
         )
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
@@ -255,7 +274,7 @@ class Engine:
                 input_ids=ids.to(self.device),
                 position_ids=places.to(self.device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(rows, device=self.device),
+                logits_to_keep=rows,  # no tensor: the last layer may lie on another device than the first
             )
         return plan, output.logits[0].float()
 
@@ -300,8 +319,9 @@ class Engine:
 
     def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
         # The slowest and the largest rank count, and every rank reports the same.
+        largest = max(map(peak_bytes, self.devices))
         figures = torch.tensor(
-            [session.timing["prefill_s"], decode_s, peak_bytes(self.device)], dtype=torch.float64, device=self.device
+            [session.timing["prefill_s"], decode_s, largest], dtype=torch.float64, device=self.device
         )
         prefill_s, decode_s, peak = self._everyone.all_gather(figures).wait().amax(0).tolist()
         return Generation(

@@ -20,7 +20,8 @@ MOST_RANKS = 64
 
 def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: str) -> None:
     """DoesNotFit, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
-    answer = new_tokens * shape.cache_row * hardware.element_bytes
+    layers, _ = shape.fullest(plan.total + new_tokens)
+    answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
     room = hardware.memory - answer
 
     def fits(candidate: Plan) -> bool:
@@ -30,11 +31,12 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
         return
     ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
     most = max(ranks, key=lambda rank: rank.peak_bytes)
+    where, unit = ("on a rank's fullest GPU", "GPU") if shape.split else ("a rank", "rank")
     raise DoesNotFit(
         f"Reading {plan.total:,} tokens with {plan.strategy!r} on {plan.ranks} rank{'s' * (plan.ranks > 1)} needs "
-        f"{_gib(most.peak_bytes + answer)} a rank (weights {_gib(most.weight_bytes)}, cache "
+        f"{_gib(most.peak_bytes + answer)} {where} (weights {_gib(most.weight_bytes)}, cache "
         f"{_gib(most.cache_bytes + answer)}, activations {_gib(most.activation_bytes)}), "
-        f"and a rank has {_gib(hardware.memory)}; {_way_out(plan, shape, fits)}."
+        f"and a {unit} has {_gib(hardware.memory)}; {_way_out(plan, shape, fits)}."
     )
 
 
@@ -59,7 +61,10 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
             longest = middle
     if shortest:
         return f"what fits is a document of at most {shortest:,} tokens"
-    return f"the weights alone take {_gib(shape.parameters * 2)} in 16 bits: use --tensor-parallel, or a smaller model"
+    return (
+        f"the weights alone take {_gib(shape.parameters * 2)} in 16 bits: "
+        "use --tensor-parallel, --gpus-per-rank, or a smaller model"
+    )
 
 
 def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:

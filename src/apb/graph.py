@@ -23,6 +23,8 @@ def why_not(attachment: Attachment, device: torch.device, dtype: torch.dtype, he
     """Why steps run as ordinary passes; None where they can be those of a :class:`Step`."""
     if device.type != "cuda":
         return f"device type {device.type} has no graphs"
+    if len(attachment.devices) > 1:
+        return f"layers lie on {len(attachment.devices)} devices"
     if attachment.peculiar:
         return f"layers have {', '.join(sorted(attachment.peculiar))}"
     parameters = getattr(attachment.model.config.get_text_config(), "rope_parameters", None) or {}

@@ -61,7 +61,14 @@ class Reading:
         return self.compressor or default_compressor(self.heads is not None)
 
     def plan(
-        self, prompt: Prompt, ranks: int, config: Any, hardware: Hardware, new_tokens: int, tensor: int = 1
+        self,
+        prompt: Prompt,
+        ranks: int,
+        config: Any,
+        hardware: Hardware,
+        new_tokens: int,
+        tensor: int = 1,
+        split: tuple[tuple[int, int], ...] = (),
     ) -> Plan:
         """The plan by which a prompt is read; InputError where it cannot be.
 
@@ -72,11 +79,12 @@ class Reading:
             hardware: what every rank runs on.
             new_tokens: room that the answer needs.
             tensor: processes that share the weights of a rank.
+            split: what each GPU of a rank holds, as in :class:`apb.cost.ModelShape`.
         """
         from .hf.loading import check_fit, model_shape  # transformers: not needed to make a Reading
 
         sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
-        shape = model_shape(config).shared(tensor)
+        shape = replace(model_shape(config).shared(tensor), split=split)
         if self.strategy == AUTO:
             plan = self._choose(sizes, ranks, shape, hardware)
         else:
@@ -130,8 +138,9 @@ def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:
     fitting = [(plan, cost) for plan, cost in costs if peak(cost) <= hardware.memory]
     if not fitting:
         plan, cost = min(costs, key=lambda item: peak(item[1]))
+        unit = "rank" if cost.gpus == 1 else "GPU"
         raise InputError(
-            f"No strategy fits: {plan.strategy} needs least, {peak(cost) / 2**30:.1f} GiB a rank, and a rank has "
+            f"No strategy fits: {plan.strategy} needs least, {peak(cost) / 2**30:.1f} GiB a {unit}, and a {unit} has "
             f"{hardware.memory / 2**30:.1f} GiB; use more ranks or a shorter document."
         )
     ceilings = hardware.ceilings or _UNKNOWN_HARDWARE

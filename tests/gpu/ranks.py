@@ -1,18 +1,19 @@
-"""What two ranks with a GPU each do; started by torchrun from test_ranks.py. Prints one JSON object on rank 0."""
+"""What two ranks with so many GPUs each do; started by torchrun from test_ranks.py. Rank 0 prints one JSON object."""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 
 import torch
 
 from apb import Engine, Prompt
-from models import tiny_model
+from models import placed, tiny_model
 from oracle import dense_prefill
 
 
-def main() -> None:
+def main(gpus: int) -> None:
     draw = random.Random(0)
     errors: dict[str, float] = {}
     for length in (3, 1003):
@@ -36,7 +37,9 @@ def main() -> None:
                 passing_length=options.get("passing_length", 0),
                 strategy="star" if strategy == "star" else "apb",
             )
-            engine = Engine.from_model(model.to(f"cuda:{torch.distributed.get_rank()}"), strategy=strategy, **options)
+            placed(model, gpus, first=torch.distributed.get_rank() * gpus)
+            engine = Engine.from_model(model, strategy=strategy, **options)
+            assert len(engine.devices) == gpus
             session = engine.prefill(prompt)
             error = (session.logits.cpu() - expected.logits).abs().max().item()
             for layer in range(3):
@@ -56,6 +59,7 @@ def main() -> None:
 if __name__ == "__main__":
     from apb.distributed.launch import join, local_device
 
-    device = local_device(torch.device("cuda"))
-    join(device)
-    main()
+    gpus_of_a_rank = int(sys.argv[1])
+    device = local_device(torch.device("cuda"), gpus_of_a_rank)
+    join(device, gpus_of_a_rank)
+    main(gpus_of_a_rank)

@@ -39,6 +39,7 @@ def generate(
     rounds: options.Rounds = None,
     ranks: options.Ranks = None,
     tensor_parallel: options.TensorParallel = 1,
+    gpus_per_rank: options.GpusPerRank = 1,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     compressor: options.Compressor = None,
@@ -75,7 +76,7 @@ def generate(
     quiet_libraries()
     place = loading.pick_device(device)
     at_least("tensor-parallel", tensor_parallel, 1)
-    size = launch.ranks_to_use(ranks, place, tensor_parallel)
+    size = launch.ranks_to_use(ranks, place, tensor_parallel, gpus_per_rank)
     request = Request(
         model=str(model or loading.shipped_model()),
         document=text,
@@ -85,6 +86,7 @@ def generate(
             "device": place.type,
             "trust_remote_code": trust_remote_code,
             "tensor_parallel": tensor_parallel,
+            "gpus_per_rank": gpus_per_rank,
         },
         reading={
             "strategy": strategy,
@@ -186,7 +188,8 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
     tensor = request.loading["tensor_parallel"]
     check_shards(config, tensor)
+    split = loading.model_shape(config, request.loading["gpus_per_rank"]).split
     hardware = Hardware.of(device, dtype, ranks * tensor)
-    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor)
+    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor, split)
     if reading.heads:
         load_heads(reading.heads, **asdict(HeadShape.of(config)))

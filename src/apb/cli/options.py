@@ -32,6 +32,9 @@ Ranks = Annotated[
 TensorParallel = Annotated[
     int, typer.Option(help="Processes that share the weights of one rank; there are that many times as many processes.")
 ]
+GpusPerRank = Annotated[
+    int, typer.Option(help="GPUs that the layers of one rank are split over, for models too large for one GPU.")
+]
 AnchorLength = Annotated[int | None, typer.Option(help="Tokens of the anchor; a quarter of a block if left out.")]
 PassingLength = Annotated[
     int | None, typer.Option(help="Pairs a block passes on, per KV head; an eighth of a block if left out.")

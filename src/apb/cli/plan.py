@@ -29,6 +29,7 @@ def plan(
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
     ranks: Annotated[int | None, typer.Option(help="Devices to plan for, whether they are here or not.")] = None,
+    gpus_per_rank: options.GpusPerRank = 1,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
     ceilings: Annotated[
@@ -36,8 +37,11 @@ def plan(
         typer.Option(help="Predict seconds from the ceilings in a file that apb bench prefill --out wrote."),
     ] = None,
     ranks_per_host: Annotated[
-        int, typer.Option(help="Ranks that share a host; what they send beyond it takes the network.")
-    ] = RANKS_PER_HOST,
+        int | None,
+        typer.Option(
+            help=f"Ranks that share a host, by default {RANKS_PER_HOST} GPUs; what they send out takes the network."
+        ),
+    ] = None,
     network_gbit: Annotated[
         float, typer.Option(help="Gbit/s between hosts, for every rank: each with an adapter of its own.")
     ] = NETWORK_GBIT,
@@ -47,7 +51,9 @@ def plan(
     size = 1 if ranks is None else ranks
     at_least("length", length, 1)
     at_least("ranks", size, 1)
-    at_least("ranks per host", ranks_per_host, 1)
+    at_least("GPUs per rank", gpus_per_rank, 1)
+    sharing = RANKS_PER_HOST // gpus_per_rank or 1 if ranks_per_host is None else ranks_per_host
+    at_least("ranks per host", sharing, 1)
     if not network_gbit > 0:
         raise InputError(f"--network-gbit takes a number above 0, not {network_gbit:g}.")
     sizes = {"blocks": blocks, "rounds": rounds, "anchor_length": anchor_length, "passing_length": passing_length}
@@ -64,15 +70,16 @@ def plan(
     quiet_libraries()
     config = config_of(model, random_weights)
     loading.check_supported(config)
-    shape = loading.model_shape(config)
+    shape = loading.model_shape(config, gpus_per_rank)
     report = {
         "model": str(random_weights or model or "needle"),
         "length": length,
         "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),
-        "ranks_per_host": ranks_per_host,
+        "ranks_per_host": sharing,
+        "gpus_per_rank": len(shape.split) or 1,
         "ceilings": None if basis is None else basis.to_dict(),
         "projection": basis is not None and basis.projects(size),
-        "strategies": [_row(name, length, size, sizes, shape, basis, ranks_per_host) for name in METHODS],
+        "strategies": [_row(name, length, size, sizes, shape, basis, sharing) for name in METHODS],
     }
     if as_json:
         print(json.dumps(report))
@@ -129,6 +136,7 @@ def _print(report: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     rows = [row for row in report["strategies"] if "refused" not in row]
+    unit = "rank" if report["gpus_per_rank"] == 1 else "GPU"
     seconds = "seconds, projection" if report["projection"] else "seconds"
     table = Table(title=f"{report['length']:,} tokens, {report['model']}")
     table.add_column("")
@@ -145,8 +153,8 @@ def _print(report: dict[str, Any]) -> None:
         "attention FLOPs": lambda row: f"{row['attention_flops']:.3g}",
         "sent per rank": lambda row: _bytes(row["sent_bytes_per_rank"]),
         "of it to other hosts": lambda row: _bytes(row["network_bytes_per_rank"]),
-        "cache per rank": lambda row: _bytes(row["cache_bytes_per_rank"]),
-        "peak per rank": lambda row: _bytes(row["peak_bytes_per_rank"]),
+        f"cache per {unit}": lambda row: _bytes(row[f"cache_bytes_per_{unit.lower()}"]),
+        f"peak per {unit}": lambda row: _bytes(row[f"peak_bytes_per_{unit.lower()}"]),
         seconds: lambda row: "unknown here" if row["seconds"] is None else f"{row['seconds']:.3g}",
     }
     if report["ceilings"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -103,5 +104,9 @@ class Group:
 
     def barrier(self) -> None:
         """Return once every rank is here."""
-        if self.size > 1:
-            dist.barrier(group=self.process_group)
+        if self.size == 1:
+            return
+        group: Any = self.process_group or dist.group.WORLD
+        # A group that is bound to no GPU, since its ranks have several, must be told where to wait.
+        unbound = dist.get_backend(group) == "nccl" and group.bound_device_id is None
+        dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if unbound else None)

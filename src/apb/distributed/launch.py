@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError, RankError
+from ..plan import at_least
 from .collectives import Group
 
 # How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).
@@ -36,27 +37,34 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
-def local_device(device: torch.device) -> torch.device:
-    """This rank's own device: with several GPUs on a machine each rank takes the one of its local rank."""
+def local_device(device: torch.device, gpus: int = 1) -> torch.device:
+    """This rank's own device, or the first of its ``gpus``: ranks take a machine's GPUs in their order."""
     if device.type != "cuda" or device.index is not None or not under_torchrun():
         return device
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) * gpus)
 
 
-def join(device: torch.device) -> Group:
-    """The group of all ranks: initialises torch.distributed (NCCL on GPUs, else gloo) where torchrun asks for it."""
+def join(device: torch.device, gpus: int = 1) -> Group:
+    """The group of all ranks: initialises torch.distributed (NCCL on GPUs, else gloo) where torchrun asks for it.
+
+    NCCL makes a communicator for each device that it sees tensors of, unless it is bound to one: with several ``gpus``
+    a rank, of which ``device`` is the first, it is not.
+    """
     if dist.is_available() and dist.is_initialized():
+        group: Any = dist.group.WORLD
+        if gpus > 1 and group.bound_device_id is not None:
+            raise InputError(
+                f"torch.distributed was initialised for {group.bound_device_id} alone, and the layers of this rank lie "
+                f"on {gpus} GPUs; leave device_id out of init_process_group."
+            )
         return Group.of_world()
+    if device.type == "cuda" and (world_size() > 1 or gpus > 1):
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gpus)
     if world_size() == 1:
         return Group()
     if device.type == "cuda":
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > torch.cuda.device_count():
-            raise InputError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine need as many GPUs, "
-                f"and there are {torch.cuda.device_count()}; use fewer ranks or --device cpu."
-            )
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device)
+        dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device if gpus == 1 else None)
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     # A process that ends with its threads of communication still running is aborted, and torchrun calls that a failure.
@@ -70,26 +78,45 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def check_ranks(ranks: int, device: torch.device, tensor_parallel: int = 1) -> None:
+def check_split(device: torch.device, gpus: int, tensor_parallel: int = 1) -> None:
+    """InputError where the layers of a rank cannot be split over so many GPUs, wherever that runs."""
+    at_least("GPUs per rank", gpus, 1)
+    if gpus > 1 and device.type != "cuda":
+        raise InputError(f"--gpus-per-rank {gpus} splits layers over GPUs, and this runs on the CPU; leave it out.")
+    if gpus > 1 and tensor_parallel > 1:
+        raise InputError(
+            f"--gpus-per-rank {gpus} and --tensor-parallel {tensor_parallel} are two ways to spread weights; use one."
+        )
+
+
+def check_gpus(processes: int, gpus: int = 1) -> None:
+    """InputError where this machine has fewer GPUs than so many processes take, each of them ``gpus``."""
+    needed, there = processes * gpus, torch.cuda.device_count()
+    if needed > there:
+        ranks = f"{processes} rank{'s' * (processes > 1)}"
+        if gpus > 1:
+            raise InputError(f"--gpus-per-rank {gpus} on {ranks} takes {needed} GPUs, and this machine has {there}.")
+        raise InputError(f"{ranks} need {needed} GPUs and this machine has {there}; use fewer ranks or --device cpu.")
+
+
+def check_ranks(ranks: int, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> None:
     """InputError where this machine cannot start that many processes."""
     if ranks < 1:
         raise InputError(f"Ranks must be at least 1, not {ranks}.")
     ranks *= tensor_parallel
-    if device.type == "cuda" and ranks > torch.cuda.device_count():
-        raise InputError(
-            f"{ranks} ranks need {ranks} GPUs and this machine has {torch.cuda.device_count()}; "
-            "use fewer ranks or --device cpu."
-        )
+    if device.type == "cuda":
+        check_gpus(ranks, gpus)
     cores = os.cpu_count() or 1
     if device.type == "cpu" and ranks > max(8 * cores, 16):
         raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
 
 
-def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int = 1) -> int:
+def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> int:
     """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had.
 
-    A rank is ``tensor_parallel`` processes.
+    A rank is ``tensor_parallel`` processes, or one whose layers lie on ``gpus`` GPUs.
     """
+    check_split(device, gpus, tensor_parallel)
     if under_torchrun():
         ranks, rest = divmod(world_size(), tensor_parallel)
         if rest:
@@ -101,7 +128,7 @@ def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int =
             raise InputError(f"--ranks {asked} was given, but torchrun started {ranks}; leave --ranks out.")
         return ranks
     ranks = 1 if asked is None else asked
-    check_ranks(ranks, device, tensor_parallel)
+    check_ranks(ranks, device, tensor_parallel, gpus)
     return ranks
 
 

@@ -30,9 +30,12 @@ class Mesh:
     devices: DeviceMesh | None = None
 
     @classmethod
-    def join(cls, device: torch.device, tensor_parallel: int = 1) -> Mesh:
-        """The mesh of all processes there are, ``tensor_parallel`` of them a rank; InputError where that cannot be."""
-        everyone = join(device)
+    def join(cls, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> Mesh:
+        """The mesh of all processes there are, ``tensor_parallel`` of them a rank; InputError where that cannot be.
+
+        ``gpus``: as in :func:`apb.distributed.launch.join`.
+        """
+        everyone = join(device, gpus)
         if tensor_parallel == 1:
             return cls(everyone, Group(), everyone)
         if tensor_parallel < 1 or everyone.size % tensor_parallel:

@@ -15,6 +15,7 @@ from ..strategies.base import Layer
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .fusing import fuse_parts
+from .placement import devices
 from .rope import pin_length
 
 NAME = "apb"
@@ -32,7 +33,8 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, fused: bool) -> None:
         self.model = model
         self.fused = fused
-        self.modules = _attention_modules(model)
+        self.modules = attention_modules(model)
+        self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
         # What layers ask for beside a plain softmax, as far as they have been run.
@@ -162,7 +164,8 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-def _attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The attention of every layer, in order; InputError where there is none that could be taken over."""
     found = [
         module
         for module in model.modules()

@@ -55,12 +55,12 @@ def load_heads(
     kv_heads: int,
     head_dim: int,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    devices: Sequence[torch.device] | None = None,
 ) -> list[Head]:
     """One :class:`Head` a layer from keys ``...layers.{i}.self_attn.fc1.weight`` and ``fc2.weight``; others ignored.
 
-    fc1 is (hidden, (heads + 2 kv_heads) * head_dim) for any hidden size, fc2 (kv_heads, hidden). Raises InputError with
-    the layer and the expected shape where the file does not fit the model.
+    fc1 is (hidden, (heads + 2 kv_heads) * head_dim) for any hidden size, fc2 (kv_heads, hidden). ``devices``: one a
+    layer; by default the CPU. Raises InputError with the layer and the expected shape where the file does not fit.
     """
     found = _read(Path(path))
     features = (heads + 2 * kv_heads) * head_dim
@@ -80,6 +80,7 @@ def load_heads(
                 f"Layer {layer}: fc2 in {path} has shape {tuple(fc2.shape)}; "
                 f"this model needs ({kv_heads}, {fc1.shape[0]})."
             )
+        device = devices[layer] if devices else "cpu"
         result.append(Head(fc1.to(device, dtype), fc2.to(device, dtype)))
     return result
 

@@ -19,10 +19,12 @@ from ..cost import ModelShape
 from ..errors import InputError, first_line
 from ..methods import check_heads
 from ..plan import Plan
+from . import placement
+from .attach import attention_modules
 from .tensor_parallel import settings, shared
 
 # Counted once for each configuration.
-_SHAPES: dict[str, ModelShape] = {}
+_SHAPES: dict[tuple[str, int], ModelShape] = {}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -76,21 +78,26 @@ def load_model(
     trust_remote_code: bool = False,
     mesh: DeviceMesh | None = None,
     quantization: Any = None,
+    gpus: int = 1,
 ) -> PreTrainedModel:
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
     Safetensors go straight to the device, a tensor at a time. Torch files are read with ``weights_only``: no code from
     a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: what the checkpoint's
     configuration names, or one of its configurations as ``quantization``. So are adapters: a folder that holds one of
-    peft's is loaded onto its base model.
+    peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, the first of them
+    ``device``; DoesNotFit, before a weight is read, where they are too small.
     """
     loaded: Any
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization is not None:
         options["quantization_config"] = quantization
+    places: dict[str, Any] = {"": device}
+    if gpus > 1:
+        places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
     try:
         if mesh is None:
-            loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map={"": device}, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map=places, **options)
         else:
             config = load_config(model, trust_remote_code)
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -98,6 +105,18 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     return loaded.eval()
+
+
+def _places(
+    model: str | Path, dtype: torch.dtype, first: torch.device, trust_remote_code: bool, quantization: Any, gpus: int
+) -> dict[str, Any]:
+    """Which module goes on which of the GPUs from the first on."""
+    config = load_config(model, trust_remote_code)
+    # How small a quantizer makes the weights is its own business: then the GPUs' memory is no limit here.
+    quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
+    memory = None if quantized else torch.cuda.get_device_properties(first).total_memory
+    places = placement.device_map(config, gpus, dtype, memory)
+    return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
 # Settings of layers that carry a state through the text: Mamba's, RWKV's and their relatives'.
@@ -187,19 +206,25 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return DTYPES[dtype]
 
 
-def model_shape(config: Any) -> ModelShape:
-    """The numbers of a model that costs depend on, counted on its modules without making any weight."""
-    known = config.to_json_string(use_diff=False)
+def model_shape(config: Any, gpus: int = 1) -> ModelShape:
+    """The numbers of a model that costs depend on, counted on its modules without making any weight.
+
+    With several ``gpus`` also how its layers are split over them.
+    """
+    known = config.to_json_string(use_diff=False), gpus
     if known not in _SHAPES:
-        _SHAPES[known] = _count(config)
+        _SHAPES[known] = _count(config, gpus)
     return _SHAPES[known]
 
 
-def _count(config: Any) -> ModelShape:
+def _count(config: Any, gpus: int) -> ModelShape:
     text = config.get_text_config()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     latent = getattr(text, "kv_lora_rank", None)
+    split: tuple[tuple[int, int], ...] = ()
+    if gpus > 1:
+        split = placement.split(model, attention_modules(model), placement.balanced(model, gpus, torch.bfloat16))
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return ModelShape(
         layers=text.num_hidden_layers,
@@ -214,6 +239,7 @@ def _count(config: Any) -> ModelShape:
         windows=tuple(windows(text)),
         cache_width=latent + text.qk_rope_head_dim if latent else 0,
         expert_row=_expert_row(model, text),
+        split=split,
     )
 
 

@@ -1,0 +1,100 @@
+"""Layers of one rank on several GPUs, for models too large for one: accelerate's map of them, and what it means here.
+
+accelerate chooses which layers lie where, and its hooks carry the rows from a layer's GPU to the next one's; attention,
+cache and collectives work where the layer they are given lies. The GPUs of a rank work one after the other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import DoesNotFit, InputError
+
+
+def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
+    """accelerate's balanced map, for a model of that configuration: from modules' names to GPUs 0 .. gpus - 1.
+
+    Made without any weight. InputError for models that do not say which modules stay whole, and where the weights, in
+    ``dtype``, do not fit into ``memory`` bytes a GPU: nothing is left to the CPU or to a disk. None: any do.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return balanced(model, gpus, dtype, memory)
+
+
+def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
+    """:func:`device_map` for a model that is there, on whatever device."""
+    whole: Any = model._no_split_modules
+    if not whole:
+        raise InputError(
+            f"{type(model).__name__} does not say which of its modules must stay on one GPU: "
+            "its layers cannot be split over several."
+        )
+    room: Any = dict.fromkeys(range(gpus), sys.maxsize if memory is None else memory)
+    options: dict[str, Any] = {"no_split_module_classes": list(whole), "dtype": dtype}
+    places = infer_auto_device_map(model, get_balanced_memory(model, dict(room), **options), **options)
+    if not all(isinstance(place, int) for place in places.values()):
+        size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+        raise DoesNotFit(
+            f"The weights of {type(model).__name__} take {size / 2**30:.1f} GiB and do not fit {gpus} GPUs of "
+            f"{room[0] / 2**30:.1f} GiB, whole layers on each; use more GPUs a rank (--gpus-per-rank)."
+        )
+    # Of a model that is small beside its embeddings accelerate leaves the first GPUs empty: a rank starts at its own.
+    used = sorted(set(places.values()))
+    return {name: used.index(place) for name, place in places.items()}
+
+
+def check_map(model: nn.Module) -> None:
+    """InputError where accelerate keeps some of a model's weights off the device that computes with them."""
+    places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
+    everywhere = set(places.values())
+    away = {"disk"} if everywhere <= {"cpu", "disk"} else {"cpu", "disk"}
+    offloaded = [name for name, place in places.items() if place in away]
+    if offloaded:
+        raise InputError(
+            f"accelerate has put {offloaded[0]!r}{' and others' * (len(offloaded) > 1)} on the {places[offloaded[0]]} "
+            "(hf_device_map), from where every pass would fetch the weights anew; use more GPUs, or a smaller model."
+        )
+
+
+def devices(model: PreTrainedModel) -> list[torch.device]:
+    """Where a model's weights lie; first the device that takes the token ids."""
+    first = next(model.get_input_embeddings().parameters()).device
+    return list(dict.fromkeys([first, *(parameter.device for parameter in model.parameters())]))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's weights lie; quantizers make buffers of them."""
+    return next(chain(module.parameters(), module.buffers())).device
+
+
+def split(
+    model: nn.Module, attention: Sequence[nn.Module], places: dict[str, int] | None = None
+) -> tuple[tuple[int, int], ...]:
+    """(layers, weights) that each device holds; ``attention``: the layers' modules.
+
+    By a map of :func:`device_map`, or as the weights lie.
+    """
+    layers: Counter[Any] = Counter()
+    weights: Counter[Any] = Counter()
+    names = {module: name for name, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        weights[parameter.device if places is None else _place(name, places)] += parameter.numel()
+    for module in attention:
+        layers[device_of(module) if places is None else _place(names[module], places)] += 1
+    return tuple((layers[place], weights[place]) for place in weights)
+
+
+def _place(name: str, places: dict[str, int]) -> int:
+    """Where a map puts a parameter or a module: it names that, or a module around it."""
+    return next(place for part, place in places.items() if part in ("", name) or name.startswith(part + "."))
