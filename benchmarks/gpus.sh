@@ -33,8 +33,7 @@ for part; do
     tests) timeout 150 "$python" -m pytest -q tests/gpu ;;
     sanitize)
       hopper="hopper64 hopper128 hopper256" others="portable64 portable128 portable256 decode selection"
-      # racecheck knows neither mbarriers nor bulk copies, which order the kernel for Hopper: it is not asked about that.
-      for job in "memcheck $hopper $others tiles" "initcheck $hopper $others" "synccheck $hopper" "racecheck $others"; do
+      for job in "memcheck $hopper $others tiles" "initcheck $hopper $others" "synccheck $hopper" "racecheck $hopper $others"; do
         read -r tool names <<< "$job"
         {
           PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
