@@ -25,7 +25,6 @@ from apb.evaluation.statistics import interval
 if TYPE_CHECKING:
     from apb.engine import Engine
 
-FIRST_SEED = 100
 # Settings of a unit: few, so that the processes end together; not one, because a unit makes its own samples.
 _SETTINGS = 4
 
@@ -56,6 +55,7 @@ def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=100, help="base seed of the first unit; every unit has its own")
     parser.add_argument("--only", default="", help="regular expression on 'task length row': measure these alone")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
@@ -74,7 +74,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
 
     device = pick_device(None)
     cells = [cell for cell in cells if re.search(arguments.only, f"{cell.task} {cell.length} {cell.name}")]
-    units = list(_units(cells, arguments.samples, arguments.shard))
+    units = list(_units(cells, arguments.samples, arguments.shard, arguments.seed))
     sums: dict[Cell, float] = defaultdict(float)
     counts: dict[Cell, int] = defaultdict(int)
     started = time.perf_counter()
@@ -121,7 +121,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
     return results()
 
 
-def _units(cells: Sequence[Cell], samples: int, shard: int) -> Iterator[Unit]:
+def _units(cells: Sequence[Cell], samples: int, shard: int, seed: int) -> Iterator[Unit]:
     """Long texts first: what is left at the end should be short."""
     for start in range(0, samples, shard):
         groups: dict[tuple[int, str], list[Cell]] = defaultdict(list)
@@ -130,7 +130,7 @@ def _units(cells: Sequence[Cell], samples: int, shard: int) -> Iterator[Unit]:
         for _, group in sorted(groups.items(), key=lambda item: item[0]):
             for first in range(0, len(group), _SETTINGS):
                 chosen = tuple(group[first : first + _SETTINGS])
-                yield Unit(chosen, min(shard, samples - start), FIRST_SEED + start // shard)
+                yield Unit(chosen, min(shard, samples - start), seed + start // shard)
 
 
 def _start(model: str, places: Any, threads: int) -> None:

@@ -11,6 +11,7 @@ into units of a few samples that run in processes which share the GPUs. A run th
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -67,10 +68,16 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
             for first in range(0, arguments.samples, arguments.shard):
                 for task in TASKS:
                     chosen = [s for s in readings(task, arguments.heads) if (s.strategy == "minference") is last]
+                    chosen = [s for s in chosen if re.search(arguments.only, described(task, length, s))]
                     # Few ways to read in a unit, so that the processes end together.
                     for start in range(0, len(chosen), 5):
                         count = min(arguments.shard, arguments.samples - first)
                         yield Unit(task, length, tuple(chosen[start : start + 5]), first, count)
+
+
+def described(task: str, length: int, setting: Setting) -> str:
+    """What ``--only`` chooses by."""
+    return f"{task} {length} {setting.strategy} {setting.blocks} {setting.compressor}"
 
 
 def start(model: str, places: Any) -> None:
@@ -126,6 +133,8 @@ def main() -> None:
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--heads", help="file of retaining heads; those that ship with the model, if it has some")
     parser.add_argument("--samples", type=int, default=102)
+    parser.add_argument("--only", default="", help="regular expression on 'task length strategy blocks compressor'")
+    parser.add_argument("--no-speeds", action="store_true", help="time nothing: the device is another than the rest's")
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no unit after that time")
@@ -147,9 +156,11 @@ def main() -> None:
         (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
     }
     missing = [unit for unit in units(arguments) if not is_done(unit, known)]
-    # What the compilers make of this run is on disk when the others need it.
-    speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
-    print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
+    speeds: list[Record] = []
+    if not arguments.no_speeds:
+        # What the compilers make of this run is on disk when the others need it.
+        speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
+        print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
     context = get_context("spawn")
     places = context.SimpleQueue()
     for number in range(arguments.jobs):
