@@ -70,7 +70,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
     import torch
 
     from apb.hardware import fingerprint
-    from apb.hf.loading import pick_device, pick_dtype, shipped_model
+    from apb.hf.loading import pick_device, shipped_model
 
     device = pick_device(None)
     cells = [cell for cell in cells if re.search(arguments.only, f"{cell.task} {cell.length} {cell.name}")]
@@ -112,7 +112,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
             report = {
                 "command": "python " + " ".join(sys.argv),
                 "seeds": sorted({unit.seed for unit in units}),
-                "fingerprint": fingerprint(device, pick_dtype(None, device)),
+                "fingerprint": fingerprint(device, torch.bfloat16),
                 "seconds": seconds,
                 "results": results(),
             }
@@ -141,7 +141,7 @@ def _start(model: str, places: Any, threads: int) -> None:
 
     global _engine  # noqa: PLW0603  # one model a process, for all of its units
     torch.set_num_threads(threads)
-    _engine = Engine.from_pretrained(model, device=places.get(), fused=False)
+    _engine = Engine.from_pretrained(model, device=places.get(), dtype="bfloat16", fused=False)
 
 
 def _run(unit: Unit) -> list[float]:

@@ -88,7 +88,7 @@ def start(model: str, places: Any) -> None:
 
     global _engine  # noqa: PLW0603  # one model a process, for all of its units
     torch.set_num_threads(1)
-    _engine = Engine.from_pretrained(model, device=places.get(), fused=False)
+    _engine = Engine.from_pretrained(model, device=places.get(), dtype="bfloat16", fused=False)
 
 
 def answer(unit: Unit, processes: int) -> list[Record]:
