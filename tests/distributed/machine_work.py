@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import apb
 import families
@@ -35,10 +38,22 @@ def sent(interface: str) -> int:
     return int((folder / "tx_bytes").read_text()) - HEADERS * int((folder / "tx_packets").read_text())
 
 
+def there_and_back(numbers: int) -> float:
+    """Seconds until fp32 numbers of machine 0 have come back from machine 1; of use on machine 0 alone."""
+    message = torch.ones(numbers)
+    began = time.perf_counter()
+    for sender in range(2):
+        if sender == dist.get_rank():
+            dist.send(message, 1 - sender)
+        else:
+            dist.recv(message, sender)
+    return time.perf_counter() - began
+
+
 def main(folder: str, interface: str) -> None:
     """Write {reading: bytes sent, logits} of this machine's rank."""
     torch.set_num_threads(1)
-    results = {}
+    results: dict[str, Any] = {}
     for name, options in READINGS.items():
         engine = apb.Engine.from_model(model(name), **options)
         engine.group.barrier()
@@ -47,6 +62,7 @@ def main(folder: str, interface: str) -> None:
         engine.group.barrier()
         results[name] = {"sent": sent(interface) - before, "logits": session.logits.tolist()}
         engine.close()
+    results |= {"number_s": there_and_back(1), "megabyte_s": there_and_back(250_000)}
     Path(folder, f"rank{engine.group.rank}.json").write_text(json.dumps(results))
     leave()
 

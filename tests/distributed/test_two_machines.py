@@ -1,4 +1,4 @@
-"""Two machines, as far as one can play them: two network namespaces, 100 Mbit/s and 20 ms apart, under torchrun."""
+"""Two machines under torchrun, as far as one can play them: two network namespaces, 100 Mbit/s and 20 ms apart."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from apb.plan import Plan
 
 NAMES = [f"apb-test-{os.getpid()}-{end}" for end in range(2)]
 LINKS = [f"apbt{os.getpid() % 100000}{end}" for end in "ab"]
+# The wire's end of each machine's link.
+PLUGS = [f"{link}w" for link in LINKS]
+RATE, DELAY = 100e6, 0.020  # bits a second; seconds, each way
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -31,39 +34,43 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def machines() -> Iterator[list[str]]:
     """Two namespaces with a wire between them; skips where they cannot be made."""
-    if not shutil.which("ip") or not shutil.which("tc"):
-        pytest.skip("iproute2 (ip, tc) is not installed")
+    if not shutil.which("ip"):
+        pytest.skip("iproute2 (ip) is not installed")
+    wire = None
     try:
-        for name in NAMES:
+        for number, (name, link, plug) in enumerate(zip(NAMES, LINKS, PLUGS, strict=True), 1):
             run("ip", "netns", "add", name)
-        run("ip", "link", "add", LINKS[0], "netns", NAMES[0], "type", "veth", "peer", LINKS[1], "netns", NAMES[1])
-        for number, (name, link) in enumerate(zip(NAMES, LINKS, strict=True), 1):
+            run("ip", "link", "add", plug, "type", "veth", "peer", link, "netns", name)
+            run("ip", "link", "set", plug, "up")
             run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
             for device in (link, "lo"):
                 run("ip", "-n", name, "link", "set", device, "up")
-            _shape(name, link)
+        wire = _wire()
+        yield NAMES
     except (subprocess.CalledProcessError, OSError) as error:
-        _remove()
         reason = getattr(error, "stderr", None) or str(error)
         pytest.skip(f"network namespaces cannot be made here: {reason.strip()}")
-    yield NAMES
-    _remove()
+    finally:
+        if wire is not None:
+            wire.kill()
+            wire.communicate()
+        for name in NAMES:  # and with them their links
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
-def _shape(name: str, link: str) -> None:
-    """100 Mbit/s, and 10 ms each way where the kernel can delay; traffic and answers do not depend on it."""
-    for shape in (
-        ("netem", "rate", "100mbit", "delay", "10ms"),
-        ("tbf", "rate", "100mbit", "burst", "64kb", "latency", "1s"),
-    ):
-        command = ["ip", "netns", "exec", name, "tc", "qdisc", "add", "dev", link, "root", *shape]
-        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
-            return
-
-
-def _remove() -> None:
-    for name in NAMES:
-        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+def _wire() -> subprocess.Popen[str]:
+    """The wire between the two plugs, running."""
+    program = Path(__file__).parent / "slow_wire.py"
+    wire = subprocess.Popen(
+        [sys.executable, str(program), *PLUGS, str(RATE), str(DELAY)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert wire.stdout is not None
+    if wire.stdout.readline() != "ready\n":
+        raise OSError(wire.communicate()[1])
+    return wire
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +96,12 @@ def results(machines: list[str], tmp_path_factory: pytest.TempPathFactory) -> li
             process.kill()
     assert [process.returncode for process in started] == [0, 0], "\n".join(text[-3000:] for text in said)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_the_wire_is_slow(results: list[dict[str, Any]]) -> None:
+    """The network is what it is meant to be: a message takes the wire's delay and its bits' time, there and back."""
+    assert results[0]["number_s"] > 2 * DELAY
+    assert results[0]["megabyte_s"] > 2 * (DELAY + 8e6 / RATE)
 
 
 @pytest.mark.parametrize("name", machine_work.READINGS)
