@@ -1,4 +1,4 @@
-"""The errors with a meaning of their own: the request was wrong; it was cancelled; a rank was lost."""
+"""The errors with a meaning of their own: the request was wrong; it was cancelled; a rank was lost. How to say them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ class RankError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What a library's error says, cut to the one line that fits into a sentence of ours."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")
+
+
+def at_least(name: str, value: int, limit: int) -> None:
+    """InputError unless ``value`` is a whole number of at least ``limit``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
+    if value < limit:
+        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")

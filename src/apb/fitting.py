@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .cost import Cost, ModelShape, predict
+from .cost import Cost, predict
 from .errors import DoesNotFit
 from .methods import METHODS, Anchor
 from .plan import Plan
+from .shape import ModelShape
 
 if TYPE_CHECKING:
     from .hardware import Hardware

@@ -20,8 +20,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
-from .errors import InputError
-from .plan import at_least
+from .errors import InputError, at_least
 
 if TYPE_CHECKING:
     from .distributed.collectives import Group

@@ -7,13 +7,9 @@ of rows, when its chunks are put together.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from .methods import METHODS, Anchor
 from .plan import Kind, Plan
-
-if TYPE_CHECKING:
-    from .cost import ModelShape
+from .shape import ModelShape
 
 # Rows that a dense MLP works on at a time: on the CPU its intermediate values stay in the cache, on a GPU a chunk still
 # fills the device.

@@ -5,35 +5,13 @@ Nothing here allocates memory in proportion to the document: a plan for ten mill
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from itertools import accumulate
 
-from .errors import InputError
-from .methods import METHODS, Anchor, Method, method_of
-
-# Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
-SHORTEST_WORTH_CUTTING = 8192
-# Defaults of the paper's table 8: anchor = block / 4, passing = block / 8, both capped; eight blocks.
-DEFAULT_BLOCKS = 8
-LARGEST_ANCHOR = 8192
-LARGEST_PASSING = 8192
-# The least that each size of a request may be, in the order of Plan.build's arguments.
-_LEAST = {
-    "prefix": 0,
-    "document": 1,
-    "query": 1,
-    "blocks": 1,
-    "ranks": 1,
-    "rounds": 1,
-    "anchor length": 0,
-    "passing length": 0,
-}
-# Columns and diagonals of the vertical-slash pattern in MInference's published configurations.
-DEFAULT_VERTICAL = 1000
-DEFAULT_SLASH = 6096
+from . import sizes
+from .methods import METHODS, Anchor, method_of
 
 Tokens = tuple[int, ...]
 
@@ -134,35 +112,27 @@ class Plan:
         is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
         """
         method = method_of(strategy)
-        sizes = (prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
-        for (name, limit), size in zip(_LEAST.items(), sizes, strict=True):
-            if size is not None:
-                at_least(name, size, limit)
-        if method.blocks is not None:
-            blocks = method.blocks(ranks)
-        elif blocks is None:
-            blocks = _default_blocks(document, ranks)
-        if blocks > document and method.blocks is None:
-            raise InputError(
-                f"{blocks} blocks were asked for but the document has {document} tokens; use at most {document} blocks."
-            )
-        if rounds > 1 and not method.in_rounds:
-            names = " or ".join(name for name, each in METHODS.items() if each.in_rounds)
-            raise InputError(f"The strategy {strategy!r} reads in one round, not {rounds}; only {names} can take more.")
-        if rounds > blocks:
-            raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+        sizes.check(
+            prefix=prefix,
+            document=document,
+            query=query,
+            blocks=blocks,
+            ranks=ranks,
+            rounds=rounds,
+            anchor_length=anchor_length,
+            passing_length=passing_length,
+        )
+        blocks = sizes.blocks(strategy, document, ranks, blocks)
+        sizes.check_rounds(strategy, rounds, blocks)
         if method.sparse:
             total = prefix + document + query
-            vertical = _budget("vertical size", vertical_size, DEFAULT_VERTICAL, total)
-            slash = _budget("slash size", slash_size, DEFAULT_SLASH, total)
+            vertical = sizes.budget("vertical size", vertical_size, sizes.DEFAULT_VERTICAL, total)
+            slash = sizes.budget("slash size", slash_size, sizes.DEFAULT_SLASH, total)
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0, vertical, slash)
         if blocks == 1:
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
-        anchor_length = _anchor_length(method, prefix, document, query, blocks, anchor_length)
-        if passing_length is None:
-            passing_length = min(document // blocks // 8, LARGEST_PASSING)
-        if method.anchor is not Anchor.WITH_QUERY:
-            passing_length = 0
+        anchor_length = sizes.anchor(method.anchor, prefix, document, query, blocks, anchor_length)
+        passing_length = sizes.passing(method.anchor, document, blocks, passing_length)
         return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
 
     # -- the document ------------------------------------------------------------------------------------------------
@@ -296,55 +266,3 @@ class Plan:
         if METHODS[self.strategy].sparse:
             numbers |= {"vertical_size": self.vertical_size, "slash_size": self.slash_size}
         return numbers
-
-
-def at_least(name: str, value: int, limit: int) -> None:
-    """InputError unless ``value`` is a whole number of at least ``limit``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
-    if value < limit:
-        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
-
-
-def _budget(name: str, asked: int | float | None, default: int, total: int) -> int:
-    """A budget given as a number (int) or as a share of the prompt (float in (0, 1]), in tokens, at most all."""
-    if isinstance(asked, float):
-        if not 0 < asked <= 1:
-            raise InputError(f"A {name} given as a share must be above 0 and at most 1, not {asked}.")
-        asked = math.ceil(asked * total)
-    elif asked is None:
-        asked = default
-    at_least(name, asked, 1)
-    return min(asked, total)
-
-
-def _anchor_length(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:
-    """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
-    if method.anchor is Anchor.NONE:
-        return 0
-    if asked is not None:
-        at_least("anchor length", asked, 0)
-    if method.anchor is Anchor.FIRST_BLOCK:
-        first_block = prefix + -(-document // blocks)
-        if asked is None:
-            return first_block
-        if asked > first_block:
-            raise InputError(
-                f"An anchor of {asked} tokens is longer than the first block, whose beginning it is "
-                f"({first_block} tokens); ask for at most that."
-            )
-        return asked
-    if asked is None:
-        return max(min(document // blocks // 4, LARGEST_ANCHOR), prefix + query)
-    if asked < prefix + query:
-        raise InputError(
-            f"An anchor of {asked} tokens does not hold the prefix ({prefix}) and the query ({query}); "
-            f"make the anchor at least {prefix + query} tokens long or shorten the query."
-        )
-    return min(asked, prefix + document + query)
-
-
-def _default_blocks(document: int, ranks: int) -> int:
-    if document < SHORTEST_WORTH_CUTTING:
-        return 1
-    return ranks * -(-DEFAULT_BLOCKS // ranks)

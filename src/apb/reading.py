@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compressors import check_compressor, default_compressor
-from .cost import Ceilings, Cost, ModelShape, predict
+from .cost import Ceilings, Cost, predict
 from .errors import InputError
 from .fitting import check_memory, peak
 from .methods import METHODS, method_of
-from .plan import SHORTEST_WORTH_CUTTING, Plan
+from .plan import Plan
 from .prompt import Prompt
+from .shape import ModelShape
+from .sizes import SHORTEST_WORTH_CUTTING
 
 if TYPE_CHECKING:
     from .hardware import Hardware

@@ -15,14 +15,11 @@ network adapter of its own. Three patterns occur, and each crosses hosts in its 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from .halo import sent_rows
 from .methods import METHODS, Anchor, kv_heads_of
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .cost import ModelShape
+from .shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..cost import ModelShape
 from ..engine import Engine
 from ..hardware import peak_bytes
 from ..session import Stopwatch
+from ..shape import ModelShape
 from .prefill import random_prompt, slowest
 
 # Not counted: the first ones compile kernels, and the second token captures the graph.

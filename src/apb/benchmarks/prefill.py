@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cost import Ceilings, ModelShape, predict
+from ..cost import Ceilings, predict
 from ..distributed.collectives import Group
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
@@ -22,6 +22,7 @@ from ..kernels.attention import choose
 from ..methods import METHODS, Anchor
 from ..parts import Clock, clocked
 from ..prompt import Prompt
+from ..shape import ModelShape
 
 QUERY_TOKENS = 32
 # The columns of the paper's tables 14 and 16, in the order of a layer.

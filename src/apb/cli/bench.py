@@ -79,8 +79,8 @@ def prefill(
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
+    from ..errors import at_least
     from ..methods import method_of
-    from ..plan import at_least
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]
@@ -123,7 +123,7 @@ def decode(
     as_json: options.AsJson = False,
 ) -> None:
     """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
-    from ..plan import at_least
+    from ..errors import at_least
 
     at_least("tokens", tokens, 1)
     chosen = {"tokens": tokens, "strategy": strategy, "blocks": blocks}
@@ -190,9 +190,9 @@ def attention(
     """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
     from ..benchmarks import attention as benchmark
     from ..benchmarks.ceilings import copy_bandwidth
+    from ..errors import at_least
     from ..hardware import fingerprint
     from ..hf import loading
-    from ..plan import at_least
 
     at_least("repeat", repeat, 1)
     place = loading.pick_device(device)

@@ -158,8 +158,7 @@ def jsonl(
     as_json: options.AsJson = False,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
-    from ..errors import InputError
-    from ..plan import at_least
+    from ..errors import InputError, at_least
 
     at_least("max_new_tokens", max_new_tokens, 1)
     if not data.is_file():
@@ -175,10 +174,10 @@ def _path(path: Path | None) -> str | None:
 def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
     """Check what all suites have in common, and run the ranks."""
     from ..distributed import launch
+    from ..errors import at_least
     from ..evaluation.records import Store
     from ..evaluation.settings import settings
     from ..hf import loading
-    from ..plan import at_least
     from .quiet import quiet_libraries
 
     quiet_libraries()

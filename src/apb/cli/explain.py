@@ -31,11 +31,10 @@ def explain(
     text = read_document(document)
 
     from ..engine import Engine
-    from ..errors import InputError
+    from ..errors import InputError, at_least
     from ..explanation import check_passes
     from ..explanation import explain as explain_prompt
     from ..hf import loading
-    from ..plan import at_least
     from ..prompt import Prompt
     from .progress import Bar
     from .quiet import quiet_libraries

@@ -30,11 +30,11 @@ def fidelity(
 ) -> None:
     """Share of full attention's mass on keys that are still seen, per layer and KV head, and KL of predictions."""
     from ..engine import Engine
+    from ..errors import at_least
     from ..evaluation import synthetic
     from ..evaluation.fidelity import measure
     from ..evaluation.settings import settings
     from ..hf import loading
-    from ..plan import at_least
     from .progress import Bar
     from .quiet import quiet_libraries
 

@@ -68,9 +68,9 @@ def generate(
     text = read_document(document)
 
     from ..distributed import launch
+    from ..errors import at_least
     from ..generation import Sampling
     from ..hf import loading
-    from ..plan import at_least
     from .quiet import quiet_libraries
 
     quiet_libraries()

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cost import ModelShape, predict
-from ..errors import InputError
+from ..cost import predict
+from ..errors import InputError, at_least
 from ..methods import METHODS, check_heads
-from ..plan import Plan, at_least
+from ..plan import Plan
 from ..projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
+from ..shape import ModelShape
 from . import options
 
 # A short question with its chat template; the length of the document is what matters.

@@ -83,8 +83,8 @@ def heads(
     from dataclasses import asdict
 
     from ..distributed import launch
+    from ..errors import at_least
     from ..hf import loading
-    from ..plan import at_least
     from ..training.heads.data import Samples
     from ..training.heads.train import Settings, check_positions, positions
     from .quiet import quiet_libraries

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError, RankError
-from ..plan import at_least
+from ..errors import InputError, RankError, at_least
 from .collectives import Group
 
 # How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).

@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from ..cost import ModelShape
 from ..errors import InputError, first_line
 from ..methods import check_heads
 from ..plan import Plan
+from ..shape import ModelShape
 from . import placement
 from .attach import attention_modules
 from .tensor_parallel import settings, shared

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from ...errors import at_least
 from ...evaluation.tasks import generate
 from ...hf.loading import load_tokenizer, shipped_model
-from ...plan import at_least
 
 TASKS = ("headings", "multikey", "multiquery", "multivalue", "single", "variable_tracking")
 # Evaluation draws from 0 on, a million apart for each --seed; this is far from all of those.

@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 
 from ...compressors import Head
 from ...distributed.collectives import Group
-from ...errors import InputError
+from ...errors import InputError, at_least
 from ...hf.attach import Attachment
 from ...hf.heads import HeadShape, save_heads
 from ...hf.loading import check_supported
 from ...kernels.attention import Segment, attention
-from ...plan import at_least
 from ...strategies import Layer
 from .data import Example, Samples, ahead, order
 from .labels import answer_attention, head_loss, top_overlap

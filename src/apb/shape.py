@@ -1,0 +1,72 @@
+"""A model as planning knows it: pure Python, like the plan."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The numbers of a model that costs depend on.
+
+    Attributes:
+        layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
+        layer_parameters: weights that each row of a pass multiplies with, over all layers: those of the linear maps,
+            and of as many experts as a token is sent to.
+        parameters: all weights, embeddings included.
+        windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
+        cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
+        expert_row: numbers that experts hold for one token, who all work at once; 0 without experts.
+        split: (layers, weights) of each GPU where the layers of a rank lie on several; empty where they lie on one.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    layer_parameters: int
+    parameters: int
+    windows: tuple[int, ...] = ()
+    cache_width: int = 0
+    expert_row: int = 0
+    split: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def pair_width(self) -> int:
+        """Numbers of one token's keys and values in one layer, as attention reads them and ranks send them."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @property
+    def cache_row(self) -> int:
+        """Numbers that one token's keys and values take in the cache, over all layers."""
+        return self.layers * self.layer_cache_row
+
+    @property
+    def layer_cache_row(self) -> int:
+        """The same of one layer."""
+        return self.cache_width or self.pair_width
+
+    def fullest(self, tokens: int) -> tuple[int, int]:
+        """(layers, weights) of the GPU that holds most of a rank with so many tokens in its cache."""
+        parts = self.split or ((self.layers, self.parameters),)
+        return max(parts, key=lambda part: part[1] + part[0] * tokens * self.layer_cache_row)
+
+    def shared(self, size: int) -> ModelShape:
+        """One process's share where ``size`` of them share the weights: of heads, MLPs, experts and the cache."""
+        return replace(
+            self,
+            heads=self.heads // size,
+            kv_heads=self.kv_heads // size,
+            intermediate=self.intermediate // size,
+            layer_parameters=self.layer_parameters // size,
+            parameters=self.parameters // size,
+            expert_row=self.expert_row // size,
+        )
+
+    def sliding(self, total: int) -> dict[int, int]:
+        """The windows that hide something of so many tokens, and how many layers have each."""
+        return Counter(window for window in self.windows if window < total)
