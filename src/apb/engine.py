@@ -11,27 +11,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import prefill
 from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
-from .errors import Cancelled, InputError
+from .errors import InputError
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
 from .hf.attach import Attachment, attention_modules
-from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
-from .plan import Kind, Plan
+from .plan import Plan
+from .prefill import Progress
 from .prompt import Prompt, check_tokens
 from .reading import Reading
-from .session import Session, Stopwatch, forward
+from .session import Session, Stopwatch
 from .strategies import Layer, OnSelection, Strategy, make_strategy
-
-# Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
-Progress = Callable[[int, int], None]
 
 
 class Engine:
@@ -182,54 +180,24 @@ class Engine:
             on_selection: called with what each of this rank's blocks passes on, layer by layer.
         """
         plan = self.plan(prompt, max_new_tokens)
-        rank = self.group.rank
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
-        keeps_new = rank == plan.tail_rank
-        layers = len(self._attachment.modules)
-        held = sum(len(block) for block in plan.owned(rank))
-        cache = ShardCache(
-            layers,
-            capacity=held + (plan.query + max_new_tokens if keeps_new else 0),
-            keeps_new=keeps_new,
-            prefill_rows=strategy.cached_rows,
+        cache, logits, seconds = prefill.read(
+            self._attachment,
+            prompt,
+            strategy,
+            self._everyone,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+            cancelled=cancelled,
         )
-        cache.total = plan.total
-        read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
-        before = 0  # tokens in this rank's cache when the round began
-
-        def attend(layer: Layer) -> Tensor:
-            if cancelled is not None and self._everyone.size == 1 and cancelled():
-                raise Cancelled("Reading the prompt was cancelled.")
-            if before:
-                keys, values = cache.shard(layer.index)
-                layer = replace(layer, earlier=(keys[:before], values[:before]))
-            out = strategy.attend(layer)
-            if progress is not None:
-                now = read[strategy.round]
-                after = plan.total if strategy.last_round else read[strategy.round + 1]
-                progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
-            return out
-
-        needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
-        self.group.barrier()
-        watch = Stopwatch(self.device)
-        for round in range(plan.rounds):
-            self._check_cancelled(cancelled)
-            strategy.begin(round)
-            cache.prefill_rows = strategy.cached_rows
-            ids, positions = _rows(prompt, plan, rank, round)
-            with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
-                logits = forward(self._attachment, ids.to(self.device), positions.to(self.device), cache, self.group)
-            before += sum(len(span) for span in strategy.blocks)
-        cache.prefill_rows = None
         return Session(
             self._attachment,
             plan,
             self.group,
             cache,
             logits,
-            watch.seconds(),
+            seconds,
             prompt.token_ids,
             self.backend,
             max_new_tokens,
@@ -255,28 +223,7 @@ class Engine:
             raise InputError(f"Looking into a prefill takes one rank, and there are {self.group.size}; use one.")
         plan = replace(self.plan(prompt), rounds=1)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
-        rows = [
-            position - span.start + span.row
-            for position in positions
-            for span in strategy.spans
-            if span.kind is not Kind.ANCHOR and span.start <= position < span.stop
-        ]
-
-        def attend(layer: Layer) -> Tensor:
-            out = strategy.attend(layer)
-            look(strategy, layer)
-            return out
-
-        ids, places = _rows(prompt, plan, 0, 0)
-        needs_before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
-        with torch.no_grad(), self._attachment.running(attend, plan.total, needs_before_rope):
-            output = self._attachment.model(
-                input_ids=ids.to(self.device),
-                position_ids=places.to(self.device),
-                use_cache=False,
-                logits_to_keep=rows,  # no tensor: the last layer may lie on another device than the first
-            )
-        return plan, output.logits[0].float()
+        return plan, prefill.inspect(self._attachment, prompt, strategy, positions, look)
 
     def generate(self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any) -> Generation:
         """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`."""
@@ -345,23 +292,3 @@ class Engine:
     def _everyone(self) -> Group:
         """All processes at work on a prompt."""
         return self.group if self.mesh.devices is None else self.mesh.everyone
-
-    def _check_cancelled(self, cancelled: Callable[[], bool] | None) -> None:
-        """Raise Cancelled on all ranks where rank 0 says so. Every rank gives a function, or none does."""
-        if cancelled is None:
-            return
-        word = torch.tensor([self._everyone.rank == 0 and cancelled()], device=self.device)
-        if self._everyone.broadcast(word).item():
-            raise Cancelled("Reading the prompt was cancelled.")
-
-
-def _rows(prompt: Prompt, plan: Plan, rank: int, round: int) -> tuple[Tensor, Tensor]:
-    """Token ids and positions, (1, rows) each, of a rank's rows in a round."""
-    whole = prompt.token_ids
-    anchor = plan.anchor_tokens(prompt.prefix, prompt.document, prompt.query)
-    ids: list[int] = []
-    positions: list[int] = []
-    for span in plan.spans(rank, round):
-        ids += (anchor if span.kind is Kind.ANCHOR else whole)[span.start : span.stop]
-        positions += range(span.start, span.stop)
-    return torch.tensor([ids]), torch.tensor([positions])

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .engine import Engine, Progress
+from .engine import Engine
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
 from .methods import METHODS, Anchor
 from .plan import Plan
+from .prefill import Progress
 from .prompt import Prompt
 
 if TYPE_CHECKING:
