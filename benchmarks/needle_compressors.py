@@ -91,7 +91,7 @@ class HeadsAndQuery(Compressor):
 @cache
 def heads_for(dtype: torch.dtype, device: torch.device) -> Retaining:
     shape = HeadShape.of(load_config(shipped_model()))
-    return Retaining(load_heads(os.environ[HEADS], **asdict(shape), dtype=dtype, device=device))
+    return Retaining(load_heads(os.environ[HEADS], **asdict(shape), dtype=dtype, devices=[device] * shape.layers))
 
 
 CANDIDATES = (QueryMax, QueryValues, QueryUnpooled, HeadsAndQuery)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .memory import activations
-from .methods import METHODS
 from .plan import Kind, Plan
 from .shape import ModelShape
 from .traffic import Sent, gathered_rows, sent
@@ -142,7 +141,7 @@ def predict(
     """
     sending = [sent(plan, rank, model, element_bytes, ranks_per_host) for rank in range(plan.ranks)]
     ranks = (_rank(plan, rank, model, element_bytes, compressor, each) for rank, each in enumerate(sending))
-    return Cost(tuple(ranks), METHODS[plan.strategy].overlaps, len(model.split) or 1)
+    return Cost(tuple(ranks), plan.method.overlaps, len(model.split) or 1)
 
 
 def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str, sending: Sent) -> RankCost:
@@ -164,7 +163,7 @@ def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compress
         if rank == plan.tail_rank:
             query_pairs += plan.query * (plan.query + 1) // 2
     heads = model.heads
-    if METHODS[plan.strategy].scatters_heads:  # a share of the heads, of all blocks' rows
+    if plan.method.scatters_heads:  # a share of the heads, of all blocks' rows
         heads = model.heads * (rank + 1) // plan.ranks - model.heads * rank // plan.ranks
         pairs = sum(_block_pairs(plan, len(block), contexts[block.index]) for block in plan.all_blocks())
     kept += plan.query if rank == plan.tail_rank else 0
@@ -200,7 +199,7 @@ def _moved(model: ModelShape) -> int:
 
 def _block_pairs(plan: Plan, length: int, context: int) -> int:
     """Query-key pairs of a block's rows, of so many tokens and so many keys before them."""
-    if METHODS[plan.strategy].sparse:
+    if plan.method.sparse:
         seen = min(plan.vertical_size + plan.slash_size, length)
         return seen * (seen + 1) // 2 + (length - seen) * seen
     return length * (length + 1) // 2 + length * context

@@ -13,7 +13,7 @@ from torch import Tensor
 from .engine import Engine
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
-from .methods import METHODS, Anchor
+from .methods import METHODS
 from .plan import Plan
 from .prefill import Progress
 from .prompt import Prompt
@@ -154,7 +154,7 @@ def explain(
 
 def check_passes(strategy: str) -> None:
     """InputError where a strategy passes nothing on."""
-    passing = [name for name, method in METHODS.items() if method.anchor is Anchor.WITH_QUERY]
+    passing = [name for name, method in METHODS.items() if method.passes]
     if strategy not in passing:
         raise InputError(
             f"The strategy {strategy!r} passes nothing on that could be explained; use {' or '.join(passing)}."

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .cost import Cost, predict
 from .errors import DoesNotFit
-from .methods import METHODS, Anchor
+from .methods import METHODS
 from .plan import Plan
 from .shape import ModelShape
 
@@ -70,16 +70,15 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
 
 def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
     """Other plans for the same prompt, the least different first."""
-    if METHODS[plan.strategy].in_rounds and not shape.cache_width:
+    if plan.method.in_rounds and not shape.cache_width:
         for rounds in range(plan.rounds + 1, plan.blocks // plan.ranks + 1):
             yield replace(plan, rounds=rounds)
-    strategy = plan.strategy if METHODS[plan.strategy].blocks is None or plan.strategy == "ring" else "ring"
+    strategy = plan.strategy if plan.method.blocks is None or plan.strategy == "ring" else "ring"
     ranks = plan.ranks * 2
     while ranks <= MOST_RANKS:
         blocks = max(plan.blocks, ranks)
         if blocks <= plan.document:
-            query_inside = METHODS[strategy].anchor is Anchor.WITH_QUERY
-            sizes = (plan.anchor_length, plan.passing_length) if query_inside else (None, None)
+            sizes = (plan.anchor_length, plan.passing_length) if METHODS[strategy].passes else (None, None)
             yield _built(plan, plan.document, strategy, ranks, blocks, *sizes)
         ranks *= 2
 

@@ -7,7 +7,6 @@ of rows, when its chunks are put together.
 
 from __future__ import annotations
 
-from .methods import METHODS, Anchor
 from .plan import Kind, Plan
 from .shape import ModelShape
 
@@ -39,10 +38,10 @@ def _strategy(plan: Plan, rows: int, blocks: list[int], model: ModelShape, gathe
     if plan.strategy == "ring":
         # Keys and values here, sent and arriving; the whole output in fp32, and what a step adds to it.
         return 3 * rows * pair + rows * head * (2 + 1 + _MERGING)
-    if METHODS[plan.strategy].scatters_heads:
+    if plan.method.scatters_heads:
         # Packed, as sent, as received, and apart again; the outputs the same way back.
         return 3 * rows * (head + pair) + 3 * rows * head
-    if METHODS[plan.strategy].anchor is Anchor.WITH_QUERY and plan.blocks > 1:
+    if plan.method.passes and plan.blocks > 1:
         # With others to wait for, what blocks see of them comes apart from what they see of themselves.
         merging = rows * head + longest * head * _MERGING if plan.ranks > 1 else longest * head
         return (1 + 2 * plan.ranks) * gathered * pair + merging

@@ -36,6 +36,11 @@ class Method:
     # Whether attention is computed while keys and values are on their way.
     overlaps: bool = False
 
+    @property
+    def passes(self) -> bool:
+        """Whether blocks pass pairs on: so where the anchor holds the query, and nowhere else."""
+        return self.anchor is Anchor.WITH_QUERY
+
 
 METHODS: dict[str, Method] = {
     "full": Method(exact=True, blocks=lambda ranks: 1),

@@ -11,7 +11,7 @@ from enum import Enum
 from itertools import accumulate
 
 from . import sizes
-from .methods import METHODS, Anchor, method_of
+from .methods import METHODS, Anchor, Method, method_of
 
 Tokens = tuple[int, ...]
 
@@ -131,19 +131,23 @@ class Plan:
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0, vertical, slash)
         if blocks == 1:
             return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
-        anchor_length = sizes.anchor(method.anchor, prefix, document, query, blocks, anchor_length)
-        passing_length = sizes.passing(method.anchor, document, blocks, passing_length)
+        anchor_length = sizes.anchor(method, prefix, document, query, blocks, anchor_length)
+        passing_length = sizes.passing(method, document, blocks, passing_length)
         return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
 
     # -- the document ------------------------------------------------------------------------------------------------
 
     @property
+    def method(self) -> Method:
+        """What planning knows about the strategy."""
+        return METHODS[self.strategy]
+
+    @property
     def exact(self) -> bool:
         """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
-        method = METHODS[self.strategy]
-        if method.sparse:
+        if self.method.sparse:
             return max(self.vertical_size, self.slash_size) >= self.query_start
-        return method.exact or self.blocks == 1
+        return self.method.exact or self.blocks == 1
 
     @property
     def query_start(self) -> int:
@@ -158,12 +162,12 @@ class Plan:
     @property
     def anchored(self) -> int:
         """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
-        inserted = self.query if METHODS[self.strategy].anchor is Anchor.WITH_QUERY else 0
+        inserted = self.query if self.method.passes else 0
         return max(self.anchor_length - inserted, 0)
 
     def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
         """The tokens at positions 0, 1, ... of the anchor, of which it has the first ``anchor_length``."""
-        if METHODS[self.strategy].anchor is Anchor.WITH_QUERY:
+        if self.method.passes:
             return prefix + query + document[: self.anchored]
         return prefix + document + query
 
@@ -208,7 +212,7 @@ class Plan:
         In an exact method all before it; else the anchor and what earlier blocks pass. Block 0 has none of it: it
         holds the prefix and the anchor's document tokens itself.
         """
-        if METHODS[self.strategy].exact:
+        if self.method.exact:
             return [self.block(index).start for index in range(self.blocks)]
         before = accumulate(self.passed(index) for index in range(self.blocks - 1))
         return [0, *(self.anchor_length + pairs for pairs in before)]
@@ -226,7 +230,7 @@ class Plan:
         With the query inside, the ranks' shares tile the anchor. Star computes it anew on every rank that has blocks
         but not block 0, whose own rows they are.
         """
-        if METHODS[self.strategy].anchor is Anchor.FIRST_BLOCK:
+        if self.method.anchor is Anchor.FIRST_BLOCK:
             blocks = [block.index for block in self.owned(rank)]
             return 0, self.anchor_length if blocks and blocks[0] != 0 else 0
         return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
@@ -263,6 +267,6 @@ class Plan:
             "document_tokens": self.document,
             "query_tokens": self.query,
         }
-        if METHODS[self.strategy].sparse:
+        if self.method.sparse:
             numbers |= {"vertical_size": self.vertical_size, "slash_size": self.slash_size}
         return numbers

@@ -126,7 +126,7 @@ class Reading:
 
 def _in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, scorer: str) -> Plan:
     """The plan in as few rounds as fit into memory; as it is where it fits, or where rounds do not help it."""
-    if plan.rounds > 1 or not METHODS[plan.strategy].in_rounds or shape.cache_width:  # latents: see check_fit
+    if plan.rounds > 1 or not plan.method.in_rounds or shape.cache_width:  # latents: see check_fit
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
         candidate = replace(plan, rounds=rounds)

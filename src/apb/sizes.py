@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from .errors import InputError, at_least
-from .methods import METHODS, Anchor, method_of
+from .methods import METHODS, Anchor, Method, method_of
 
 # Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.
 SHORTEST_WORTH_CUTTING = 8192
@@ -60,11 +60,11 @@ def check_rounds(strategy: str, rounds: int, blocks: int) -> None:
         raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
 
 
-def anchor(kind: Anchor, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:
+def anchor(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:
     """The anchor's length in tokens, for several blocks; InputError where the one asked for cannot be."""
-    if kind is Anchor.NONE:
+    if method.anchor is Anchor.NONE:
         return 0
-    if kind is Anchor.FIRST_BLOCK:
+    if method.anchor is Anchor.FIRST_BLOCK:
         first_block = prefix + -(-document // blocks)
         if asked is None:
             return first_block
@@ -84,9 +84,9 @@ def anchor(kind: Anchor, prefix: int, document: int, query: int, blocks: int, as
     return min(asked, prefix + document + query)
 
 
-def passing(kind: Anchor, document: int, blocks: int, asked: int | None) -> int:
+def passing(method: Method, document: int, blocks: int, asked: int | None) -> int:
     """Key/value pairs per KV head that a block passes on, 0 where the strategy passes nothing."""
-    if kind is not Anchor.WITH_QUERY:
+    if not method.passes:
         return 0
     return min(document // blocks // 8, LARGEST_PASSING) if asked is None else asked
 

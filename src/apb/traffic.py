@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .halo import sent_rows
-from .methods import METHODS, Anchor, kv_heads_of
+from .methods import kv_heads_of
 from .plan import Plan
 from .shape import ModelShape
 
@@ -80,7 +80,7 @@ def _document(plan: Plan, rank: int, model: ModelShape, element_bytes: int, host
     if plan.strategy == "ring":
         total = (plan.ranks - 1) * max(rows) * model.pair_width * element_bytes
         return Sent(total, total if hosts.apart(rank, (rank + 1) % plan.ranks) else 0)
-    if METHODS[plan.strategy].scatters_heads:
+    if plan.method.scatters_heads:
         # q, k and v of this rank's rows go to the ranks that have the heads, and the outputs of theirs go back.
         share, group = max(model.heads // plan.ranks, 1), model.heads // model.kv_heads
         kv_heads = [len(kv_heads_of(other * share, share, group)) for other in range(plan.ranks)]
@@ -94,7 +94,7 @@ def _document(plan: Plan, rank: int, model: ModelShape, element_bytes: int, host
 
 def gathered_rows(plan: Plan) -> list[int]:
     """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
-    if plan.blocks == 1 or METHODS[plan.strategy].anchor is not Anchor.WITH_QUERY:
+    if plan.blocks == 1 or not plan.method.passes:
         return [0] * plan.rounds
     widths = [[0] * plan.ranks for _ in range(plan.rounds)]
     for rank in range(plan.ranks):

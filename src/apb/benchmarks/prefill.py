@@ -19,7 +19,7 @@ from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
-from ..methods import METHODS, Anchor
+from ..methods import METHODS
 from ..parts import Clock, clocked
 from ..prompt import Prompt
 from ..shape import ModelShape
@@ -109,7 +109,7 @@ def _known(option: str, strategy: str) -> bool:
     """Whether an option counts for a strategy; an anchor's length is meant for apb: star has all of block 1."""
     if option == "rounds":
         return METHODS[strategy].in_rounds
-    return option != "anchor_length" or METHODS[strategy].anchor is Anchor.WITH_QUERY
+    return option != "anchor_length" or METHODS[strategy].passes
 
 
 def _measure(

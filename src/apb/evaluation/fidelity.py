@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import InputError
-from ..methods import METHODS
 from ..plan import Plan
 from ..prompt import Prompt
 from ..strategies import Layer, Strategy
@@ -100,7 +99,7 @@ class Sight:
         """
         key = torch.arange(keys, device=rows.device)
         causal = key <= rows[:, None]
-        if METHODS[plan.strategy].sparse:
+        if plan.method.sparse:
             columns, diagonals = self.sparse[layer]
             distance = (rows[:, None] - key).clamp(min=0)
             return causal & (columns[heads, None, :keys] | diagonals[heads][:, distance])

@@ -9,7 +9,7 @@ from itertools import product
 from ..compressors import default_compressor
 from ..engine import Engine
 from ..errors import InputError
-from ..methods import METHODS, Anchor, method_of
+from ..methods import method_of
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def settings(
     if heads and "retaining" not in names:
         raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
     for strategy, count, compressor in product(strategies, counts, names):
-        cuts = method_of(strategy).blocks is None
-        passes = METHODS[strategy].anchor is Anchor.WITH_QUERY
+        method = method_of(strategy)
+        cuts, passes = method.blocks is None, method.passes
         setting = Setting(
             strategy,
             count if cuts else None,
