@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 import apb
 from apb.hf.loading import head_dim
+from models import without_eos
 from oracle import masked_prefill
 
 VOCABULARY = 503
@@ -95,8 +96,7 @@ def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
                     weight.normal_()
                 elif weight.ndim > 1:
                     weight.mul_(3)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return model
+    return without_eos(model)
 
 
 def read(model: PreTrainedModel, reading: str, group: Any = None) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -99,3 +102,32 @@ def tiny_heads(model: PreTrainedModel, *, hidden: int = 32, seed: int = 0) -> di
         weights[f"{name}.fc1.weight"] = torch.randn(hidden, width, generator=generator) * width**-0.5
         weights[f"{name}.fc2.weight"] = torch.randn(key_width // attention.head_dim, hidden, generator=generator)
     return weights
+
+
+def transformers_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
+    """What the model itself says comes after these tokens: (vocab,)."""
+    with torch.no_grad():
+        return model(torch.tensor([list(token_ids)])).logits[0, -1]
+
+
+def without_eos(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which now answers as long as it is asked to."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model
+
+
+def transformers_says(
+    model: PreTrainedModel, token_ids: Sequence[int], tokens: int, seed: int = 0, **options: Any
+) -> list[int]:
+    """What transformers itself generates after these tokens, greedily unless told otherwise."""
+    ids = torch.tensor([list(token_ids)])
+    options = {"do_sample": False, "pad_token_id": 0, **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options)
+    return out[0, ids.shape[1] :].tolist()
+
+
+def hooks(model: PreTrainedModel) -> int:
+    """How many hooks stand on the model's modules."""
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

@@ -31,6 +31,6 @@ def first_line(error: BaseException) -> str:
 def at_least(name: str, value: int, limit: int) -> None:
     """InputError unless ``value`` is a whole number of at least ``limit``."""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
+        raise InputError(f"A whole number is needed for {name}, not {value!r}.")
     if value < limit:
-        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+        raise InputError(f"{name[:1].upper() + name[1:]} must be at least {limit}, not {value}.")

@@ -22,7 +22,7 @@ import families
 from apb.distributed.collectives import Group, Pending
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
-from models import tiny_model
+from models import tiny_model, without_eos
 
 # Query heads, KV heads, document: groups of 1, 4 and 8; prime lengths, from fewer tokens than ranks on.
 EXACT = ((12, 12, 997), (12, 3, 4999), (24, 3, 997), (24, 3, 2), (12, 3, 5))
@@ -114,8 +114,7 @@ def counting() -> Iterator[list[int]]:
 
 def generate(group: Group) -> dict[str, Any]:
     """Answers of sampling and of streaming, with a tokenizer of bytes."""
-    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY)
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
     engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5)
     engine.group = group
     prompt = apb.Prompt.from_tokens(
@@ -138,8 +137,9 @@ def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]
     """Logits and 32 greedy tokens of the exact strategies, by (heads, kv_heads, document, strategy)."""
     results = {}
     for heads, kv_heads, document in EXACT:
-        model = tiny_model("llama", heads=heads, kv_heads=kv_heads, head_dim=16, hidden=96, vocab=VOCABULARY)
-        model.generation_config.eos_token_id = model.config.eos_token_id = None
+        model = without_eos(
+            tiny_model("llama", heads=heads, kv_heads=kv_heads, head_dim=16, hidden=96, vocab=VOCABULARY)
+        )
         prompt = apb.Prompt.from_tokens([5], [(37 * i * i + 11 * i) % VOCABULARY for i in range(document)], [41, 94])
         for strategy in ("full", "ring", "ulysses"):
             engine = apb.Engine.from_model(model, strategy=strategy, allow_extrapolation=True)

@@ -11,25 +11,15 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 
 import apb
 import apb.strategies.base as strategies
-from apb.cost import KNOWN_CEILINGS, Ceilings, ModelShape, _window_pairs, predict
+from apb.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
 from apb.hf.loading import model_shape
 from apb.methods import METHODS
 from apb.plan import Kind, Plan
 from cases import CASES, Case
 from models import FAMILIES, tiny_model
 from oracle import lay_out, visibility, within
+from shapes import SMALL
 
-SHAPE = ModelShape(
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    hidden=64,
-    intermediate=128,
-    vocabulary=503,
-    layer_parameters=1000,
-    parameters=5000,
-)
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -78,7 +68,7 @@ def test_attention_counts_the_masks_cells(name: str, ranks: int) -> None:
     if case.strategy == "star":
         spans = [span for rank in range(ranks) for span in plan.spans(rank) if span.kind is Kind.ANCHOR]
         expected += sum(len(span) * (len(span) + 1) // 2 for span in spans)
-    cost = predict(plan, SHAPE)
+    cost = predict(plan, SMALL)
     assert sum(rank.attention_flops for rank in cost.ranks) == 4 * 4 * 16 * 3 * expected
 
 
@@ -123,7 +113,7 @@ def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatc
 def test_linear_maps_count_every_row(ranks: int) -> None:
     """Anchor rows once over all ranks, block rows once, the query's rows and one row of the output head on each."""
     case = CASES["five blocks"]
-    cost = predict(plan_of(case, ranks), SHAPE)
+    cost = predict(plan_of(case, ranks), SMALL)
     rows = 17 + 3 + 101 + ranks * 6
     assert sum(rank.linear_flops for rank in cost.ranks) == 2 * rows * 1000 + ranks * 2 * 64 * 503
 
@@ -131,7 +121,7 @@ def test_linear_maps_count_every_row(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_cache_holds_every_token_once(ranks: int) -> None:
     """Keys and values of prefix, document and query, 2 bytes a number, on one rank or another."""
-    cost = predict(plan_of(CASES["five blocks"], ranks), SHAPE)
+    cost = predict(plan_of(CASES["five blocks"], ranks), SMALL)
     assert sum(rank.cache_bytes for rank in cost.ranks) == 110 * 2 * 3 * 2 * 16 * 2
     for rank in cost.ranks:
         assert rank.peak_bytes >= 5000 * 2 + rank.cache_bytes
@@ -149,23 +139,23 @@ def test_scoring_counts_tokens_of_blocks_that_pass() -> None:
         "random": 0,
     }
     for compressor, flops in expected.items():
-        cost = predict(plan, SHAPE, compressor=compressor)
+        cost = predict(plan, SMALL, compressor=compressor)
         assert sum(rank.scoring_flops for rank in cost.ranks) == flops
-    nothing = predict(plan_of(Case(4, passing_length=0)), SHAPE)
+    nothing = predict(plan_of(Case(4, passing_length=0)), SMALL)
     assert nothing.ranks[0].scoring_flops == 0
 
 
 def test_one_rank_sends_nothing() -> None:
     """Bytes are sent between ranks alone; star sends none of its blocks' pairs, only the query's partial results."""
-    assert predict(plan_of(Case(4)), SHAPE).ranks[0].sent_bytes == 0
-    star = predict(plan_of(CASES["star"], 2), SHAPE).ranks[0].sent_bytes
+    assert predict(plan_of(Case(4)), SMALL).ranks[0].sent_bytes == 0
+    star = predict(plan_of(CASES["star"], 2), SMALL).ranks[0].sent_bytes
     assert star == 6 * 4 * (16 + 1) * 4 * 3
-    assert predict(plan_of(Case(4), 2), SHAPE).ranks[0].sent_bytes > star
+    assert predict(plan_of(Case(4), 2), SMALL).ranks[0].sent_bytes > star
 
 
 def test_snake_order_balances_the_ranks() -> None:
     """With two blocks a rank all have the same to do, but for the one whose first block has no anchor to look at."""
-    first, *others = (rank.flops for rank in predict(Plan.build(4, 131072, 30, blocks=8, ranks=4), SHAPE).ranks)
+    first, *others = (rank.flops for rank in predict(Plan.build(4, 131072, 30, blocks=8, ranks=4), SMALL).ranks)
     assert max(others) < 1.01 * min(others)
     assert 0.8 * min(others) < first < max(others)
 
@@ -183,14 +173,14 @@ def test_published_figures(document: int, blocks: int, strategy: str, peta_flops
 
 def test_seconds() -> None:
     """Seconds are FLOPs and bytes over the ceilings, of the slowest rank; unknown hardware gives none."""
-    cost = predict(plan_of(Case(5), 2), SHAPE)
+    cost = predict(plan_of(Case(5), 2), SMALL)
     ceilings = Ceilings(linear=2.0, attention=4.0, link=8.0, memory=16.0)
     flops = [rank.linear_flops / 2 + (rank.attention_flops + rank.scoring_flops) / 4 for rank in cost.ranks]
     moved = [rank.sent_bytes / 8 + rank.moved_bytes / 16 for rank in cost.ranks]
     assert cost.seconds(ceilings.arithmetic) == pytest.approx(max(flops))
     assert cost.seconds(ceilings) == pytest.approx(max(sum(both) for both in zip(flops, moved, strict=True)))
     rows = [sum(len(span) for span in plan_of(Case(5), 2).spans(rank)) for rank in range(2)]
-    numbers = 12 * SHAPE.hidden + 2 * (4 + 2) * 16 + 3 * SHAPE.intermediate + 4 * 2 * 16
+    numbers = 12 * SMALL.hidden + 2 * (4 + 2) * 16 + 3 * SMALL.intermediate + 4 * 2 * 16
     assert [rank.moved_bytes for rank in cost.ranks] == [count * 3 * numbers * 2 for count in rows]
     assert cost.to_dict(ceilings)["seconds"] == cost.seconds(ceilings)
     late = [rank.linear_flops / 2 + rank.moved_bytes / 16 for rank in cost.ranks]
@@ -207,7 +197,7 @@ def test_seconds() -> None:
 
 def test_ulysses_shares_the_heads() -> None:
     """Every rank has some heads of all rows: all attend to as many pairs, but for the query's own on the last."""
-    cost = predict(Plan.build(4, 1000, 6, ranks=4, strategy="ulysses"), SHAPE)
+    cost = predict(Plan.build(4, 1000, 6, ranks=4, strategy="ulysses"), SMALL)
     document = 1004 * 1005 // 2  # one of four heads
     query = [4 * 6 * rows for rows in (254, 250, 250, 250)]
     query[3] += 4 * 6 * 7 // 2
@@ -216,7 +206,7 @@ def test_ulysses_shares_the_heads() -> None:
 
 def test_the_report() -> None:
     """The dictionary is JSON; its totals are sums over the ranks, its bytes those of the largest."""
-    cost = predict(plan_of(Case(5), 3), SHAPE)
+    cost = predict(plan_of(Case(5), 3), SMALL)
     report = json.loads(json.dumps(cost.to_dict()))
     assert report["flops"] == sum(rank["flops"] for rank in report["per_rank"])
     assert report["flops"] == report["linear_flops"] + report["attention_flops"]
@@ -276,7 +266,7 @@ def test_a_large_model_takes_no_memory() -> None:
 @pytest.mark.parametrize("strategy", METHODS)
 def test_every_strategy_has_a_cost(strategy: str) -> None:
     """No strategy is left out of the comparison that `apb plan` prints."""
-    cost = predict(Plan.build(4, 100_000, 30, blocks=8, strategy=strategy), SHAPE)
+    cost = predict(Plan.build(4, 100_000, 30, blocks=8, strategy=strategy), SMALL)
     assert len(cost.ranks) == 1
     assert cost.flops > 0
 

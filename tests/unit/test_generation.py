@@ -23,7 +23,7 @@ from transformers import (
 import apb
 from apb.generation import Detokenizer, Sampling, decode
 from byte_checkpoint import BOS, EOS, VOCABULARY, byte_tokenizer
-from models import tiny_model
+from models import tiny_model, transformers_says, without_eos
 
 PROMPT = apb.Prompt.from_tokens([BOS], [(37 * i + 11) % 256 for i in range(90)], [65, 66, 67])
 TEXT = "naïve — 日本語 🙂👩‍👩‍👧 end."
@@ -32,21 +32,11 @@ TEXT = "naïve — 日本語 🙂👩‍👩‍👧 end."
 @pytest.fixture
 def model() -> PreTrainedModel:
     """A model of bytes that never ends its answer by itself."""
-    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY)
-    model.config.eos_token_id = model.generation_config.eos_token_id = None
-    return model
+    return without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
 
 
 def full(model: PreTrainedModel) -> apb.Engine:
     return apb.Engine.from_model(model, byte_tokenizer(), strategy="full")
-
-
-def transformers_says(model: PreTrainedModel, seed: int = 0, **options: Any) -> list[int]:
-    ids = torch.tensor([PROMPT.token_ids])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
-    return out[0, ids.shape[1] :].tolist()
 
 
 class Say(LogitsProcessor):
@@ -83,8 +73,8 @@ def saying(token_ids: list[int]) -> dict[str, Any]:
 def test_sampling_is_transformers(model: PreTrainedModel, options: dict[str, float]) -> None:
     """With the same seed and settings the draws are transformers' own, token for token."""
     plain = {"top_k": 0, "top_p": 1.0}  # transformers' own defaults would cut to 50
-    expected = transformers_says(model, seed=5, do_sample=True, max_new_tokens=40, **{**plain, **options})
-    greedy = transformers_says(model, do_sample=False, max_new_tokens=40)
+    expected = transformers_says(model, PROMPT.token_ids, 40, seed=5, do_sample=True, **{**plain, **options})
+    greedy = transformers_says(model, PROMPT.token_ids, 40)
     assert expected != greedy
     assert full(model).generate(PROMPT, max_new_tokens=40, seed=5, **options).token_ids == expected
 
@@ -112,17 +102,17 @@ def test_temperature_zero_ignores_the_rest(model: PreTrainedModel) -> None:
 
 def test_repetition_penalty_of_the_model(model: PreTrainedModel) -> None:
     """A model's own repetition penalty counts, over prompt and answer, as in transformers."""
-    greedy = transformers_says(model, do_sample=False, max_new_tokens=40)
+    greedy = transformers_says(model, PROMPT.token_ids, 40)
     model.generation_config.repetition_penalty = 1.6
-    expected = transformers_says(model, do_sample=False, max_new_tokens=40)
+    expected = transformers_says(model, PROMPT.token_ids, 40)
     assert expected != greedy
     assert full(model).generate(PROMPT, max_new_tokens=40).token_ids == expected
 
 
 def test_processors_and_criteria_of_the_caller(model: PreTrainedModel) -> None:
     """Any of transformers' processors and stopping criteria can be added."""
-    expected = transformers_says(model, do_sample=False, max_new_tokens=40, no_repeat_ngram_size=2)
-    assert expected != transformers_says(model, do_sample=False, max_new_tokens=40)
+    expected = transformers_says(model, PROMPT.token_ids, 40, no_repeat_ngram_size=2)
+    assert expected != transformers_says(model, PROMPT.token_ids, 40)
     engine = full(model)
     processors = LogitsProcessorList([NoRepeatNGramLogitsProcessor(2)])
     assert engine.generate(PROMPT, max_new_tokens=40, logits_processor=processors).token_ids == expected

@@ -14,22 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import apb
-from apb.cost import ModelShape, predict
+from apb.cost import predict
 from apb.errors import InputError
 from apb.methods import METHODS
 from apb.plan import Kind, Plan
-
-SHAPE = ModelShape(
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    hidden=4096,
-    intermediate=14336,
-    vocabulary=128256,
-    layer_parameters=6_979_321_856,
-    parameters=8_030_261_248,
-)
+from shapes import LLAMA_8B
 
 
 @st.composite
@@ -263,7 +252,7 @@ def test_long_documents_cost_nothing_to_plan(document: int) -> None:
 
     def work() -> Plan:
         plan = Plan.build(4, document, 30, blocks=1024, ranks=16)
-        predict(plan, SHAPE)
+        predict(plan, LLAMA_8B)
         return plan
 
     start = time.process_time()

@@ -7,31 +7,20 @@ import re
 import pytest
 
 from apb import Engine, InputError, Prompt
-from apb.cost import Ceilings, ModelShape
+from apb.cost import Ceilings
 from apb.fitting import check_memory
 from apb.hardware import Hardware
 from apb.plan import Plan
 from apb.reading import Reading, _in_rounds
 from models import tiny_model
+from shapes import LLAMA_8B
 
-# The 8B shape: long documents are dominated by attention.
-SHAPE = ModelShape(
-    layers=32,
-    heads=32,
-    kv_heads=8,
-    head_dim=128,
-    hidden=4096,
-    intermediate=14336,
-    vocabulary=128256,
-    layer_parameters=6_979_321_856,
-    parameters=8_030_261_248,
-)
 GPU = Hardware(memory=141 * 10**9, element_bytes=2, ceilings=Ceilings(linear=7e14, attention=6e14, link=2e11))
 
 
 def choose(document, ranks=1, hardware=GPU, **options):
     sizes = {"prefix": 1, "document": document, "query": 30}
-    return Reading(strategy="auto", **options)._choose(sizes, ranks, SHAPE, hardware)
+    return Reading(strategy="auto", **options)._choose(sizes, ranks, LLAMA_8B, hardware)
 
 
 def test_short_documents_are_read_in_full():
@@ -67,7 +56,7 @@ def test_rounds_are_as_few_as_fit():
     def rounds(gigabytes, strategy="apb", **options):
         reading = Reading(strategy=strategy, blocks=16, **options)
         plan = reading._build(strategy, sizes, 1)
-        return _in_rounds(plan, SHAPE, Hardware(gigabytes * 10**9, 2, None), "query").rounds
+        return _in_rounds(plan, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None), "query").rounds
 
     fits = [rounds(gigabytes) for gigabytes in (300, 141, 105, 100)]
     assert fits[0] == 1
@@ -116,7 +105,7 @@ def refusal(gigabytes, **sizes):
     """The sentence that refuses a plan for the 8B shape on a device of so many gigabytes."""
     plan = Plan.build(1, sizes.pop("document"), 30, **sizes)
     with pytest.raises(InputError) as refused:
-        check_memory(plan, SHAPE, Hardware(gigabytes * 10**9, 2, None), 64, "query")
+        check_memory(plan, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None), 64, "query")
     return str(refused.value)
 
 
@@ -128,14 +117,14 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers():
     assert re.search(r"'apb' with 16 blocks in \d+ rounds\.", refusal(100, document=1 << 19, blocks=16))
     shorter = refusal(20, document=1 << 24, strategy="star", blocks=8)
     document = int(re.search(r"at most ([\d,]+) tokens", shorter)[1].replace(",", ""))
-    check_memory(Plan.build(1, document, 30, 8, strategy="star"), SHAPE, Hardware(20 * 10**9, 2, None), 64, "query")
+    check_memory(Plan.build(1, document, 30, 8, strategy="star"), LLAMA_8B, Hardware(20 * 10**9, 2, None), 64, "query")
     assert "weights alone" in refusal(10, document=4096, strategy="full")
 
 
 def test_what_fits_is_not_refused():
     """The same plan on a device with room for it."""
     plan = Plan.build(1, 1 << 17, 30, strategy="full")
-    check_memory(plan, SHAPE, GPU, 64, "query")
+    check_memory(plan, LLAMA_8B, GPU, 64, "query")
 
 
 def test_an_engine_refuses_before_anything_runs(monkeypatch):

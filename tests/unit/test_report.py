@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_evaluation import record, run_of
 
+from answers import record, run_of
 from apb.evaluation.records import write_records
 from command_line import Cli
 

@@ -10,23 +10,12 @@ from apb.cost import Ceilings, ModelShape, predict
 from apb.methods import METHODS
 from apb.plan import Plan
 from apb.traffic import Hosts, Sent
+from shapes import SMALL
 
-# Keys and values of a token in a layer: 64 numbers; a rank's partial results of a query's row: 4 x 17 fp32 numbers.
-SHAPE = ModelShape(
-    layers=3,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    hidden=64,
-    intermediate=128,
-    vocabulary=503,
-    layer_parameters=1000,
-    parameters=5000,
-)
 QUERY = 3 * 2 * 4 * 17 * 4  # to three others, two rows
 
 
-def traffic(strategy: str, ranks_per_host: int | None, shape: ModelShape = SHAPE) -> list[tuple[int, int]]:
+def traffic(strategy: str, ranks_per_host: int | None, shape: ModelShape = SMALL) -> list[tuple[int, int]]:
     """(sent, leaving) of every rank and of one layer: 80 tokens of document, two of query, four ranks, one round."""
     sizes = {"blocks": 4, "anchor_length": 8, "passing_length": 3} if strategy == "apb" else {}
     plan = Plan.build(0, 80, 2, ranks=4, strategy=strategy, **sizes)
@@ -63,7 +52,7 @@ def test_apb_by_hand() -> None:
 def test_halos_by_hand() -> None:
     """Sliding layers of ring: chunks 0..7 of ten rows on ranks 0 1 2 3 3 2 1 0; a window of 4 needs three keys of the
     chunk before. Of the boundaries only 1|2 and 5|6, between ranks 1 and 2, lie between hosts."""
-    sliding = traffic("ring", 2, ModelShape(**{**vars(SHAPE), "windows": (4, 4, 4)}))
+    sliding = traffic("ring", 2, ModelShape(**{**vars(SMALL), "windows": (4, 4, 4)}))
     piece = 3 * 64 * 2
     # Rank 0 gives chunk 0's end; 1 those of 1 and 6; 2 of 2 and 5; 3 of 4 alone, to rank 2, and of 3 to itself.
     assert sliding == [
@@ -112,12 +101,12 @@ def test_the_slower_link_counts() -> None:
     """Sixty-four ranks of ring attention: the boundary's adapter, at a quarter of the link, sets the pace; of apb's
     all-gather an adapter carries an eighth, and seven eighths on the link take longer."""
     ceilings = Ceilings(linear=1e12, attention=1e12, link=200.0, network=50.0)
-    ring = predict(Plan.build(0, 6400, 2, ranks=64, strategy="ring"), SHAPE, ranks_per_host=8)
+    ring = predict(Plan.build(0, 6400, 2, ranks=64, strategy="ring"), SMALL, ranks_per_host=8)
     query = 3 * 63 * QUERY // 3
     document = 3 * 63 * 100 * 64 * 2
     assert ring.ranks[7].sending_seconds(ceilings) == pytest.approx((document + query / 8) / 50)
     assert ring.ranks[0].sending_seconds(ceilings) == pytest.approx((document + query * 7 / 8) / 200)
-    apb = predict(Plan.build(0, 6400, 2, ranks=64, blocks=64, strategy="apb"), SHAPE, ranks_per_host=8).ranks[0]
+    apb = predict(Plan.build(0, 6400, 2, ranks=64, blocks=64, strategy="apb"), SMALL, ranks_per_host=8).ranks[0]
     assert apb.network_bytes * 8 == apb.sent_bytes
     assert apb.sending_seconds(ceilings) == pytest.approx(apb.sent_bytes * 7 / 8 / 200)
     slow = Ceilings(linear=1e12, attention=1e12, link=200.0, network=20.0)

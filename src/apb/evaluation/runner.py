@@ -41,6 +41,9 @@ class Runner:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        if self.engine.tokenizer is None:
+            raise InputError("Evaluation needs a tokenizer; give one to Engine.from_model.")
+        self.tokenizer = self.engine.tokenizer
         self._heads = cache(file_name)
 
     def run(self, items: Iterable[Item], done: Callable[[], None] | None = None) -> Iterator[list[Record]]:
@@ -50,13 +53,10 @@ class Runner:
             items: what to answer; made one at a time where it is an iterator.
             done: called after every answer.
         """
-        tokenizer = self.engine.tokenizer
-        if tokenizer is None:
-            raise InputError("Evaluation needs a tokenizer; give one to Engine.from_model.")
         engines = [setting.engine(self.engine) for setting in self.settings]
         try:
             for item in items:
-                prompt = item.prompt(tokenizer)
+                prompt = item.prompt(self.tokenizer)
                 name = prompt_hash(prompt)
                 records = []
                 for setting, engine in zip(self.settings, engines, strict=True):

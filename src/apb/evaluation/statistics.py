@@ -136,15 +136,21 @@ def grouped(records: Iterable[Record], by: Callable[[Record], Any]) -> dict[Any,
     return groups
 
 
+def baseline_of(readings: Iterable[str]) -> str:
+    """The way to read that others are compared with, of their names: full attention if it is there, else the first."""
+    names = list(readings)
+    return next((name for name in names if name.startswith("full")), names[0])
+
+
 def compare(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Differences to a baseline per suite, length and way to read: to full attention if it is there, else the first.
+    """Differences to a baseline (:func:`baseline_of`) per suite, length and way to read.
 
     Each is a :class:`Difference` as plain values with ``suite``, ``length``, ``reading`` and ``baseline``.
     """
     rows = []
     for (suite, length), part in grouped(records, lambda record: (record.suite, record.length)).items():
         readings = grouped(part, lambda record: record.reading_name)
-        baseline = next((name for name in readings if name.startswith("full")), next(iter(readings)))
+        baseline = baseline_of(readings)
         for name, group in readings.items():
             found = difference(group, readings[baseline]) if name != baseline else None
             if found is not None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .records import Record
-from .statistics import Cell, Difference, cell, difference, grouped
+from .statistics import Cell, Difference, baseline_of, cell, difference, grouped
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def summarize(records: Sequence[Record]) -> Summary:
             length,
             list(dict.fromkeys(record.task for record in records if (record.suite, record.length) == (suite, length))),
             {name: _by_task(group) for name, group in readings.items()},
-            next((name for name in readings if name.startswith("full")), next(iter(readings))),
+            baseline_of(readings),
         )
         for name, group in readings.items():
             _differ(table, name, group, readings[table.baseline])

@@ -83,7 +83,6 @@ def evaluate(
 ) -> Iterator[Cell]:
     """Yield a cell for every task, length and setting; all settings of a task and length see the same samples."""
     check(tasks, count)
-    assert engine.tokenizer is not None
     runner = Runner(engine, "model", chosen, Store())
     done, total = 0, len(tasks) * len(lengths) * len(chosen) * count
 
@@ -94,6 +93,6 @@ def evaluate(
             progress(done, total)
 
     for task, length in product(tasks, lengths):
-        rows = list(runner.run(items(engine.tokenizer, task, length, count, seed), tell))
+        rows = list(runner.run(items(runner.tokenizer, task, length, count, seed), tell))
         for column in zip(*rows, strict=True):
             yield cell(column)

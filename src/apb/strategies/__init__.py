@@ -1,4 +1,4 @@
-"""The methods of prefill: one file each, one line here and one in plan.METHODS."""
+"""The methods of prefill: one file each, one line here and one in methods.METHODS."""
 
 from __future__ import annotations
 
