@@ -184,8 +184,8 @@ def study() -> list[Cell]:
     def add(task: str, name: str, **options: Any) -> None:
         found[task, name] = variant(length=LENGTH, **options)
 
-    shares = {"query": (4, 8, 16, 32, 64, 128, 256), "retaining": (4, 8, 16, 32, 64, 128, 256)}
-    shares["query-edge"] = (8, 32, 128)
+    every = (4, 8, 16, 32, 64, 128, 256)
+    shares: dict[str, tuple[int, ...]] = {"query": every, "retaining": every, "query-edge": (8, 32, 128)}
     shares |= {"random": (4, 8, 16, 32, 64), "recent": (8, 32)} | {kind.name: (32, 128, 256) for kind in CANDIDATES}
     for name, each in shares.items():
         for share in each:

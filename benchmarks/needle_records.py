@@ -98,7 +98,7 @@ def answer(unit: Unit, processes: int) -> list[Record]:
     from apb.evaluation.synthetic import items
 
     assert _engine is not None and _engine.tokenizer is not None, "made by start"
-    name = model_name(_engine.model, _engine.model.name_or_path)
+    name = model_name(_engine.model, str(_engine.model.name_or_path))
     runner = Runner(_engine, name, unit.settings, Store(), processes)
     drawn = items(_engine.tokenizer, unit.task, unit.length, unit.count, FIRST_SEED, first=unit.first)
     return [record for row in runner.run(drawn) for record in row]

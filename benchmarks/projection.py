@@ -34,8 +34,8 @@ MORE, SHORTEST = 4, 4096
 
 def ways(length: int, gpus: int) -> list[tuple[str, int | None]]:
     """Strategies with their number of blocks, None where the plan chooses: as many as GPUs, or the paper's eight."""
-    more = [("apb", MORE * max(gpus, 8))] if length // (MORE * max(gpus, 8)) >= SHORTEST else []
-    return [(name, None) for name in METHODS] + more
+    more = MORE * max(gpus, 8)
+    return [*((name, None) for name in METHODS), *([("apb", more)] if length // more >= SHORTEST else [])]
 
 
 def rows(basis: Basis, model: str) -> list[dict[str, Any]]:
