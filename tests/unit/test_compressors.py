@@ -50,16 +50,18 @@ def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: 
 
 @pytest.mark.parametrize("rows", [1, 3, 150])
 @pytest.mark.parametrize("tokens", [1, 12])
-def test_query_scores(tokens: int, rows: int) -> None:
-    """query: softmax over the block of each query row's logits, mean over rows and the group's heads;
-    however many query rows there are."""
-    seen = view(tokens, rows)
+@pytest.mark.parametrize("softcap", [None, 0.5])
+def test_query_scores(tokens: int, rows: int, softcap: float | None) -> None:
+    """query: softmax over the block of each query row's logits, as the layer caps them, mean over rows and the group's
+    heads; however many query rows there are."""
+    seen = replace(view(tokens, rows), softcap=softcap)
     actual = make_compressor("query").score(seen)
     for kv_head in range(KV_HEADS):
         total = [0.0] * tokens
         for row in range(rows):
             for head in (2 * kv_head, 2 * kv_head + 1):
                 logits = [0.3 * float(seen.query[row, head] @ seen.k[token, kv_head]) for token in range(tokens)]
+                logits = logits if softcap is None else [softcap * math.tanh(logit / softcap) for logit in logits]
                 whole = sum(map(math.exp, logits))
                 total = [sum_ + math.exp(logit) / whole for sum_, logit in zip(total, logits, strict=True)]
         expected = [sum_ / (2 * rows) for sum_ in total]

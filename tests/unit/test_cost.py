@@ -13,8 +13,10 @@ import apb
 import apb.strategies.base as strategies
 from apb.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
 from apb.hf.loading import model_shape
+from apb.memory import activations
 from apb.methods import METHODS
 from apb.plan import Kind, Plan
+from apb.traffic import gathered_rows
 from cases import CASES, Case
 from models import FAMILIES, tiny_model
 from oracle import lay_out, visibility, within
@@ -143,6 +145,35 @@ def test_scoring_counts_tokens_of_blocks_that_pass() -> None:
         assert sum(rank.scoring_flops for rank in cost.ranks) == flops
     nothing = predict(plan_of(Case(4, passing_length=0)), SMALL)
     assert nothing.ranks[0].scoring_flops == 0
+
+
+def test_sparse_rows_see_columns_and_diagonals_alone() -> None:
+    """Ten rows that see three keys at most: 1 + 2 + 8 * 3; one query row that sees all eleven."""
+    plan = Plan.build(0, 10, 1, strategy="minference", vertical_size=1, slash_size=2)
+    (rank,) = predict(plan, SMALL).ranks
+    assert rank.attention_flops == 4 * 16 * 4 * 3 * (27 + 11)
+
+
+def test_what_is_alive_at_the_widest_moment() -> None:
+    """Full attention: in the MLP, two copies of the residual stream and its norm, gate, up and product. Apb on two
+    ranks: in attention, whose pairs come from both of them and whose partial results are merged in fp32."""
+    full = predict(Plan.build(0, 90, 10, strategy="full"), SMALL).ranks[0]
+    assert full.activation_bytes == 2 * (2 * 2 * 100 * 64 + 100 * 3 * 128)
+    plan = Plan.build(0, 80, 2, blocks=2, ranks=2, anchor_length=8, passing_length=30)
+    rows, gathered = 4 + 40 + 2, 4 + 30
+    alive = 2 * rows * 64 + rows * (64 + 64) + rows * 64  # stream and norm; q, k, v; the output
+    alive += (1 + 2 * 2) * gathered * 64  # packed, gathered, put in order
+    alive += rows * 64 + 40 * 64 * 6  # the other partial result; two and a sum in fp32
+    assert predict(plan, SMALL).ranks[0].activation_bytes == 2 * alive
+
+
+def test_rounds_carry_what_later_blocks_see() -> None:
+    """In rounds the anchor and three blocks' pairs of every layer stay alive beside what is alive in one layer."""
+    plan = Plan.build(0, 80, 2, blocks=4, anchor_length=8, passing_length=3, rounds=2)
+    (rank,) = predict(plan, SMALL).ranks
+    assert gathered_rows(plan) == [8 + 3 + 3, 3]  # pairs that join in each round
+    alive = max(activations(plan, 0, round, SMALL, count) for round, count in enumerate(gathered_rows(plan)))
+    assert rank.activation_bytes == 2 * (alive + (8 + 3 * 3) * 64 * 3)
 
 
 def test_one_rank_sends_nothing() -> None:

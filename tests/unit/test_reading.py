@@ -27,6 +27,7 @@ def test_short_documents_are_read_in_full():
     """Below 8K tokens nothing is gained by cutting, whatever is allowed."""
     plan = choose(5000, approximate=True)
     assert plan.strategy == "full"
+    assert choose(5000, ranks=2).strategy != "full"  # several ranks are there to share the work
     assert "8192" in plan.reason
 
 

@@ -33,6 +33,20 @@ def test_ruler(prediction, answers, every, some):
 
 
 @pytest.mark.parametrize(
+    ("prediction", "answers", "expected"),
+    [
+        ("It is Willow, not oak.", ["willow", "oak"], 100),
+        ("71432", ["7143", "1432", "71432"], 100 / 3),  # neither the beginning nor the end of a word is one
+        ("a-7", ["7", "b"], 50),
+        ("", ["7"], 0),
+    ],
+)
+def test_words(prediction, answers, expected):
+    """Share of the answers that stand in the prediction as whole words."""
+    check("words", prediction, answers, expected)
+
+
+@pytest.mark.parametrize(
     ("prediction", "answer", "expected"),
     [("71432.", "71432", 100), ("It is 71432, not 5", "71432", 100), ("5 or 71432", "71432", 0), ("none", "1", 0)],
 )
@@ -128,6 +142,8 @@ def test_rouge_lsum():
     assert rouge_lsum("the cat sat", "the cat sat") == 1.0
     # Wanted: a b c d | e. Said: b d | a c. Unions: {b, d} and {a, c} of the first line, nothing of the second.
     assert rouge_lsum("b d\na c", "a b c d\ne") == pytest.approx(2 * (4 / 4) * (4 / 5) / (4 / 4 + 4 / 5))
+    # Of the two subsequences of "a b" and "b a" ROUGE takes "a": with the second line that is one word of three said.
+    assert rouge_lsum("b a\na", "a b") == pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2))
     # Words that are said once count once.
     assert rouge_lsum("a", "a\na") == pytest.approx(2 * 1 * 0.5 / 1.5)
     assert rouge_lsum("", "a") == rouge_lsum("x", "a") == rouge_lsum("\n", "\n") == 0.0
