@@ -124,14 +124,16 @@ def test_extend_with_several_tokens_is_one_by_one(strategy: str) -> None:
 
 
 def test_a_session_outgrows_the_room_made_for_it() -> None:
-    """More tokens may follow than room was made for, many times over; earlier ones stay."""
+    """More tokens may follow than room was made for, a few or many at once; earlier ones stay. Room that was made is
+    enough: nothing is copied."""
     model = llama()
     tokens = [(31 * i) % VOCABULARY for i in range(600)]
     small = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=1)
     large = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=600)
-    for start in range(0, 600, 100):
-        small.extend(tokens[start : start + 100])
-        large.extend(tokens[start : start + 100])
+    for start, stop in itertools.pairwise((0, 100, 200, 600)):
+        small.extend(tokens[start:stop])
+        large.extend(tokens[start:stop])
+    assert {layer.keys.shape[2] for layer in large._cache.layers} == {len(PROMPT) + 600}
     assert torch.equal(small.logits, large.logits)
     for one, other in zip(small.gather_kv(1), large.gather_kv(1), strict=True):
         assert torch.equal(one, other)  # type: ignore[arg-type]
