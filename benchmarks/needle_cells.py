@@ -13,22 +13,18 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import engines
 
 from apb.evaluation.settings import Setting
 from apb.evaluation.statistics import interval
 
-if TYPE_CHECKING:
-    from apb.engine import Engine
-
 # Settings of a unit: few, so that the processes end together; not one, because a unit makes its own samples.
 _SETTINGS = 4
-
-_engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,6 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
     counts: dict[Cell, int] = defaultdict(int)
     started = time.perf_counter()
     threads = max(1, (torch.get_num_threads() if device.type == "cpu" else arguments.jobs) // arguments.jobs)
-    context = get_context("spawn")
-    places = context.Queue()
-    for number in range(arguments.jobs):
-        places.put(f"cuda:{number % torch.cuda.device_count()}" if device.type == "cuda" else "cpu")
 
     def results() -> list[dict[str, Any]]:
         found = []
@@ -101,7 +93,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
         return found
 
     model = str(arguments.model or shipped_model())
-    with ProcessPoolExecutor(arguments.jobs, context, _start, (model, places, threads)) as pool:
+    with engines.pool(model, arguments.jobs, threads) as pool:
         futures = {pool.submit(_run, unit): unit for unit in units}
         for number, future in enumerate(as_completed(futures), 1):
             unit = futures[future]
@@ -133,23 +125,11 @@ def _units(cells: Sequence[Cell], samples: int, shard: int, seed: int) -> Iterat
                 yield Unit(chosen, min(shard, samples - start), seed + start // shard)
 
 
-def _start(model: str, places: Any, threads: int) -> None:
-    """Load the model in a process of its own."""
-    import torch
-
-    from apb.engine import Engine
-
-    global _engine  # noqa: PLW0603  # one model a process, for all of its units
-    torch.set_num_threads(threads)
-    _engine = Engine.from_pretrained(model, device=places.get(), dtype="bfloat16", fused=False)
-
-
 def _run(unit: Unit) -> list[float]:
     """Mean scores of a unit's cells."""
     from apb.evaluation.synthetic import evaluate
 
-    assert _engine is not None, "made by _start"
     first = unit.cells[0]
     settings = [cell.setting for cell in unit.cells]
-    results = evaluate(_engine, [first.task], [first.length], settings, unit.count, unit.seed)
+    results = evaluate(engines.engine(), [first.task], [first.length], settings, unit.count, unit.seed)
     return [result.score for result in results]

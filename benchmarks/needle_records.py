@@ -14,16 +14,16 @@ import argparse
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import engines
 
 from apb.evaluation.settings import Setting
 
 if TYPE_CHECKING:
-    from apb.engine import Engine
     from apb.evaluation.records import Record
 
 FIRST_SEED = 100
@@ -34,8 +34,6 @@ BLOCKS = (8, 4)
 NEED_EARLIER = ("headings",)
 # Answers of one process alone, per length and way to read, after one that is not counted.
 TIMED = 3
-
-_engine: Engine | None = None
 
 
 @dataclass(frozen=True)
@@ -80,35 +78,22 @@ def described(task: str, length: int, setting: Setting) -> str:
     return f"{task} {length} {setting.strategy} {setting.blocks} {setting.compressor}"
 
 
-def start(model: str, places: Any) -> None:
-    """Load the model in a process of its own."""
-    import torch
-
-    from apb.engine import Engine
-
-    global _engine  # noqa: PLW0603  # one model a process, for all of its units
-    torch.set_num_threads(1)
-    _engine = Engine.from_pretrained(model, device=places.get(), dtype="bfloat16", fused=False)
-
-
 def answer(unit: Unit, processes: int) -> list[Record]:
     """The records of a unit."""
     from apb.evaluation.records import Store, model_name
     from apb.evaluation.runner import Runner
     from apb.evaluation.synthetic import items
 
-    assert _engine is not None and _engine.tokenizer is not None, "made by start"
-    name = model_name(_engine.model, str(_engine.model.name_or_path))
-    runner = Runner(_engine, name, unit.settings, Store(), processes)
-    drawn = items(_engine.tokenizer, unit.task, unit.length, unit.count, FIRST_SEED, first=unit.first)
+    engine = engines.engine()
+    name = model_name(engine.model, str(engine.model.name_or_path))
+    runner = Runner(engine, name, unit.settings, Store(), processes)
+    drawn = items(runner.tokenizer, unit.task, unit.length, unit.count, FIRST_SEED, first=unit.first)
     return [record for row in runner.run(drawn) for record in row]
 
 
 def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
     """Answers of this process alone, in every way to read but those that take passing apart."""
-    places: Any = get_context("spawn").SimpleQueue()
-    places.put(device)
-    start(model, places)
+    engines.start(model, device)
     chosen = tuple(readings("multikey", heads))
     for length in LENGTHS:
         answer(Unit("multikey", length, chosen, 0, 1), 1)
@@ -141,8 +126,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
     arguments = parser.parse_args()
 
-    import torch
-
     from apb.evaluation.records import Store, write_records
     from apb.hf.loading import pick_device, shipped_model
 
@@ -161,11 +144,7 @@ def main() -> None:
         # What the compilers make of this run is on disk when the others need it.
         speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
         print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
-    context = get_context("spawn")
-    places = context.SimpleQueue()
-    for number in range(arguments.jobs):
-        places.put(f"cuda:{number % torch.cuda.device_count()}" if device == "cuda" else "cpu")
-    with ProcessPoolExecutor(arguments.jobs, context, start, (model, places)) as pool:
+    with engines.pool(model, arguments.jobs) as pool:
         running: dict[Future[list[Record]], Unit] = {}
         while missing or running:
             while missing and len(running) < 2 * arguments.jobs and time.perf_counter() - began < arguments.seconds:

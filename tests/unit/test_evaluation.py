@@ -132,11 +132,13 @@ def test_model_names_follow_weights(checkpoint: Path) -> None:
     name = model_name(model, str(checkpoint))
     assert name.startswith(checkpoint.name + " ")
     assert model_name(model, "owner/id").split() == ["owner/id", name.split()[1]]
+    values = next(model.parameters()).data[0]
     for place in (0, 63):  # of the first 64 values of a parameter each counts
-        values = list(model.parameters())[-1].data.flatten()
+        before = values[place].clone()
         values[place] += 1
         assert model_name(model, str(checkpoint)) != name
-        values[place] -= 1
+        values[place] = before
+        assert model_name(model, str(checkpoint)) == name
 
 
 def test_a_record_says_how_its_answer_came_about(checkpoint: Path) -> None:

@@ -1,0 +1,44 @@
+"""Processes that answer side by side, each with an engine of its own on the GPU that is its turn, or on the CPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apb.engine import Engine
+
+_engine: Engine | None = None
+
+
+def pool(model: str, jobs: int, threads: int = 1) -> ProcessPoolExecutor:
+    """So many processes with the model loaded in bfloat16; what they run finds it by :func:`engine`."""
+    import torch
+
+    context = get_context("spawn")
+    places = context.SimpleQueue()
+    for number in range(jobs):
+        places.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
+    return ProcessPoolExecutor(jobs, context, _take_place, (model, places, threads))
+
+
+def start(model: str, device: str, threads: int = 1) -> None:
+    """Load the model in this process."""
+    import torch
+
+    from apb.engine import Engine
+
+    global _engine  # noqa: PLW0603  # one model a process, for all that it answers
+    torch.set_num_threads(threads)
+    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=False)
+
+
+def engine() -> Engine:
+    """The engine of this process."""
+    assert _engine is not None, "made by start"
+    return _engine
+
+
+def _take_place(model: str, places: Any, threads: int) -> None:
+    start(model, places.get(), threads)
