@@ -68,6 +68,17 @@ def test_whole_chunks_are_computed_side_by_side() -> None:
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [0, 1, 5, 6, 7, 8, 20])
+def test_a_run_may_begin_within_the_window(before: int) -> None:
+    """Fewer keys than the window lie before the first row, as many, or more: three chunks of 8 rows all the same."""
+    q, k = torch.randn(24, HEADS, DIM), torch.randn(before + 24, KV_HEADS, DIM)
+    run = Run(k, k, 20 - before)
+    out, lse = window_attention(apb.attention, q, 20, [run], 8)
+    expected, expected_lse = masked(q, 20, [run], 8, None)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+
+
 def test_halos_by_hand() -> None:
     """Blocks of 10 at 0, 10, 20 and 30, dealt out in snake order to ranks 0, 1, 1, 0; a window of 4, then of 15."""
     plan = Plan.build(0, 40, 2, blocks=4, ranks=2, anchor_length=6, passing_length=1)
