@@ -145,9 +145,10 @@ class Plan:
     @property
     def exact(self) -> bool:
         """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
-        if self.method.sparse:
+        method = self.method
+        if method.sparse:
             return max(self.vertical_size, self.slash_size) >= self.query_start
-        return self.method.exact or self.blocks == 1
+        return method.exact or self.blocks == 1
 
     @property
     def query_start(self) -> int:
