@@ -130,10 +130,12 @@ def test_a_session_outgrows_the_room_made_for_it() -> None:
     tokens = [(31 * i) % VOCABULARY for i in range(600)]
     small = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=1)
     large = apb.Engine.from_model(model, blocks=3).prefill(PROMPT, max_new_tokens=600)
+    room = {layer.keys.shape[2] for layer in large._cache.layers}
+    assert room == {len(PROMPT) + 600}
     for start, stop in itertools.pairwise((0, 100, 200, 600)):
         small.extend(tokens[start:stop])
         large.extend(tokens[start:stop])
-    assert {layer.keys.shape[2] for layer in large._cache.layers} == {len(PROMPT) + 600}
+    assert {layer.keys.shape[2] for layer in large._cache.layers} == room
     assert torch.equal(small.logits, large.logits)
     for one, other in zip(small.gather_kv(1), large.gather_kv(1), strict=True):
         assert torch.equal(one, other)  # type: ignore[arg-type]

@@ -71,6 +71,8 @@ def test_settings_that_differ() -> None:
         Setting("star", 8),
         *(Setting("apb", blocks, name, None, 9) for blocks in (4, 8) for name in ("query", "recent")),
     ]
+    assert settings(["full"], [4], ["query"], anchor_length=9, passing_length=9) == [Setting("full")]
+    assert settings(["star"], [4], [], anchor_length=9, passing_length=9) == [Setting("star", 4, None, 9)]
     assert settings(["apb"], [], [], heads="h.pt") == [Setting("apb", None, "retaining", heads="h.pt")]
     with pytest.raises(InputError, match="Unknown strategy"):
         settings(["magic"], [], [])

@@ -63,6 +63,17 @@ def test_passages(explanation: Explanation) -> None:
     assert explanation.passages(3) == []
 
 
+def test_passages_by_hand() -> None:
+    """Tokens count that more than half as many chose as chose the strongest; gaps of three tokens do not part them."""
+    plan = apb.Plan.build(0, 60, 2, blocks=2, anchor_length=2, passing_length=9)
+    chosen = torch.zeros(1, 4, 60, dtype=torch.bool)
+    chosen[:, :, [3, 7, 12]] = True  # three tokens lie between the first two, four between the others
+    chosen[:, :2, 20] = True  # half as many: not marked
+    chosen[:, :3, 21] = True
+    explanation = Explanation(plan, "query", "Who?", "x", ["a"] * 60, chosen)
+    assert explanation.passages(0) == [(3, 8, 1.0), (12, 13, 1.0), (21, 22, 0.75)]
+
+
 class Page(HTMLParser):
     """Collects what a page loads, its text blocks, and its highlighted spans."""
 

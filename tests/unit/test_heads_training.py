@@ -118,6 +118,8 @@ def test_first_update_by_hand(tmp_path: Path) -> None:
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=258)
     examples = [Example((1, 2, 3, 4, 5, 6), (7, 8)), Example((9, 8, 7, 6), (5,))]
     work = trainer(tmp_path, model, [{"prompt": "a", "answer": "b"}], steps=4, hidden=8, batch_size=2)
+    for weight in work.weights.values():
+        weight.data *= 2  # so that some of the gradient is clipped
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in work.weights.items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     work.step(examples)
@@ -137,9 +139,12 @@ def test_first_update_by_hand(tmp_path: Path) -> None:
             inner = x @ weights[f"{index}.fc1"].T
             predicted = (inner * inner.sigmoid() @ weights[f"{index}.fc2"].T).T
             (head_loss(predicted, labels) / 2).backward()
+    assert max(float(weight.grad.abs().max()) for weight in weights.values() if weight.grad is not None) > 0.5
     for name, weight in weights.items():
         assert weight.grad is not None
         weight.grad.clamp_(-0.5, 0.5)
+        moment = work.optimizer.state[work.weights[name]]["exp_avg"]  # the step itself hardly shows how large it is
+        torch.testing.assert_close(moment, 0.1 * weight.grad, rtol=1e-3, atol=1e-6)
         # AdamW's first step: both moments are those of this gradient, bias-corrected.
         expected = weight.detach() - 5e-4 * weight.grad / (weight.grad.abs() + 1e-8)
         sure = weight.grad.abs() > 1e-6

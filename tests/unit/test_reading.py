@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from apb import Engine, InputError, Prompt
-from apb.cost import Ceilings
-from apb.fitting import check_memory
+from apb.cost import Ceilings, predict
+from apb.fitting import check_memory, peak
 from apb.hardware import Hardware
 from apb.plan import Plan
 from apb.reading import Reading, _in_rounds
@@ -116,6 +117,10 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers():
     assert re.search(numbers + r", and a rank has 83\.8 GiB", refusal(90, document=1 << 19, strategy="full"))
     assert "'ring' with 4 blocks on 2 ranks" in refusal(90, document=1 << 19, strategy="full")
     assert re.search(r"'apb' with 16 blocks in \d+ rounds\.", refusal(100, document=1 << 19, blocks=16))
+    plan = Plan.build(1, 1 << 19, 30, 16)
+    least = peak(predict(replace(plan, rounds=16), LLAMA_8B, 2, "query"))
+    with pytest.raises(InputError, match=r"'apb' with 16 blocks in 16 rounds\."):  # the most that there can be
+        check_memory(plan, LLAMA_8B, Hardware(least, 2, None), 0, "query")
     shorter = refusal(20, document=1 << 24, strategy="star", blocks=8)
     document = int(re.search(r"at most ([\d,]+) tokens", shorter)[1].replace(",", ""))
     check_memory(Plan.build(1, document, 30, 8, strategy="star"), LLAMA_8B, Hardware(20 * 10**9, 2, None), 64, "query")
