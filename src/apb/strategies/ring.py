@@ -1,4 +1,4 @@
-"""Ring attention (arXiv 2310.01889), balanced by giving every rank an early and a late chunk (zigzag)."""
+"""Ring attention (arXiv 2310.01889), balanced by giving every rank an early and a late block (zigzag)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .base import Layer, Strategy
 
 
 class Ring(Strategy):
-    """Exact. Rank r of R holds chunks r and 2R-1-r; keys and values travel round while the part at hand is computed.
+    """Exact. Rank r of R holds blocks r and 2R-1-r; keys and values travel round while the part at hand is computed.
 
-    Every step after the first computes as much on every rank: the early chunk of an earlier rank is seen by all rows
-    and its late chunk by none; both chunks of a later rank are seen by the late rows alone. What is masked is skipped.
+    Every step after the first computes as much on every rank: the early block of an earlier rank is seen by all rows
+    and its late block by none; both blocks of a later rank are seen by the late rows alone. What is masked is skipped.
     """
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
@@ -38,7 +38,7 @@ class Ring(Strategy):
         arriving = self.group.shift(travelling)
         own = (
             self.attention(layer, q[:split], [self.own(layer, early)]),
-            self.attention(layer, q[split:], [*self._chunks(travelling, rank)[:1], self.own(layer, late)]),
+            self.attention(layer, q[split:], [*self._blocks_of(travelling, rank)[:1], self.own(layer, late)]),
         )
         merged, lse = torch.cat([o.float() for o, _ in own]), torch.cat([each for _, each in own], 1)
         for step in range(1, size):
@@ -47,19 +47,19 @@ class Ring(Strategy):
             if step + 1 < size:
                 arriving = self.group.shift(travelling)
             source = (rank - step) % size
-            chunks = self._chunks(travelling, source)
+            blocks = self._blocks_of(travelling, source)
             if source < rank:
-                seen, seen_lse = self.attention(layer, q, chunks[:1])
+                seen, seen_lse = self.attention(layer, q, blocks[:1])
                 with part("attention"):
                     merged, lse = merge((merged, seen), (lse, seen_lse))
             else:
-                seen, seen_lse = self.attention(layer, q[split:], chunks)
+                seen, seen_lse = self.attention(layer, q[split:], blocks)
                 with part("attention"):
                     merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
         out[rows] = layer.settle(merged, lse)
 
-    def _chunks(self, travelling: Tensor, source: int) -> list[Segment]:
-        """A rank's early and late chunk in what it sent round: (2, width, kv_heads, head_dim)."""
+    def _blocks_of(self, travelling: Tensor, source: int) -> list[Segment]:
+        """A rank's early and late block in what it sent round: (2, width, kv_heads, head_dim)."""
         early, late = self._lengths[source]
         return [
             Segment(travelling[0, :early], travelling[1, :early]),

@@ -12,7 +12,7 @@ from .base import Layer, Strategy
 
 
 class Ulysses(Strategy):
-    """Exact. Rank r holds chunk r of the document, and computes heads/R heads of all of it.
+    """Exact. Rank r holds block r of the document, and computes heads/R heads of all of it.
 
     A rank gets the KV heads that its query heads read: with more ranks than KV heads they are replicated, and where
     its heads straddle groups unevenly, one KV head is sent for every query head.
