@@ -54,7 +54,8 @@ def run(command: typer.Typer) -> int:
     except InputError as error:
         return _say(str(error), WRONG_INPUT)
     except UsageError as error:
-        return _say(f"{error.format_message().rstrip('.')}; see apb --help.", WRONG_INPUT)
+        path = error.ctx.command_path if error.ctx else "apb"
+        return _say(f"{error.format_message().rstrip('.')}; see {path} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
     except RankError as error:
