@@ -499,6 +499,22 @@ def test_help_needs_no_torch() -> None:
         assert command in done.stdout.decode()
 
 
+def test_interrupted_within_an_import(tmp_path: Path) -> None:
+    """Ctrl-C while a library is loaded that takes it for a missing module: status 130 and one word all the same."""
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n    raise ModuleNotFoundError('no such module')\n"
+    )
+    program = (
+        "import sys, typer, apb.cli.main as main\n"
+        "app = typer.Typer()\n@app.command()\ndef go() -> None:\n    import swallows\n"
+        f"sys.path.append({str(tmp_path)!r}); sys.argv = ['apb']; sys.exit(main.run(app))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
+
+
 def test_a_reader_that_goes_away(checkpoint: Path, document: Path) -> None:
     """A closed pipe behind us (head, less) is no error of ours: no traceback, status 0."""
     reading, writing = os.pipe()
