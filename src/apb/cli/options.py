@@ -53,7 +53,7 @@ PassingLength = Annotated[
 Compressor = Annotated[
     str | None,
     typer.Option(
-        help="What chooses them: query, query-edge, retaining, recent or random. By default query, with --heads "
+        help="What chooses them: query, query-edge, retaining, recent or random. By default query-edge, with --heads "
         "retaining."
     ),
 ]
