@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# No number of a request is larger: what is computed with it stays within 64 bits.
+LARGEST = 10**15
+
 
 class InputError(ValueError):
     """A request that cannot be carried out as asked.
@@ -25,12 +28,16 @@ class RankError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, cut to the one line that fits into a sentence of ours."""
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"there is no {error}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")
 
 
 def at_least(name: str, value: int, limit: int) -> None:
-    """InputError unless ``value`` is a whole number of at least ``limit``."""
+    """InputError unless ``value`` is a whole number of at least ``limit``, and no absurd one."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"A whole number is needed for {name}, not {value!r}.")
     if value < limit:
-        raise InputError(f"{name[:1].upper() + name[1:]} must be at least {limit}, not {value}.")
+        raise InputError(f"{name[0].upper()}{name[1:]} must be at least {limit}, not {value}.")
+    if value > LARGEST:
+        raise InputError(f"{name[0].upper()}{name[1:]} must be at most {LARGEST:,}, not {value}.")

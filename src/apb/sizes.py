@@ -57,7 +57,7 @@ def check_rounds(strategy: str, rounds: int, blocks: int) -> None:
         names = " or ".join(name for name, each in METHODS.items() if each.in_rounds)
         raise InputError(f"The strategy {strategy!r} reads in one round, not {rounds}; only {names} can take more.")
     if rounds > blocks:
-        raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+        raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}; ask for fewer.")
 
 
 def anchor(method: Method, prefix: int, document: int, query: int, blocks: int, asked: int | None) -> int:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..errors import InputError, at_least
 from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 
@@ -79,7 +79,8 @@ def prefill(
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
-    from ..errors import at_least
+    from ..compressors import check_compressor
+    from ..kernels.attention import BACKENDS
     from ..methods import method_of
 
     at_least("repeat", repeat, 1)
@@ -94,6 +95,13 @@ def prefill(
         "compressor": compressor,
     }
     limit = math.inf if max_seconds is None else max_seconds
+    if not limit > 0:
+        raise InputError(f"--max-seconds takes a number above 0, not {limit:g}.")
+    if baseline_backend not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise InputError(f"Unknown attention back-end {baseline_backend!r}; choose one of {known}.")
+    if compressor is not None:
+        check_compressor(compressor, has_heads=False)
     chosen = {
         "strategies": names,
         "repeat": repeat,
@@ -123,7 +131,6 @@ def decode(
     as_json: options.AsJson = False,
 ) -> None:
     """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
-    from ..errors import at_least
 
     at_least("tokens", tokens, 1)
     chosen = {"tokens": tokens, "strategy": strategy, "blocks": blocks}
@@ -144,6 +151,7 @@ def _launch(
     as_json: bool,
     tensor_parallel: int = 1,
 ) -> None:
+    from ..benchmarks.prefill import QUERY_TOKENS
     from ..distributed import launch
     from ..hf import loading
     from ..hf.random_weights import config_of
@@ -151,8 +159,12 @@ def _launch(
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"The figures cannot be written to {str(out)!r}: there is no folder {str(out.parent)!r}.")
+    for length in lengths:
+        at_least("length", length, QUERY_TOKENS + 1)
+    if layers is not None and not random_weights:
+        raise InputError("--layers goes with --random-weights: a checkpoint's model is run with all of its layers.")
+    if out is not None:
+        options.check_out(out)
     check_shards(config_of(model, random_weights), tensor_parallel)
     place = loading.pick_device(device)
     request = Request(
@@ -190,11 +202,12 @@ def attention(
     """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
     from ..benchmarks import attention as benchmark
     from ..benchmarks.ceilings import copy_bandwidth
-    from ..errors import at_least
     from ..hardware import fingerprint
     from ..hf import loading
 
     at_least("repeat", repeat, 1)
+    if out is not None:
+        options.check_out(out)
     place = loading.pick_device(device)
     number = loading.pick_dtype(dtype, place)
     shapes = [benchmark.Shape.parse(text) for text in shape or ()]

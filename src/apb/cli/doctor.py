@@ -6,6 +6,7 @@ import json
 import os
 from typing import Any
 
+from ..errors import InputError
 from . import options
 
 
@@ -43,7 +44,6 @@ def examine() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from ..errors import InputError
     from ..hardware import fingerprint
     from ..hf.fusing import why_not
     from ..hf.loading import shipped_model
@@ -85,7 +85,6 @@ def examine() -> dict[str, Any]:
 
 
 def _backends(device: Any, dtype: Any) -> list[dict[str, Any]]:
-    from ..errors import InputError
     from ..kernels.attention import BACKENDS, choose
 
     chosen, reason = choose("auto", device, dtype, 128)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import InputError, at_least
 from . import options
 
 if TYPE_CHECKING:
@@ -158,7 +159,6 @@ def jsonl(
     as_json: options.AsJson = False,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
-    from ..errors import InputError, at_least
 
     at_least("max_new_tokens", max_new_tokens, 1)
     if not data.is_file():
@@ -174,9 +174,9 @@ def _path(path: Path | None) -> str | None:
 def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
     """Check what all suites have in common, and run the ranks."""
     from ..distributed import launch
-    from ..errors import at_least
     from ..evaluation.records import Store
     from ..evaluation.settings import settings
+    from ..evaluation.synthetic import check_lengths
     from ..hf import loading
     from .quiet import quiet_libraries
 
@@ -196,11 +196,14 @@ def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: di
     if given["out"] is not None:
         Store(given["out"]).close()  # says what is wrong with the file before anything is loaded
     place = loading.pick_device(given["device"])
+    name = str(given["model"] or loading.shipped_model())
+    if suite == "synthetic":  # before hours are spent on the shorter ones
+        check_lengths(samples["lengths"], loading.load_config(name))
     request = Request(
         suite,
         samples,
         readings,
-        str(given["model"] or loading.shipped_model()),
+        name,
         given["dtype"],
         place.type,
         _path(given["out"]),
@@ -254,7 +257,6 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
     """The samples of a request's suite (iterable), and how many they are; InputError where there is none."""
     from itertools import chain, product
 
-    from ..errors import InputError
     from ..evaluation import infinitebench, jsonl, ruler, synthetic
     from ..evaluation.tasks.passages import load_passages
 
