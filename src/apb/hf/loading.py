@@ -126,12 +126,16 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 
 def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
-    text = config.get_text_config()
     name = config.model_type
+    other = InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    try:
+        text = config.get_text_config()
+    except ValueError as error:  # a text encoder beside the decoder
+        raise other from error
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)
     if paired or (not known and not getattr(config, "auto_map", None)):
-        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+        raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     odd = sorted(set(kinds) - _ATTENTION)
     recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
