@@ -169,7 +169,7 @@ class Session:
             keys, values = self.gather_kv(layer)
             if keys is not None and values is not None:
                 cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
-        return cache if self._group.rank == 0 else None
+        return cache if self._group.rank == self._tensor.rank == 0 else None
 
     def _positions(self, rank: int) -> list[range]:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""
