@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The figures that need GPUs. Usage: benchmarks/gpus.sh FOLDER PART ...
 #   tests       the tests that need a GPU, or two                                      about 120 s
-#   sanitize    every kernel on small shapes under compute-sanitizer                   about 120 s
+#   sanitize    every kernel on small shapes under compute-sanitizer and Triton's checker about 150 s
 #   attention   every attention kernel on APB's shapes, with its error                 about 60 s
 #   small       selection by torch and by the kernels, decode, a cache in fp8          about 40 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 64K, 128K and 256K about 230 s
@@ -33,14 +33,23 @@ for part; do
     tests) timeout 150 "$python" -m pytest -q tests/gpu ;;
     sanitize)
       hopper="hopper64 hopper128 hopper256" others="portable64 portable128 portable256 decode selection"
-      for job in "memcheck $hopper $others tiles" "initcheck $hopper $others" "synccheck $hopper" "racecheck $hopper $others"; do
-        read -r tool names <<< "$job"
-        {
-          PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 120 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-            "$python" tests/gpu/small_shapes.py $names > "$out/$tool.txt" 2>&1
-          echo "$tool: exit status $?; $(tail -n 1 "$out/$tool.txt")"
-        } &
-      done
+      check() {  # NAME COMMAND ...: its output in NAME.txt, its exit status and last line here
+        timeout 150 "${@:2}" > "$out/$1.txt" 2>&1
+        echo "$1: exit status $?; $(tail -n 1 "$out/$1.txt")"
+      }
+      memory="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
+      check memcheck $memory memcheck "$python" tests/gpu/small_shapes.py $hopper $others tiles &
+      check initcheck $memory initcheck "$python" tests/gpu/small_shapes.py $hopper $others &
+      check synccheck $memory synccheck "$python" tests/gpu/small_shapes.py $hopper &
+      check racecheck $memory racecheck "$python" tests/gpu/small_shapes.py $others &
+      # What racecheck says of the kernel for Hopper it may say of any kernel whose warps share their work.
+      check racecheck_hopper $memory racecheck "$python" tests/gpu/small_shapes.py $hopper &
+      check racecheck_control $memory racecheck "$python" tests/gpu/hand_over.py &
+      # Triton's own checker follows barriers and bulk copies; of its controls the last one must fail.
+      triton="env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR=$(mktemp -d)"
+      for name in $hopper; do check "consan_$name" $triton "$python" tests/gpu/small_shapes.py $name & done
+      check consan_control $triton "$python" tests/gpu/hand_over.py &
+      check consan_careless $triton "$python" tests/gpu/hand_over.py careless &
       wait ;;
     attention) bench attention --out "$out/attention_h200.json" ;;
     small) timeout 120 "$python" benchmarks/small_kernels.py --out "$out/small_kernels_h200.json" ;;

@@ -182,6 +182,12 @@ def retaining_scores(heads: Mapping[str, Tensor], index: int, q: Tensor, k: Tens
     return (nn.functional.silu(x @ fc1.T) @ fc2.T).T
 
 
+def edge_first(scores: Tensor, passing_length: int) -> Tensor:
+    """(kv_heads, tokens): a block's last tokens before all others, as 2 is above every share of attention."""
+    edge = min(32, passing_length // 4)
+    return scores + 2.0 * (torch.arange(scores.shape[1]) >= scores.shape[1] - edge)
+
+
 @torch.no_grad()
 def dense_prefill(
     model: PreTrainedModel,
@@ -192,7 +198,7 @@ def dense_prefill(
     blocks: int,
     anchor_length: int | None,
     passing_length: int,
-    compressor: str | None = "query",
+    compressor: str | None = "query-edge",
     strategy: str = "apb",
     heads: Mapping[str, Tensor] | None = None,
     score: Score | None = None,
@@ -234,9 +240,8 @@ def dense_prefill(
                     else:
                         copy = layout.copies[round_of(number, layout)]
                         raw = query_scores(attention, q[:, copy.start : copy.stop], k[:, own])
-                        if compressor == "query-edge":  # 2: above every share of attention
-                            edge = min(32, passing_length // 4)
-                            raw = raw + 2.0 * torch.tensor([t >= len(block) - edge for t in range(len(block))])
+                        if compressor == "query-edge":
+                            raw = edge_first(raw, passing_length)
                     pooled = pool(raw)
                 assert raw.shape == (k.shape[0], len(block)), "one score per KV head and token of the block"
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pooled, strict=True)]
@@ -317,8 +322,8 @@ def masked_prefill(
     rounds: int = 1,
 ) -> Tensor:
     """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
-    layers over all rows at once, the attention here, under the masks of this file. Pairs are passed by the scores of
-    the query's rows. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
+    layers over all rows at once, the attention here, under the masks of this file. Pairs are passed as
+    "query-edge" passes them. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
     layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     at, last = layout.anchor, layout.anchor + layout.query.stop - 1
     tokens = layout.tokens + [int(token) for token in answer]
@@ -340,7 +345,7 @@ def masked_prefill(
             for number, block in enumerate(layout.blocks):
                 own = slice(at + block.start, at + block.stop)
                 copy = layout.copies[round_of(number, layout)]
-                raw = logits[:, :, copy.start : copy.stop, own].softmax(-1).mean(dim=(1, 2))
+                raw = edge_first(logits[:, :, copy.start : copy.stop, own].softmax(-1).mean(dim=(1, 2)), passing_length)
                 eligible = [t - block.start for t in block if t >= layout.first_eligible] if passing_length else []
                 picks = [select(*pair, eligible, passing_length) for pair in zip(raw, pool(raw), strict=True)]
                 margins.extend(margin for _, margin in picks)

@@ -199,7 +199,7 @@ def predict(
     plan: Plan,
     model: ModelShape,
     element_bytes: int = 2,
-    compressor: str = "query",
+    compressor: str = "query-edge",
     ranks_per_host: int | None = None,
 ) -> Cost:
     """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number.

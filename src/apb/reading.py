@@ -31,8 +31,8 @@ class Reading:
             fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
         blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
         rounds: forward passes that the blocks are read in; by default one, or as many as make it fit into memory.
-        compressor: "query", "query-edge", "retaining", "recent" or "random"; by default "retaining" where heads are
-            given, else "query".
+        compressor: "query-edge", "query", "retaining", "recent" or "random"; by default "retaining" where heads are
+            given, else "query-edge".
         heads: file of retaining heads.
         allow_extrapolation: go beyond the positions that the model was trained for.
         approximate: allow "auto" to choose a strategy that is not exact.

@@ -21,7 +21,7 @@ def main(gpus: int) -> None:
         plans = {"full": {}, "ring": {}, "ulysses": {}}
         if length > 100:
             plans |= {
-                "apb": {"blocks": 5, "anchor_length": 40, "passing_length": 16, "compressor": "query"},
+                "apb": {"blocks": 5, "anchor_length": 40, "passing_length": 16},
                 "star": {"blocks": 5, "anchor_length": 30},
             }
         for strategy, options in plans.items():

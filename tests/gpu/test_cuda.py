@@ -80,7 +80,7 @@ def test_apb_is_the_oracle(blocks):
         model, prompt().prefix, prompt().document, prompt().query, blocks=blocks, anchor_length=40, passing_length=16
     )
     assert expected.margins > 1e-4, "the selection of this seed is a coin toss: take another"
-    options = {"blocks": blocks, "anchor_length": 40, "passing_length": 16, "compressor": "query"}
+    options = {"blocks": blocks, "anchor_length": 40, "passing_length": 16}
     engine = Engine.from_model(model.cuda(), strategy="apb", **options)
     session = engine.prefill(prompt())
     assert (session.logits.cpu() - expected.logits).abs().max().item() < 1e-4

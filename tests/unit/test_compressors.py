@@ -158,7 +158,7 @@ def test_who_pools() -> None:
     ("name", "has_heads", "fragments"),
     [
         ("magic", False, ["'magic'", "query, query-edge, random, recent, retaining"]),
-        ("retaining", False, ["'retaining'", "none were given", "'query'"]),
+        ("retaining", False, ["'retaining'", "none were given", "'query-edge'"]),
         ("query", True, ["'query'", "does not use them", "'retaining'"]),
     ],
 )

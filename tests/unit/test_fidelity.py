@@ -101,7 +101,7 @@ def test_command(cli: Cli, checkpoint: Path) -> None:
     few, many = (
         cli("eval", "fidelity", *given, "--passing-length", passing, *place).json["results"][0] for passing in (0, 60)
     )
-    assert (few["compressor"], many["compressor"]) == (None, "query")
+    assert (few["compressor"], many["compressor"]) == (None, "query-edge")
     assert few["mass_min"] <= few["mass_mean"] < many["mass_mean"] < 1
     assert (many["samples"], many["rows"], len(many["mass"]), len(many["mass"][0])) == (2, 32, 3, 2)
     assert json.loads(json.dumps(many)) == many

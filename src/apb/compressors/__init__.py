@@ -26,8 +26,8 @@ COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, 
 
 
 def default_compressor(has_heads: bool) -> str:
-    """The compressor where none is named: 'retaining' where heads are given."""
-    return Retaining.name if has_heads else Query.name
+    """The compressor where none is named: 'retaining' where heads are given, else 'query-edge'."""
+    return Retaining.name if has_heads else QueryEdge.name
 
 
 def check_compressor(name: str, has_heads: bool) -> None:
@@ -37,7 +37,7 @@ def check_compressor(name: str, has_heads: bool) -> None:
     if name == Retaining.name and not has_heads:
         raise InputError(
             "The compressor 'retaining' scores with trained heads and none were given; "
-            "name a file of heads, or use the compressor 'query', which needs none."
+            "name a file of heads, or use the compressor 'query-edge', which needs none."
         )
     if name != Retaining.name and has_heads:
         raise InputError(f"Heads were given but the compressor {name!r} does not use them; use 'retaining'.")

@@ -48,7 +48,7 @@ def _sources(module: nn.Module) -> dict[str, nn.Module]:
         if source is None:
             raise InputError(
                 f"Trained heads need {' or '.join(names)} in the attention layer, and {type(module).__name__} has "
-                "neither; use the compressor 'query'."
+                "neither; use the compressor 'query-edge'."
             )
         sources[part] = source
     return sources
