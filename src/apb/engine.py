@@ -24,7 +24,7 @@ from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
-from .plan import Kind, Plan
+from .plan import Kind, Plan, at_least
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch, forward
@@ -150,6 +150,7 @@ class Engine:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        at_least("max_new_tokens", max_new_tokens, 0)
         plan = self.reading.plan(
             prompt,
             self.group.size,
@@ -235,6 +236,7 @@ class Engine:
             max_new_tokens,
             self.graphs,
             self.mesh.tensor,
+            None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )
 
     def inspect(

@@ -56,6 +56,10 @@ class Sampling:
             at_least("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        if self.seed is not None:
+            at_least("seed", self.seed, -(2**63))
+            if self.seed >= 2**64:
+                raise InputError(f"The seed must be below 2**64, not {self.seed}.")
 
     def processors(self, generation_config: Any) -> LogitsProcessorList:
         """The logits processors these settings mean, in transformers' order."""

@@ -169,7 +169,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
     """InputError where a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit is not None and total > limit and not allow_extrapolation:
         raise InputError(
             f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
@@ -182,6 +182,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
             "read in one round."
         )
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a model was trained for; None where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def pick_device(device: str | None) -> torch.device:
