@@ -13,7 +13,7 @@
 #   strategies  the shipped model with every strategy and compressor, 204 samples      about 190 s on two
 #   report      every answer of the shipped model at 4K, 16K and 32K, 102 samples      about 290 s on two
 #   heads       retaining heads of the shipped model: data, 3000 steps of two widths
-#   needed      the file HEADS and query at 32K on every kind of question, 204 samples
+#   needed      every compressor at 32K on every kind of question, 204 samples from SEED on
 #   study       compressors, lengths, blocks, anchors, late questions, 204 samples; ONLY=regex for some cells
 set -u
 cd "$(dirname "$0")/.."
@@ -84,7 +84,7 @@ for part; do
     needed | study)
       heads=${HEADS:-models/needle/heads.safetensors}
       OMP_NUM_THREADS=1 timeout 330 "$python" benchmarks/needle_compressors.py --jobs $((cores - 4)) --samples 204 \
-        --part "$part" --heads "$heads" ${ONLY:+--only "$ONLY"} --out "$out/needle_compressors_$part.json" ;;
+        --part "$part" --heads "$heads" ${ONLY:+--only "$ONLY"} ${SEED:+--seed "$SEED"} --out "$out/needle_compressors_$part.json" ;;
     *) echo "Unknown part $part; benchmarks/gpus.sh begins with their list." >&2; exit 2 ;;
   esac
 done

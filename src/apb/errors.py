@@ -25,4 +25,6 @@ class RankError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, cut to the one line that fits into a sentence of ours."""
+    if isinstance(error, KeyError):  # whose text is the key alone
+        return f"there is no {error}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")

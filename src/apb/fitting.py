@@ -29,6 +29,12 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
 
     if fits(plan):
         return
+    if answer >= hardware.memory:
+        unit = "GPU" if shape.split else "rank"
+        raise DoesNotFit(
+            f"The cache of {new_tokens:,} new tokens alone takes {_gib(answer)}, and a {unit} has "
+            f"{_gib(hardware.memory)}; ask for a shorter answer."
+        )
     ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
     most = max(ranks, key=lambda rank: rank.peak_bytes)
     where, unit = ("on a rank's fullest GPU", "GPU") if shape.split else ("a rank", "rank")

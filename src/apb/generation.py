@@ -28,6 +28,12 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+def check_seed(seed: int) -> None:
+    """InputError unless ``seed`` is one that torch's generators take: a whole number of 64 bits."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise InputError(f"The seed must be a whole number from -2**63 to 2**64 - 1, not {seed!r}.")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.
@@ -57,9 +63,7 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
         if self.seed is not None:
-            at_least("seed", self.seed, -(2**63))
-            if self.seed >= 2**64:
-                raise InputError(f"The seed must be below 2**64, not {self.seed}.")
+            check_seed(self.seed)
 
     def processors(self, generation_config: Any) -> LogitsProcessorList:
         """The logits processors these settings mean, in transformers' order."""

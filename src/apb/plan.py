@@ -34,6 +34,8 @@ _LEAST = {
 # Columns and diagonals of the vertical-slash pattern in MInference's published configurations.
 DEFAULT_VERTICAL = 1000
 DEFAULT_SLASH = 6096
+# No number of a request is larger: what is computed with it stays within 64 bits.
+LARGEST = 10**15
 
 Tokens = tuple[int, ...]
 
@@ -150,7 +152,7 @@ class Plan:
             names = " or ".join(name for name, each in METHODS.items() if each.in_rounds)
             raise InputError(f"The strategy {strategy!r} reads in one round, not {rounds}; only {names} can take more.")
         if rounds > blocks:
-            raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}.")
+            raise InputError(f"{rounds} rounds need at least as many blocks, but there are {blocks}; ask for fewer.")
         if method.sparse:
             total = prefix + document + query
             vertical = _budget("vertical size", vertical_size, DEFAULT_VERTICAL, total)
@@ -299,11 +301,13 @@ class Plan:
 
 
 def at_least(name: str, value: int, limit: int) -> None:
-    """InputError unless ``value`` is a whole number of at least ``limit``."""
+    """InputError unless ``value`` is a whole number of at least ``limit``, and no absurd one."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"The number of {name} must be a whole number, not {value!r}.")
     if value < limit:
-        raise InputError(f"{name.capitalize()} must be at least {limit}, not {value}.")
+        raise InputError(f"{name[0].upper()}{name[1:]} must be at least {limit}, not {value}.")
+    if value > LARGEST:
+        raise InputError(f"{name[0].upper()}{name[1:]} must be at most {LARGEST:,}, not {value}.")
 
 
 def _budget(name: str, asked: int | float | None, default: int, total: int) -> int:

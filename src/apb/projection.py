@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +82,14 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         rates = [run["ceilings"][name] for name in ("linear", "attention", "link", "memory")]
-        known = [*(rate > 0 for rate in (*rates[:2], rates[3])), rates[2] >= 0]
-        known += [run["ranks"] > 0, bool(run["fingerprint"]["device"] and run["fingerprint"]["dtype"])]
+        known = [*(rate > 0 for rate in (*rates[:2], rates[3])), rates[2] >= 0, all(map(math.isfinite, rates))]
+        known += [run["ranks"] > 0, run.get("tensor_parallel", 1) > 0]
+        if not all(isinstance(run["fingerprint"][name], str) for name in ("device", "dtype")):
+            raise ValueError("a device and a dtype have names")
     except OSError as error:
         raise InputError(f"The ceilings in {str(path)!r} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{str(path)!r} holds no ceilings; give a file that apb bench prefill --out wrote.") from error
     if not all(known):
-        raise InputError(f"The ceilings in {str(path)!r} are not all above 0; measure them again.")
+        raise InputError(f"The ceilings in {str(path)!r} are not all finite and above 0; measure them again.")
     return dict(run)

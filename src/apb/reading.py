@@ -10,7 +10,7 @@ from .compressors import check_compressor, default_compressor
 from .cost import Ceilings, Cost, ModelShape, predict
 from .errors import InputError
 from .fitting import check_memory, peak
-from .methods import METHODS, method_of
+from .methods import METHODS
 from .plan import SHORTEST_WORTH_CUTTING, Plan
 from .prompt import Prompt
 
@@ -51,14 +51,16 @@ class Reading:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        if self.strategy != AUTO:
-            method_of(self.strategy)
+        if self.strategy not in (AUTO, *METHODS):
+            raise InputError(
+                f"Unknown strategy {self.strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}."
+            )
         check_compressor(self.scorer, self.heads is not None)
 
     @property
     def scorer(self) -> str:
         """The compressor's name, with the default filled in."""
-        return self.compressor or default_compressor(self.heads is not None)
+        return default_compressor(self.heads is not None) if self.compressor is None else self.compressor
 
     def plan(
         self,

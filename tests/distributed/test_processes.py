@@ -70,7 +70,7 @@ def ended(process: subprocess.Popen[bytes], since: float) -> tuple[int, list[str
     """Exit status and standard error without the progress bar, of a process that must end within 30 seconds."""
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - since < 30
-    lines = [line for line in err.decode().splitlines() if line.strip() and not line.startswith("Reading ")]
+    lines = [line for line in err.decode().splitlines() if line.strip() and not line.startswith("Reading")]
     return process.returncode, lines
 
 

@@ -216,3 +216,26 @@ def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch, 
     assert "no plots" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.svg"))
     cli(*command, "--out", tmp_path / "no" / "figures.json").refused("figures.json", "no folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fragments"),
+    [
+        (["prefill", "--length", "200", "--layers", "1"], ["--layers", "--random-weights"]),
+        (["prefill", "--length", "200", "--layers", "0", "--random-weights", "llama-3.1-8b"], ["Layers", "at least 1"]),
+        (["prefill", "--length", "200", "--max-seconds", "-1"], ["--max-seconds", "above 0"]),
+        (["prefill", "--length", "200", "--max-seconds", "nan"], ["--max-seconds", "above 0"]),
+        (["prefill", "--length", "200", "--baseline-backend", "magic"], ["'magic'", "torch"]),
+        (["prefill", "--length", "200", "--compressor", "magic"], ["'magic'", "query"]),
+        (["prefill", "--length", "32"], ["Length", "at least 33"]),
+        (["decode", "--length", "200", "--out", "."], ["folder", "name a file"]),
+        (["attention", "--shape", "4/2,64,40,9,7", "--out", "no/figures.json"], ["figures.json", "no folder"]),
+    ],
+    ids=lambda value: " ".join(value) if "--" in str(value) else None,
+)
+def test_benches_that_cannot_be_run(cli, monkeypatch, tmp_path, arguments, fragments):
+    """Refused before anything is measured."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ceilings, "measure_ceilings", None)
+    monkeypatch.setattr(ceilings, "copy_bandwidth", None)
+    cli("bench", *arguments, "--device", "cpu").refused(*fragments)

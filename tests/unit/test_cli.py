@@ -63,7 +63,8 @@ def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> N
     done = ask("--blocks", 4, "--max-new-tokens", 12)
     assert (done.status, done.out) == (0, expected.text + "\n")
     assert "apb: apb (approximate), 4 blocks on 1 ranks: read 583 tokens" in done.err
-    assert "token 583 of 583" in done.err
+    # No terminal, no bar: a line that a log can keep.
+    assert "Reading: token 583 of 583" in done.err.splitlines()
 
 
 FIELDS: dict[str, Any] = {
@@ -164,13 +165,17 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "fragments"),
     [
-        (["--strategy", "magic"], ["'magic'", "apb", "full"]),
+        (["--strategy", "magic"], ["'magic'", "apb", "full", "or auto"]),
         (["--compressor", "magic"], ["'magic'", "query"]),
+        (["--compressor", ""], ["''", "query"]),
+        (["--model", ""], ["empty name", "leave the option out"]),
         (["--compressor", "retaining"], ["'retaining'", "heads"]),
         (["--heads", "/nowhere/heads.pt"], ["/nowhere/heads.pt"]),
         (["--blocks", "0"], ["Blocks", "at least 1", "0"]),
         (["--blocks", "-2"], ["Blocks", "at least 1", "-2"]),
         (["--blocks", "577"], ["577 blocks", "576 tokens"]),
+        (["--passing-length", "1" + 20 * "0"], ["Passing length", "at most"]),
+        (["--heads", "."], ["heads file .", "folder"]),
         (["--blocks", "many"], ["--blocks", "integer"]),
         (["--blocks", "4", "--anchor-length", "6"], ["6 tokens", "at least 7"]),
         (["--blocks", "4", "--passing-length", "-1"], ["Passing length", "-1"]),
@@ -182,13 +187,15 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
             [f"{583 + 4000} positions", f"{583 + 4000 - 4096} more", "--allow-extrapolation"],
         ),
         (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
+        (["--seed", "-9223372036854775809"], ["seed", "-2**63"]),
         (["--top-k", "0"], ["op_k", "at least 1"]),
         (["--top-p", "2"], ["top_p", "2.0"]),
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),
         (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
         (["--device", "meta"], ["'meta'", "cpu or cuda"]),
         (["--strategy", "ulysses", "--ranks", "3"], ["'ulysses'", "4 do not divide by 3", "'ring'"]),
-        (["--blok", "3"], ["--blok", "apb --help"]),
+        (["--blok", "3"], ["--blok", "apb generate --help"]),
         (["surplus"], ["surplus"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
@@ -216,6 +223,52 @@ def test_models_that_are_not_there(ask: Cli, tmp_path: Path) -> None:
     ask(model=tmp_path / "nowhere").refused("nowhere", "does not exist")
     ask(model="no-such-owner/no-such-model").refused("no-such-owner/no-such-model", "cannot be loaded")
     ask(model=tmp_path).refused(str(tmp_path), "cannot be loaded")
+
+
+def test_an_answer_larger_than_memory(ask: Cli) -> None:
+    """Where the answer's room is what does not fit, the way out is a shorter answer, not another model."""
+    ask("--max-new-tokens", 10**12, "--allow-extrapolation").refused("new tokens alone", "shorter answer")
+
+
+def test_heads_that_are_no_heads(ask: Cli, tmp_path: Path) -> None:
+    """A file of something else is refused without torch's advice to run what is in it."""
+    path = tmp_path / "heads.pt"
+    path.write_text("the lighthouse keeper")
+    done = ask("--heads", path)
+    done.refused("heads.pt", "cannot be read")
+    assert "arbitrary code" not in done.err
+    assert "weights_only" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("changes", "fragments"),
+    [
+        ({"num_hidden_layers": 4}, ["lacks weights", "model.layers.3.", "more", "configuration"]),
+        ({"vocab_size": 300}, ["shape (258, 64)", "(300, 64)", "configuration"]),
+        ({"hidden_size": "big"}, ["cannot be loaded", "hidden_size"]),
+        ({"num_attention_heads": 0}, ["config"]),
+        ({"rope_parameters": {"rope_type": "weird"}}, ["weird"]),
+        ({"model_type": "llava"}, ["'llava'", "not causal decoders"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_configurations_that_do_not_fit_the_weights(
+    ask: Cli, checkpoint: Path, tmp_path: Path, changes: dict[str, Any], fragments: list[str]
+) -> None:
+    """Weights are never drawn by lot in silence: what the checkpoint lacks is named, and so is what makes no model."""
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    ask(model=tmp_path).refused(*fragments)
+
+
+def test_a_model_without_a_tokenizer(ask: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """A folder of weights alone is refused with what it lacks."""
+    for file in checkpoint.iterdir():
+        if "token" not in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    ask(model=tmp_path).refused("no tokenizer", str(tmp_path))
 
 
 def test_models_that_are_damaged(ask: Cli, checkpoint: Path, tmp_path: Path) -> None:
@@ -301,6 +354,8 @@ def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
         (["--length", "0"], ["Length", "at least 1", "0"]),
         (["--length", "1e6"], ["--length", "integer"]),
         ([], ["--length"]),
+        (["--length", "1" + 20 * "0"], ["Length", "at most"]),
+        (["--length", "100", "--random-weights", ""], ["empty name"]),
         (["--length", "100", "--blocks", "101"], ["101 blocks", "100 tokens"]),
         (["--length", "100", "--ranks", "0"], ["Ranks", "at least 1"]),
         (["--length", "100", "--rounds", "0"], ["Rounds", "at least 1"]),
@@ -352,6 +407,15 @@ def test_evaluations_that_cannot_be_done(cli: Cli, checkpoint: Path, options: li
     last = done.err.strip().splitlines()[-1]
     assert last.startswith("apb: ")
     assert all(fragment in last for fragment in fragments), done.err
+
+
+def test_lengths_are_checked_before_anything_is_answered(cli: Cli, checkpoint: Path, monkeypatch) -> None:
+    """A length that the model cannot read is refused at once, not after the shorter ones, nor after it was made."""
+    monkeypatch.setattr(apb.Engine, "from_pretrained", None)
+    for suite in ("synthetic", "fidelity"):
+        given = ("eval", suite, "--task", "single", "--model", checkpoint, "--length", 2000, "--length")
+        cli(*given, 10**9).refused("positions", "4096", "at most")
+        cli(*given, 20).refused("20 tokens is too short")
 
 
 def test_doctor_json(cli: Cli) -> None:
@@ -434,6 +498,22 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr.decode()
     for command in ("generate", "plan", "doctor"):
         assert command in done.stdout.decode()
+
+
+def test_interrupted_within_an_import(tmp_path: Path) -> None:
+    """Ctrl-C while a library is loaded that takes it for a missing module: status 130 and one word all the same."""
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(20)\n"
+        "except KeyboardInterrupt:\n    raise ModuleNotFoundError('no such module')\n"
+    )
+    program = (
+        "import sys, typer, apb.cli.main as main\n"
+        "app = typer.Typer()\n@app.command()\ndef go() -> None:\n    import swallows\n"
+        f"sys.path.append({str(tmp_path)!r}); sys.argv = ['apb']; sys.exit(main.run(app))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
 
 
 def test_a_reader_that_goes_away(checkpoint: Path, document: Path) -> None:

@@ -371,9 +371,10 @@ def test_batches_that_cannot_be_shared_out(tmp_path: Path) -> None:
     ("options", "fragment"),
     [
         (["--out", "heads.pt"], "does not end in .safetensors"),
-        (["--out", "nowhere/heads.safetensors"], "does not exist"),
+        (["--out", "nowhere/heads.safetensors"], "there is no folder"),
         (["--out", "heads.safetensors", "--steps", "0"], "Steps must be at least 1"),
         (["--out", "heads.safetensors", "--learning-rate", "2"], "learning rate"),
+        (["--out", "heads.safetensors", "--seed", str(2**64)], "seed"),
         (["--out", "heads.safetensors", "--max-length", "4097"], "the model's 4096 positions"),
         (["--out", "heads.safetensors", "--data", "none.jsonl"], "cannot be read"),
     ],

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import apb
-from apb.hf.loading import load_config, load_model
+from apb.hf.loading import check_supported, load_config, load_model
 from families import PROMPT, SMALL, make
 
 CPU = torch.device("cpu")
@@ -34,6 +34,13 @@ def ours(model: torch.nn.Module) -> torch.Tensor:
     logits = engine.prefill(PROMPT).logits
     engine.close()
     return logits
+
+
+@pytest.mark.parametrize("kind", ["rwkv", "xlstm"])
+def test_models_without_attention(kind: str) -> None:
+    """Refused for what they lack, not for an attribute that is missing."""
+    with pytest.raises(apb.InputError, match=f"'{kind}' models .* no attention heads"):
+        check_supported(AutoConfig.for_model(kind))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -88,11 +88,20 @@ def test_ceilings_that_cannot_be_used(cli: Cli, run: dict[str, Any], tmp_path: P
     """Files that are missing, broken, of something else, or without a rate that is needed; senseless networks."""
     path = tmp_path / "prefill.json"
     cli(*PLAN, "--ceilings", path).refused("prefill.json", "cannot be read")
-    for text in ("{", "[]", '{"copy_bandwidth": 1.0, "rows": []}', json.dumps(run | {"ceilings": {"linear": "fast"}})):
+    for text in (
+        "{",
+        "[]",
+        '{"copy_bandwidth": 1.0, "rows": []}',
+        json.dumps(run | {"ceilings": {"linear": "fast"}}),
+        json.dumps(run | {"tensor_parallel": "two"}),
+    ):
         path.write_text(text)
         cli(*PLAN, "--ceilings", path).refused("prefill.json", "holds no ceilings", "apb bench prefill --out")
-    zero = run | {"ceilings": run["ceilings"] | {"linear": 0.0}}
-    cli(*PLAN, "--ceilings", written(zero, tmp_path)).refused("not all above 0")
+    for senseless in (0.0, float("inf")):
+        given = run | {"ceilings": run["ceilings"] | {"linear": senseless}}
+        cli(*PLAN, "--ceilings", written(given, tmp_path)).refused("not all finite and above 0")
+    unnamed = run | {"fingerprint": run["fingerprint"] | {"device": ["H1"]}}
+    cli(*PLAN, "--ceilings", written(unnamed, tmp_path)).refused("holds no ceilings")
     unknown = run | {"fingerprint": {"device": "Abacus", "dtype": "float32"}}
     cli(*PLAN, "--ceilings", written(unknown, tmp_path), "--ranks", 2).refused("unknown", "one rank", "two or more")
     assert cli(*PLAN, "--ceilings", path, "--ranks", 1).json["projection"] is False

@@ -146,6 +146,23 @@ def test_own_questions(tmp_path: Path) -> None:
     assert len(skipped.reasons) == 1
 
 
+def test_lines_that_are_no_text(tmp_path: Path) -> None:
+    """Bytes that are not UTF-8, half a surrogate pair, answers that are objects: left out by number, never repaired."""
+    good = json.dumps({"document": "y", "query": "Who?", "answers": "a"}).encode()
+    broken = (b"\xff", b"\\ud800")
+    lines = [b"\xef\xbb\xbf" + good, *(good.replace(b"y", part) for part in broken)]
+    lines += [good.replace(b'"a"', part) for part in (b"[null]", b'{"a": 1}', *(b'"%b"' % part for part in broken))]
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\n".join([*lines, good]))
+    skipped = Skipped()
+    found = list(jsonl.items(path, byte_tokenizer(), skipped, max_new_tokens=9))
+    assert [item.sample for item in found] == ["1", "8"]
+    reasons = ("not UTF-8", "half a character", "neither text", "neither text", "not UTF-8", "half a character")
+    for number, (reason, told) in enumerate(zip(reasons, skipped.reasons, strict=True), 2):
+        assert f"line {number} of" in told
+        assert reason in told
+
+
 @pytest.mark.parametrize(
     ("arguments", "fragments"),
     [

@@ -110,12 +110,22 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
     return Results(models[0], runs, list(points.values()), decode)
 
 
+def _is_row(row: dict[str, Any]) -> bool:
+    """Whether a row has what the tables ask for, in numbers where they reckon with it."""
+    if "strategy" not in row:
+        return row.keys() >= DECODE and all(row[name] >= 0 for name in DECODE - {"graph"})
+    reckoned = [row[name] for name in ("seconds", "floor_seconds", "predicted_seconds", "peak_bytes")]
+    reckoned += [row["length"], *(row["parts"] or {}).values()]
+    whole = row.keys() >= PREFILL and isinstance(row["plan"], dict)
+    return whole and all(number is None or number >= 0 for number in reckoned)
+
+
 def _read(path: Path) -> dict[str, Any]:
     """One report."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        known = {"model", "layers", "ranks", "fingerprint"} <= report.keys() and isinstance(report["rows"], list)
-        known = known and all((PREFILL if "strategy" in row else DECODE) <= row.keys() for row in report["rows"])
+        known = "model" in report and isinstance(report["fingerprint"], dict)
+        known = known and min(report["layers"], report["ranks"]) > 0 and all(map(_is_row, report["rows"]))
     except OSError as error:
         raise InputError(f"The results in {str(path)!r} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -79,6 +79,8 @@ def prefill(
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
+    from ..compressors import check_compressor
+    from ..kernels.attention import BACKENDS
     from ..methods import method_of
     from ..plan import at_least
 
@@ -94,6 +96,13 @@ def prefill(
         "compressor": compressor,
     }
     limit = math.inf if max_seconds is None else max_seconds
+    if not limit > 0:
+        raise InputError(f"--max-seconds takes a number above 0, not {limit:g}.")
+    if baseline_backend not in ("auto", *BACKENDS):
+        known = ", ".join(("auto", *BACKENDS))
+        raise InputError(f"Unknown attention back-end {baseline_backend!r}; choose one of {known}.")
+    if compressor is not None:
+        check_compressor(compressor, has_heads=False)
     chosen = {
         "strategies": names,
         "repeat": repeat,
@@ -144,15 +153,21 @@ def _launch(
     as_json: bool,
     tensor_parallel: int = 1,
 ) -> None:
+    from ..benchmarks.prefill import QUERY_TOKENS
     from ..distributed import launch
     from ..hf import loading
     from ..hf.random_weights import config_of
     from ..hf.tensor_parallel import check_shards
+    from ..plan import at_least
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    if out is not None and not out.parent.is_dir():
-        raise InputError(f"The figures cannot be written to {str(out)!r}: there is no folder {str(out.parent)!r}.")
+    for length in lengths:
+        at_least("length", length, QUERY_TOKENS + 1)
+    if layers is not None and not random_weights:
+        raise InputError("--layers goes with --random-weights: a checkpoint's model is run with all of its layers.")
+    if out is not None:
+        options.check_out(out)
     check_shards(config_of(model, random_weights), tensor_parallel)
     place = loading.pick_device(device)
     request = Request(
@@ -195,6 +210,8 @@ def attention(
     from ..plan import at_least
 
     at_least("repeat", repeat, 1)
+    if out is not None:
+        options.check_out(out)
     place = loading.pick_device(device)
     number = loading.pick_dtype(dtype, place)
     shapes = [benchmark.Shape.parse(text) for text in shape or ()]

@@ -177,6 +177,7 @@ def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: di
     from ..distributed import launch
     from ..evaluation.records import Store
     from ..evaluation.settings import settings
+    from ..evaluation.synthetic import check_lengths
     from ..hf import loading
     from ..plan import at_least
     from .quiet import quiet_libraries
@@ -197,11 +198,14 @@ def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: di
     if given["out"] is not None:
         Store(given["out"]).close()  # says what is wrong with the file before anything is loaded
     place = loading.pick_device(given["device"])
+    name = str(given["model"] or loading.shipped_model())
+    if suite == "synthetic":  # before hours are spent on the shorter ones
+        check_lengths(samples["lengths"], loading.load_config(name))
     request = Request(
         suite,
         samples,
         readings,
-        str(given["model"] or loading.shipped_model()),
+        name,
         given["dtype"],
         place.type,
         _path(given["out"]),

@@ -17,7 +17,9 @@ def explain(
     query: Annotated[str, typer.Option(help="The question.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
     model: options.Model = None,
-    strategy: options.Strategy = "apb",
+    strategy: Annotated[
+        str, typer.Option(help="How the document is read: apb, the one in which blocks pass tokens on.")
+    ] = "apb",
     blocks: options.Blocks = None,
     anchor_length: options.AnchorLength = None,
     passing_length: options.PassingLength = None,
@@ -31,7 +33,6 @@ def explain(
     text = read_document(document)
 
     from ..engine import Engine
-    from ..errors import InputError
     from ..explanation import check_passes
     from ..explanation import explain as explain_prompt
     from ..hf import loading
@@ -43,8 +44,7 @@ def explain(
     quiet_libraries()
     check_passes(strategy)
     at_least("max_new_tokens", max_new_tokens, 1)
-    if not out.parent.is_dir():
-        raise InputError(f"The folder {str(out.parent)!r} does not exist; make it first.")
+    options.check_out(out)
     engine = Engine.from_pretrained(
         model or loading.shipped_model(),
         dtype=dtype,

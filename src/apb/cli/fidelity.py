@@ -43,7 +43,9 @@ def fidelity(
     at_least("rows", rows, 1)
     path = None if heads is None else str(heads)
     chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length, path)
-    engine = Engine.from_pretrained(model or loading.shipped_model(), dtype=dtype, device=device)
+    name = model or loading.shipped_model()
+    synthetic.check_lengths(length, loading.load_config(name))
+    engine = Engine.from_pretrained(name, dtype=dtype, device=device)
     assert engine.tokenizer is not None, "from_pretrained loads one"
     results: list[dict[str, Any]] = []
     total = len(task) * len(length) * samples * (len(chosen) + 1)
@@ -55,12 +57,12 @@ def fidelity(
             done += 1
             bar.update(done, total)
 
-        for name in task:
+        for kind in task:
             for size in length:
-                drawn = synthetic.items(engine.tokenizer, name, size, samples, seed)
+                drawn = synthetic.items(engine.tokenizer, kind, size, samples, seed)
                 found = [measure(engine, item.prompt(engine.tokenizer), chosen, rows, seed, tell) for item in drawn]
                 for column in zip(*found, strict=True):
-                    results.append({"task": name, "length": size, "samples": samples} | mean(column))
+                    results.append({"task": kind, "length": size, "samples": samples} | mean(column))
     if as_json:
         print(json.dumps({"seed": seed, "results": results}))
     else:

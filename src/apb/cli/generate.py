@@ -51,8 +51,10 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that together hold p.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="With a temperature: draw from the k likeliest tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="With a temperature: draw from the likeliest tokens that together hold p.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,

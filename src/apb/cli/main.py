@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 import typer
@@ -42,6 +44,8 @@ def main() -> None:
 
 def run(command: typer.Typer) -> int:
     """Run a command line; its exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+        signal.signal(signal.SIGINT, _interrupted)
     try:
         # Not its main(): that swallows Ctrl-C and closed pipes, each version of typer in its own way.
         parsed = typer.main.get_command(command)
@@ -54,7 +58,8 @@ def run(command: typer.Typer) -> int:
     except InputError as error:
         return _say(str(error), WRONG_INPUT)
     except UsageError as error:
-        return _say(f"{error.format_message().rstrip('.')}; see apb --help.", WRONG_INPUT)
+        path = error.ctx.command_path if error.ctx else "apb"
+        return _say(f"{error.format_message().rstrip('.')}; see {path} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _say("interrupted", INTERRUPTED)
     except RankError as error:
@@ -70,8 +75,20 @@ def run(command: typer.Typer) -> int:
         return _say(f"{type(error).__name__}: {text} (set APB_TRACEBACK=1 to see where)", FAILED)
 
 
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Ctrl-C: KeyboardInterrupt, but within an import the end.
+
+    Libraries take an interrupted import for a missing module and go on; nothing has been started by then.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(_say("interrupted", INTERRUPTED))
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 def _say(sentence: str, status: int) -> int:
-    print(f"apb: {sentence}", file=sys.stderr)
+    print(f"apb: {sentence}", file=sys.stderr, flush=True)
     return status
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,21 @@ import typer
 
 from ..errors import InputError
 
+
+def _named(name: str | None) -> str | None:
+    """A name as given; InputError for an empty one, which is a variable of the shell that was never set."""
+    if name is not None and not name.strip():
+        raise InputError("An empty name was given for the model; give one, or leave the option out.")
+    return name
+
+
 Model = Annotated[
-    str | None, typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.")
+    str | None,
+    typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.", callback=_named),
 ]
 RandomWeights = Annotated[
-    str | None, typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.")
+    str | None,
+    typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.", callback=_named),
 ]
 Strategy = Annotated[
     str,
@@ -42,7 +53,8 @@ PassingLength = Annotated[
 Compressor = Annotated[
     str | None,
     typer.Option(
-        help="What chooses them: query, retaining, recent or random. By default query, with --heads retaining."
+        help="What chooses them: query, query-edge, retaining, recent or random. By default query-edge, with --heads "
+        "retaining."
     ),
 ]
 Heads = Annotated[Path | None, typer.Option(help="File of trained retaining heads.")]
@@ -57,6 +69,16 @@ Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]
+
+
+def check_out(path: Path) -> None:
+    """InputError where a file of that name cannot be written; to be said before anything runs for it."""
+    if path.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: it is a folder; name a file.")
+    if not path.parent.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}; make it first.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"{str(path)!r} cannot be written: no permission.")
 
 
 def budget(option: str, text: str | None) -> int | float | None:

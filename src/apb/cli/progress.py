@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+# Seconds between lines where there is no terminal: a log is read later, and by nobody who waits.
+_SECONDS = 30.0
+
 
 class Bar:
-    """A bar with the time left. ``update`` is what :meth:`apb.Engine.prefill` takes as ``progress``."""
+    """A bar with the time left. ``update`` is what :meth:`apb.Engine.prefill` takes as ``progress``.
+
+    Where standard error is no terminal, a line now and then instead, and one at the end.
+    """
 
     def __init__(self, title: str, unit: str, shown: bool = True) -> None:
         columns = (
@@ -19,8 +27,11 @@ class Bar:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
-        self._title = title
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, disable=not (shown and console.is_terminal))
+        self._in_lines = shown and not console.is_terminal
+        self._told = time.monotonic()
+        self._title, self._unit = title, unit
         self._open = False
         self._closed = False
 
@@ -34,6 +45,9 @@ class Bar:
             self._bar.start()
             self._bar.add_task(self._title, total=total)
         self._bar.update(self._bar.task_ids[0], completed=done)
+        if self._in_lines and (done == total or time.monotonic() - self._told > _SECONDS):
+            self._told = time.monotonic()
+            print(f"{self._title}: {self._unit} {done} of {total}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Stop drawing; what is drawn stays."""

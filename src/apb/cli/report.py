@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ..errors import InputError
+from . import options
 
 FORMS = (".html", ".md")
 
@@ -27,6 +28,7 @@ def report(
     for path in out:
         if path.suffix not in FORMS:
             raise InputError(f"A report is written as .html or .md, not as {str(path)!r}.")
+        options.check_out(path)
     of_speed = {path.suffix == ".json" for path in results}
     if len(of_speed) > 1:
         raise InputError("A report is of what apb eval wrote (.jsonl) or of what apb bench wrote (.json), not of both.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +33,20 @@ def needle(
     device: options.Device = None,
 ) -> None:
     """Train the small model that ships with apb, on generated long-context tasks."""
-    if minutes <= 0:
-        raise InputError(f"The minutes to train must be above 0, not {minutes}.")
+    if not 0 < minutes < math.inf:
+        raise InputError(f"The minutes to train must be a number above 0, not {minutes}.")
     if init is not None and not (init / "config.json").is_file():
         raise InputError(f"The folder {str(init)!r} holds no saved model to go on from.")
 
+    from ..generation import check_seed
     from ..hf.loading import pick_device
     from ..training.needle.train import train_needle
 
+    check_seed(seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {str(out)!r} cannot be made: {error.strerror}.") from error
     train_needle(out, 60 * minutes, pick_device(device).type, seed, init)
 
 
@@ -93,8 +100,7 @@ def heads(
     at_least("checkpoint every", checkpoint_every, 1)
     if out.suffix != ".safetensors":
         raise InputError(f"The heads are written as safetensors, and {str(out)!r} does not end in .safetensors.")
-    if not out.parent.is_dir():
-        raise InputError(f"The folder {str(out.parent)!r} does not exist; make it first.")
+    options.check_out(out)
     place = loading.pick_device(device)
     size = launch.ranks_to_use(ranks, place)
     name = str(model or loading.shipped_model())

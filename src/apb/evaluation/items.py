@@ -82,13 +82,16 @@ class Skipped:
     def lines(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Numbers and objects of a JSONL file's lines; what is no JSON object is noted, and the rest goes on."""
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
                     if not line.strip():
                         continue
                     try:
-                        fields = json.loads(line)
-                    except ValueError as error:
+                        fields = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    except UnicodeDecodeError:
+                        self.add(path, number, "is not UTF-8 text")
+                        continue
+                    except (ValueError, RecursionError) as error:
                         self.add(path, number, f"is not JSON ({error})")
                         continue
                     if isinstance(fields, dict):
@@ -116,13 +119,26 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
     value = field(fields, name)
     if not isinstance(value, str):
         raise ValueError(f"has no text in field {name!r}")
+    _check_characters(name, value)
     return value
 
 
 def answers_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
     """A field that is an answer or a list of them, as texts."""
     value = field(fields, name)
-    answers = tuple(str(answer) for answer in (value if isinstance(value, list) else [value]))
+    given = value if isinstance(value, list) else [value]
+    if not all(isinstance(answer, (str, int, float)) for answer in given):
+        raise ValueError(f"has an answer that is neither text nor a number in field {name!r}")
+    answers = tuple(map(str, given))
     if not all(answers):
         raise ValueError(f"has an empty answer in field {name!r}")
+    _check_characters(name, "".join(answers))
     return answers
+
+
+def _check_characters(name: str, text: str) -> None:
+    """ValueError where a text holds half of a surrogate pair, which JSON can spell and nothing can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"has half a character in field {name!r}") from error

@@ -137,7 +137,8 @@ def read_records(path: Path) -> Iterator[Record]:
                         return
                     raise InputError(f"Line {number} of {str(path)!r} is no record of apb eval: {error}.") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"The records {str(path)!r} cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or error  # what is wrong inside a gzip file has no number
+        raise InputError(f"The records {str(path)!r} cannot be read: {reason}.") from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -15,10 +15,10 @@ from .records import Store
 from .runner import Runner
 from .settings import Setting, settings
 from .statistics import Cell, cell
-from .tasks import TASKS, generate
+from .tasks import SHORTEST, TASKS, generate
 from .tasks.passages import Passages
 
-__all__ = ["Setting", "check", "evaluate", "items", "settings"]
+__all__ = ["Setting", "check", "check_lengths", "evaluate", "items", "settings"]
 
 # Tokens beyond the expected answer that a model may spend before it is cut off.
 _SPARE_TOKENS = 8
@@ -35,11 +35,23 @@ def check(tasks: Sequence[str], count: int, passages: Passages | None = None) ->
         raise InputError(f"Samples must be at least 1, not {count}.")
     if "qa" in tasks and passages is None:
         raise InputError("The task 'qa' asks questions of passages of yours; name their file with --passages.")
-    if passages is not None and count > len(passages.asked):
+    if "qa" in tasks and passages is not None and count > len(passages.asked):
         raise InputError(
             f"{count} samples were asked for but the passages come with {len(passages.asked)} questions; "
             "ask for at most as many samples."
         )
+
+
+def check_lengths(lengths: Sequence[int], config: Any) -> None:
+    """InputError where samples are too short to be made, or longer than the positions of a configuration's model."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for length in lengths:
+        if length < SHORTEST:
+            raise InputError(f"A sample of {length} tokens is too short; ask for {SHORTEST} or more.")
+        if positions is not None and length > positions:
+            raise InputError(
+                f"Samples of {length} tokens do not fit into the model's {positions} positions; ask for at most that."
+            )
 
 
 def items(

@@ -100,7 +100,7 @@ def save_heads(path: str | Path, heads: Sequence[Head]) -> None:
 def _read(path: Path) -> dict[tuple[int, int], Tensor]:
     """The heads' tensors of a file by (layer, 1 or 2); no other tensor of a safetensors file is read."""
     if not path.is_file():
-        raise InputError(f"The heads file {path} does not exist.")
+        raise InputError(f"The heads file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -108,9 +108,9 @@ def _read(path: Path) -> dict[tuple[int, int], Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # readers of both formats raise whatever the bytes lead them to
-        raise InputError(
-            f"The heads file {path} cannot be read as safetensors or torch weights: {first_line(error)}."
-        ) from error
+        # torch's own words would have the reader load the file without weights_only, which runs code from it.
+        reason = first_line(error) if path.suffix == ".safetensors" else "it holds more, or less, than tensors"
+        raise InputError(f"The heads file {path} cannot be read as safetensors or torch weights: {reason}.") from error
     if not isinstance(loaded, dict):
         raise InputError(f"The heads file {path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
     found = {}

@@ -46,8 +46,13 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
         return load_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"The model {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+    except Exception as error:  # a configuration's own checks raise whatever they like
+        reason = (
+            first_line(error)
+            if Path(model).exists()
+            else f"there is no such folder, and as a hub id: {first_line(error)}"
+        )
+        raise InputError(f"The model {str(model)!r} cannot be loaded: {reason}.") from error
 
 
 def _base_of(adapter: Path) -> str:
@@ -68,6 +73,10 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
+        if Path(model).is_dir() and not any(Path(model).glob("*token*")):
+            raise InputError(
+                f"There is no tokenizer in {str(model)!r}; put the model's tokenizer.json there."
+            ) from error
         raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
 
 
@@ -86,10 +95,13 @@ def load_model(
     a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: what the checkpoint's
     configuration names, or one of its configurations as ``quantization``. So are adapters: a folder that holds one of
     peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, the first of them
-    ``device``; DoesNotFit, before a weight is read, where they are too small.
+    ``device``; DoesNotFit, before a weight is read, where they are too small. InputError where weights are missing, or
+    not of the shapes that the configuration gives them.
     """
     loaded: Any
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    # Weights of other shapes are ours to name: transformers says which in a log line only.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if quantization is not None:
         options["quantization_config"] = quantization
     places: dict[str, Any] = {"": device}
@@ -104,7 +116,26 @@ def load_model(
             loaded = shared(kind, mesh).from_pretrained(str(model), config=config, **options, **settings(mesh))
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
-    return loaded.eval()
+    weights, found = loaded
+    if getattr(weights, "hf_quantizer", None) is None:  # what a quantizer makes of names and shapes is its own business
+        _check_weights(str(model), found)
+    return weights.eval()
+
+
+def _check_weights(model: str, found: dict[str, Any]) -> None:
+    """InputError where transformers drew weights by lot, because the checkpoint has none, or others, of that name."""
+    for name, there, needed in sorted(found["mismatched_keys"]):
+        raise InputError(
+            f"The weights of {model!r} do not fit its configuration: {name} has shape {tuple(there)} and should have "
+            f"{tuple(needed)}; give the configuration that belongs to them."
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"The checkpoint {model!r} lacks weights that its configuration asks for: {missing[0]}{more}; "
+            "give the configuration that belongs to them."
+        )
 
 
 def _places(
@@ -133,8 +164,9 @@ def check_supported(config: Any) -> None:
     except ValueError as error:  # a text encoder beside the decoder
         raise other from error
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+    loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)
-    if paired or (not known and not getattr(config, "auto_map", None)):
+    if paired or (not loads and not getattr(config, "auto_map", None)):
         raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     odd = sorted(set(kinds) - _ATTENTION)
@@ -152,6 +184,8 @@ def check_supported(config: Any) -> None:
         raise InputError(
             f"{name!r} models have layers that share the keys and values of others, which are not kept apart."
         )
+    if not getattr(text, "num_attention_heads", 0):
+        raise InputError(f"{name!r} models like this one have no attention heads: there is no attention to take over.")
     try:
         head_dim(config)
     except Exception as error:  # configurations whose layers differ refuse to name one width
@@ -228,8 +262,13 @@ def model_shape(config: Any, gpus: int = 1) -> ModelShape:
 
 def _count(config: Any, gpus: int) -> ModelShape:
     text = config.get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the model's code makes of values that it was not written for
+        raise InputError(
+            f"No {config.model_type!r} model can be made of this configuration: {first_line(error)}; correct it."
+        ) from error
     latent = getattr(text, "kv_lora_rank", None)
     split: tuple[tuple[int, int], ...] = ()
     if gpus > 1:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import InputError
+from ..plan import at_least
 from .loading import load_config, shipped_model
 
 _FOLDER = Path(__file__).parent / "configs"
@@ -26,6 +27,7 @@ def shape_config(name: str, layers: int | None = None) -> Any:
         raise InputError(f"Unknown model shape {name!r}; choose one of {', '.join(shapes())}.")
     values = json.loads((_FOLDER / f"{name}.json").read_text())
     if layers is not None:
+        at_least("layers", layers, 1)
         values["num_hidden_layers"] = layers
     return AutoConfig.for_model(**values)
 

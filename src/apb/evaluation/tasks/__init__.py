@@ -1,7 +1,7 @@
 """Generated long-context tasks: documents of any length, questions about them, and what is right."""
 
-from .base import QUERY_START, TASKS, TAUGHT, Sample, generate, score
+from .base import QUERY_START, SHORTEST, TASKS, TAUGHT, Sample, generate, score
 from .filler import FILLERS
 from .material import TaskError
 
-__all__ = ["FILLERS", "QUERY_START", "TASKS", "TAUGHT", "Sample", "TaskError", "generate", "score"]
+__all__ = ["FILLERS", "QUERY_START", "SHORTEST", "TASKS", "TAUGHT", "Sample", "TaskError", "generate", "score"]

@@ -117,11 +117,11 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
         options: what the task's builder takes, e.g. `distractor_needles`, `hops`, `haystack`.
     """
     if task not in TASKS:
-        raise TaskError(f"there is no task {task!r}: choose one of {', '.join(TASKS)}")
+        raise TaskError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
     if length < SHORTEST:
-        raise TaskError(f"a sample of {length} tokens is too short: ask for {SHORTEST} or more")
+        raise TaskError(f"A sample of {length} tokens is too short; ask for {SHORTEST} or more.")
     if options.get("haystack") not in (None, *FILLERS):
-        raise TaskError(f"there is no haystack {options['haystack']!r}: choose one of {', '.join(FILLERS)}")
+        raise TaskError(f"There is no haystack {options['haystack']!r}: choose one of {', '.join(FILLERS)}.")
     encoder = encoder_of(tokenizer)
     prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
     goal, made = length, None
@@ -143,7 +143,7 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
             break
         goal = max(SHORTEST // 2, int(goal * (length - 2) / total) - (1 if total > length else 0))
     if made is None:
-        raise TaskError(f"a sample of {length} tokens cannot be made: the shortest has {total}")
+        raise TaskError(f"A sample of {length} tokens cannot be made: the shortest has {total}.")
     return made
 
 

@@ -41,7 +41,7 @@ def keys_beside(taken: Pair, rng: Random) -> Callable[[], Pair]:
 
     def draw() -> Pair:
         if len(used) >= most:
-            raise TaskError(f"so long a text needs more keys than the {most:,} there are: ask for a shorter one")
+            raise TaskError(f"So long a text needs more keys than the {most:,} there are: ask for a shorter one.")
         while True:
             key = (pick(rng, KEY_ADJECTIVES), pick(rng, KEY_NOUNS))
             if key not in used:

@@ -44,7 +44,7 @@ def kv_retrieval(rng: Random, room: int, encoder: Encoder) -> Material:
         pairs.append(pair)
         left -= size
     if not pairs:
-        raise TaskError(f"a pair of codes does not fit into {room} tokens")
+        raise TaskError(f"A pair of codes does not fit into {room} tokens.")
     key, value = pick(rng, pairs)
     body = [start, ", ".join(f'"{name}": "{given}"' for name, given in pairs), end, *padding(rng, left, encoder)]
     question = Question([f' Which value does the JSON object give to the key "{key}"?'], (value,), "kv_retrieval")
@@ -68,7 +68,7 @@ def extreme_number(rng: Random, room: int, encoder: Encoder) -> Material:
         left -= size
     ranks = sorted(set(numbers))
     if len(ranks) < 3:
-        raise TaskError(f"a list of three numbers does not fit into {room} tokens")
+        raise TaskError(f"A list of three numbers does not fit into {room} tokens.")
     answer = ranks[place - 3] if place >= 3 else ranks[-1 - place]
     question = Question([f" What is the {RANKS[place]} number of the list?"], (str(answer),), "extreme_number")
     return Material(questions=[question], body=[*body, "."])

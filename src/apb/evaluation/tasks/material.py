@@ -119,7 +119,7 @@ def weave(facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: 
     facts = sorted(facts, key=lambda fact: fact.place)
     left = room - sum([encoder.count(fact.segments) for fact in facts])
     if left < 0:
-        raise TaskError(f"the facts need {room - left} tokens, but only {room} are left for the document")
+        raise TaskError(f"The facts need {room - left} tokens, but only {room} are left for the document.")
     sentences: list[Sentence] = []
     cache = encoder.cache
     while left > 0:

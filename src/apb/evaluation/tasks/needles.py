@@ -54,7 +54,7 @@ def draw_keys(rng: Random, count: int, shared_words: bool = False) -> list[Pair]
         return list(pairs)
     most = min(len(KEY_ADJECTIVES), len(KEY_NOUNS))
     if count > most:
-        raise TaskError(f"{count} keys were asked for, but there are words for {most}")
+        raise TaskError(f"{count} keys were asked for, but there are words for {most}.")
     return list(zip(rng.sample(KEY_ADJECTIVES, count), rng.sample(KEY_NOUNS, count), strict=True))
 
 

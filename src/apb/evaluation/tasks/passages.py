@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from ...errors import InputError
+from ...errors import InputError, first_line
 from .filler import Sentence
 from .material import Encoder, Material, Question, TaskError
 
@@ -41,8 +41,10 @@ def load_passages(path: Path) -> Passages:
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The passages {str(path)!r} cannot be read as UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise InputError(f"The passages {str(path)!r} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The passages {str(path)!r} are not UTF-8 text: {error}.") from error
     texts: dict[str, str] = {}
     asked: list[Asked] = []
     for number, line in enumerate(lines, 1):
@@ -53,6 +55,8 @@ def load_passages(path: Path) -> Passages:
             if "text" in fields:
                 texts[str(fields["id"])] = str(fields["text"]).strip()
             else:
+                if not isinstance(fields["answers"], list) or not isinstance(fields["passages"], list):
+                    raise ValueError("answers and passages are lists")
                 names = tuple(str(name) for name in fields["passages"])
                 asked.append(Asked(str(fields["question"]), tuple(map(str, fields["answers"])), names))
                 if not asked[-1].answers or not names:
@@ -60,7 +64,7 @@ def load_passages(path: Path) -> Passages:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"Line {number} of {str(path)!r} is neither a passage (id, text) nor a question "
-                f"(question, answers, passages): {type(error).__name__} {error}."
+                f"(question, answers, passages): {first_line(error)}."
             ) from error
     missing = sorted({name for item in asked for name in item.passages} - set(texts))
     if missing:
@@ -78,15 +82,15 @@ def qa(
     Passages that answer the question are never cut. With fewer passages than fit, the others come again.
     """
     if passages is None or number is None:
-        raise TaskError("the task 'qa' asks questions of passages of yours: name their file with --passages")
+        raise TaskError("The task 'qa' asks questions of passages of yours: name their file with --passages.")
     if number >= len(passages.asked):
-        raise TaskError(f"there are {len(passages.asked)} questions: ask for at most as many samples")
+        raise TaskError(f"There are {len(passages.asked)} questions: ask for at most as many samples.")
     item = passages.asked[number]
     needed = [passages.texts[name] for name in item.passages]
     others = [text for name, text in passages.texts.items() if name not in item.passages]
     left = room - sum(size_of(text, encoder) for text in needed)
     if left < 0:
-        raise TaskError(f"the passages of question {number + 1} need {room - left} tokens, and there are {room}")
+        raise TaskError(f"The passages of question {number + 1} need {room - left} tokens, and there are {room}.")
     chosen = [*needed, *fill_up(rng, others, left, encoder)]
     rng.shuffle(chosen)
     body = [f"{'' if index == 1 else chr(10) * 2}Passage {index}:\n{text}" for index, text in enumerate(chosen, 1)]

@@ -32,7 +32,7 @@ def trim(counts: dict[str, int], free: list[str], room: int, encoder: Encoder) -
     while total > room:
         left = [word for word in reversed(free) if counts[word]]
         if not left:
-            raise TaskError(f"a list of words does not fit into {room} tokens")
+            raise TaskError(f"A list of words does not fit into {room} tokens.")
         for word in left:
             if total > room:
                 counts[word] -= 1

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ...compressors import Head
 from ...distributed.collectives import Group
 from ...errors import InputError
+from ...generation import check_seed
 from ...hf.attach import Attachment
 from ...hf.heads import HeadShape, save_heads
 from ...hf.loading import check_supported
@@ -58,6 +59,7 @@ class Settings:
             at_least(name.replace("_", " "), getattr(self, name), limit)
         if not 0 < self.learning_rate < 1:
             raise InputError(f"The learning rate must be above 0 and below 1, not {self.learning_rate}.")
+        check_seed(self.seed)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
