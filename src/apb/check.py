@@ -118,13 +118,13 @@ def check(config: Any, group: Group | None = None) -> Card:
 
 def describe(config: Any) -> Card:
     """The card of a configuration before anything is run."""
-    text = config.get_text_config()
     card = Card(config.model_type, "")
     try:
         loading.check_supported(config)
     except InputError as error:
         card.refused = str(error)
         return card
+    text = config.get_text_config()
     card.layers = layers(text)
     card.max_positions = getattr(text, "max_position_embeddings", None)
     try:

@@ -16,7 +16,7 @@ from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
-from .errors import InputError
+from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
@@ -148,6 +148,7 @@ class Engine:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        at_least("max_new_tokens", max_new_tokens, 0)
         plan = self.reading.plan(
             prompt,
             self.group.size,
@@ -203,6 +204,7 @@ class Engine:
             max_new_tokens,
             self.graphs,
             self.mesh.tensor,
+            None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )
 
     def inspect(

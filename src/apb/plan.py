@@ -147,7 +147,7 @@ class Plan:
         """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
         method = self.method
         if method.sparse:
-            return max(self.vertical_size, self.slash_size) >= self.query_start
+            return max(self.vertical_size, self.slash_size) >= self.total  # the query's columns take part in the choice
         return method.exact or self.blocks == 1
 
     @property

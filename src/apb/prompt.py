@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import TYPE_CHECKING
 
 from .errors import InputError, first_line
@@ -43,7 +44,10 @@ class Prompt:
     @classmethod
     def from_tokens(cls, prefix: Sequence[int], document: Sequence[int], query: Sequence[int]) -> Prompt:
         """A prompt of token ids; ``prefix`` may be empty."""
-        return cls(*(tuple(int(token) for token in part) for part in (prefix, document, query)))
+        try:
+            return cls(*(tuple(map(index, part)) for part in (prefix, document, query)))
+        except TypeError as error:
+            raise InputError(f"Token ids must be whole numbers: {first_line(error)}.") from error
 
     @classmethod
     def from_text(cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str) -> Prompt:

@@ -47,6 +47,7 @@ class Session:
         new_tokens: int,
         graphs: bool,
         tensor: Group | None = None,
+        limit: int | None = None,
     ) -> None:
         self.plan = plan
         self.logits = logits
@@ -59,6 +60,7 @@ class Session:
         self._tensor = tensor or Group()
         self._new_tokens = new_tokens  # that the cache has room for
         self._graphs = graphs
+        self._limit = limit  # positions that may be read; None: any number
         self._step: Step | None = None
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
@@ -69,6 +71,12 @@ class Session:
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
         check_tokens(token_ids, self._attachment.vocabulary)
+        total = len(self.token_ids) + len(token_ids)
+        if self._limit is not None and total > self._limit:
+            raise InputError(
+                f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
+                f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
+            )
         step = self._next_step() if len(token_ids) == 1 else None
         if step is not None:
             self.logits = step.step(token_ids[0])
@@ -169,7 +177,7 @@ class Session:
             keys, values = self.gather_kv(layer)
             if keys is not None and values is not None:
                 cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
-        return cache if self._group.rank == 0 else None
+        return cache if self._group.rank == self._tensor.rank == 0 else None
 
     def _positions(self, rank: int) -> list[range]:
         """True positions of the tokens in a rank's shard, in the order in which it holds them."""

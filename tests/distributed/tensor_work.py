@@ -42,6 +42,7 @@ def everything(folder: str) -> None:
             keys, _ = session.gather_kv(1)
             logits = torch.stack([session.logits, *(session.extend([token]) for token in families.ANSWER)])
             results[family, reading] = (logits, keys)
+            results[family, "whole cache"] = session.to_dynamic_cache() is not None
             drawn = engine.generate(families.PROMPT, max_new_tokens=4, temperature=1.0).token_ids
             engine.close()
         results[family, "drawn"] = drawn

@@ -50,7 +50,7 @@ def test_a_wrong_result_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "model_type", ["mamba", "jamba", "qwen3_next", "llama4_text", "bert", "t5", "diffllama", "doge"]
+    "model_type", ["mamba", "jamba", "qwen3_next", "llama4_text", "bert", "t5", "musicgen", "diffllama", "doge"]
 )
 def test_what_cannot_work_is_refused(model_type: str) -> None:
     """By name, with the reason, and with nothing compared."""

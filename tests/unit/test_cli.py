@@ -358,6 +358,7 @@ def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
         (["--length", "100", "--random-weights", ""], ["empty name"]),
         (["--length", "100", "--blocks", "101"], ["101 blocks", "100 tokens"]),
         (["--length", "100", "--ranks", "0"], ["Ranks", "at least 1"]),
+        (["--length", "100", "--rounds", "0"], ["Rounds", "at least 1"]),
         (["--length", "100", "--blocks", "4", "--anchor-length", "5"], ["5 tokens", "at least 33"]),
         (["--length", "100", "--model", "/nowhere"], ["/nowhere", "does not exist"]),
     ],

@@ -275,8 +275,15 @@ def test_too_many_positions() -> None:
     total = len(PROMPT) + 13
     for fragment in (f"{total} positions", "3 more", str(total - 3), "allow_extrapolation"):
         assert fragment in str(refusal.value)
+    session = engine.prefill(PROMPT)
+    session.extend([1] * 10)
+    with pytest.raises(apb.InputError, match=r"1 more than the model's .* allow_extrapolation"):
+        session.extend([1])
+    with pytest.raises(apb.InputError, match="at least 0, not -20"):
+        engine.prefill(PROMPT, max_new_tokens=-20)
     beyond = apb.Engine.from_model(model, blocks=3, allow_extrapolation=True)
     assert len(beyond.generate(PROMPT, max_new_tokens=13).token_ids) == 13
+    beyond.prefill(PROMPT).extend([1] * 11)
 
 
 @pytest.mark.parametrize("strategy", ["full", "apb"])

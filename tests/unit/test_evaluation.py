@@ -111,6 +111,31 @@ def test_a_store_goes_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None
         Store(path)
 
 
+def test_a_line_may_be_cut_anywhere(tmp_path: Path) -> None:
+    """Also within a character of several bytes; a file that cannot be put in its place leaves the old one there."""
+    path = tmp_path / "a.jsonl"
+    first, second = run_of("full", {"a": [1, 2]}, prediction="é漢😀\u2028\x85")
+    lines = [record.line().encode() for record in (first, second)]
+    for cut in range(len(lines[1])):
+        path.write_bytes(lines[0] + lines[1][:cut])
+        whole = cut == len(lines[1]) - 1  # only the line break is missing
+        assert list(read_records(path)) == [first, second][: 1 + whole]
+    (tmp_path / "a.jsonl.part").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        Store(path)
+    assert list(read_records(path)) == [first, second]
+
+
+@pytest.mark.parametrize(
+    "change", [{"answers": None}, {"answers": [1]}, {"asked": []}, {"asked": {"blocks": [1]}}, {"score": "x"}]
+)
+def test_fields_of_another_kind_are_no_record(tmp_path: Path, change: dict[str, Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(json.loads(record().line()) | change) + "\n")
+    with pytest.raises(InputError, match=f"Line 1 of .* the field '{next(iter(change))}' cannot be"):
+        Store(path)
+
+
 def test_what_tells_samples_and_readings_apart() -> None:
     """Other text, model, dtype, options, heads or ranks are other answers; times and devices are not."""
     keys = {

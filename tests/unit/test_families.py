@@ -18,6 +18,7 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNetForCausalLM", SMALL),
     "cohere": ("CohereForCausalLM", SMALL),
     "cohere2": ("Cohere2ForCausalLM", SMALL),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", PECULIAR["deepseek_v3"][1]),
     "ernie4_5": ("Ernie4_5ForCausalLM", WIDE),
     "exaone4": ("Exaone4ForCausalLM", SMALL),
     "gemma": ("GemmaForCausalLM", WIDE),

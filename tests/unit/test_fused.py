@@ -172,7 +172,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(70, 4, 64), torch.randn(90, 2, 64), torch.randn(90, 2, 64)
     segments = [Segment(k, v, causal=True)]
-    agree(fused.attention(q, segments, scale), reference.attention(q, segments, scale), 1e-5)
+    agree(attention(q, segments, scale, "fused"), reference.attention(q, segments, scale), 1e-5)
 
 
 @needs_triton

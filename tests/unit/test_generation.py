@@ -242,6 +242,8 @@ def test_pieces_joined_are_the_text(token_ids: list[int]) -> None:
         ({"temperature": math.nan}, ["temperature", "nan"]),
         ({"temperature": math.inf}, ["temperature", "inf"]),
         ({"top_k": 0}, ["op_k", "at least 1", "0"]),
+        ({"seed": 2**64}, ["seed", "2**64"]),
+        ({"seed": 1.5}, ["seed", "whole number", "1.5"]),
         ({"top_p": 0.0}, ["top_p", "0.0"]),
         ({"top_p": 1.1}, ["top_p", "1.1"]),
         ({"top_p": math.nan}, ["top_p", "nan"]),

@@ -112,7 +112,7 @@ def test_grouped_queries(group: int, head_dim: int, backend: str) -> None:
 
 
 @backends
-@pytest.mark.parametrize("scale", [0.01, 0.5])
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 0.01, 0.5])
 def test_scale(scale: float, backend: str) -> None:
     """The factor on q.k is the caller's where one is given."""
     q, segments = make(6, [(5, False), (9, True)])

@@ -81,6 +81,15 @@ def test_everything_chosen_is_full(budget):
             assert (got - expected).abs().max().item() < 1e-4
 
 
+def test_as_many_columns_as_the_document_has_are_not_all():
+    """The question's columns take part in the choice: some of the document's are left out, and the plan says so."""
+    prompt = Prompt.from_tokens([], [(37 * i + 11) % 503 for i in range(120)], [(53 * i + 41) % 503 for i in range(60)])
+    sparse = Engine.from_model(model(), strategy="minference", vertical_size=120, slash_size=1).prefill(prompt)
+    full = Engine.from_model(model(), strategy="full").prefill(prompt)
+    assert (sparse.logits - full.logits).abs().max().item() > 1e-2
+    assert not sparse.plan.exact
+
+
 @pytest.mark.parametrize("rows", [1, 127, 300, 513])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 1)])
 def test_both_engines_are_the_masked_softmax(rows, heads, kv_heads):

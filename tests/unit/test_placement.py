@@ -265,7 +265,7 @@ def test_ranks_take_gpus_one_after_the_other(checkpoint: Path, monkeypatch: pyte
 
     def load(model: str, **options: Any) -> Any:
         given.update(options)
-        return tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+        return tiny_model("llama", heads=4, kv_heads=2, head_dim=16), {"missing_keys": [], "mismatched_keys": []}
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     loading.load_model(checkpoint, torch.bfloat16, first, gpus=2)

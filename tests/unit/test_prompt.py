@@ -88,6 +88,7 @@ def test_tokens_do_not_depend_on_the_question() -> None:
     [
         (lambda: apb.Prompt.from_tokens([1], [], [2]), ["document", "empty"]),
         (lambda: apb.Prompt.from_tokens([1], [2], []), ["query", "empty"]),
+        (lambda: apb.Prompt.from_tokens([1], [1.7], [2]), ["whole numbers", "float"]),  # type: ignore[list-item]
         (lambda: apb.Prompt.from_text(PLAIN, "", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, " \n\t", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, "d", " "), ["query", "empty"]),

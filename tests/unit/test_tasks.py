@@ -92,6 +92,12 @@ def test_length_is_kept_with_a_tokenizer_that_cuts_words(task):
     assert 0.98 * 3000 <= sample.length <= 3000
 
 
+@pytest.mark.parametrize("seed", [7, 8, 19])
+def test_a_text_that_fits_is_kept_where_the_next_try_is_too_long(seed):
+    """Pairs of codes are large: corrected by turns up and down, these samples end on a text that is too long."""
+    assert 0.95 * 471 <= make("kv_retrieval", 471, seed).length <= 471
+
+
 @pytest.mark.parametrize("task", GENERATED)
 def test_seed_decides(task):
     assert make(task, seed=4) == make(task, seed=4)

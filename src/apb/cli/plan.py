@@ -90,6 +90,7 @@ def plan(
 
 def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]) -> Plan:
     """The plan of a strategy; sizes that were meant for apb count for it alone, rounds for those that take them."""
+    rounds = sizes["rounds"]
     return Plan.build(
         prefix=1,
         document=length,
@@ -99,7 +100,7 @@ def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]
         blocks=sizes["blocks"],
         anchor_length=sizes["anchor_length"] if strategy == "apb" else None,
         passing_length=sizes["passing_length"],
-        rounds=(METHODS[strategy].in_rounds and sizes["rounds"]) or 1,
+        rounds=1 if rounds is None or not METHODS[strategy].in_rounds else rounds,
     )
 
 

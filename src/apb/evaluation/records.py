@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -96,13 +98,30 @@ class Record:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-_NAMES = frozenset(field.name for field in fields(Record))
+# Whether a parsed value fits a field, by the field's annotation.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "int": lambda value: isinstance(value, int),
+    "float": lambda value: isinstance(value, (int, float)),
+    "bool": lambda value: isinstance(value, bool),
+    "dict[str, Any]": lambda value: isinstance(value, dict) and not any(map(_several, value.values())),
+    "tuple[str, ...]": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+}
+_FIELDS = {field.name: _FITS[str(field.type)] for field in fields(Record)}
+
+
+def _several(value: Any) -> bool:
+    return isinstance(value, (dict, list))
 
 
 def record_of(values: Any) -> Record:
-    """The record of a parsed line; ValueError where a field is missing, or unknown."""
-    if not isinstance(values, dict) or set(values) != _NAMES:
+    """The record of a parsed line; ValueError where a field is missing, unknown, or of another kind."""
+    if not isinstance(values, dict) or set(values) != set(_FIELDS):
         raise ValueError("not the fields of a record")
+    for name, fits in _FIELDS.items():
+        if not fits(values[name]):
+            raise ValueError(f"the field {name!r} cannot be {values[name]!r}")
     return Record(**{**values, "answers": tuple(values["answers"])})
 
 
@@ -112,24 +131,26 @@ def read_records(path: Path) -> Iterator[Record]:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 try:
-                    yield record_of(json.loads(line))
+                    yield record_of(json.loads(line.decode()))  # here: a cut may go through a character
                 except ValueError as error:
-                    if not line.endswith("\n"):
+                    if not line.endswith(b"\n"):
                         return
                     raise InputError(f"Line {number} of {str(path)!r} is no record of apb eval: {error}.") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error  # what is wrong inside a gzip file has no number
         raise InputError(f"The records {str(path)!r} cannot be read: {reason}.") from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a .jsonl or .jsonl.gz file anew; the same records give the same bytes."""
+    """Write a .jsonl or .jsonl.gz file anew, or replace it at once; the same records give the same bytes."""
     text = "".join(record.line() for record in records).encode()
-    path.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
+    part.replace(path)
 
 
-def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+def _open(path: Path) -> gzip.GzipFile | BufferedReader:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
 
 
 class Store:
@@ -142,11 +163,11 @@ class Store:
             return
         if path.suffix == ".gz":
             raise InputError(f"Records cannot be appended to {str(path)!r}; name a file that ends in .jsonl.")
-        if path.exists():
-            for record in read_records(path):
-                self._records[record.key] = record
-            write_records(path, self._records.values())  # without a last line that was cut short
         try:
+            if path.exists():
+                for record in read_records(path):
+                    self._records[record.key] = record
+                write_records(path, self._records.values())  # without a last line that was cut short
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise InputError(f"The records cannot be written to {str(path)!r}: {error.strerror}.") from error

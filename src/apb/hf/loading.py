@@ -157,13 +157,17 @@ _ATTENTION = {"full_attention", "sliding_attention"}
 
 def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
-    text = config.get_text_config()
     name = config.model_type
+    other = InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    try:
+        text = config.get_text_config()
+    except ValueError as error:  # a text encoder beside the decoder
+        raise other from error
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)
     if paired or (not loads and not getattr(config, "auto_map", None)):
-        raise InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+        raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
     odd = sorted(set(kinds) - _ATTENTION)
     recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
@@ -199,7 +203,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
     """InputError where a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = position_limit(config)
     if limit is not None and total > limit and not allow_extrapolation:
         raise InputError(
             f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
@@ -212,6 +216,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
             "read in one round."
         )
+
+
+def position_limit(config: Any) -> int | None:
+    """Positions that a model was trained for; None where its configuration names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -23,7 +23,9 @@ def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[],
             return args, {**kwargs, "position_ids": _extend(kwargs["position_ids"], total())}
         return (args[0], _extend(args[1], total()), *args[2:]), kwargs
 
-    def after(module: nn.Module, args: Any, kwargs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):  # DeepSeek-V2's: cosines and sines are one complex number
+            return output[..., :-1, :]
         return tuple(x[..., :-1, :] for x in output)
 
     handles = []

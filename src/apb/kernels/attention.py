@@ -54,6 +54,8 @@ def attention(
     _check(q, segments)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if scale <= 0:  # kernels mask logits, or look for the largest, before they scale: that needs a positive factor
+        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     name, _ = choose(backend, q.device, q.dtype, q.shape[-1], softcap)
     if softcap is not None:
         return (fused if name == "fused" else reference).attention(q, segments, scale, softcap)

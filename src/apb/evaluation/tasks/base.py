@@ -124,7 +124,7 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
         raise TaskError(f"There is no haystack {options['haystack']!r}: choose one of {', '.join(FILLERS)}.")
     encoder = encoder_of(tokenizer)
     prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
-    goal = length
+    goal, made = length, None
     for _ in range(8):
         # Counts by segments are exact for word-level tokenizers; for others the goal is corrected by the true count.
         rng = Random(f"{task} {seed}")
@@ -137,12 +137,14 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
             question = material.questions[0]
         document = arrange(material, rng, goal - prefix - ends, encoder)
         total = prefix + size(document, tokenizer) + size_of_ends(question, tokenizer)
+        if total <= length:
+            made = Sample(task, document, question.text, question.answers, seed, total)
         if 0.988 * length <= total <= length:
             break
         goal = max(SHORTEST // 2, int(goal * (length - 2) / total) - (1 if total > length else 0))
-    if total > length:
+    if made is None:
         raise TaskError(f"A sample of {length} tokens cannot be made: the shortest has {total}.")
-    return Sample(task, document, question.text, question.answers, seed, total)
+    return made
 
 
 def score(sample: Sample, prediction: str) -> float:

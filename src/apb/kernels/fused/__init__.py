@@ -89,7 +89,8 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 def attention(
     q: Tensor, segments: Sequence[Segment], scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`apb.attention`. One launch for up to three segments, one more for each three more, merged.
+    """See :func:`apb.attention`, for a positive scale. One launch for up to three segments, one more for each three
+    more, merged.
 
     Few rows go to :mod:`apb.kernels.decode`, segment by segment.
     """
@@ -97,8 +98,6 @@ def attention(
     segments = [segment for segment in segments if len(segment.k)]
     if not rows or not segments:
         return torch.zeros_like(q), q.new_full((heads, rows), float("-inf"), dtype=torch.float32)
-    if scale <= 0:  # the kernels take the maximum of scaled logits before they scale: that needs a positive factor
-        q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     results = []
     if rows <= FEW_ROWS:
         from .. import decode
