@@ -17,6 +17,8 @@ from apb.plan import Plan
 from cases import CASES, check
 from rank_work import SIZES, Record
 
+# All ranks' work is done before the first test, which is charged for it.
+pytestmark = pytest.mark.timeout(900)
 Records = dict[int, list[Record]]
 GROUPS = [(size, name) for size, name in itertools.product(SIZES, CASES)]
 
