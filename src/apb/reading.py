@@ -57,6 +57,8 @@ class Reading:
             raise InputError(
                 f"Unknown strategy {self.strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}."
             )
+        if self.strategy == AUTO and self.rounds not in (None, 1):
+            raise InputError(f"The strategy {AUTO!r} finds the rounds itself; leave them out, or name another.")
         check_compressor(self.scorer, self.heads is not None)
 
     @property

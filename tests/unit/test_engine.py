@@ -343,6 +343,7 @@ def test_tokens_outside_the_vocabulary(part: str, token: int) -> None:
     [
         ({"strategy": "magic"}, ["'magic'", "apb, full"]),
         ({"compressor": "magic"}, ["'magic'", "query"]),
+        ({"strategy": "auto", "rounds": 2}, ["'auto'", "rounds"]),
         ({"compressor": "retaining"}, ["'retaining'", "none were given"]),
         ({"heads": "/nowhere/heads.pt"}, ["/nowhere/heads.pt", "does not exist"]),
         ({"backend": "magic"}, ["'magic'", "reference"]),
