@@ -313,8 +313,8 @@ def test_files_that_are_no_heads(tmp_path: Path, content: bytes, name: str) -> N
 
 def test_heads_that_are_not_there(tmp_path: Path) -> None:
     """A missing file, and a folder in its place, are refused with the path."""
-    for path in (tmp_path / "heads.pt", tmp_path):
-        with pytest.raises(apb.InputError, match="does not exist") as refusal:
+    for path, reason in ((tmp_path / "heads.pt", "does not exist"), (tmp_path, "is a folder")):
+        with pytest.raises(apb.InputError, match=reason) as refusal:
             load_heads(path, **SHAPE)
         assert str(path) in str(refusal.value)
 
