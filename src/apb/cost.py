@@ -140,12 +140,20 @@ def predict(
     ``ranks_per_host``: how many consecutive ranks share a host; None: all of them.
     """
     sending = [sent(plan, rank, model, element_bytes, ranks_per_host) for rank in range(plan.ranks)]
-    ranks = (_rank(plan, rank, model, element_bytes, compressor, each) for rank, each in enumerate(sending))
+    contexts = plan.contexts()
+    ranks = (_rank(plan, rank, model, element_bytes, compressor, each, contexts) for rank, each in enumerate(sending))
     return Cost(tuple(ranks), plan.method.overlaps, len(model.split) or 1)
 
 
-def _rank(plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: str, sending: Sent) -> RankCost:
-    contexts = plan.contexts()
+def _rank(
+    plan: Plan,
+    rank: int,
+    model: ModelShape,
+    element_bytes: int,
+    compressor: str,
+    sending: Sent,
+    contexts: list[int],
+) -> RankCost:
     gathered = gathered_rows(plan)
     rows = pairs = query_pairs = scored = kept = widest = 0
     for round in range(plan.rounds):

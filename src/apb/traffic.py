@@ -15,6 +15,7 @@ network adapter of its own. Three patterns occur, and each crosses hosts in its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .halo import sent_rows
 from .methods import kv_heads_of
@@ -76,7 +77,7 @@ def sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int, ranks_per
 
 def _document(plan: Plan, rank: int, model: ModelShape, element_bytes: int, hosts: Hosts) -> Sent:
     """What a rank sends in one layer for the document's rows."""
-    rows = [sum(map(len, plan.owned(each))) for each in range(plan.ranks)]
+    rows = _rows(plan)
     if plan.strategy == "ring":
         total = (plan.ranks - 1) * max(rows) * model.pair_width * element_bytes
         return Sent(total, total if hosts.apart(rank, (rank + 1) % plan.ranks) else 0)
@@ -92,14 +93,21 @@ def _document(plan: Plan, rank: int, model: ModelShape, element_bytes: int, host
     return hosts.gather(sum(gathered_rows(plan)) * model.pair_width * element_bytes)
 
 
-def gathered_rows(plan: Plan) -> list[int]:
+@lru_cache(maxsize=8)  # asked for by every rank of a plan
+def _rows(plan: Plan) -> tuple[int, ...]:
+    """The document's rows of every rank."""
+    return tuple(sum(map(len, plan.owned(rank))) for rank in range(plan.ranks))
+
+
+@lru_cache(maxsize=8)
+def gathered_rows(plan: Plan) -> tuple[int, ...]:
     """Pairs per KV head that a rank gives to a layer's collective, by round: the widest rank's, others are padded."""
     if plan.blocks == 1 or not plan.method.passes:
-        return [0] * plan.rounds
+        return (0,) * plan.rounds
     widths = [[0] * plan.ranks for _ in range(plan.rounds)]
     for rank in range(plan.ranks):
         start, stop = plan.anchor_share(rank)
         widths[0][rank] += stop - start
         for block in plan.owned(rank):
             widths[block.round][rank] += plan.passed(block.index)
-    return [max(width) for width in widths]
+    return tuple(max(width) for width in widths)

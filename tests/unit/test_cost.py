@@ -171,7 +171,7 @@ def test_rounds_carry_what_later_blocks_see() -> None:
     """In rounds the anchor and three blocks' pairs of every layer stay alive beside what is alive in one layer."""
     plan = Plan.build(0, 80, 2, blocks=4, anchor_length=8, passing_length=3, rounds=2)
     (rank,) = predict(plan, SMALL).ranks
-    assert gathered_rows(plan) == [8 + 3 + 3, 3]  # pairs that join in each round
+    assert gathered_rows(plan) == (8 + 3 + 3, 3)  # pairs that join in each round
     alive = max(activations(plan, 0, round, SMALL, count) for round, count in enumerate(gathered_rows(plan)))
     assert rank.activation_bytes == 2 * (alive + (8 + 3 * 3) * 64 * 3)
 
