@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The figures that need GPUs. Usage: benchmarks/gpus.sh FOLDER PART ...
 #   tests       the tests that need a GPU, or two                                      about 120 s
-#   sanitize    every kernel on small shapes under compute-sanitizer and Triton's checker about 150 s
+#   sanitize    every kernel on small shapes under compute-sanitizer and Triton's checker about 200 s
 #   attention   every attention kernel on APB's shapes, with its error                 about 60 s
 #   small       selection by torch and by the kernels, decode, a cache in fp8          about 40 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 64K, 128K and 256K about 230 s
@@ -34,7 +34,7 @@ for part; do
     sanitize)
       hopper="hopper64 hopper128 hopper256" others="portable64 portable128 portable256 decode selection"
       check() {  # NAME COMMAND ...: its output in NAME.txt, its exit status and last line here
-        timeout 150 "${@:2}" > "$out/$1.txt" 2>&1
+        timeout 240 "${@:2}" > "$out/$1.txt" 2>&1
         echo "$1: exit status $?; $(tail -n 1 "$out/$1.txt")"
       }
       memory="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool"
