@@ -28,6 +28,15 @@ settings.register_profile("suite", deadline=None, max_examples=60, derandomize=T
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``gpu``, or ``gpu(N)`` for several, are of hardware that nothing stands in for."""
+    marker = item.get_closest_marker("gpu")
+    needed = 0 if marker is None else marker.args[0] if marker.args else 1
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"needs NVIDIA GPUs: {needed}")  # most machines have none, those that run CI among them
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny checkpoint on disk, with a tokenizer of bytes."""

@@ -34,28 +34,39 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def machines() -> Iterator[list[str]]:
     """Two namespaces with a wire between them; skips where they cannot be made."""
-    if not shutil.which("ip"):
-        pytest.skip("iproute2 (ip) is not installed")
     wire = None
     try:
-        for number, (name, link, plug) in enumerate(zip(NAMES, LINKS, PLUGS, strict=True), 1):
-            run("ip", "netns", "add", name)
-            run("ip", "link", "add", plug, "type", "veth", "peer", link, "netns", name)
-            run("ip", "link", "set", plug, "up")
-            run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
-            for device in (link, "lo"):
-                run("ip", "-n", name, "link", "set", device, "up")
+        try:
+            _connect()
+        except (subprocess.CalledProcessError, OSError) as error:
+            reason = getattr(error, "stderr", None) or str(error)
+            # Only Linux has namespaces, and only root, with iproute2, may make them: tests must run without these too.
+            pytest.skip(f"network namespaces cannot be made here: {reason.strip()}")
         wire = _wire()
         yield NAMES
-    except (subprocess.CalledProcessError, OSError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        pytest.skip(f"network namespaces cannot be made here: {reason.strip()}")
     finally:
         if wire is not None:
             wire.kill()
             wire.communicate()
         for name in NAMES:  # and with them their links
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+            _remove(name)
+
+
+def _connect() -> None:
+    """Make the machines, each with a link that ends in a plug of the wire."""
+    for number, (name, link, plug) in enumerate(zip(NAMES, LINKS, PLUGS, strict=True), 1):
+        run("ip", "netns", "add", name)
+        run("ip", "link", "add", plug, "type", "veth", "peer", link, "netns", name)
+        run("ip", "link", "set", plug, "up")
+        run("ip", "-n", name, "addr", "add", f"10.77.0.{number}/24", "dev", link)
+        for device in (link, "lo"):
+            run("ip", "-n", name, "link", "set", device, "up")
+
+
+def _remove(name: str) -> None:
+    """Take a machine away, if it was made."""
+    if shutil.which("ip"):
+        subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
 def _wire() -> subprocess.Popen[str]:
@@ -68,8 +79,7 @@ def _wire() -> subprocess.Popen[str]:
         text=True,
     )
     assert wire.stdout is not None
-    if wire.stdout.readline() != "ready\n":
-        raise OSError(wire.communicate()[1])
+    assert wire.stdout.readline() == "ready\n", wire.communicate()[1]
     return wire
 
 

@@ -13,11 +13,7 @@ from apb.kernels.vertical_slash import by_flex, by_tiles
 from models import tiny_model
 from oracle import dense_prefill
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Nothing here can run without the hardware that it is about.
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 TOLERANCE = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 

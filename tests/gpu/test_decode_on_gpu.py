@@ -13,11 +13,7 @@ from torch import Tensor
 from apb import Segment
 from apb.kernels import reference
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Nothing here can run without the hardware that it is about.
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @contextmanager

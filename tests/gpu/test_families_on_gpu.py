@@ -9,10 +9,7 @@ import apb
 import families
 from apb.kernels.window import Run, window_attention
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize(("family", "reading"), families.CASES)

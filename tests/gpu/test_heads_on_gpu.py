@@ -15,10 +15,7 @@ from apb.training.heads.train import HeadTrainer, Report, Settings
 from byte_checkpoint import byte_tokenizer
 from models import tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 def test_labels():

@@ -19,11 +19,7 @@ from apb.hf.random_weights import random_model, shape_config
 from command_line import Cli
 from models import placed, tiny_heads, tiny_model
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Nothing here can run without the hardware that it is about.
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
+pytestmark = pytest.mark.gpu(2)
 
 APB = {"strategy": "apb", "blocks": 5, "anchor_length": 40, "passing_length": 16}
 READINGS = {

@@ -9,21 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-pytestmark = [
-    pytest.mark.gpu,
-    # Nothing here can run without the hardware that it is about.
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
-]
 
 
-@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize("gpus", [pytest.param(gpus, marks=pytest.mark.gpu(2 * gpus)) for gpus in (1, 2)])
 def test_two_ranks_agree_with_the_oracle(gpus):
     """Logits and gathered cache of all strategies in fp32 within 1e-4; sampled tokens alike on both ranks. Also where a
     rank's layers are split over two GPUs."""
-    if torch.cuda.device_count() < 2 * gpus:
-        pytest.skip(f"two ranks of {gpus} GPUs need {2 * gpus}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "tests/gpu/ranks.py", str(gpus)]
     done = subprocess.run(
         command,

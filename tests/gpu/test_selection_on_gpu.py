@@ -10,11 +10,7 @@ from torch import Tensor
 
 from apb.kernels.selection import attention_received, choose, pack
 
-pytestmark = [
-    pytest.mark.gpu,
-    # Nothing here can run without the hardware that it is about.
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 SIZES = {  # tokens, selectable, count
     "16K": (16384, 16384, 2048),
