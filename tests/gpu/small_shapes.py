@@ -17,8 +17,9 @@ import sys
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import linear
 
-from apb.kernels import decode, reference
+from apb.kernels import decode, matvec, reference
 from apb.kernels.fused import HOPPER, Part, Task, launch, why_not_hopper
 from apb.kernels.segment import Segment
 from apb.kernels.selection import attention_received, choose, pack
@@ -98,7 +99,16 @@ def tiles() -> None:
     close(lse, wanted_lse)
 
 
-KERNELS = {"decode": few_rows, "selection": selection, "tiles": tiles}
+def one_row() -> None:
+    """Products of one row with whole tiles and parts of them; the weights are of exactly their size."""
+    for outputs, width, dtype in ((1, 1, torch.float32), (1001, 4096, torch.bfloat16), (130, 5001, torch.float16)):
+        x, weight, bias = (
+            torch.randn(*shape, device=GPU).to(dtype) for shape in ((1, width), (outputs, width), (outputs,))
+        )
+        close(matvec.linear(x, weight, bias), linear(x.double(), weight.double(), bias.double()))
+
+
+KERNELS = {"decode": few_rows, "matvec": one_row, "selection": selection, "tiles": tiles}
 KERNELS |= {
     f"{kernel}{head_dim}": lambda kernel=kernel, head_dim=head_dim: fused(kernel, head_dim)
     for kernel in ("hopper", "portable")

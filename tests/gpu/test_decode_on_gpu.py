@@ -100,3 +100,22 @@ def test_one_head_apart() -> None:
         assert torch.equal(out[:, others], wanted[:, others])
         assert torch.equal(lse[others], wanted_lse[others])
         assert value != value or (out[:, 3].isfinite().all() and lse[3].item() < -1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [1, 300, 4096, 5120, 14336])
+@pytest.mark.parametrize("outputs", [1, 1024, 128257])
+def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype) -> None:
+    """Each is its exact value's rounding, but for what a sum in fp32 may be off; compiled, the very same."""
+    from apb.kernels import matvec
+
+    torch.manual_seed(0)
+    x, bias = torch.randn(1, 1, width, device="cuda").to(dtype), torch.randn(outputs, device="cuda").to(dtype)
+    weight = torch.randn(outputs, width, device="cuda").to(dtype)
+    with poisoned():
+        out = matvec.linear(x, weight, bias)
+    wanted = torch.cat([x[0, 0].double() @ part.double().T for part in weight.split(4096)]) + bias.double()
+    room = 2e-6 * width**0.5 + torch.finfo(dtype).eps / 2 * wanted.abs()
+    assert ((out[0, 0].double() - wanted).abs() <= room).all()
+    compiled = torch.compile(lambda x: 2 * matvec.linear(x, weight, bias))
+    assert torch.equal(compiled(x), 2 * out)

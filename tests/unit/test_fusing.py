@@ -1,14 +1,20 @@
-"""Compiling the parts of layers: where it is done, what it may change, and that all of it can be undone."""
+"""Faster layers: where they are made so, what that may change, and that all of it can be undone."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import linear
 from transformers.models.llama import modeling_llama
 
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
 from models import tiny_model
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def test_nothing_is_compiled_on_the_cpu():
@@ -21,6 +27,7 @@ def test_nothing_is_compiled_on_the_cpu():
         Engine.from_model(model, fused=True)
 
 
+@needs_triton
 def test_parts_run_compiled_and_come_back(monkeypatch):
     """Norms, MLPs and the rotary embedding go through torch.compile, to the same effect; undone, nothing is left."""
     compiled = []
@@ -46,7 +53,8 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     assert not compiled
     rotate = modeling_llama.apply_rotary_pos_emb
     fast = Engine.from_model(model, strategy="apb", blocks=3)
-    assert torch.equal(fast.prefill(prompt).logits, expected)
+    # The last row's logits, a single row's product, are summed up in another order.
+    torch.testing.assert_close(fast.prefill(prompt).logits, expected, rtol=1e-5, atol=1e-5)
     layers = model.config.num_hidden_layers
     assert compiled.count("LlamaRMSNorm.forward") == 2 * layers + 1
     assert compiled.count("LlamaMLP.forward") == layers
@@ -54,3 +62,62 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     fast.close()
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert not any("forward" in vars(module) for module in model.modules())
+    assert type(model.lm_head) is nn.Linear
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("outputs", "width"), [(1, 1), (7, 64), (130, 37), (33, 2048), (3, 5000)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype, with_bias: bool):
+    """Any widths, whole tiles or not, against torch in fp64; what lies behind the weights is not taken for them."""
+    from apb.kernels import matvec
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 1, width).to(dtype), torch.full((outputs + 1, width + 3), float("nan"), dtype=dtype)
+    weight[:outputs, :width] = torch.randn(outputs, width)
+    weight = weight[:outputs, :width]
+    bias = torch.randn(outputs).to(dtype) if with_bias else None
+    actual = matvec.linear(x, weight, bias)
+    assert actual.shape == (1, 1, outputs) and actual.dtype == dtype
+    wanted = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    # The sum's rounding, and that of what is given back.
+    room = width * 2.0**-24 * linear(x.abs().double(), weight.abs().double()) + torch.finfo(dtype).eps * wanted.abs()
+    assert ((actual.double() - wanted).abs() <= room + 1e-7).all()
+
+
+@needs_triton
+def test_what_is_done_by_row(monkeypatch):
+    """Single rows without gradients alone, of plain linear layers; compiled parts call the kernel too."""
+    from apb.kernels import matvec
+
+    rows = []
+    launch = matvec._launch
+    monkeypatch.setattr(matvec, "_launch", lambda *given: rows.append(len(given[0])) or launch(*given))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    layers = model.model.layers
+
+    class Adapted(nn.Linear):
+        pass
+
+    layers[0].mlp.up_proj.__class__ = Adapted
+    hooked = layers[1].mlp.up_proj
+    hooked.forward = lambda x: linear(x, hooked.weight)
+    undo = fusing.fuse_parts(model)
+    one, two = torch.tensor([[3]]), torch.tensor([[3, 4]])
+    with torch.no_grad():
+        model(two)
+        assert len(rows) == 0
+        model(one)
+        assert len(rows) == 7 * len(layers) + 1 - 2  # the two that are somebody else's
+        assert {*rows} == {model.config.hidden_size, layers[0].mlp.down_proj.in_features, 4 * 16}
+        undo()
+        rows.clear()
+        model(one)
+        assert len(rows) == 0
+    assert type(layers[0].mlp.up_proj) is Adapted and "forward" in vars(hooked)
+    fusing.fuse_parts(model)
+    model.requires_grad_(True)
+    model(one).logits.sum().backward()  # the kernel has no backward pass
+    assert len(rows) == 0 and model.lm_head.weight.grad is not None

@@ -1,8 +1,9 @@
-"""Fusing what a layer does beside its matrix products and attention, with torch.compile, on GPUs.
+"""Faster layers on GPUs, around their attention: parts compiled by torch.compile, and products of single rows.
 
 Run one operation after the other, norms, rotary embeddings and activations read and write every row several times: a
-tenth of a layer's time. They are compiled one by one, so that a graph serves all layers and any number of rows; the
-attention function and the cache between them stay ordinary Python.
+tenth of a layer's time in prefill. They are compiled one by one, so that a graph serves all layers and any number of
+rows; the attention function and the cache between them stay ordinary Python. A step of decode is nearly all products of
+one row, for which :mod:`apb.kernels.matvec` is faster than torch.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..kernels.fused import why_no_triton
@@ -31,10 +32,15 @@ def why_not(device: torch.device) -> str | None:
 
 
 def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
-    """Compile a model's norms, dense MLPs and rotary embeddings; returns what undoes it.
+    """Compile a model's norms, dense MLPs and rotary embeddings, exchange its linear layers; returns what undoes it.
 
-    Numbers change by rounding: what is fused is not rounded to the model's dtype in between.
+    Numbers change by rounding: what is fused is not rounded to the model's dtype in between, and sums are of another
+    order.
     """
+    # Of that class alone: those that were quantized or adapted are others, and what others put there stays.
+    linear = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
+    for layer in linear:
+        layer.__class__ = _Linear
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
     changed: list[nn.Module] = []
     for module in model.modules():
@@ -52,12 +58,27 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
         _set(source, torch.compile(original, dynamic=True))
 
     def undo() -> None:
+        for layer in linear:
+            layer.__class__ = nn.Linear
         for module in changed:
             vars(module).pop("forward", None)
         for source, original in rotations:
             _set(source, original)
 
     return undo
+
+
+class _Linear(nn.Linear):
+    """A class, not a function put into every layer: what is compiled for one layer must serve the others."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        alone = input.numel() == self.in_features and not torch.is_grad_enabled()
+        if alone and weight.is_contiguous() and type(weight.data) is Tensor and input.dtype == weight.dtype:
+            from ..kernels import matvec  # Triton: there where GPUs are
+
+            return matvec.linear(input, weight, self.bias)
+        return super().forward(input)
 
 
 def _set(source: ModuleType, rotate: Callable[..., Any]) -> None:
