@@ -42,9 +42,12 @@ for part; do
       check initcheck $memory initcheck "$python" tests/gpu/small_shapes.py $hopper $others &
       check synccheck $memory synccheck "$python" tests/gpu/small_shapes.py $hopper &
       check racecheck $memory racecheck "$python" tests/gpu/small_shapes.py $others &
-      # What racecheck says of the kernel for Hopper it may say of any kernel whose warps share their work.
-      check racecheck_hopper $memory racecheck "$python" tests/gpu/small_shapes.py $hopper &
-      check racecheck_control $memory racecheck "$python" tests/gpu/hand_over.py &
+      # Warps that share their work are ordered by several barriers together: that has to be asked for. Of the controls
+      # the correct one must pass; whether the careless one fails tells if racecheck sees bulk copies.
+      ordered="$memory racecheck --racecheck-indirect-barrier-dependency"
+      check racecheck_hopper $ordered "$python" tests/gpu/small_shapes.py $hopper &
+      check racecheck_control $ordered "$python" tests/gpu/hand_over.py &
+      check racecheck_careless $ordered "$python" tests/gpu/hand_over.py careless &
       # Triton's own checker follows barriers and bulk copies; of its controls the last one must fail.
       triton="env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR=$(mktemp -d)"
       for name in $hopper; do check "consan_$name" $triton "$python" tests/gpu/small_shapes.py $name & done

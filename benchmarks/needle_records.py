@@ -15,7 +15,7 @@ import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,11 +100,12 @@ def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
         yield from answer(Unit("multikey", length, chosen, 0, TIMED), 1)
 
 
-def is_done(unit: Unit, known: set[tuple[object, ...]]) -> bool:
-    """Whether every sample of a unit has been answered in every way."""
+def remaining(unit: Unit, known: set[tuple[object, ...]]) -> Unit:
+    """A unit with those of its ways to read in which a sample has not been answered."""
     first = FIRST_SEED * 1_000_000 + unit.first
     names = [str(number) for number in range(first, first + unit.count)]
-    return all((unit.task, unit.length, name, asked(s)) in known for name in names for s in unit.settings)
+    settings = [s for s in unit.settings if any((unit.task, unit.length, n, asked(s)) not in known for n in names)]
+    return replace(unit, settings=tuple(settings))
 
 
 def asked(setting: Setting) -> str:
@@ -138,7 +139,7 @@ def main() -> None:
     known: set[tuple[object, ...]] = {
         (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
     }
-    missing = [unit for unit in units(arguments) if not is_done(unit, known)]
+    missing = [unit for unit in (remaining(unit, known) for unit in units(arguments)) if unit.settings]
     speeds: list[Record] = []
     if not arguments.no_speeds:
         # What the compilers make of this run is on disk when the others need it.

@@ -80,6 +80,24 @@ def test_rows_hold_baseline_ratio_and_floor():
     assert model.config._attn_implementation == "eager"  # given back
 
 
+def test_predictions_are_of_the_kernel_that_runs(monkeypatch):
+    """The baseline's own attention is measured, once; floors stay those of the best kernel, predictions do not."""
+    asked = []
+    monkeypatch.setattr(prefill, "attention_rate", lambda device, dtype, backend: asked.append(backend) or 1e6)
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    rates = Ceilings(1e9, 1e9, 0.0, 1e9)
+    run = partial(bench_prefill, model, model_shape(model.config), rates, ["full", "apb"], [300, 400], 1, blocks=3)
+    rows = list(run(baseline_backend="reference"))
+    assert asked == ["reference"]
+    assert [row.attention_rate for row in rows] == [1e6, 1e9, 1e6, 1e9]
+    for row, auto in zip(rows, run(), strict=True):
+        assert row.floor_seconds == auto.floor_seconds
+        slower = row.predicted_seconds - auto.predicted_seconds
+        flops = 4 * 4 * 16 * sum(range(1, row.length + 1)) * model.config.num_hidden_layers
+        assert slower == pytest.approx(flops * (1e-6 - 1e-9) if row.strategy == "full" else 0.0)
+    assert asked == ["reference"]
+
+
 def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
     """A row says why there are no figures; short of time, fewer repeats are counted and no parts."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)

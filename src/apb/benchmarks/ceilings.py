@@ -23,21 +23,21 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
     Products and attention at the rate that the device keeps up, not at that of its first call. The sizes fill a GPU; on
     the CPU they are smaller. The link is 0 for a single rank.
     """
-    gpu = device.type == "cuda"
-    rows, message = (32768, 1 << 27) if gpu else (2048, 1 << 20)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    linear = product_rate(device, dtype)
-    q, k, v = random(rows, 32, 128), random(rows, 8, 128), random(rows, 8, 128)
-    pairs = rows * (rows + 1) // 2
-    seconds = sustained_seconds(lambda: attention(q, [Segment(k, v, causal=True)]), device)
+    linear, products = product_rate(device, dtype), attention_rate(device, dtype)
     link = 0.0
     if group.size > 1:
-        x = random(message)
+        x = torch.randn(1 << 27 if device.type == "cuda" else 1 << 20, device=device, dtype=dtype)
         link = (group.size - 1) * x.nbytes / median_seconds(lambda: group.all_gather(x).wait(), device)
-    return Ceilings(linear, 4 * 32 * 128 * pairs / seconds, link, copy_bandwidth(device))
+    return Ceilings(linear, products, link, copy_bandwidth(device))
+
+
+def attention_rate(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> float:
+    """FLOPs per second of causal attention, at the rate that the device keeps up: what is masked is not counted."""
+    rows = 32768 if device.type == "cuda" else 2048
+    q, k, v = (torch.randn(rows, heads, 128, device=device, dtype=dtype) for heads in (32, 8, 8))
+    pairs = rows * (rows + 1) // 2
+    once = sustained_seconds(lambda: attention(q, [Segment(k, v, causal=True)], backend=backend), device)
+    return 4 * 32 * 128 * pairs / once
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:

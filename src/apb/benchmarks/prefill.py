@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from ..methods import METHODS
 from ..parts import Clock, clocked
 from ..prompt import Prompt
 from ..shape import ModelShape
+from .ceilings import attention_rate
 
 QUERY_TOKENS = 32
 # The columns of the paper's tables 14 and 16, in the order of a layer.
@@ -39,8 +40,9 @@ class Row:
         backend: the attention back-end.
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
         floor_seconds: what the plan's FLOPs alone take at the ceilings measured in the same run.
-        predicted_seconds: with the bytes that are sent and moved, nothing overlapped; ``prediction_error`` is how much
-            longer that is than what was measured (0.1: 10 % longer).
+        attention_rate: FLOPs per second that the back-end reached at the start of the same run.
+        predicted_seconds: with the bytes that are sent and moved, nothing overlapped, attention at that rate;
+            ``prediction_error`` is how much longer that is than what was measured (0.1: 10 % longer).
         speedup: the first strategy's seconds at this length over these; None for the first itself.
         parts: seconds by part on the first rank in one more prefill, whose clocks cost little; they sum to that
             prefill's time. "communication" is what is waited for, not what is hidden.
@@ -56,6 +58,7 @@ class Row:
     all_seconds: list[float] = field(default_factory=list)
     tokens_per_s: float | None = None
     floor_seconds: float | None = None
+    attention_rate: float | None = None
     predicted_seconds: float | None = None
     prediction_error: float | None = None
     of_floor: float | None = None
@@ -90,6 +93,7 @@ def bench_prefill(
     ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
     ``reading`` are the engine's other options, the same for all strategies that know them. Every rank must run it.
     """
+    rates: dict[str, float] = {}
     for length in lengths:
         baseline: float | None = None
         for strategy in strategies:
@@ -97,7 +101,10 @@ def bench_prefill(
             backend = baseline_backend if strategy == strategies[0] else "auto"
             engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, backend=backend, **options)
             try:
-                row = _measure(engine, shape, ceilings, length, repeat, max_seconds, baseline)
+                if backend != "auto" and backend not in rates:
+                    rates[backend] = attention_rate(engine.device, engine.dtype, backend)
+                reached = replace(ceilings, attention=rates.get(backend, ceilings.attention))
+                row = _measure(engine, shape, ceilings, reached, length, repeat, max_seconds, baseline)
             finally:
                 engine.close()
             if strategy == strategies[0]:
@@ -116,6 +123,7 @@ def _measure(
     engine: Engine,
     shape: ModelShape,
     ceilings: Ceilings,
+    reached: Ceilings,
     length: int,
     repeat: int,
     max_seconds: float,
@@ -129,7 +137,7 @@ def _measure(
         strategy = engine.reading.strategy
         return Row(strategy, length, METHODS[strategy].exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
-    floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(ceilings)
+    floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(reached)
     seconds: list[float] = []
     parts = None
     note = None
@@ -161,6 +169,7 @@ def _measure(
         all_seconds=counted,
         tokens_per_s=plan.total / median if median else None,
         floor_seconds=floor,
+        attention_rate=reached.attention,
         predicted_seconds=predicted,
         prediction_error=predicted / median - 1 if median else None,
         of_floor=floor / median if median else None,
