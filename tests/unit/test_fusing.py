@@ -121,3 +121,15 @@ def test_what_is_done_by_row(monkeypatch):
     model.requires_grad_(True)
     model(one).logits.sum().backward()  # the kernel has no backward pass
     assert len(rows) == 0 and model.lm_head.weight.grad is not None
+
+
+@needs_triton
+def test_a_shard_of_a_layer_is_no_single_row():
+    """Two rows of half a layer's width are as many numbers as the whole layer's width."""
+    layer = nn.Linear(8, 5, bias=False)
+    rows = torch.randn(1, 2, 4)
+    layer.weight = nn.Parameter(layer.weight[:, :4].clone())
+    undo = fusing.fuse_parts(nn.ModuleList([layer]))
+    with torch.no_grad():
+        torch.testing.assert_close(layer(rows), linear(rows, layer.weight))
+    undo()

@@ -73,7 +73,8 @@ class _Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        alone = input.numel() == self.in_features and not torch.is_grad_enabled()
+        # Not in_features: of tensor parallel's shards that is the whole's.
+        alone = input.numel() == weight.shape[1] and not torch.is_grad_enabled()
         if alone and weight.is_contiguous() and type(weight.data) is Tensor and input.dtype == weight.dtype:
             from ..kernels import matvec  # Triton: there where GPUs are
 
