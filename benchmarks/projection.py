@@ -21,7 +21,7 @@ from apb.benchmarks.results import read_results
 from apb.cli.plan import ONE_DEVICE
 from apb.cost import predict
 from apb.evaluation.report import markdown_table
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.hf.random_weights import config_of, shapes
 from apb.methods import METHODS, check_heads
 from apb.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis

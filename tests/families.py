@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import apb
-from apb.hf.loading import head_dim
+from apb.hf.counting import head_dim
 from models import without_eos
 from oracle import masked_prefill
 

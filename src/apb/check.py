@@ -11,7 +11,7 @@ from torch import Tensor
 from .distributed.collectives import Group
 from .engine import Engine
 from .errors import InputError, first_line
-from .hf import loading
+from .hf import counting, loading
 from .hf.random_weights import random_model
 from .hf.shrinking import HEADS, shrink
 from .methods import METHODS
@@ -128,7 +128,7 @@ def describe(config: Any) -> Card:
     card.layers = layers(text)
     card.max_positions = getattr(text, "max_position_embeddings", None)
     try:
-        shape = loading.model_shape(config)
+        shape = counting.model_shape(config)
     except Exception:  # a configuration that leaves out what its model needs: its size is unknown
         return card
     card.parameters = shape.parameters
@@ -138,7 +138,7 @@ def describe(config: Any) -> Card:
 
 def layers(text: Any) -> str:
     """What a model's layers are like, in a few words."""
-    windows = loading.windows(text)
+    windows = counting.windows(text)
     count = text.num_hidden_layers
     kinds = []
     if windows:

@@ -87,7 +87,8 @@ class Reading:
             tensor: processes that share the weights of a rank.
             split: what each GPU of a rank holds, as in :class:`apb.cost.ModelShape`.
         """
-        from .hf.loading import check_fit, model_shape  # transformers: not needed to make a Reading
+        from .hf.counting import model_shape  # transformers: not needed to make a Reading
+        from .hf.loading import check_fit
 
         sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
         shape = replace(model_shape(config).shared(tensor), split=split)

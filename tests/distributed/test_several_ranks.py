@@ -12,7 +12,7 @@ import rank_work
 from apb.cost import predict
 from apb.distributed.launch import launch
 from apb.errors import DoesNotFit, InputError, RankError
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.plan import Plan
 from cases import CASES, check
 from rank_work import SIZES, Record

@@ -17,7 +17,7 @@ import torch
 import apb
 import machine_work
 from apb.cost import predict
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.plan import Plan
 
 NAMES = [f"apb-test-{os.getpid()}-{end}" for end in range(2)]

@@ -13,7 +13,7 @@ import torch
 from apb import Engine, Prompt
 from apb.cost import predict
 from apb.hf.attach import attention_modules
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.hf.placement import split
 from apb.hf.random_weights import random_model, shape_config
 from command_line import Cli

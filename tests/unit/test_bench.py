@@ -20,7 +20,7 @@ from apb.cli import bench
 from apb.cost import Ceilings
 from apb.distributed.collectives import Group
 from apb.hardware import Hardware
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.hf.random_weights import random_model, shape_config
 from models import tiny_model
 

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 import apb
 import apb.strategies.base as strategies
 from apb.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.memory import activations
 from apb.methods import METHODS
 from apb.plan import Kind, Plan

@@ -22,7 +22,7 @@ from apb.errors import DoesNotFit, InputError
 from apb.fitting import check_memory
 from apb.graph import why_not
 from apb.hardware import Hardware
-from apb.hf import loading, placement
+from apb.hf import counting, loading, placement
 from apb.hf.attach import attention_modules
 from apb.hf.heads import load_heads
 from apb.hf.random_weights import shape_config, shapes
@@ -88,7 +88,7 @@ def test_maps_of_any_size(layers: int, gpus: int, vocabulary: int, tied: bool) -
 @pytest.mark.parametrize("name", shapes())
 def test_large_models_are_spread_evenly(name: str, gpus: int) -> None:
     """No GPU holds more than its share and, since those are not cut, the embeddings."""
-    shape = loading.model_shape(shape_config(name), gpus)
+    shape = counting.model_shape(shape_config(name), gpus)
     assert len(shape.split) == gpus
     room = shape.parameters / gpus + shape.vocabulary * shape.hidden
     assert max(weights for _, weights in shape.split) <= room
@@ -96,7 +96,7 @@ def test_large_models_are_spread_evenly(name: str, gpus: int) -> None:
 
 def test_yi_on_two_gpus() -> None:
     """The model that the paper split: 60 layers, half of the 34.4 billion weights on each GPU."""
-    (first, low), (second, high) = loading.model_shape(shape_config("yi-34b"), 2).split
+    (first, low), (second, high) = counting.model_shape(shape_config("yi-34b"), 2).split
     assert first + second == 60
     assert abs(first - second) <= 2
     assert low == pytest.approx(17.2e9, rel=0.01)
@@ -337,10 +337,10 @@ def test_reading_plans_by_the_split() -> None:
     config = small_llama(6)
     sizes = apb.Prompt.from_tokens([], [3] * 1900, [4])
     reading = Reading(blocks=16, anchor_length=20, passing_length=8)
-    split = loading.model_shape(config, 2).split
+    split = counting.model_shape(config, 2).split
     whole = Plan.build(0, 1900, 1, blocks=16, anchor_length=20, passing_length=8)
-    need = predict(whole, replace(loading.model_shape(config), split=split)).ranks[0].peak_bytes
-    hardware = Hardware(need + 100 * loading.model_shape(config).cache_row, 2, None)
+    need = predict(whole, replace(counting.model_shape(config), split=split)).ranks[0].peak_bytes
+    hardware = Hardware(need + 100 * counting.model_shape(config).cache_row, 2, None)
     assert reading.plan(sizes, 1, config, hardware, 1, 1, split).rounds == 1
     with pytest.raises(DoesNotFit):
         replace(reading, rounds=1).plan(sizes, 1, config, hardware, 1)

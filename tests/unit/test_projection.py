@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from apb.cost import KNOWN_CEILINGS, Ceilings, predict
-from apb.hf.loading import model_shape
+from apb.hf.counting import model_shape
 from apb.hf.random_weights import shape_config
 from apb.methods import METHODS
 from apb.plan import Plan

@@ -237,7 +237,7 @@ def run(request: Request) -> None:
     from ..distributed import launch
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
-    from ..hf import loading
+    from ..hf import counting, loading
     from ..hf.random_weights import random_model, shape_config
     from ..hf.tensor_parallel import share
     from .quiet import quiet_libraries
@@ -256,7 +256,7 @@ def run(request: Request) -> None:
         assert request.model is not None
         config = loading.load_config(request.model)
         model = loading.load_model(request.model, dtype, device, mesh=mesh.devices)
-    shape = loading.model_shape(config).shared(request.tensor_parallel)
+    shape = counting.model_shape(config).shared(request.tensor_parallel)
     report = {
         "command": request.command,
         "model": request.random_weights or request.model,

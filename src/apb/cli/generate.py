@@ -175,7 +175,7 @@ def answer(request: Request) -> None:
 def _check(request: Request, ranks: int, device: torch.device) -> None:
     """Everything that can be wrong with a request, before a process is started or a weight is read."""
     from ..hardware import Hardware
-    from ..hf import loading
+    from ..hf import counting, loading
     from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
     from ..prompt import Prompt
@@ -189,7 +189,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
     tensor = request.loading["tensor_parallel"]
     check_shards(config, tensor)
-    split = loading.model_shape(config, request.loading["gpus_per_rank"]).split
+    split = counting.model_shape(config, request.loading["gpus_per_rank"]).split
     hardware = Hardware.of(device, dtype, ranks * tensor)
     reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor, split)
     if reading.heads:

@@ -64,14 +64,14 @@ def plan(
     if basis is not None:
         basis.check_link(size)
 
-    from ..hf import loading
+    from ..hf import counting, loading
     from ..hf.random_weights import config_of
     from .quiet import quiet_libraries
 
     quiet_libraries()
     config = config_of(model, random_weights)
     loading.check_supported(config)
-    shape = loading.model_shape(config, gpus_per_rank)
+    shape = counting.model_shape(config, gpus_per_rank)
     report = {
         "model": str(random_weights or model or "needle"),
         "length": length,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
-from .loading import head_dim
+from .counting import head_dim
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 

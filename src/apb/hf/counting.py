@@ -1,0 +1,104 @@
+"""Counting what costs depend on: a model's numbers, from its configuration and its modules without weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import InputError, first_line
+from ..shape import ModelShape
+from . import placement
+from .attach import attention_modules
+
+# Counted once for each configuration.
+_SHAPES: dict[tuple[str, int], ModelShape] = {}
+
+
+def model_shape(config: Any, gpus: int = 1) -> ModelShape:
+    """The numbers of a model that costs depend on, counted on its modules without making any weight.
+
+    With several ``gpus`` also how its layers are split over them.
+    """
+    known = config.to_json_string(use_diff=False), gpus
+    if known not in _SHAPES:
+        _SHAPES[known] = _count(config, gpus)
+    return _SHAPES[known]
+
+
+def _count(config: Any, gpus: int) -> ModelShape:
+    text = config.get_text_config()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever the model's code makes of values that it was not written for
+        raise InputError(
+            f"No {config.model_type!r} model can be made of this configuration: {first_line(error)}; correct it."
+        ) from error
+    latent = getattr(text, "kv_lora_rank", None)
+    split: tuple[tuple[int, int], ...] = ()
+    if gpus > 1:
+        split = placement.split(model, attention_modules(model), placement.balanced(model, gpus, torch.bfloat16))
+    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    return ModelShape(
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_attention_heads if latent else _kv_heads(text),
+        head_dim=head_dim(config),
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        vocabulary=text.vocab_size,
+        layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        windows=tuple(windows(text)),
+        cache_width=latent + text.qk_rope_head_dim if latent else 0,
+        expert_row=_expert_row(model, text),
+        split=split,
+    )
+
+
+def head_dim(config: Any) -> int:
+    """The width of a query and key head."""
+    text = config.get_text_config()
+    if getattr(text, "kv_lora_rank", None):
+        return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _kv_heads(text: Any) -> int:
+    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+
+
+def windows(text: Any) -> list[int]:
+    """The sliding window of every layer that has one."""
+    window = getattr(text, "sliding_window", None)
+    types = getattr(text, "layer_types", None)
+    if window is None or not getattr(text, "use_sliding_window", True):
+        return []
+    return [window] * (types.count("sliding_attention") if types else text.num_hidden_layers)
+
+
+def _expert_row(model: PreTrainedModel, text: Any) -> int:
+    """Numbers that a layer of experts holds for a token: its copies, and each expert's gate, up, product and output."""
+    if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
+        return 0
+    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    return _experts_used(text) * (2 * text.hidden_size + 3 * width)
+
+
+def _experts_used(text: Any) -> int:
+    """How many experts a token is sent to."""
+    return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
+
+
+def _multiplied(module: torch.nn.Module, text: Any) -> int:
+    """Weights of a module, without its submodules, that each row multiplies with."""
+    if isinstance(module, (torch.nn.Linear, Conv1D)):
+        return module.weight.numel()
+    stacked = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]
+    if not stacked or not type(module).__name__.endswith("Experts"):
+        return 0
+    used = _experts_used(text)
+    return sum(weight.numel() // weight.shape[0] * min(used, weight.shape[0]) for weight in stacked)
