@@ -46,6 +46,19 @@ def test_ranks_do_not_change_the_answer(arguments: list[str]) -> None:
     assert [report["plan"]["ranks"] for report in (one, two, torchrun)] == [1, 2, 2]  # type: ignore[index]
 
 
+def test_torchrun_refuses_once(arguments: list[str]) -> None:
+    """What all ranks find wrong one of them says; what only another one can see, that one says."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
+    wrong = [*torchrun, *arguments, "--blocks", "0"]
+    done = subprocess.run(wrong, capture_output=True, timeout=100, check=False, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("apb: Blocks must be at least 1, not 0.") == 1
+    alone = [sys.executable, "-m", *arguments, "--blocks", "0"]
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    done = subprocess.run(alone, capture_output=True, timeout=100, check=False, text=True, env=os.environ | ranks)
+    assert (done.returncode, done.stderr) == (2, "apb: Blocks must be at least 1, not 0.\n")
+
+
 @contextmanager
 def answering(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
     """An `apb` on two ranks that has begun to answer, and its ranks; nothing of it is left afterwards."""

@@ -286,7 +286,7 @@ def test_models_that_are_damaged(ask: Cli, checkpoint: Path, tmp_path: Path) -> 
 
 def test_ranks_that_contradict_torchrun(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under torchrun the number of ranks is torchrun's; another one asked for is refused before anything is joined."""
-    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     ask("--ranks", 3).refused("--ranks 3", "torchrun started 2")
 

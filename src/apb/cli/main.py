@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from types import FrameType
 from typing import Any
 
@@ -35,6 +36,8 @@ app.add_typer(train.app, name="train")
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+# What is wrong for all ranks is said once: seconds in which torchrun ends the others when the first has said it.
+_GRACE = 5.0
 
 
 def main() -> None:
@@ -56,6 +59,8 @@ def run(command: typer.Typer) -> int:
     except typer.Exit as leaving:
         return leaving.exit_code
     except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(_GRACE)
         return _say(str(error), WRONG_INPUT)
     except UsageError as error:
         path = error.ctx.command_path if error.ctx else "apb"
