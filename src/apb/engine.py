@@ -20,7 +20,7 @@ from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
-from .hf.attach import Attachment, attention_modules
+from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
@@ -148,6 +148,8 @@ class Engine:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        if self._closed:  # another engine may still hold the model
+            raise RuntimeError(CLOSED)
         at_least("max_new_tokens", max_new_tokens, 0)
         plan = self.reading.plan(
             prompt,

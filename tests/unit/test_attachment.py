@@ -78,6 +78,8 @@ def test_two_engines_share_a_model() -> None:
             assert torch.equal(session.extend([token]), alone[blocks].decoded[row])
     engines[2].close()
     engines[2].close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engines[2].prefill(PROMPT)
     assert torch.equal(engines[5].prefill(PROMPT).logits, alone[5].logits)
     engines[5].close()
     assert model.config._attn_implementation == "eager"

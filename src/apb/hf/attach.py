@@ -19,6 +19,7 @@ from .placement import devices
 from .rope import pin_length
 
 NAME = "apb"
+CLOSED = "The engine was closed and its model given back; make a new engine to go on."
 
 # One layer's input to its output (rows, heads, head_dim).
 Attend = Callable[[Layer], Tensor]
@@ -92,7 +93,7 @@ class Attachment:
             before_rope: whether to hand q, k, v before RoPE to ``attend``.
         """
         if not self._users:
-            raise RuntimeError("The engine was closed and its model given back; make a new engine to go on.")
+            raise RuntimeError(CLOSED)
         self._attend, self.total, self._calls = attend, total, 0
         self._before_rope = BeforeRope(self.modules) if before_rope else None
         try:
