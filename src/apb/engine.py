@@ -229,9 +229,19 @@ class Engine:
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         return plan, prefill.inspect(self._attachment, prompt, strategy, positions, look)
 
-    def generate(self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any) -> Generation:
-        """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`."""
-        tokens = self._tokens(prompt, Sampling(**sampling), progress)
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
+    ) -> Generation:
+        """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`.
+
+        ``progress`` and ``cancelled`` as in :meth:`prefill`; rank 0's ``cancelled`` is also asked before every token.
+        """
+        tokens = self._tokens(prompt, Sampling(**sampling), progress, cancelled)
         while True:
             try:
                 next(tokens)
@@ -239,26 +249,35 @@ class Engine:
                 return stop.value
 
     def stream(
-        self, prompt: Prompt, *, progress: Progress | None = None, **sampling: Any
+        self,
+        prompt: Prompt,
+        *,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
     ) -> Generator[str, None, Generation]:
-        """Read a prompt and yield the answer's text piece by piece; the pieces joined are ``generate``'s text.
+        """As :meth:`generate`, but yield the answer's text piece by piece; the pieces joined are its text.
 
         The generator's return value is the :class:`Generation`.
         """
         if self.tokenizer is None:
             raise InputError("Streaming text needs a tokenizer; give one to Engine.from_model.")
-        return self._tokens(prompt, Sampling(**sampling), progress)
+        return self._tokens(prompt, Sampling(**sampling), progress, cancelled)
 
     def _tokens(
-        self, prompt: Prompt, sampling: Sampling, progress: Progress | None
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
     ) -> Generator[str, None, Generation]:
         """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
-        session = self.prefill(prompt, max_new_tokens=sampling.max_new_tokens, progress=progress)
+        session = self.prefill(prompt, max_new_tokens=sampling.max_new_tokens, progress=progress, cancelled=cancelled)
         watch = Stopwatch(self.device)
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         token_ids: list[int] = []
         text, ended = "", False
-        for token, ended in decode(session, sampling, self.model, self._everyone):
+        for token, ended in decode(session, sampling, self.model, self._everyone, cancelled):
             token_ids.append(token)
             if detokenizer is not None:
                 last = ended or len(token_ids) == sampling.max_new_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation import EosTokenCriteria
 
-from .errors import InputError, at_least
+from .errors import Cancelled, InputError, at_least
 
 if TYPE_CHECKING:
     from .distributed.collectives import Group
@@ -123,10 +123,13 @@ def eos_ids(model: Any) -> list[int]:
     return []
 
 
-def decode(session: Session, sampling: Sampling, model: Any, group: Group) -> Iterator[tuple[int, bool]]:
+def decode(
+    session: Session, sampling: Sampling, model: Any, group: Group, cancelled: Callable[[], bool] | None = None
+) -> Iterator[tuple[int, bool]]:
     """Generate tokens after a session: yields (token id, whether the model or a criterion ended there).
 
-    Rank 0 chooses and tells the others, so that all of them yield the same.
+    Rank 0 chooses and tells the others, so that all of them yield the same. All raise :class:`apb.Cancelled` once rank
+    0's ``cancelled``, asked before every token, says yes.
     """
     device = session.logits.device
     processors = sampling.processors(getattr(model, "generation_config", None))
@@ -140,14 +143,18 @@ def decode(session: Session, sampling: Sampling, model: Any, group: Group) -> It
     ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
     ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
     for step in range(sampling.max_new_tokens):
-        choice = torch.zeros(2, dtype=torch.long, device=device)
-        if group.rank == 0:
+        choice = torch.zeros(3, dtype=torch.long, device=device)
+        if group.rank == 0 and cancelled is not None and cancelled():
+            choice[2] = 1
+        elif group.rank == 0:
             # The processors may write into what they are given; the session's logits stay as they are.
             scores = processors(_long(ids[:, : prompt + step]), _float(session.logits.unsqueeze(0).clone()))
             ids[0, prompt + step] = choice[0] = _pick(scores, sampling.temperature > 0, generator)
             if criteria:
                 choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
-        token, ended = group.broadcast(choice).tolist()
+        token, ended, stopped = group.broadcast(choice).tolist()
+        if stopped:
+            raise Cancelled("The answer was cancelled.")
         yield token, bool(ended)
         if ended or step + 1 == sampling.max_new_tokens:
             return

@@ -11,8 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import openai
 import psutil
 import pytest
 
@@ -127,3 +130,44 @@ def test_termination_ends_all(arguments: list[str]) -> None:
         assert (status, len(lines)) == (1, 1), lines
         assert "SIGTERM" in lines[0]
         assert all_gone(ranks)
+
+
+def test_serving_on_two_ranks(arguments: list[str]) -> None:
+    """The answers of `apb generate`, one after the other, also after a client has gone away; Ctrl-C ends all ranks."""
+    given = dict(pairwise(arguments))
+    serve = ["apb.cli.main", "serve", "--model", given["--model"], "--blocks", "3", "--device", "cpu"]
+    command = [sys.executable, "-m", *serve, "--ranks", "2", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+    started: list[psutil.Process] = []
+    try:
+        assert process.stderr is not None
+        line = process.stderr.readline().decode()
+        found = re.search(r"at http://127\.0\.0\.1:(\d+)/v1, 2 ranks$", line.strip())
+        assert found, line
+        started = psutil.Process(process.pid).children(recursive=True)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{found[1]}/v1", api_key="none", max_retries=0, timeout=60)
+        ask = partial(
+            client.chat.completions.create,
+            model=Path(given["--model"]).name,
+            messages=[{"role": "user", "content": "Who?"}],
+            extra_body={"document": TEXT},
+        )
+        one = answer(*arguments, "--max-new-tokens", "12", "--json")
+        assert ask(max_tokens=12).choices[0].message.content == one["text"]
+        pieces = ask(max_tokens=3000, stream=True)
+        next(pieces)
+        pieces.close()
+        again = ask(max_tokens=12)
+        assert again.choices[0].message.content == one["text"]
+        assert again.apb["plan"] == one["plan"] | {"ranks": 2}
+        since = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        status, lines = ended(process, since)
+        assert (status, lines) == (130, ["apb: interrupted"])
+        assert all_gone(started)
+    finally:
+        process.kill()
+        for child in started:
+            if child.is_running():
+                child.kill()
+        process.wait()

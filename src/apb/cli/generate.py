@@ -46,9 +46,7 @@ def generate(
     heads: options.Heads = None,
     vertical_size: options.VerticalSize = None,
     slash_size: options.SlashSize = None,
-    approximate: Annotated[
-        bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
-    ] = False,
+    approximate: options.Approximate = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="With a temperature: draw from the k likeliest tokens.")] = None,
@@ -58,12 +56,8 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    allow_extrapolation: Annotated[
-        bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    allow_extrapolation: options.AllowExtrapolation = False,
+    trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a question of a document. The answer goes to standard output, progress and notes to standard error."""

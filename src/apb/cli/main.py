@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, RankError
-from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, train
+from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, serve, train
 
 app = typer.Typer(
     name="apb",
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("generate")(generate.generate)
 app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
+app.command("serve")(serve.serve)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)

@@ -64,6 +64,11 @@ VerticalSize = Annotated[
 SlashSize = Annotated[
     str | None, typer.Option(help="Diagonals that each head sees under minference: a number, or a share such as 0.1.")
 ]
+Approximate = Annotated[bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")]
+AllowExtrapolation = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
