@@ -185,18 +185,18 @@ def study() -> list[Cell]:
         found[task, name] = variant(length=LENGTH, **options)
 
     every = (4, 8, 16, 32, 64, 128, 256)
-    shares: dict[str, tuple[int, ...]] = {"query": every, "retaining": every, "query-edge": (8, 32, 128)}
+    shares: dict[str, tuple[int, ...]] = dict.fromkeys(("query-edge", "query", "retaining"), every)
     shares |= {"random": (4, 8, 16, 32, 64), "recent": (8, 32)} | {kind.name: (32, 128, 256) for kind in CANDIDATES}
     for name, each in shares.items():
         for share in each:
             add("headings", f"{name}, 1/{share}", compressor=name, share=share)
     for blocks in (2, 4, 16, 32):
-        for name in ("query", "retaining", "random"):
+        for name in ("query-edge", "query", "retaining", "random"):
             add("headings", f"{name}, {blocks} blocks", compressor=name, blocks=blocks)
         add("headings", f"nothing passed, {blocks} blocks", compressor="query", blocks=blocks, share=0)
     add("headings", "nothing passed", compressor="query", share=0)
     for reader in ("plain anchor", "no anchor"):
-        for name in ("query", "retaining"):
+        for name in ("query-edge", "query", "retaining"):
             add("headings", f"{name}, {reader}", compressor=name, reader=reader)
         add("headings", f"nothing passed, {reader}", compressor="query", share=0, reader=reader)
     for task in ("headings", "multikey"):
@@ -240,7 +240,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         return figure(f"{name}, {way}" if way else at_default)
 
     late = [f"{name}, 1/{share}, asked after" for name in ("query", "retaining", "random") for share in (8, 32)]
-    passing = ["query", "retaining", "random", "nothing passed"]
+    passing = ["query-edge", "query", "retaining", "random", "nothing passed"]
     return "\n\n".join(
         [
             "### 32K tokens, 8 blocks, every kind of question",
