@@ -75,11 +75,16 @@ def answering(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], l
         assert first, process.communicate()[1].decode()
         yield process, [child for child in started if "spawn_main" in " ".join(child.cmdline())]
     finally:
-        process.kill()
-        for child in started:
-            if child.is_running():
-                child.kill()
-        process.wait()
+        end(process, started)
+
+
+def end(process: subprocess.Popen[bytes], started: list[psutil.Process]) -> None:
+    """Leave nothing of a command behind."""
+    process.kill()
+    for child in started:
+        if child.is_running():
+            child.kill()
+    process.wait()
 
 
 def ended(process: subprocess.Popen[bytes], since: float) -> tuple[int, list[str]]:
@@ -166,8 +171,4 @@ def test_serving_on_two_ranks(arguments: list[str]) -> None:
         assert (status, lines) == (130, ["apb: interrupted"])
         assert all_gone(started)
     finally:
-        process.kill()
-        for child in started:
-            if child.is_running():
-                child.kill()
-        process.wait()
+        end(process, started)

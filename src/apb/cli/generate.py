@@ -61,6 +61,7 @@ def generate(
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a question of a document. The answer goes to standard output, progress and notes to standard error."""
+    given = dict(locals())
     text = read_document(document)
 
     from ..distributed import launch
@@ -76,26 +77,7 @@ def generate(
         model=str(model or loading.shipped_model()),
         document=text,
         query=query,
-        loading={
-            "dtype": dtype,
-            "device": place.type,
-            "trust_remote_code": trust_remote_code,
-            "tensor_parallel": tensor_parallel,
-            "gpus_per_rank": gpus_per_rank,
-        },
-        reading={
-            "strategy": strategy,
-            "blocks": blocks,
-            "rounds": rounds,
-            "anchor_length": anchor_length,
-            "passing_length": passing_length,
-            "vertical_size": options.budget("--vertical-size", vertical_size),
-            "slash_size": options.budget("--slash-size", slash_size),
-            "compressor": compressor,
-            "heads": None if heads is None else str(heads),
-            "allow_extrapolation": allow_extrapolation,
-            "approximate": approximate,
-        },
+        **options.of_engine(given, place.type),
         sampling={
             "max_new_tokens": max_new_tokens,
             "temperature": temperature,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -96,3 +96,18 @@ def budget(option: str, text: str | None) -> int | float | None:
         return float(text) if "." in text else int(text)
     except ValueError as error:
         raise InputError(f"{option} takes a number such as 1000 or a share such as 0.1, not {text!r}.") from error
+
+
+# Parameters of commands that answer, by what takes them.
+_LOADING = ("dtype", "trust_remote_code", "tensor_parallel", "gpus_per_rank")
+_SIZES = ("blocks", "rounds", "anchor_length", "passing_length")
+_READING = ("strategy", *_SIZES, "compressor", "allow_extrapolation", "approximate")
+
+
+def of_engine(given: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
+    """What makes an engine of a command's parameters, plain values: ``loading`` and ``reading``."""
+    reading = {name: given[name] for name in _READING}
+    reading["heads"] = None if given["heads"] is None else str(given["heads"])
+    for name in ("vertical_size", "slash_size"):
+        reading[name] = budget("--" + name.replace("_", "-"), given[name])
+    return {"loading": {name: given[name] for name in _LOADING} | {"device": device}, "reading": reading}

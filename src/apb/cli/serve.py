@@ -53,6 +53,7 @@ def serve(
     trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, GET /v1/models, /health, /metrics. One prompt is read at a time."""
+    given = dict(locals())
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -72,26 +73,7 @@ def serve(
     size = launch.ranks_to_use(ranks, place, tensor_parallel, gpus_per_rank)
     server = Server(
         model=str(model or loading.shipped_model()),
-        loading={
-            "dtype": dtype,
-            "device": place.type,
-            "trust_remote_code": trust_remote_code,
-            "tensor_parallel": tensor_parallel,
-            "gpus_per_rank": gpus_per_rank,
-        },
-        reading={
-            "strategy": strategy,
-            "blocks": blocks,
-            "rounds": rounds,
-            "anchor_length": anchor_length,
-            "passing_length": passing_length,
-            "vertical_size": options.budget("--vertical-size", vertical_size),
-            "slash_size": options.budget("--slash-size", slash_size),
-            "compressor": compressor,
-            "heads": None if heads is None else str(heads),
-            "allow_extrapolation": allow_extrapolation,
-            "approximate": approximate,
-        },
+        **options.of_engine(given, place.type),
         host=host,
         port=port,
         max_new_tokens=max_new_tokens,

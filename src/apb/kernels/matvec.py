@@ -11,7 +11,7 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 # Weights of a program's tile, and of a row of it: few rows to a program keep the most loads in flight.
 _TILE, _WIDEST = 4096, 2048
@@ -47,7 +47,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-_operator = torch.library.custom_op("apb::matvec", _launch, mutates_args=())
+_operator = library.custom_op("apb::matvec", _launch, mutates_args=())
 
 
 @_operator.register_fake
