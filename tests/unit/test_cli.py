@@ -205,9 +205,9 @@ def test_requests_that_cannot_be_served(ask: Cli, options: list[str], fragments:
     ask(*options).refused(*fragments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: it cannot be absent")
-def test_a_gpu_that_is_not_there(ask: Cli) -> None:
+def test_a_gpu_that_is_not_there(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA asked for where torch sees none is refused, with the way out."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     ask(device="cuda").refused("CUDA", "--device cpu")
 
 

@@ -28,6 +28,7 @@ from models import tiny_model
 
 CPU = torch.device("cpu")
 KERNEL = Path(fused.__file__).parent / "hopper.py"
+# The tests' extra brings Triton on Linux alone: there is none for other systems.
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # Rows of several blocks and of the anchor over [anchor and passed pairs | own rows], as one rank computes them at once.

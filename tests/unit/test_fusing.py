@@ -14,6 +14,7 @@ from apb import Engine, InputError, Prompt
 from apb.hf import fusing
 from models import tiny_model
 
+# The tests' extra brings Triton on Linux alone: there is none for other systems.
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 

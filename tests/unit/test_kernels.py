@@ -19,7 +19,7 @@ from apb.kernels.attention import BACKENDS, choose
 from apb.kernels.merge import merge
 
 CPU = torch.device("cpu")
-# Without a GPU, "fused" is Triton's interpreter, where Triton is installed.
+# Without a GPU, "fused" is Triton's interpreter, where there is Triton: on Linux.
 AVAILABLE = [name for name in BACKENDS if name != "fused" or fused.why_not(CPU, torch.float32, 64) is None]
 backends = pytest.mark.parametrize(
     "backend",

@@ -72,6 +72,7 @@ class Table:
 @pytest.fixture
 def table(tmp_path: Path) -> Table:
     if not shutil.which("timeout") or not shutil.which("bash"):
+        # The script under test is one for bash and GNU's tools, as on the machines that have such GPUs.
         pytest.skip("bash and timeout (coreutils) are needed")
     return Table(tmp_path)
 

@@ -69,6 +69,7 @@ def test_page_in_a_browser(cli: Cli, results: Path, tmp_path: Path) -> None:
     cli("report", results, "--out", again)
     assert again.read_text() == text
     if CHROMIUM is None:
+        # A browser is no Python package: nothing here can install it. All that goes without has been checked.
         pytest.skip("no Chromium is installed here: the page was made, but not opened")
 
     def browse(*options: str) -> str:
