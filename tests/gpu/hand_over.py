@@ -1,10 +1,10 @@
 """A kernel as small as can be whose warps share their work as the Hopper kernel's do, for tools that look for races.
 
     python tests/gpu/hand_over.py             # correct: what a tool reports here, it reports of Triton or of nothing
-    python tests/gpu/hand_over.py careless    # a race: a tool that does not report it here would report none elsewhere
+    python tests/gpu/hand_over.py careless    # a race: a tool that does not report it would not report such elsewhere
 
-One warp brings tiles in with the bulk copy engine, four warps take them out, both say so by barriers. A careless one
-does not wait until a tile has been taken before it brings the next into the same place.
+One warp brings tiles in with the bulk copy engine, four warps take them out, both say so by barriers. The careless ones
+give a tile's place back before they have read the tile, so that the next may come into it meanwhile.
 """
 
 from __future__ import annotations
@@ -23,22 +23,26 @@ _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global
 
 
 @gluon.jit
-def _take(out, place, full, free, TILES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+def _take(
+    out, place, full, free, TILES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, CAREFUL: gl.constexpr
+):  # fmt: skip
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     cols = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     for tile in range(TILES):
         mbarrier.wait(full, tile & 1)
+        if not CAREFUL:
+            mbarrier.arrive(free, count=1)
         values = place.load(layout)
-        mbarrier.arrive(free, count=1)
+        if CAREFUL:
+            mbarrier.arrive(free, count=1)
         gl.store(out + (tile * ROWS + rows)[:, None] * COLUMNS + cols[None, :], values)
 
 
 @gluon.jit
-def _bring(desc, place, full, free, TILES: gl.constexpr, ROWS: gl.constexpr, CAREFUL: gl.constexpr):
+def _bring(desc, place, full, free, TILES: gl.constexpr, ROWS: gl.constexpr):
     for tile in range(TILES):
-        if CAREFUL:
-            mbarrier.wait(free, (tile & 1) ^ 1)
+        mbarrier.wait(free, (tile & 1) ^ 1)
         mbarrier.expect(full, desc.block_type.nbytes)
         _fetch(desc, [tile * ROWS, 0], full, place)
 
@@ -52,8 +56,8 @@ def hand_over(desc, out, TILES: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.co
     mbarrier.init(free, count=1)
     # fmt: off
     gl.warp_specialize([
-        (_take, (out, place, full, free, TILES, ROWS, COLUMNS)),
-        (_bring, (desc, place, full, free, TILES, ROWS, CAREFUL)),
+        (_take, (out, place, full, free, TILES, ROWS, COLUMNS, CAREFUL)),
+        (_bring, (desc, place, full, free, TILES, ROWS)),
     ], [1], [24])
     # fmt: on
 
