@@ -311,6 +311,24 @@ def test_jobs_wait_in_line(engine: apb.Engine) -> None:
     assert list(dict.fromkeys(number for number, _ in told)) == [0, 2]
 
 
+def test_warm_up(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every text is read and answered, but those that this model cannot read; requests find the engine as it was."""
+    monkeypatch.setattr(worker_module, "_WARM_UP", ((40, 5), (1 << 20, 5), (33, 1)))
+    assert engine.tokenizer is not None
+    prompt = apb.Prompt.for_model(engine.tokenizer, DOCUMENT, QUESTION)
+    before, generate, lengths = engine.generate(prompt, max_new_tokens=9), engine.generate, []
+
+    def watched(prompt: apb.Prompt, **sampling: Any) -> Any:
+        result = generate(prompt, **sampling)
+        lengths.append((len(prompt.document), len(prompt.query), len(result.token_ids)))
+        return result
+
+    monkeypatch.setattr(engine, "generate", watched)
+    Worker(engine).warm_up()
+    assert lengths == [(40, 5, 3), (33, 1, 3)]
+    assert generate(prompt, max_new_tokens=9).token_ids == before.token_ids
+
+
 def test_what_cannot_be_served(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     """Status 2 and a sentence, before weights are read."""
     monkeypatch.setattr(serve, "work", None)

@@ -112,6 +112,8 @@ def work(server: Server) -> None:
     quiet_libraries()
     engine = Engine.from_pretrained(server.model, **server.loading, **server.reading)
     worker = Worker(engine)
+    if engine.device.type == "cuda":
+        worker.warm_up()
     if engine.mesh.everyone.rank == 0:
         import uvicorn
 
@@ -124,7 +126,8 @@ def work(server: Server) -> None:
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True).start()
         at = f"http://{server.host}:{listening.getsockname()[1]}/v1"
-        print(f"apb: serving {name!r} at {at}, {engine.group.size} ranks", file=sys.stderr, flush=True)
+        ranks = "1 rank" if engine.group.size == 1 else f"{engine.group.size} ranks"
+        print(f"apb: serving {name!r} at {at}, {ranks}", file=sys.stderr, flush=True)
     worker.run()
 
 

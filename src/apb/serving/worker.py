@@ -5,18 +5,22 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
 
 from ..engine import Engine
-from ..errors import Cancelled
+from ..errors import Cancelled, InputError
 from ..generation import Generation
 from ..prompt import Prompt
 
 # More than these are turned away: who asks next would wait for minutes at best.
 MOST_WAITING = 64
+# Tokens of documents and questions that are read before the first request: kernels are compiled for lengths that are
+# multiples of 16 and for others.
+_WARM_UP = ((8192, 16), (8001, 9))
 # Other ranks hear from rank 0 at least that often, so that waiting for work is not taken for its end.
 _HEARTBEAT_S = 60.0
 
@@ -65,6 +69,12 @@ class Worker:
     def waiting(self) -> int:
         """Jobs that have not been begun."""
         return self._jobs.qsize()
+
+    def warm_up(self) -> None:
+        """Read and answer nonsense: what is compiled when it first runs should not keep a request waiting."""
+        for document, query in _WARM_UP:
+            with suppress(InputError):  # too long for the model, or too short for its blocks
+                self.engine.generate(Prompt((), (0,) * document, (0,) * query), max_new_tokens=3)
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Answer what comes, until rank 0's ``stopped``, asked between jobs and now and then, says so."""
