@@ -174,9 +174,16 @@ WRONG = {
     "empty question": ({"content": " "}, "query is empty"),
     "unknown field": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not supported here"),
     "several answers": ({"n": 2}, "The request's n is wrong"),
-    "a picture": ({"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "is wrong"),
+    "a picture": (
+        {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+        "The request's messages.0.content.0.type is wrong: Input should be 'text'",
+    ),
+    "no content": ({"messages": [{"role": "user"}]}, "The request's messages.0.content is wrong"),
+    "null": ({"messages": [{"role": "user", "content": None}]}, "The request's messages.0.content is wrong"),
+    "a penalty": ({"frequency_penalty": 0.5}, "'frequency_penalty' is not supported here"),
+    "where to stop": ({"stop": ["."]}, "'stop' is not supported here"),
     "temperature": ({"temperature": -1}, "temperature must be"),
-    "length": ({"max_tokens": 0}, "ax_new_tokens must be at least 1"),
+    "length": ({"max_tokens": 0}, "The request's max_tokens is wrong"),
     "too long": ({"document": DOCUMENT * 40}, "more than the model's"),
     "a conversation": (
         {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]},
@@ -197,6 +204,14 @@ def test_wrong_requests(served: Served, asked: dict[str, Any], sentence: str, st
     assert error["message"].endswith(".") and error["type"] == "invalid_request_error"
 
 
+def test_fields_that_change_nothing(served: Served, engine: apb.Engine) -> None:
+    """What clients send without meaning anything by it is taken; null is as good as left out."""
+    unused = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False, "stop": []}
+    unused |= {"response_format": {"type": "text"}, "tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+    empty = dict.fromkeys(("temperature", "top_p", "seed", "n", "max_completion_tokens", "user", "stream_options"))
+    assert served.ask(max_tokens=5, **unused, **empty).choices[0].message.content == text_of(engine, max_new_tokens=5)
+
+
 def test_wrong_addresses_and_bodies(served: Served) -> None:
     """Other models, paths and methods are not found; what is no JSON says so."""
     with pytest.raises(openai.NotFoundError, match=r"'gpt-9' is not served here; ask for 'tiny'\."):
@@ -210,6 +225,9 @@ def test_wrong_addresses_and_bodies(served: Served) -> None:
 def test_models_health_and_metrics(served: Served) -> None:
     """The model's name; what has been counted since."""
     assert [model.id for model in served.client.models.list()] == ["tiny"]
+    assert served.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'org/other' is not served here"):
+        served.client.models.retrieve("org/other")
     assert served.get("/health") == (200, '{"status":"ok"}')
 
     def counted() -> dict[str, float]:

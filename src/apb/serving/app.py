@@ -87,8 +87,12 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
     app = FastAPI(title="apb", docs_url=None, redoc_url=None)
     metrics = Metrics(worker)
     app.add_middleware(Counted, requests=metrics.requests)
-    began = int(time.time())
+    served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
     tokenizing = threading.Lock()  # fast tokenizers are not made for several threads
+
+    def check_name(asked: str) -> None:
+        if asked != name:
+            raise Refusal(404, f"The model {asked!r} is not served here; ask for {name!r}.", code="model_not_found")
 
     def make_prompt(body: ChatRequest) -> tuple[Prompt, dict[str, Any]]:
         """What to read and how to answer; InputError where that cannot be done."""
@@ -104,10 +108,8 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        if body.model not in (None, name):
-            raise Refusal(
-                404, f"The model {body.model!r} is not served here; ask for {name!r}.", code="model_not_found"
-            )
+        if body.model is not None:
+            check_name(body.model)
         prompt, sampling = await run_in_threadpool(make_prompt, body)
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         job = Job(prompt, sampling, lambda event: _tell(loop, events, event))
@@ -127,7 +129,12 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": began, "owned_by": "apb"}]}
+        return {"object": "list", "data": [served]}
+
+    @app.get("/v1/models/{asked:path}")
+    async def model(asked: str) -> dict[str, Any]:
+        check_name(asked)
+        return served
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -255,9 +262,11 @@ def _failure(error: Exception) -> Refusal:
 
 
 def _sentence(error: RequestValidationError) -> str:
-    """The first thing that is wrong with a body."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    """What is wrong with a body, in the deepest place: what is no text may be pieces of text, one of them wrong."""
+    first = max(error.errors(), key=lambda found: len(found["loc"]))
+    # Beside names of fields and places in lists these are the types that a value might have been.
+    parts = [part for part in first["loc"][1:] if part not in ("str", "int") and "[" not in str(part)]
+    where = ".".join(map(str, parts))
     if first["type"] == "json_invalid":
         return "The request's body is not JSON."
     if first["type"] == "extra_forbidden":

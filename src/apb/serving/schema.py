@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import InputError
+
+# Fields that clients send although they change nothing so.
+_CHANGES_NOTHING = {
+    "stop": ([],),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "response_format": ({"type": "text"},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
 
 
 class _Strict(BaseModel):
@@ -46,8 +59,8 @@ class ChatRequest(_Strict):
     messages: Annotated[list[Message], Field(min_length=1)]
     model: str | None = None
     document: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
@@ -58,6 +71,18 @@ class ChatRequest(_Strict):
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, body: Any) -> Any:
+        """Without what says nothing: null is as good as left out."""
+        if not isinstance(body, dict):
+            return body
+        return {
+            name: value
+            for name, value in body.items()
+            if value is not None and value not in _CHANGES_NOTHING.get(name, ())
+        }
 
     def parts(self) -> tuple[str, str, str | None]:
         """(document, query, system text or None); InputError where the messages do not name them.
