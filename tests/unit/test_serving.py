@@ -95,6 +95,7 @@ def test_an_answer(served: Served, engine: apb.Engine) -> None:
     answer = served.ask()
     assert answer.choices[0].message.content == text_of(engine, max_new_tokens=7)
     assert (answer.choices[0].finish_reason, answer.object, answer.model) == ("length", "chat.completion", "tiny")
+    assert answer.choices[0].index == 0
     assert answer.usage.completion_tokens == 7
     assert answer.usage.total_tokens == 7 + answer.usage.prompt_tokens
     assert (answer.apb["strategy"], answer.apb["exact"], answer.apb["plan"]["blocks"]) == ("apb", False, 3)
@@ -103,6 +104,7 @@ def test_an_answer(served: Served, engine: apb.Engine) -> None:
     longer = served.ask(max_completion_tokens=20, **drawn)
     assert longer.choices[0].message.content == text_of(engine, max_new_tokens=20, **drawn)
     assert served.ask(max_tokens=2).usage.completion_tokens == 2
+    assert served.ask(max_tokens=2, max_completion_tokens=1).usage.completion_tokens == 1
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,7 @@ def test_streaming(served: Served, engine: apb.Engine) -> None:
     assert text == text_of(engine, max_new_tokens=12)
     assert len({chunk.id for chunk in chunks}) == 1
     assert chunks[0].choices[0].delta.role == "assistant"
+    assert {chunk.choices[0].index for chunk in chunks if chunk.choices} == {0}
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-2:] == [None, "length"]
     assert chunks[-2].apb["strategy"] == "apb"
     assert [chunk.usage.completion_tokens for chunk in chunks if chunk.usage] == [12]
@@ -220,6 +223,8 @@ def test_wrong_addresses_and_bodies(served: Served) -> None:
     assert served.get("/v1/chat/completions")[0] == 405
     status, body = served.get("/v1/chat/completions", "POST", b"{")
     assert (status, json.loads(body)["error"]["message"]) == (400, "The request's body is not JSON.")
+    status, body = served.get("/v1/chat/completions", "POST", b"[1]")
+    assert status == 400 and json.loads(body)["error"]["message"].startswith("The request's body is wrong")
 
 
 def test_models_health_and_metrics(served: Served) -> None:
@@ -282,23 +287,41 @@ def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
         for thread in first:
             thread.start()
             time.sleep(0.5)  # one is taken by the worker, one waits
-        with pytest.raises(openai.InternalServerError, match="1 requests are waiting; try again later"):
+        with pytest.raises(openai.InternalServerError, match="1 requests are waiting; try again later") as caught:
             served.ask()
+        assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
     for thread in first:
         thread.join(20)
     assert len(answers) == 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_failures_are_told(served: Served, engine: apb.Engine, monkeypatch: pytest.MonkeyPatch, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (RuntimeError("out of\nluck"), 500, "RuntimeError: out of luck"),
+        (apb.InputError("Too much."), 400, "Too much."),
+    ],
+)
+def test_failures_are_told(
+    served: Served,
+    engine: apb.Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    status: int,
+    message: str,
+    stream: bool,
+) -> None:
     """What goes wrong while answering reaches the client in one line; the server goes on."""
 
     def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of\nluck")
+        raise error
 
     monkeypatch.setattr(engine, "prefill", fail)
-    with pytest.raises(openai.APIError, match="RuntimeError: out of luck"):
+    with pytest.raises(openai.APIError) as caught:
         list(served.ask(stream=stream))
+    assert isinstance(caught.value.body, dict) and caught.value.body["message"] == message
+    assert stream or (isinstance(caught.value, openai.APIStatusError) and caught.value.status_code == status)
     monkeypatch.undo()
     assert served.ask(max_tokens=2).usage.completion_tokens == 2
 
