@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 import apb
 import apb.strategies.base as strategies
@@ -18,6 +20,7 @@ from apb.methods import METHODS
 from apb.plan import Kind, Plan
 from apb.traffic import gathered_rows
 from cases import CASES, Case
+from families import PECULIAR, PROMPT, make
 from models import FAMILIES, tiny_model
 from oracle import lay_out, visibility, within
 from shapes import SMALL
@@ -266,6 +269,58 @@ def test_model_shape_is_the_models(family: str) -> None:
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (3, 4, 2, 32)
     assert (shape.hidden, shape.intermediate, shape.vocabulary) == (64, 128, 99)
     assert shape.cache_row == 2 * 3 * 2 * 32
+
+
+# Numbers that experts hold of a token: two copies of 64 and three of an expert's width, for each that it is sent to.
+EXPERT_ROWS = {
+    "deepseek_v3": 2 * (2 * 64 + 3 * 32),
+    "gpt_oss": 4 * (2 * 64 + 3 * 96),
+    "qwen3_moe": 2 * (2 * 64 + 3 * 32),
+}
+
+
+@pytest.mark.parametrize("family", PECULIAR)
+def test_model_shape_is_what_a_run_meets(family: str) -> None:
+    """Heads, windows, the cache and products of latent attention, sliding windows and experts, counted in runs."""
+    model = make(*PECULIAR[family])
+    shape = model_shape(model.config)
+    layers = []
+    with contextlib.closing(apb.Engine.from_model(model, strategy="full")) as engine:
+        engine.inspect(PROMPT, [0], lambda _, layer: layers.append(layer))
+        cache = engine.prefill(PROMPT).to_dynamic_cache()
+    assert {layer.q.shape[1:] for layer in layers} == {(shape.heads, shape.head_dim)}
+    assert {layer.k.shape[1:] for layer in layers} == {(shape.kv_heads, shape.head_dim)}
+    assert [layer.window for layer in layers if layer.window] == list(shape.windows)
+    assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) == len(PROMPT) * shape.cache_row
+    assert shape.expert_row == EXPERT_ROWS.get(family, 0)
+    model.set_experts_implementation("eager")  # the counter does not know the others' products
+
+    def flops(tokens: int) -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.base_model(torch.arange(tokens)[None])
+        return counter.get_total_flops()
+
+    # Linear layers cost 2 FLOPs a weight and row, attention grows with the square. The choice of experts is left out.
+    linear = (4 * flops(64) - flops(128)) / (2 * 64) / 2
+    assert 0.99 * linear < shape.layer_parameters <= linear
+
+
+def test_shapes_of_configurations_without_a_word() -> None:
+    """What a configuration leaves out is what transformers takes it for; windows that are switched off are none."""
+    few = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    gpt2 = model_shape(GPT2Config(vocab_size=99, n_embd=64, n_layer=2, n_head=4))
+    assert (gpt2.heads, gpt2.kv_heads, gpt2.head_dim, gpt2.intermediate) == (4, 4, 16, 256)
+    qwen = {**few, "num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": 32, "max_window_layers": 1}
+    assert model_shape(Qwen2Config(**qwen, use_sliding_window=False)).windows == ()
+    assert model_shape(Qwen2Config(**qwen, use_sliding_window=True)).windows == (32,)
+
+
+def test_a_model_that_cannot_be_made() -> None:
+    """Values that a model's own code trips over are the configuration's fault, and said in one sentence."""
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
+    config.hidden_act = "no such thing"
+    with pytest.raises(apb.InputError, match=r"No 'llama' model can be made of this configuration: .*; correct it"):
+        model_shape(config)
 
 
 def test_tied_embeddings_count_once() -> None:
