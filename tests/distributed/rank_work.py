@@ -189,5 +189,5 @@ def fail_on_rank_1(kind: type[Exception]) -> None:
     """One rank fails while the other waits for it."""
     dist.init_process_group("gloo")
     if dist.get_rank() == 1:
-        raise kind("the reason")
+        raise kind("the reason.\nand what torch adds to it")
     dist.barrier()

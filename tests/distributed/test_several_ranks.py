@@ -157,7 +157,7 @@ def test_a_rank_that_fails_ends_the_others() -> None:
 @pytest.mark.parametrize("error", [InputError, DoesNotFit])
 def test_what_only_a_rank_finds_wrong_is_still_wrong_input(error: type[InputError]) -> None:
     """An InputError of any kind that a rank raises comes out of the launcher as one, with its own sentence."""
-    with pytest.raises(InputError, match=r"^the reason$"):
+    with pytest.raises(InputError, match=r"^the reason\.$"):
         launch(rank_work.fail_on_rank_1, 2, error)
 
 

@@ -196,16 +196,16 @@ def _reason(failure: Any) -> str:
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
     message = _message(failure)
-    return f"failed: {message}" if message else f"ended with status {failure.exitcode}"
+    return f"failed: {message.rstrip('.')}" if message else f"ended with status {failure.exitcode}"
 
 
 def _message(failure: Any) -> str:
-    """What a failed rank said last: the name of its error and the message."""
+    """The name of a failed rank's error and what it says; of several lines, as torch's often have, the first."""
     message = failure.message
-    if isinstance(message, dict):
-        message = message.get("message", "")
-    lines = [line.strip() for line in str(message).splitlines() if line.strip()]
-    return lines[-1] if lines else ""
+    recorded = isinstance(message, dict)
+    text = message.get("message", "") if recorded else message  # a traceback, which ends with that
+    lines = [line.strip() for line in str(text).splitlines() if line.strip()]
+    return lines[0 if recorded else -1] if lines else ""
 
 
 @contextmanager
