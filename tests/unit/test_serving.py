@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -333,6 +334,23 @@ def test_other_ranks_hear_of_idle_times(engine: apb.Engine, monkeypatch: pytest.
     monkeypatch.setattr(worker, "_shared", lambda asked, over: said.append((asked, over)) or (asked, over))
     worker.run(lambda: len(said) == 3)
     assert said == [(None, False)] * 3 + [(None, True)]
+
+
+def test_a_failure_on_several_ranks_ends_them(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client hears of it, and the worker ends: the other ranks may be anywhere. A rank alone goes on."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine, "prefill", fail)
+    assert engine.tokenizer is not None
+    prompt, told = apb.Prompt.for_model(engine.tokenizer, DOCUMENT, QUESTION), []
+    worker, sampling = Worker(engine), {"max_new_tokens": 1}
+    worker._answer(prompt, sampling, Job(prompt, sampling, told.append))
+    monkeypatch.setattr(worker, "_everyone", SimpleNamespace(size=2, rank=0))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        worker._answer(prompt, sampling, Job(prompt, sampling, told.append))
+    assert [str(event) for event in told] == ["out of luck"] * 2
 
 
 def test_jobs_wait_in_line(engine: apb.Engine) -> None:
