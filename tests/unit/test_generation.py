@@ -79,6 +79,18 @@ def test_sampling_is_transformers(model: PreTrainedModel, options: dict[str, flo
     assert full(model).generate(PROMPT, max_new_tokens=40, seed=5, **options).token_ids == expected
 
 
+def test_seeds_are_those_of_torch() -> None:
+    """Exactly the numbers that a generator of torch takes are taken."""
+    for seed in (-(2**63), 2**64 - 1):
+        torch.Generator().manual_seed(seed)
+        assert apb.generation.Sampling(seed=seed).seed == seed
+    for seed in (-(2**63) - 1, 2**64):
+        with pytest.raises((RuntimeError, ValueError, OverflowError)):
+            torch.Generator().manual_seed(seed)
+        with pytest.raises(apb.InputError, match="seed must be"):
+            apb.generation.Sampling(seed=seed)
+
+
 def test_the_seed_decides(model: PreTrainedModel) -> None:
     """The same seed gives the same text, another seed another; without one every call draws anew; torch's global
     generator is neither read nor moved."""
