@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch and transformers are imported, and for the processes that tests start: no test may reach the network, and
@@ -30,11 +31,13 @@ settings.load_profile("suite")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked ``gpu``, or ``gpu(N)`` for several, are of hardware that nothing stands in for."""
+    """Tests marked ``gpu``, or ``gpu(N)`` for several, or ``triton``, are of what nothing stands in for."""
     marker = item.get_closest_marker("gpu")
     needed = 0 if marker is None else marker.args[0] if marker.args else 1
     if torch.cuda.device_count() < needed:
         pytest.skip(f"needs NVIDIA GPUs: {needed}")  # most machines have none, those that run CI among them
+    if item.get_closest_marker("triton") and find_spec("triton") is None:
+        pytest.skip("triton is not installed")  # the tests' extra brings it on Linux alone: other systems have none
 
 
 @pytest.fixture(scope="session")

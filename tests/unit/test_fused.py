@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from models import tiny_model
 
 CPU = torch.device("cpu")
 KERNEL = Path(fused.__file__).parent / "hopper.py"
-# The tests' extra brings Triton on Linux alone: there is none for other systems.
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 # Rows of several blocks and of the anchor over [anchor and passed pairs | own rows], as one rank computes them at once.
 ROWS, RUN = 420, 230
@@ -138,7 +135,7 @@ def test_programs_end_together(blocks: int) -> None:
 # --- plain Triton, interpreted -------------------------------------------------------------------------------------
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (8, 1, 128), (3, 3, 80)])
 def test_portable_kernel(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
@@ -152,7 +149,7 @@ def test_portable_kernel(dtype: torch.dtype, heads: int, kv_heads: int, head_dim
     agree((out, lse), expected(q, sources, TASKS), 1e-5 if dtype == torch.float32 else 2e-3)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("rows", [9, 90])
 def test_softcap(rows: int) -> None:
     """softcap * tanh(x / softcap), in the kernel for many rows and in that for few."""
@@ -166,7 +163,7 @@ def test_softcap(rows: int) -> None:
     agree((out, lse), (mixed, logits.logsumexp(-1)), 1e-5)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(scale: float) -> None:
     """The kernels themselves need a positive factor; callers need not know."""
@@ -176,7 +173,7 @@ def test_scales_that_are_not_positive(scale: float) -> None:
     agree(attention(q, segments, scale, "fused"), reference.attention(q, segments, scale), 1e-5)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("count", [3, 4, 7])
 def test_more_segments_than_one_launch_takes(count: int) -> None:
     """More than three segments are merged."""
@@ -188,7 +185,7 @@ def test_more_segments_than_one_launch_takes(count: int) -> None:
     agree(fused.attention(q, segments, 0.125), reference.attention(q, segments, 0.125), 1e-5)
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize(("rows", "causal"), [(1, False), (1, True), (5, True)])
 @pytest.mark.parametrize("length", [5, 64, 700, 1500])
 def test_decode_reads_the_length_from_the_device(rows: int, causal: bool, length: int) -> None:
@@ -204,7 +201,7 @@ def test_decode_reads_the_length_from_the_device(rows: int, causal: bool, length
     agree(decode.attention(q, k, v, 0.125, causal=causal, length=held), wanted, 1e-5)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_empty_sources_are_not_read() -> None:
     """Nothing passed and no anchor: a source without keys, or none at all."""
     torch.manual_seed(0)
@@ -215,7 +212,7 @@ def test_empty_sources_are_not_read() -> None:
     agree((out, lse), expected(q, [(k[:0], v[:0]), (k, v)], tasks), 1e-5)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_prefill() -> None:
     """A whole prefill by apb, in two rounds, and a step of decode give the logits that torch's kernels give."""
     prompt = Prompt.from_tokens([1, 2], [(37 * i + 11) % 97 for i in range(90)], [5, 6, 7])
@@ -326,7 +323,7 @@ def test_hopper_kernel_emulated_on_any_tasks(tasks: tuple[Task, ...], seed: int)
     agree(emulate(q, sources, tasks, HOPPER[64], seed=seed), expected(q, sources, tasks), 2e-3)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_hopper_kernel_compiles() -> None:
     """Every configuration compiles for sm_90 to warpgroup products; in the loops the softmax of a tile stands where the
     product of the tile before with its values is under way: that is what makes it fast. No spills at head dim 128,

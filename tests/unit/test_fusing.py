@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from torch import nn
@@ -13,9 +11,6 @@ from transformers.models.llama import modeling_llama
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
 from models import tiny_model
-
-# The tests' extra brings Triton on Linux alone: there is none for other systems.
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
 def test_nothing_is_compiled_on_the_cpu():
@@ -28,7 +23,7 @@ def test_nothing_is_compiled_on_the_cpu():
         Engine.from_model(model, fused=True)
 
 
-@needs_triton
+@pytest.mark.triton
 def test_parts_run_compiled_and_come_back(monkeypatch):
     """Norms, MLPs and the rotary embedding go through torch.compile, to the same effect; undone, nothing is left."""
     compiled = []
@@ -66,7 +61,7 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     assert type(model.lm_head) is nn.Linear
 
 
-@needs_triton
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("outputs", "width"), [(1, 1), (7, 64), (130, 37), (33, 2048), (3, 5000)])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -87,7 +82,7 @@ def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype, with_
     assert ((actual.double() - wanted).abs() <= room + 1e-7).all()
 
 
-@needs_triton
+@pytest.mark.triton
 def test_what_is_done_by_row(monkeypatch):
     """Single rows without gradients alone, of plain linear layers; compiled parts call the kernel too."""
     from apb.kernels import matvec
@@ -124,7 +119,7 @@ def test_what_is_done_by_row(monkeypatch):
     assert len(rows) == 0 and model.lm_head.weight.grad is not None
 
 
-@needs_triton
+@pytest.mark.triton
 def test_a_shard_of_a_layer_is_no_single_row():
     """Two rows of half a layer's width are as many numbers as the whole layer's width."""
     layer = nn.Linear(8, 5, bias=False)

@@ -88,7 +88,7 @@ def draw(kind: str, kv_heads: int, tokens: int) -> Tensor:
     return torch.arange(tokens, dtype=torch.float32).expand(kv_heads, tokens) if kind == "expanded" else scores - 0.5
 
 
-@pytest.mark.skipif(len(ENGINES) == 1, reason="triton is not installed")
+@pytest.mark.triton
 @pytest.mark.parametrize("kind", ["few ties", "ties", "alike", "nan", "strided", "expanded"])
 @pytest.mark.parametrize(("tokens", "selectable", "count"), [(1, 1, 1), (4500, 4500, 625), (2500, 2333, 2332)])
 def test_kernel_chooses_as_torch_does(
