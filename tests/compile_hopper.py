@@ -79,7 +79,20 @@ def examine(kernel: Any) -> dict[str, Any]:
         "exponentials": sum(body.count("MUFU.EX2") for body in inner),
         "exponentials_meanwhile": sum(body.count("MUFU.EX2") for body in meanwhile),
         "shared": kernel.metadata.shared,
+        "barriers": len(_barriers(kernel.asm["ptx"])),
+        "barriers_overwritten": sorted(_barriers(kernel.asm["ptx"]) & _stored(kernel.asm["ptx"])),
     }
+
+
+def _barriers(ptx: str) -> set[int]:
+    """Where barriers are initialised in shared memory."""
+    offsets = dict(re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", ptx))
+    return {int(offsets[register]) for register in re.findall(r"mbarrier\.init\S* \[(%r\d+)\]", ptx)}
+
+
+def _stored(ptx: str) -> set[int]:
+    """Where whatever else is stored in shared memory begins."""
+    return {int(offset) for offset in re.findall(r"\bst\.shared\S*\s+\[\S+?\+(\d+)\]", ptx)}
 
 
 def _spills(line: str) -> bool:

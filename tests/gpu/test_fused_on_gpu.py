@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -202,3 +205,50 @@ def test_a_graph_serves_every_length() -> None:
         length.fill_(keys)
         graph.replay()
         check(out, lse, dense(q, [Segment(k[:keys], v[:keys])], 128**-0.5))
+
+
+OTHER_PROGRAM = """
+import torch
+
+a = torch.randn(8192, 8192, device="cuda").bfloat16()
+a @ a
+torch.cuda.synchronize()
+print("runs", flush=True)
+while True:
+    for _ in range(20):
+        a @ a
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize("head_dim", HOPPER)
+def test_another_program_on_the_gpu_changes_nothing(head_dim: int, kernel: str) -> None:
+    """Launches long enough to be interrupted in the middle so that the other gets its turn: all the same, bit by bit.
+
+    A launch in fifteen had rows that were wrong while the kernel for Hopper initialised a barrier that nobody used.
+    """
+    torch.manual_seed(0)
+    rows = 16384 * 128 // max(head_dim, 128)
+    q, k, v = (draw(rows, heads, head_dim, torch.bfloat16, True) for heads in (32, 8, 8))
+    task = Task(0, rows, (Part(0, 0, rows, True),))
+
+    def compute() -> tuple[Tensor, Tensor]:
+        out, lse = torch.full_like(q, math.nan), torch.full((32, rows), math.nan, device="cuda")
+        launch(q, [(k, v)], (task,), head_dim**-0.5, out, lse, kernel=kernel)
+        return out, lse
+
+    wanted, wanted_lse = compute()
+    assert wanted.isfinite().all()
+    with subprocess.Popen([sys.executable, "-c", OTHER_PROGRAM], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "runs\n"
+            started, launches = time.monotonic(), 0
+            while time.monotonic() - started < 4 or launches < 100:
+                out, lse = compute()
+                assert torch.equal(out, wanted)
+                assert torch.equal(lse, wanted_lse)
+                launches += 1
+            assert other.poll() is None
+        finally:
+            other.kill()

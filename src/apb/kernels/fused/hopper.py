@@ -354,7 +354,6 @@ def forward(
     v_bufs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BN, D], k0.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -362,8 +361,13 @@ def forward(
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
-    for i in gl.static_range(GROUPS):
-        mbarrier.init(turns.index(i), count=1)
+    # Only where they are used: Triton gives the memory of barriers that nobody uses to something else, and what lies
+    # over a barrier that was not invalidated is lost when another program on the GPU gets its turn.
+    turns = q_free
+    if PING_PONG:
+        turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(GROUPS):
+            mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
