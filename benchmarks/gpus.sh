@@ -38,7 +38,7 @@ for part; do
         echo "$1: exit status $?; $(tail -n 1 "$out/$1.txt")"
       }
       # 2025.3 takes the way in which Triton's warps get their work for a race; the package nvidia-cuda-sanitizer-api
-      # has later ones. Beside other programs on the GPU racecheck breaks the kernel for Hopper: it runs alone.
+      # has later ones.
       sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
       "$sanitizer" --version | tail -n 1
       memory="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer --error-exitcode 1 --tool"
