@@ -18,9 +18,9 @@ from ..prompt import Prompt
 
 # More than these are turned away: who asks next would wait for minutes at best.
 MOST_WAITING = 64
-# Tokens of documents and questions that are read before the first request: kernels are compiled for lengths that are
-# multiples of 16 and for others.
-_WARM_UP = ((8192, 16), (8001, 9))
+# Tokens of documents and questions that are read before the first request: kernels are compiled for short blocks and
+# for long ones, for few rows of a question and for many, for lengths that are multiples of 16 and for others.
+_WARM_UP = ((32000, 64), (31001, 16), (8001, 9))
 # Other ranks hear from rank 0 at least that often, so that waiting for work is not taken for its end.
 _HEARTBEAT_S = 60.0
 
