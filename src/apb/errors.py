@@ -33,6 +33,19 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")
 
 
+def unexpected(error: BaseException) -> str:
+    """An error that nobody has a sentence for: its name and what it says; where a GPU is full, also what helps."""
+    text = " ".join(str(error).split()) or "no message"
+    if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
+        return f"{type(error).__name__}: {text}"
+    # Behind these sentences torch counts its own memory, and gives advice that is seldom what helps here.
+    text = ". ".join(text.removeprefix("CUDA out of memory. ").rstrip(".").split(". ")[:2])
+    return (
+        f"The GPU ran out of memory. {text}. Read in more rounds (--rounds), on more ranks (--ranks), or end other "
+        "programs that use the GPU"
+    )
+
+
 def at_least(name: str, value: int, limit: int) -> None:
     """InputError unless ``value`` is a whole number of at least ``limit``, and no absurd one."""
     if isinstance(value, bool) or not isinstance(value, int):

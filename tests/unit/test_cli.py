@@ -306,6 +306,25 @@ def test_unforeseen_errors_are_one_line(ask: Cli, monkeypatch: pytest.MonkeyPatc
         ask()
 
 
+def test_a_full_gpu(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much was wanted and how much is free, and what helps; not torch's advice on its allocator."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which 1.21 "
+            "GiB is free. Process 71 has 138.58 GiB memory in use. If reserved but unallocated memory is large try x=y."
+        )
+
+    monkeypatch.setattr(apb.Engine, "from_pretrained", fail)
+    done = ask()
+    assert done.status == 1
+    assert done.err == (
+        "apb: The GPU ran out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 139.80 GiB of which "
+        "1.21 GiB is free. Read in more rounds (--rounds), on more ranks (--ranks), or end other programs that use the "
+        "GPU (set APB_TRACEBACK=1 to see where)\n"
+    )
+
+
 def test_interrupted(ask: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is status 130 and one word, not a traceback."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import InputError, RankError
+from ..errors import InputError, RankError, unexpected
 from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, serve, train
 
 app = typer.Typer(
@@ -77,8 +77,7 @@ def run(command: typer.Typer) -> int:
     except Exception as error:
         if os.environ.get("APB_TRACEBACK"):
             raise
-        text = " ".join(str(error).split()) or "no message"
-        return _say(f"{type(error).__name__}: {text} (set APB_TRACEBACK=1 to see where)", FAILED)
+        return _say(f"{unexpected(error)} (set APB_TRACEBACK=1 to see where)", FAILED)
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import Cancelled, InputError
+from ..errors import Cancelled, InputError, unexpected
 from ..generation import Generation, Sampling
 from ..prompt import Prompt
 from .schema import ChatRequest
@@ -257,8 +257,7 @@ def _failure(error: Exception) -> Refusal:
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):
         return Refusal(499, str(error), code="cancelled")
-    text = " ".join(str(error).split()) or "no message"
-    return Refusal(500, f"{type(error).__name__}: {text}", "server_error")
+    return Refusal(500, unexpected(error), "server_error")
 
 
 def _sentence(error: RequestValidationError) -> str:
