@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,9 +17,11 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import apb
 import families
+from alive import peak_of
 from apb.distributed.collectives import Group, Pending
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
@@ -27,6 +30,8 @@ from models import tiny_model, without_eos
 # Query heads, KV heads, document: groups of 1, 4 and 8; prime lengths, from fewer tokens than ranks on.
 EXACT = ((12, 12, 997), (12, 3, 4999), (24, 3, 997), (24, 3, 2), (12, 3, 5))
 SIZES = (1, 2, 3, 4)
+# Strategies and blocks a rank (None: their own) whose memory is counted.
+WIDE = (("ring", None), ("ulysses", None), ("star", 1), ("star", 2), ("apb", 1), ("apb", 2), ("apb", 3))
 PROMPT = Case(1, document=90).prompt
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
 
@@ -43,6 +48,7 @@ class Record:
     collectives: dict[str, Any] = field(default_factory=dict)
     exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
     peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
+    alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
 
 def everything(folder: str) -> None:
@@ -78,6 +84,8 @@ def record(group: Group) -> Record:
     seen.generated = generate(group)
     seen.collectives = collect(group)
     seen.exact = read_exactly(group)
+    if group.size > 1:
+        seen.alive = count_alive(group)
     if group.size in (2, 4):
         seen.peculiar = read_families(group)
     return seen
@@ -159,6 +167,25 @@ def read_families(group: Group) -> dict[tuple[str, str], tuple[Tensor, int]]:
         with counting() as sent:
             logits = families.read(model, reading, group)
         results[family, reading] = (logits, sum(sent) - families.decode_bytes(model, group.size))
+    return results
+
+
+def wide_model() -> PreTrainedModel:
+    """A model whose attention is wider than its stream of rows and its MLP; merging in fp32 shows in bf16."""
+    return tiny_model("llama", heads=12, kv_heads=3, head_dim=64, layers=2, hidden=96).to(torch.bfloat16)
+
+
+def count_alive(group: Group) -> dict[tuple[str, int | None], int]:
+    """Bytes alive at the widest moment of a prefill, beside weights, by strategy and blocks a rank."""
+    results = {}
+    model = wide_model()
+    prompt = apb.Prompt.from_tokens([], [(37 * i * i + 11 * i) % 97 for i in range(3000)], [41, 94])
+    for strategy, blocks in WIDE:
+        engine = apb.Engine.from_model(model, strategy=strategy, blocks=None if blocks is None else blocks * group.size)
+        engine.group = group
+        # The least of three: a thread of gloo's may still hold what it sent.
+        results[strategy, blocks] = min(peak_of(model, partial(engine.prefill, prompt)) for _ in range(3))
+        engine.close()
     return results
 
 

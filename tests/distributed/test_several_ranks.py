@@ -80,6 +80,18 @@ def test_bytes_are_those_predicted(records: Records, size: int, name: str) -> No
         assert record.sent[name] == rank.sent_bytes
 
 
+@pytest.mark.parametrize("reading", rank_work.WIDE, ids=str)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_memory_is_that_predicted(records: Records, size: int, reading: tuple[str, int | None]) -> None:
+    """What is alive at once at the widest moment of the rank that needs most, storage by storage: to a few percent."""
+    strategy, blocks = reading
+    plan = Plan.build(0, 3000, 2, blocks=None if blocks is None else blocks * size, ranks=size, strategy=strategy)
+    ranks = predict(plan, model_shape(rank_work.wide_model().config)).ranks
+    predicted = max(rank.cache_bytes + rank.activation_bytes for rank in ranks)
+    counted = max(record.alive[reading] for record in records[size])
+    assert 0.95 < predicted / counted < 1.03
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_generated_text_is_the_same_everywhere(records: Records, size: int) -> None:
     """With a seed and without one, all ranks give the same answer; with one, any number of ranks does; the stream is

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,8 +25,10 @@ from cases import CASES, Case
 from families import PECULIAR, PROMPT, make
 from models import FAMILIES, tiny_model
 from oracle import lay_out, visibility, within
+from shapes import LLAMA_8B as LLAMA_8B_SHAPE
 from shapes import SMALL
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 LLAMA_8B = LlamaConfig(
     vocab_size=128256,
     hidden_size=4096,
@@ -158,16 +162,47 @@ def test_sparse_rows_see_columns_and_diagonals_alone() -> None:
 
 
 def test_what_is_alive_at_the_widest_moment() -> None:
-    """Full attention: in the MLP, two copies of the residual stream and its norm, gate, up and product. Apb on two
-    ranks: in attention, whose pairs come from both of them and whose partial results are merged in fp32."""
+    """Full attention: in the MLP, where gate, up and product stand beside the embedded rows, what came into the layer,
+    what came out of its attention and the normed copy of that. Apb on two ranks: in attention, whose pairs come from
+    both of them and whose partial results are merged in fp32."""
     full = predict(Plan.build(0, 90, 10, strategy="full"), SMALL).ranks[0]
-    assert full.activation_bytes == 2 * (2 * 2 * 100 * 64 + 100 * 3 * 128)
+    assert full.activation_bytes == 2 * (100 * (64 + 2 * 16) + 3 * 100 * 64 + 100 * 3 * 128)
     plan = Plan.build(0, 80, 2, blocks=2, ranks=2, anchor_length=8, passing_length=30)
     rows, gathered = 4 + 40 + 2, 4 + 30
-    alive = 2 * rows * 64 + rows * (64 + 64) + rows * 64  # stream and norm; q, k, v; the output
+    alive = rows * (64 + 2 * 16)  # the embedded rows, sines and cosines
+    alive += 2 * rows * 64 + rows * (64 + 64) + rows * 64  # stream and norm; q, k, v; the output
     alive += (1 + 2 * 2) * gathered * 64  # packed, gathered, put in order
-    alive += rows * 64 + 40 * 64 * 6  # the other partial result; two and a sum in fp32
+    alive += rows * 64 + 40 * 64 * 6  # the other partial result; sum, part, and that part unweighted in fp32
     assert predict(plan, SMALL).ranks[0].activation_bytes == 2 * alive
+
+
+def test_mlps_work_in_chunks() -> None:
+    """Of 40,000 rows: the last chunk's gate, up and product beside what the others gave, or all put together."""
+    rows = 40_000
+    shared = rows * (64 + 2 * 16) + 3 * rows * 64
+    for intermediate, widest in ((400, (rows - 16384) * 64 + 16384 * 3 * 400), (50, 2 * rows * 64)):
+        shape = replace(SMALL, kv_heads=1, heads=1, intermediate=intermediate)
+        full = predict(Plan.build(0, rows - 10, 10, strategy="full"), shape).ranks[0]
+        assert full.activation_bytes == 2 * (shared + widest)
+
+
+@pytest.mark.parametrize("length", [65536, 131072, 262144])
+def test_memory_that_was_measured(length: int) -> None:
+    """Llama-3.1-8B's shape on an H200, full attention and apb, as committed: within 3 %."""
+    report = json.loads((RESULTS / f"prefill_{length}_h200.json").read_text())
+    assert [row["strategy"] for row in report["rows"]] == ["full", "apb"]
+    for row in report["rows"]:
+        sizes = row["plan"]
+        given = {name: sizes[name] for name in ("blocks", "anchor_length", "passing_length")}
+        plan = Plan.build(
+            length - sizes["document_tokens"] - sizes["query_tokens"],
+            sizes["document_tokens"],
+            sizes["query_tokens"],
+            strategy=row["strategy"],
+            **(given if row["strategy"] == "apb" else {}),
+        )
+        predicted = predict(plan, LLAMA_8B_SHAPE).ranks[0].peak_bytes
+        assert predicted == pytest.approx(row["peak_bytes"], rel=0.03)
 
 
 def test_rounds_carry_what_later_blocks_see() -> None:

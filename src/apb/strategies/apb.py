@@ -73,8 +73,8 @@ class APB(Strategy):
             attend(layer.q, [(pairs[0], pairs[1])], tasks, layer.scale, others, self.backend, others_lse)
             for span in seeing:
                 rows = span.rows
-                merged, _ = merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows]))
-                out[rows] = merged.to(out.dtype)
+                # No name for what was merged: it would be alive while the next block's is.
+                out[rows] = merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows]))[0]
             if self.anchor:
                 out[self.anchor.rows] = others[self.anchor.rows]
 

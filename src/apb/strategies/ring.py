@@ -36,27 +36,33 @@ class Ring(Strategy):
         travelling[0, : len(q)], travelling[1, : len(q)] = layer.k[rows], layer.v[rows]
 
         arriving = self.group.shift(travelling)
-        own = (
-            self.attention(layer, q[:split], [self.own(layer, early)]),
-            self.attention(layer, q[split:], [*self._blocks_of(travelling, rank)[:1], self.own(layer, late)]),
-        )
-        merged, lse = torch.cat([o.float() for o, _ in own]), torch.cat([each for _, each in own], 1)
+        merged, lse = self._own_blocks(layer, q, travelling)
         for step in range(1, size):
             with part("communication"):
                 travelling = arriving.wait()
             if step + 1 < size:
                 arriving = self.group.shift(travelling)
             source = (rank - step) % size
-            blocks = self._blocks_of(travelling, source)
             if source < rank:
-                seen, seen_lse = self.attention(layer, q, blocks[:1])
+                seen, seen_lse = self.attention(layer, q, self._blocks_of(travelling, source)[:1])
                 with part("attention"):
                     merged, lse = merge((merged, seen), (lse, seen_lse))
             else:
-                seen, seen_lse = self.attention(layer, q[split:], blocks)
+                seen, seen_lse = self.attention(layer, q[split:], self._blocks_of(travelling, source))
                 with part("attention"):
                     merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
         out[rows] = layer.settle(merged, lse)
+
+    def _own_blocks(self, layer: Layer, q: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows over what this rank holds, in fp32: the early block sees itself, the late one both."""
+        early, late = self.blocks
+        split = len(early)
+        outs, lses = zip(
+            self.attention(layer, q[:split], [self.own(layer, early)]),
+            self.attention(layer, q[split:], [*self._blocks_of(packed, self.group.rank)[:1], self.own(layer, late)]),
+            strict=True,
+        )
+        return torch.cat([out.float() for out in outs]), torch.cat(lses, 1)
 
     def _blocks_of(self, travelling: Tensor, source: int) -> list[Segment]:
         """A rank's early and late block in what it sent round: (2, width, kv_heads, head_dim)."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..compressors import Compressor
+from ..distributed.collectives import Group
 from ..kernels.attention import Segment
 from ..methods import check_heads, kv_heads_of
 from ..parts import part
+from ..plan import Plan
 from .base import Layer, Strategy
 
 
@@ -18,31 +21,35 @@ class Ulysses(Strategy):
     its heads straddle groups unevenly, one KV head is sent for every query head.
     """
 
+    def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
+        super().__init__(plan, group, compressor, backend)
+        self._lengths = [len(plan.block(rank)) for rank in range(plan.ranks)]
+
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
-        size = self.group.size
-        span = self.blocks[0]
-        heads, kv_heads = layer.q.shape[1], layer.k.shape[1]
+        rank, size = self.group.rank, self.group.size
+        rows, heads = self.blocks[0].rows, layer.q.shape[1]
         check_heads(self.plan.strategy, heads, size)
         share = heads // size
-        wanted = [kv_heads_of(rank * share, share, heads // kv_heads) for rank in range(size)]
-        own_kv = len(wanted[self.group.rank])
-        width = share + 2 * own_kv
-        lengths = [len(self.plan.block(rank)) for rank in range(size)]
-        head_dim = layer.q.shape[2]
+        gathered = self._scatter_heads(layer, share)
+        kv_heads = (gathered.shape[1] - share) // 2
+        q, k, v = gathered.split([share, kv_heads, kv_heads], 1)
+        attended = self.attention(layer, q, [Segment(k, v, causal=True)])
+        result = layer.settle(*attended, heads=slice(rank * share, (rank + 1) * share))
+        mine = (len(self.blocks[0]), share, layer.q.shape[2])
+        with part("communication"):
+            out[rows] = torch.cat(self.group.all_to_all(result.split(self._lengths), [mine] * size), 1)
+
+    def _scatter_heads(self, layer: Layer, share: int) -> Tensor:
+        """(tokens of the document, share + 2 KV heads, head_dim): all rows of this rank's query heads, and what they
+        read. What was packed for the others is let go of here."""
+        rows, size, group = self.blocks[0].rows, self.group.size, layer.q.shape[1] // layer.k.shape[1]
+        wanted = [kv_heads_of(rank * share, share, group) for rank in range(size)]
+        width = share + 2 * len(wanted[self.group.rank])
         parts = []
         for rank, kept in enumerate(wanted):
-            pieces = (
-                layer.q[span.rows, rank * share : (rank + 1) * share],
-                layer.k[span.rows, kept],
-                layer.v[span.rows, kept],
-            )
-            parts.append(torch.cat(pieces, 1))
+            q = layer.q[rows, rank * share : (rank + 1) * share]
+            parts.append(torch.cat((q, layer.k[rows, kept], layer.v[rows, kept]), 1))
         with part("communication"):
-            gathered = torch.cat(self.group.all_to_all(parts, [(length, width, head_dim) for length in lengths]))
-        q, k, v = gathered.split([share, own_kv, own_kv], 1)
-        attended = self.attention(layer, q, [Segment(k, v, causal=True)])
-        result = layer.settle(*attended, heads=slice(self.group.rank * share, (self.group.rank + 1) * share))
-        mine = (len(span), share, head_dim)
-        with part("communication"):
-            out[span.rows] = torch.cat(self.group.all_to_all(result.split(lengths), [mine] * size), 1)
+            shapes = [(length, width, layer.q.shape[2]) for length in self._lengths]
+            return torch.cat(self.group.all_to_all(parts, shapes))
