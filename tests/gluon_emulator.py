@@ -8,7 +8,7 @@ when it is waited for; a wait that never ends is an error.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import queue
 import random
 import sys
@@ -290,11 +290,9 @@ _LANGUAGE: dict[str, Any] = {
 
 @contextmanager
 def emulated(path: Path, seed: int = 0) -> Iterator[tuple[Any, Machine]]:
-    """The kernel module at ``path`` with the machine that its functions run on."""
+    """The kernel module at ``path``, with what it imports from beside it and the machine that its functions run on."""
     machine = Machine(seed)
-    with mock.patch.dict(sys.modules, machine.modules()):
-        spec = importlib.util.spec_from_file_location("emulated_kernel", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        yield module, machine
+    package = types.ModuleType("emulated")
+    package.__path__ = [str(path.parent)]
+    with mock.patch.dict(sys.modules, machine.modules() | {"emulated": package}):
+        yield importlib.import_module(f"emulated.{path.stem}"), machine

@@ -4,7 +4,8 @@ The producer brings query tiles and key/value tiles in with the bulk copy engine
 consumer issues QK of a tile and PV of the tile before it, and computes the softmax of the former while the latter runs
 (FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What was
 summed up is rescaled a step late, beside QK, and only where a maximum has grown. What the tiles are and in which order
-they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask.
+they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask. What it does with numbers in its
+registers is in :mod:`.registers`.
 """
 
 from __future__ import annotations
@@ -19,27 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .registers import capped, in_fours, pack, rescaled, row_sums, softmax, unpack
+
 # Triton 3.9 has only the first of these names, 3.6 only the second.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
-
-
-def _scaling(count):
-    """Assembly that multiplies ``count`` registers, of two rows by turns, unless all factors of the warp are 1."""
-    first, second = 2 * count, 2 * count + 2
-    lines = [
-        "{ .reg .pred p, r;",
-        f"setp.neu.f32 p, ${first}, 0f3F800000; setp.neu.f32 r, ${second}, 0f3F800000; or.pred p, p, r;",
-        "vote.sync.any.pred p, p, 0xffffffff; @!p bra DONE;",
-        *(f"mul.f32 ${i}, ${i}, ${second if i & 2 else first};" for i in range(count)),
-        "DONE: }",
-    ]
-    return " ".join(lines)
-
-
-_SCALING = gl.constexpr(_scaling(32))
-_SCALED = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
 
 
 @gluon.jit
@@ -128,66 +114,6 @@ def _mask(s, strip, index, masked, rows, cols, BN: gl.constexpr):
 
 
 @gluon.jit
-def _capped(s, cap, CAPPED: gl.constexpr):
-    """tanh of ``s``, of which ``cap`` makes twice the argument, to base 2; what follows it is folded into the scale."""
-    if CAPPED:
-        return 1.0 - 2.0 / (gl.exp2(s * cap) + 1.0)
-    else:
-        return s
-
-
-@gluon.jit
-def _row_sums(p, M: gl.constexpr, BN: gl.constexpr):
-    """(M, 8): what a thread holds of a row is added up, the rest is left for the end."""
-    return gl.sum(gl.reshape(p, [M, BN // 8, 8]), 1)
-
-
-@gluon.jit
-def _pack(p, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
-    """Two neighbours in one int32, (M, BN / 2): halves of registers that cross a loop would be taken apart there."""
-    low, high = gl.split(gl.reshape(p, [M, BN // 2, 2]))
-    if dtype == gl.bfloat16:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-        )
-    else:
-        return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=gl.int32, is_pure=True, pack=1
-        )
-
-
-@gluon.jit
-def _unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
-    """(M, BN): what :func:`_pack` rounded to ``dtype``."""
-    low, high = gl.inline_asm_elementwise(
-        "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
-    )
-    return gl.reshape(gl.join(low, high), [M, BN]).to(dtype, bitcast=True)
-
-
-@gluon.jit
-def _row_max(s, M: gl.constexpr, BN: gl.constexpr):
-    """In four chains rather than in one."""
-    return gl.max(gl.max(gl.reshape(s, [M, BN // 16, 16]), 1), 1)
-
-
-@gluon.jit
-def _softmax(s, m, scale, M: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr):
-    """exp2(scale s - new maximum), that maximum, and the factor of what was summed up under the old one."""
-    new = gl.maximum(m, gl.convert_layout(_row_max(s, M, BN), m.type.layout) * scale)
-    shift = new
-    if MASKED:  # a row may have seen nothing yet: (-inf) - (-inf) would be nan
-        shift = gl.where(new == float("-inf"), 0.0, new)
-    return gl.exp2(s * scale - shift[:, None]), new, gl.exp2(m - shift)
-
-
-@gluon.jit
-def _rescaled(acc, alpha):
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
-    return gl.inline_asm_elementwise(_SCALING, _SCALED, [acc, alpha], dtype=gl.float32, is_pure=True, pack=32)
-
-
-@gluon.jit
 def _scores(q, k_bufs, stage, M: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, layout: gl.constexpr):
     k = k_bufs.index(stage).reshape([BN, D]).permute((1, 0))
     return warpgroup_mma(q, k, gl.zeros([M, BN], gl.float32, layout), use_acc=False, is_async=True)
@@ -213,37 +139,26 @@ def _step(
     if PING_PONG:
         mbarrier.wait(turns.index(g), turn & 1)
     token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
-    acc = _rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
+    acc = rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
     mbarrier.wait(v_full.index(before), phase)
-    operand = gl.convert_layout(_unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
+    operand = gl.convert_layout(unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
     o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
     if PING_PONG:
         mbarrier.arrive(turns.index((g + 1) % GROUPS), count=1)
     s = warpgroup_mma_wait(1, deps=[token])
     mbarrier.arrive(k_free.index(stage), count=1)
-    s = _capped(s, cap, CAPPED)
+    s = capped(s, cap, CAPPED)
     if MASKED:
         s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
-    p, m, alpha = _softmax(s, m, scale, M, BN, MASKED)
-    sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + _row_sums(p, M, BN)
+    p, m, alpha = softmax(s, m, scale, M, BN, MASKED)
+    sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + row_sums(p, M, BN)
     # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
     # softmax behind the wait for PV, where nothing would run beside it.
     mbarrier.wait(k_full.index(after), after_phase, pred=tile + 1 < tiles)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_free.index(before), count=1)
-    pairs = _pack(p, M, BN, dtype)  # not before: the registers of the pairs before are PV's until now
+    pairs = pack(p, M, BN, dtype)  # not before: the registers of the pairs before are PV's until now
     return acc, m, sums, pairs, alpha, count + 1, turn + 1
-
-
-@gluon.constexpr_function
-def _in_fours(D):
-    """Layout of (64, D / 2) pairs in which a thread holds four neighbours: 16 bytes, where a product leaves it 4.
-
-    A row stays with the four threads that a product leaves it to: what they exchange stays within a warp.
-    """
-    columns = [[0, step] for step in (16, 32, 64) if step < D // 2]
-    lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], *columns, [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, D // 2])
 
 
 @gluon.jit
@@ -255,7 +170,7 @@ def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexp
     out, lse, out_row, out_head, lse_head = target
     rows = row + gl.arange(0, M, row_lse.type.layout)
     gl.store(lse + head.to(gl.int64) * lse_head + rows, row_lse, mask=rows < end)
-    values = _unpack(gl.convert_layout(_pack(acc, M, D, dtype), _in_fours(D)), M, D, dtype)
+    values = unpack(gl.convert_layout(pack(acc, M, D, dtype), in_fours(D)), M, D, dtype)
     rows = row + gl.arange(0, M, gl.SliceLayout(1, values.type.layout))
     cols = gl.arange(0, D, gl.SliceLayout(0, values.type.layout))
     pointers = out + head.to(gl.int64) * out_head + rows.to(gl.int64)[:, None] * out_row + cols[None, :]
@@ -307,10 +222,10 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(k_free.index(stage), count=1)
             cols = gl.arange(0, BN, gl.SliceLayout(0, s_layout))
-            s = _mask(_capped(s, cap, CAPPED), strip, 0, masked, rows, cols, BN)
-            p, m, alpha = _softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, M, BN, True)
-            sums = _row_sums(p, M, BN)
-            pairs = _pack(p, M, BN, dtype)
+            s = _mask(capped(s, cap, CAPPED), strip, 0, masked, rows, cols, BN)
+            p, m, alpha = softmax(s, gl.full([M], float("-inf"), gl.float32, s_rows), scale, M, BN, True)
+            sums = row_sums(p, M, BN)
+            pairs = pack(p, M, BN, dtype)
             acc = gl.zeros([M, D], gl.float32, o_layout)
             stage, phase = _slot(count + 1, STAGES)
             mbarrier.wait(k_full.index(stage), phase, pred=tiles > 1)
@@ -326,10 +241,10 @@ def _consume(
                     bars, turns, q, bufs, D, BN, GROUPS, STAGES, PING_PONG, CAPPED, False,
                 )  # fmt: skip
             mbarrier.arrive(q_free.index(g), count=1)
-            acc = _rescaled(acc, alpha)
+            acc = rescaled(acc, alpha)
             stage, phase = _slot(count, STAGES)
             mbarrier.wait(v_full.index(stage), phase)
-            p = gl.convert_layout(_unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
+            p = gl.convert_layout(unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
             token = warpgroup_mma(p, v_bufs.index(stage).reshape([BN, D]), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(v_free.index(stage), count=1)
