@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 class Alive(TorchDispatchMode):
     """Within it, ``peak`` is the most bytes of tensors made within it that were alive at once.
 
-    What a kernel asks for and gives back by itself is not seen. Gloo's threads may hold what was sent a moment longer.
+    What a kernel asks for and gives back by itself is not seen.
     """
 
     def __init__(self, model: nn.Module) -> None:

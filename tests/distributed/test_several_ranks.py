@@ -89,7 +89,7 @@ def test_memory_is_that_predicted(records: Records, size: int, reading: tuple[st
     ranks = predict(plan, model_shape(rank_work.wide_model().config)).ranks
     predicted = max(rank.cache_bytes + rank.activation_bytes for rank in ranks)
     counted = max(record.alive[reading] for record in records[size])
-    assert 0.95 < predicted / counted < 1.03
+    assert 0.97 < predicted / counted < 1.04
 
 
 @pytest.mark.parametrize("size", SIZES)
