@@ -14,10 +14,14 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import openai
 import psutil
 import pytest
+import torch.distributed as dist
+
+from apb.distributed import launch
 
 TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12
 ANSWER = ["--max-new-tokens", "12", "--json", "--temperature", "1", "--seed", "5"]
@@ -135,6 +139,23 @@ def test_termination_ends_all(arguments: list[str]) -> None:
         assert (status, len(lines)) == (1, 1), lines
         assert "SIGTERM" in lines[0]
         assert all_gone(ranks)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_who_failed_does_not_wait(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL is taken down by all ranks together: one that failed must end without, and gloo's as ever."""
+    ended, destroyed = Mock(), Mock()
+    monkeypatch.setattr(os, "_exit", ended)
+    for name, value in {"is_initialized": lambda: True, "get_backend": lambda: backend}.items():
+        monkeypatch.setattr(dist, name, value)
+    monkeypatch.setattr(dist, "destroy_process_group", destroyed)
+    launch.end(3)
+    assert ended.call_args_list == [call(3)] * (backend == "nccl")
+    launch._leave_at_exit()
+    assert destroyed.call_count == 1
+    monkeypatch.setattr(sys, "last_value", RuntimeError(), raising=False)
+    launch._leave_at_exit()
+    assert destroyed.call_count == 1 + (backend == "gloo")
 
 
 def test_serving_on_two_ranks(arguments: list[str]) -> None:

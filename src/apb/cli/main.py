@@ -43,7 +43,12 @@ _GRACE = 5.0
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it failed, 2 the input was wrong, 130 interrupted."""
-    sys.exit(run(app))
+    status = run(app)
+    if status != DONE and "apb.distributed.launch" in sys.modules:  # it brings torch, which takes seconds
+        from ..distributed import launch
+
+        launch.end(status)
+    sys.exit(status)
 
 
 def run(command: typer.Typer) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -67,7 +68,7 @@ def join(device: torch.device, gpus: int = 1) -> Group:
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
     # A process that ends with its threads of communication still running is aborted, and torchrun calls that a failure.
-    atexit.register(leave)
+    atexit.register(_leave_at_exit)
     return Group.of_world()
 
 
@@ -75,6 +76,27 @@ def leave() -> None:
     """Take torch.distributed down, where it is up."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _leave_at_exit() -> None:
+    if not (_waits_for_others() and hasattr(sys, "last_value")):  # an error that nobody caught
+        leave()
+
+
+def end(status: int) -> None:
+    """End this process, which failed, at once where leaving in good order would wait for ranks that are still at work.
+
+    They are ended by torchrun once it sees that this one has.
+    """
+    if _waits_for_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _waits_for_others() -> bool:
+    """NCCL is taken down by all ranks together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def check_split(device: torch.device, gpus: int, tensor_parallel: int = 1) -> None:
