@@ -136,7 +136,7 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
-            graphs: decode by CUDA graphs where they can be captured (on one rank), with the same numbers out.
+            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
         """
         return cls(model, tokenizer, **options)
 

@@ -1,13 +1,19 @@
-"""One decode step on a GPU: its lengths lie in the GPU's memory, so that one CUDA graph serves every step."""
+"""One decode step on a GPU: its lengths lie in the GPU's memory, so that the same CUDA graphs serve every step.
+
+On several ranks a step is a graph for every stretch between two messages, which are sent in the ordinary way: there a
+lost rank is noticed, and torch.distributed can be taken down while graphs are alive.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .distributed.collectives import Group
+from .distributed.collectives import Group, Pending
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .kernels import fused
@@ -37,7 +43,11 @@ def why_not(attachment: Attachment, device: torch.device, dtype: torch.dtype, he
 
 
 class Step:
-    """Reads one token after those in a cache, as long as the storage that was captured has room."""
+    """Reads one token after those in a cache, as long as the storage that was captured has room.
+
+    Attributes:
+        captured: whether it replays CUDA graphs.
+    """
 
     def __init__(
         self,
@@ -56,11 +66,13 @@ class Step:
             group: the ranks that hold the shards; every one of them captures.
             device: a GPU.
             forward: (ids (1, 1), positions (1, 1)) -> logits (vocab,) fp32, by a pass of the model.
-            capture: replay a CUDA graph: hundreds of kernels launched as one, with the same numbers out.
+            capture: replay CUDA graphs: hundreds of kernels launched as one, with the same numbers out.
         """
         from .kernels import decode  # Triton: there where GPUs are
 
+        self.captured = capture
         self._cache = cache
+        self._group = group
         # What changes from step to step lies in the GPU's memory, at addresses that the graph knows. The functions
         # below hold these, not this object: a cycle would keep the cache alive after its session.
         self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -68,14 +80,14 @@ class Step:
         self._slot = slot = torch.zeros(1, dtype=torch.long, device=device)
         self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
 
-        def attend(layer: Layer) -> Tensor:
-            alone = group.size == 1
-            out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length, partial=not alone)
-            if alone:
-                return out
-            return merge_over_ranks(layer, out, lse, group).wait()
+        def run(group: Group) -> Tensor:
+            def attend(layer: Layer) -> Tensor:
+                alone = group.size == 1
+                out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length, partial=not alone)
+                if alone:
+                    return out
+                return merge_over_ranks(layer, out, lse, group).wait()
 
-        def run() -> Tensor:
             cache.slot = slot
             try:
                 with torch.no_grad(), attachment.running(attend, cache.total):
@@ -83,15 +95,15 @@ class Step:
             finally:
                 cache.slot = None
 
-        self._run = run
+        self._run: Callable[[], Tensor] = partial(run, group)
         if capture:
             self._place(0)
-            self._run = _captured(run, device)
+            self._run = captured(run, group, device)
 
     def step(self, token: int) -> Tensor:
-        """Read a token; logits (vocab,) fp32 of the next one."""
+        """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks."""
         self._place(token)
-        logits = self._run()
+        logits = self._group.broadcast(self._run())
         self._cache.total += 1
         if self._cache.keeps_new:
             self._cache.advance()
@@ -105,20 +117,71 @@ class Step:
         self._length.fill_(self._cache.held + self._cache.keeps_new)
 
 
-def _captured(run: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    """What replays ``run`` as a graph. It is run before that, and must bear being run again."""
+class _Recording:
+    """What a step does, in turn: graphs, and between them messages. All graphs share memory: their order is fixed."""
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def begin(self) -> None:
+        """Capture what follows, instead of running it."""
+        self._graph = torch.cuda.CUDAGraph()
+        self._graph.capture_begin(pool=self._memory)
+
+    def end(self) -> None:
+        """The last capture is complete."""
+        self._graph.capture_end()
+        self._steps.append(self._graph.replay)
+
+    def between(self, send: Callable[[], object]) -> None:
+        """Have ``send`` called in every replay between what has been captured and what follows, and not yet."""
+        self.end()
+        self._steps.append(send)
+        self.begin()
+
+    def replay(self) -> None:
+        """Do it all, on the current stream."""
+        for step in self._steps:
+            step()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded(Group):
+    """The ranks of ``real`` while a step is captured: what they gather is noted down."""
+
+    real: Group
+    recording: _Recording
+
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
+        """See :meth:`Group.all_gather`; ``x`` and the result stay where they are."""
+        message, result = x.contiguous(), x.new_empty((self.size, *x.shape)) if into is None else into
+        real = self.real  # not this object: the recording it knows would know it, and its memory be freed late
+        self.recording.between(lambda: real.all_gather(message, result).wait())
+        return Pending(result)
+
+
+def captured(run: Callable[[Group], Tensor], group: Group, device: torch.device) -> Callable[[], Tensor]:
+    """What replays ``run`` by graphs, and gathers between them. It is run before, and must bear being run again."""
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):  # each writes the same slot, which the first real step overwrites
-            run()
+            run(group)
+        # As torch.cuda.graph does: nothing is under way, and what is kept for later may be the graphs'.
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        recording = _Recording()
+        recording.begin()
+        try:
+            several = group.size > 1
+            result = run(_Recorded(group.rank, group.size, real=group, recording=recording) if several else group)
+        finally:
+            recording.end()
     torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
 
     def replay() -> Tensor:
-        graph.replay()
+        recording.replay()
         return result.clone()
 
     return replay

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,6 +86,11 @@ class Session:
         self.token_ids.extend(token_ids)
         return self.logits
 
+    @property
+    def captured(self) -> bool:
+        """Whether tokens are read by CUDA graphs, as they are from the first on for which that can be."""
+        return self._step is not None and self._step.captured
+
     def _next_step(self) -> Step | None:
         """What reads the next token, where that is not an ordinary pass. All ranks say the same."""
         if len(self.token_ids) - self.plan.total >= self._new_tokens or self._backend not in ("auto", "fused"):
@@ -94,13 +100,8 @@ class Session:
             if why_not(self._attachment, keys.device, keys.dtype, keys.shape[2]):
                 return None
 
-            attachment, cache, group = self._attachment, self._cache, self._group
-
-            def run(ids: Tensor, positions: Tensor) -> Tensor:
-                return forward(attachment, ids, positions, cache, group)
-
-            # Only on a single rank: a graph with communication in it has not been run on several GPUs yet.
-            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED and self._group.size == 1
+            run = partial(next_logits, self._attachment, cache=self._cache)
+            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
             self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
         return self._step
 
@@ -190,10 +191,15 @@ class Session:
 
 def forward(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache, group: Group) -> Tensor:
     """One pass of the model over this rank's rows (1, rows); logits (vocab,) fp32 of the last row, rank 0's on all."""
+    return group.broadcast(next_logits(attachment, ids, positions, cache))
+
+
+def next_logits(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache) -> Tensor:
+    """One pass of the model over this rank's rows (1, rows); its own logits (vocab,) fp32 of the last row."""
     output = attachment.model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     )
-    return group.broadcast(output.logits[0, -1].float().contiguous())
+    return output.logits[0, -1].float().contiguous()
 
 
 class Stopwatch:

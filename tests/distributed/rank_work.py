@@ -24,9 +24,11 @@ import apb
 import families
 from alive import peak_of
 from apb.distributed.collectives import Group, Pending
+from apb.graph import captured
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from models import tiny_model, without_eos
+from replayed import standing_in
 
 # Query heads, KV heads, document: groups of 1, 4 and 8; prime lengths, from fewer tokens than ranks on.
 EXACT = ((12, 12, 997), (12, 3, 4999), (24, 3, 997), (24, 3, 2), (12, 3, 5))
@@ -49,6 +51,7 @@ class Record:
     collectives: dict[str, Any] = field(default_factory=dict)
     exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
     peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
+    replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
 
@@ -84,6 +87,7 @@ def record(group: Group) -> Record:
         seen.outcomes[name] = read(engine, case)
     seen.generated = generate(group)
     seen.collectives = collect(group)
+    seen.replayed = replay(group)
     seen.exact = read_exactly(group)
     if group.size > 1:
         seen.alive = count_alive(group)
@@ -101,9 +105,9 @@ def counting() -> Iterator[list[int]]:
     def count(*parts: Tensor) -> int:
         return sum(part.numel() * part.element_size() for part in parts)
 
-    def counted_all_gather(group: Group, x: Tensor) -> Pending:
+    def counted_all_gather(group: Group, x: Tensor, into: Tensor | None = None) -> Pending:
         sent.append((group.size - 1) * count(x))
-        return all_gather(group, x)
+        return all_gather(group, x, into)
 
     def counted_shift(group: Group, x: Tensor) -> Pending:
         sent.append(count(x) if group.size > 1 else 0)
@@ -230,6 +234,26 @@ def collect(group: Group) -> dict[str, Any]:
         "broadcast": told,
         "gather": group.gather(mine),
     }
+
+
+def replay(group: Group) -> list[tuple[Tensor, Tensor, int]]:
+    """A step that gathers twice, captured once, for several inputs."""
+    given = torch.zeros(3)
+
+    def step(group: Group) -> Tensor:
+        everyone = group.all_gather((group.rank + 1) * given).wait()
+        squares = group.all_gather((everyone.sum(0) * given).view(3, 1).T).wait()
+        return torch.cat([everyone.flatten(), squares.flatten()]) - 1
+
+    with standing_in():
+        replayed = captured(step, group, torch.device("cpu"))
+    results = []
+    for value in (1.0, 5.0, -2.0):
+        given.copy_(torch.arange(3) + value)
+        with counting() as sent:
+            result = replayed()
+        results.append((step(group), result, len(sent)))
+    return results
 
 
 def fail_on_rank_1(kind: type[Exception]) -> None:

@@ -139,6 +139,15 @@ def test_halos_are_those_predicted(records: Records, size: int, family: str, rea
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_captured_steps(records: Records, size: int) -> None:
+    """What is replayed gives what running it gives, from every input, and sends as often."""
+    for record in records[size]:
+        assert [sent for _, _, sent in record.replayed] == [2 * (size > 1)] * 3
+        for run, replayed, _ in record.replayed:
+            assert torch.equal(run, replayed)
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_collectives(records: Records, size: int) -> None:
     """Each collective gives every rank what its description says, views and empty tensors included."""
     mine = [torch.tensor([[10.0 * rank, 10.0 * rank + 1]]) for rank in range(size)]

@@ -51,7 +51,7 @@ class Row:
 def bench_decode(
     model: PreTrainedModel, shape: ModelShape, lengths: Sequence[int], tokens: int, bandwidth: float, **reading: Any
 ) -> Iterator[Row]:
-    """Yield for every length a row without and, on GPUs, one with CUDA graphs. Every rank must run it.
+    """Yield for every length a row without and, where they can be had, one with CUDA graphs. Every rank must run it.
 
     The prompt is random tokens, read as ``reading`` says; ``tokens`` steps are counted, each by itself.
     """
@@ -64,7 +64,8 @@ def bench_decode(
             finally:
                 engine.close()
             plain = chosen
-            yield row
+            if row.graph == graphs:
+                yield row
 
 
 def _measure(
@@ -88,7 +89,7 @@ def _measure(
     median = statistics.median(seconds)
     row = Row(
         length=length,
-        graph=plain is not None,
+        graph=session.captured,
         seconds=median,
         tokens_per_s=1 / median,
         weight_bytes=weights,

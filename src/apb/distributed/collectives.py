@@ -44,11 +44,14 @@ class Group:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def all_gather(self, x: Tensor) -> Pending:
-        """Start to gather same-shaped ``x`` of all ranks; the result is (size, *x.shape) in rank order."""
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
+        """Start to gather same-shaped ``x`` of all ranks; the result is (size, *x.shape) in rank order.
+
+        ``into``: contiguous, of that shape, to write it to.
+        """
         if self.size == 1:
             return Pending(x.unsqueeze(0))
-        result = x.new_empty((self.size, *x.shape))
+        result = x.new_empty((self.size, *x.shape)) if into is None else into
         flat = result.view(self.size * x.shape[0], *x.shape[1:])
         work = _all_gather(flat, x.contiguous(), group=self.process_group, async_op=True)
         return Pending(result, work)
