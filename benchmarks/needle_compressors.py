@@ -28,7 +28,7 @@ from apb.evaluation.synthetic import Setting
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.loading import load_config, shipped_model
 from apb.kernels.selection import pool
-from apb.plan import Plan, Tokens
+from apb.planning.plan import Plan, Tokens
 from apb.prompt import Prompt
 from apb.session import Session
 

@@ -19,12 +19,12 @@ from apb import InputError, Plan, __version__
 from apb.benchmarks.prefill import QUERY_TOKENS
 from apb.benchmarks.results import read_results
 from apb.cli.plan import ONE_DEVICE
-from apb.cost import predict
 from apb.evaluation.report import markdown_table
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import config_of, shapes
-from apb.methods import METHODS, check_heads
-from apb.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
+from apb.planning.cost import predict
+from apb.planning.methods import METHODS, check_heads
+from apb.planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 
 GPUS = (8, 16, 64)
 LENGTHS = tuple(1 << exponent for exponent in range(15, 21))

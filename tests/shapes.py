@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apb.shape import ModelShape
+from apb.planning.shape import ModelShape
 
 # Keys and values of a token in a layer: 64 numbers; a rank's partial results of a query's row: 4 x 17 fp32 numbers.
 SMALL = ModelShape(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .errors import Cancelled, InputError
     from .generation import Generation
     from .kernels.attention import Segment, attention
-    from .plan import Plan
+    from .planning.plan import Plan
     from .prompt import Prompt
     from .session import Session
 
@@ -22,7 +22,7 @@ _HOMES = {
     "Engine": ".engine",
     "Generation": ".generation",
     "InputError": ".errors",
-    "Plan": ".plan",
+    "Plan": ".planning.plan",
     "Prompt": ".prompt",
     "Segment": ".kernels.attention",
     "Session": ".session",

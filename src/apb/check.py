@@ -14,8 +14,8 @@ from .errors import InputError, first_line
 from .hf import counting, loading
 from .hf.random_weights import random_model
 from .hf.shrinking import HEADS, shrink
-from .methods import METHODS
-from .plan import Plan
+from .planning.methods import METHODS
+from .planning.plan import Plan
 from .prompt import Prompt
 
 # Differences are measured against the largest logit, in fp32.

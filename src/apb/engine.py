@@ -24,7 +24,7 @@ from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
-from .plan import Plan
+from .planning.plan import Plan
 from .prefill import Progress
 from .prompt import Prompt, check_tokens
 from .reading import Reading

@@ -13,8 +13,8 @@ from torch import Tensor
 from .engine import Engine
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
-from .methods import METHODS
-from .plan import Plan
+from .planning.methods import METHODS
+from .planning.plan import Plan
 from .prefill import Progress
 from .prompt import Prompt
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from . import __version__
-from .cost import KNOWN_CEILINGS, Ceilings
+from .planning.cost import KNOWN_CEILINGS, Ceilings
 
 
 def device_name(device: torch.device) -> str:

@@ -13,7 +13,7 @@ from .distributed.collectives import Group
 from .errors import Cancelled
 from .hf.attach import Attachment, Attend
 from .hf.cache import ShardCache
-from .plan import Kind, Plan
+from .planning.plan import Kind, Plan
 from .prompt import Prompt
 from .session import Stopwatch, forward
 from .strategies import Layer, Strategy

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .compressors import check_compressor, default_compressor
-from .cost import Ceilings, Cost, predict
 from .errors import InputError
-from .fitting import check_memory, peak
-from .methods import METHODS
-from .plan import Plan
+from .planning.cost import Ceilings, Cost, predict
+from .planning.fitting import check_memory, peak
+from .planning.methods import METHODS
+from .planning.plan import Plan
+from .planning.shape import ModelShape
+from .planning.sizes import SHORTEST_WORTH_CUTTING
 from .prompt import Prompt
-from .shape import ModelShape
-from .sizes import SHORTEST_WORTH_CUTTING
 
 if TYPE_CHECKING:
     from .hardware import Hardware
@@ -85,7 +85,7 @@ class Reading:
             hardware: what every rank runs on.
             new_tokens: room that the answer needs.
             tensor: processes that share the weights of a rank.
-            split: what each GPU of a rank holds, as in :class:`apb.cost.ModelShape`.
+            split: what each GPU of a rank holds, as in :class:`apb.planning.cost.ModelShape`.
         """
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit

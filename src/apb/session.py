@@ -17,7 +17,7 @@ from .graph import Step, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
-from .plan import Kind, Plan
+from .planning.plan import Kind, Plan
 from .prompt import check_tokens
 from .strategies.base import Layer, attend_shards
 

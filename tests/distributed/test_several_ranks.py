@@ -9,11 +9,11 @@ import torch
 
 import families
 import rank_work
-from apb.cost import predict
 from apb.distributed.launch import launch
 from apb.errors import DoesNotFit, InputError, RankError
 from apb.hf.counting import model_shape
-from apb.plan import Plan
+from apb.planning.cost import predict
+from apb.planning.plan import Plan
 from cases import CASES, check
 from rank_work import SIZES, Record
 

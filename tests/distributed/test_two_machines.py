@@ -16,9 +16,9 @@ import torch
 
 import apb
 import machine_work
-from apb.cost import predict
 from apb.hf.counting import model_shape
-from apb.plan import Plan
+from apb.planning.cost import predict
+from apb.planning.plan import Plan
 
 NAMES = [f"apb-test-{os.getpid()}-{end}" for end in range(2)]
 LINKS = [f"apbt{os.getpid() % 100000}{end}" for end in "ab"]

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from apb import Engine, Prompt
-from apb.cost import predict
 from apb.hf.attach import attention_modules
 from apb.hf.counting import model_shape
 from apb.hf.placement import split
 from apb.hf.random_weights import random_model, shape_config
+from apb.planning.cost import predict
 from command_line import Cli
 from models import placed, tiny_heads, tiny_model
 

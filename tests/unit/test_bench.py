@@ -17,11 +17,11 @@ from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
 from apb.cli import bench
-from apb.cost import Ceilings
 from apb.distributed.collectives import Group
 from apb.hardware import Hardware
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import random_model, shape_config
+from apb.planning.cost import Ceilings
 from models import tiny_model
 
 CPU = torch.device("cpu")

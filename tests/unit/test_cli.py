@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 import apb
-from apb.methods import METHODS
+from apb.planning.methods import METHODS
 from command_line import Cli, Outcome
 from models import tiny_heads, tiny_model
 

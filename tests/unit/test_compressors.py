@@ -19,7 +19,7 @@ from apb.compressors import COMPRESSORS, BlockView, Head, check_compressor, make
 from apb.compressors.retaining import Retaining
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.random_weights import shape_config
-from apb.plan import Block
+from apb.planning.plan import Block
 from models import tiny_heads, tiny_model
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16

@@ -15,12 +15,12 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, 
 
 import apb
 import apb.strategies.base as strategies
-from apb.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
 from apb.hf.counting import model_shape
-from apb.memory import activations
-from apb.methods import METHODS
-from apb.plan import Kind, Plan
-from apb.traffic import gathered_rows
+from apb.planning.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
+from apb.planning.memory import activations
+from apb.planning.methods import METHODS
+from apb.planning.plan import Kind, Plan
+from apb.planning.traffic import gathered_rows
 from cases import CASES, Case
 from families import PECULIAR, PROMPT, make
 from models import FAMILIES, tiny_model

@@ -16,17 +16,17 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import apb
-from apb.cost import ModelShape, predict
 from apb.distributed import launch
 from apb.errors import DoesNotFit, InputError
-from apb.fitting import check_memory
 from apb.graph import why_not
 from apb.hardware import Hardware
 from apb.hf import counting, loading, placement
 from apb.hf.attach import attention_modules
 from apb.hf.heads import load_heads
 from apb.hf.random_weights import shape_config, shapes
-from apb.plan import Plan
+from apb.planning.cost import ModelShape, predict
+from apb.planning.fitting import check_memory
+from apb.planning.plan import Plan
 from apb.reading import Reading
 from command_line import Cli
 from families import PECULIAR, make

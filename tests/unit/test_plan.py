@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import apb
-from apb.cost import predict
 from apb.errors import InputError
-from apb.methods import METHODS
-from apb.plan import Kind, Plan
+from apb.planning.cost import predict
+from apb.planning.methods import METHODS
+from apb.planning.plan import Kind, Plan
 from shapes import LLAMA_8B
 
 
@@ -271,7 +271,8 @@ def test_planning_needs_no_torch() -> None:
     """`import apb` and a plan take under a second and import neither torch nor transformers nor numpy."""
     program = (
         "import sys, time; start = time.process_time(); import apb; "
-        "apb.Plan.build(prefix=4, document=100_000, query=30, blocks=8, ranks=2); from apb.cost import predict; "
+        "apb.Plan.build(prefix=4, document=100_000, query=30, blocks=8, ranks=2); "
+        "from apb.planning.cost import predict; "
         "seconds = time.process_time() - start; "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules); assert seconds < 1, seconds"
     )

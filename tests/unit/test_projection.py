@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from apb.cost import KNOWN_CEILINGS, Ceilings, predict
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import shape_config
-from apb.methods import METHODS
-from apb.plan import Plan
+from apb.planning.cost import KNOWN_CEILINGS, Ceilings, predict
+from apb.planning.methods import METHODS
+from apb.planning.plan import Plan
 from command_line import Cli
 
 PLAN = ("plan", "--length", 100_000, "--random-weights", "llama-3.1-8b", "--json")

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from apb import Engine, InputError, Prompt
-from apb.cost import Ceilings, predict
-from apb.fitting import check_memory, peak
 from apb.hardware import Hardware
-from apb.plan import Plan
+from apb.planning.cost import Ceilings, predict
+from apb.planning.fitting import check_memory, peak
+from apb.planning.plan import Plan
 from apb.reading import Reading, _in_rounds
 from models import tiny_model
 from shapes import LLAMA_8B

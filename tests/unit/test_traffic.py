@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apb.cost import Ceilings, ModelShape, predict
-from apb.methods import METHODS
-from apb.plan import Plan
-from apb.traffic import Hosts, Sent
+from apb.planning.cost import Ceilings, ModelShape, predict
+from apb.planning.methods import METHODS
+from apb.planning.plan import Plan
+from apb.planning.traffic import Hosts, Sent
 from shapes import SMALL
 
 QUERY = 3 * 2 * 4 * 17 * 4  # to three others, two rows

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import apb
-from apb.halo import pieces, sent_rows
 from apb.kernels.window import Run, window_attention
-from apb.plan import Kind, Plan
+from apb.planning.halo import pieces, sent_rows
+from apb.planning.plan import Kind, Plan
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

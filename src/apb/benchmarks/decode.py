@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..engine import Engine
 from ..hardware import peak_bytes
+from ..planning.shape import ModelShape
 from ..session import Stopwatch
-from ..shape import ModelShape
 from .prefill import random_prompt, slowest
 
 # Not counted: the first ones compile kernels, and the second token captures the graph.

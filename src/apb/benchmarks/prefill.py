@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cost import Ceilings, predict
 from ..distributed.collectives import Group
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
-from ..methods import METHODS
 from ..parts import Clock, clocked
+from ..planning.cost import Ceilings, predict
+from ..planning.methods import METHODS
+from ..planning.shape import ModelShape
 from ..prompt import Prompt
-from ..shape import ModelShape
 from .ceilings import attention_rate
 
 QUERY_TOKENS = 32

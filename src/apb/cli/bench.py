@@ -81,7 +81,7 @@ def prefill(
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
     from ..compressors import check_compressor
     from ..kernels.attention import BACKENDS
-    from ..methods import method_of
+    from ..planning.methods import method_of
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]

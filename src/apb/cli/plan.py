@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..cost import predict
 from ..errors import InputError, at_least
-from ..methods import METHODS, check_heads
-from ..plan import Plan
-from ..projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
-from ..shape import ModelShape
+from ..planning.cost import predict
+from ..planning.methods import METHODS, check_heads
+from ..planning.plan import Plan
+from ..planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
+from ..planning.shape import ModelShape
 from . import options
 
 # A short question with its chat template; the length of the document is what matters.

@@ -87,7 +87,7 @@ def _check(server: Server, ranks: int) -> None:
     from ..hf import loading
     from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
-    from ..methods import check_heads
+    from ..planning.methods import check_heads
     from ..reading import Reading
 
     reading = Reading(**server.reading)

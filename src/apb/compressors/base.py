@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from ..plan import Block
+from ..planning.plan import Block
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import InputError
-from ..plan import Plan
+from ..planning.plan import Plan
 from ..prompt import Prompt
 from ..strategies import Layer, Strategy
 from ..strategies.apb import APB

@@ -9,7 +9,7 @@ from itertools import product
 from ..compressors import default_compressor
 from ..engine import Engine
 from ..errors import InputError
-from ..methods import method_of
+from ..planning.methods import method_of
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..memory import CPU_ROWS, GPU_ROWS
+from ..planning.memory import CPU_ROWS, GPU_ROWS
 
 
 def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, first_line
-from ..shape import ModelShape
+from ..planning.shape import ModelShape
 from . import placement
 from .attach import attention_modules
 

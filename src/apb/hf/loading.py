@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
-from ..methods import check_heads
-from ..plan import Plan
+from ..planning.methods import check_heads
+from ..planning.plan import Plan
 from . import placement
 from .counting import head_dim
 from .tensor_parallel import settings, shared

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..compressors import Compressor
 from ..distributed.collectives import Group
-from ..plan import Plan
+from ..planning.plan import Plan
 from .apb import APB
 from .base import Layer, OnSelection, Strategy
 from .full import Full

@@ -11,7 +11,7 @@ from ..kernels.attention import Part, Segment, Task, attend
 from ..kernels.merge import merge
 from ..kernels.selection import choose, pack
 from ..parts import part
-from ..plan import Plan, Span
+from ..planning.plan import Plan, Span
 from .base import Layer, Strategy
 
 

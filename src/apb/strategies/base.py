@@ -15,7 +15,7 @@ from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge
 from ..kernels.window import Run, window_attention
 from ..parts import part
-from ..plan import Kind, Plan, Span
+from ..planning.plan import Kind, Plan, Span
 from .halos import Halos
 
 # Called with (layer, block, true positions (kv_heads, count) of the pairs that the block passes on, ascending).

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group
-from ..halo import Piece, pieces
 from ..kernels.window import Run
-from ..plan import Kind, Plan, Span
+from ..planning.halo import Piece, pieces
+from ..planning.plan import Kind, Plan, Span
 
 
 class Halos:

@@ -10,7 +10,7 @@ from ..distributed.collectives import Group
 from ..kernels.attention import Segment
 from ..kernels.merge import merge
 from ..parts import part
-from ..plan import Plan
+from ..planning.plan import Plan
 from .base import Layer, Strategy
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
-from ..plan import Plan
+from ..planning.plan import Plan
 from .base import Layer, Strategy
 
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
-from ..methods import check_heads, kv_heads_of
 from ..parts import part
-from ..plan import Plan
+from ..planning.methods import check_heads, kv_heads_of
+from ..planning.plan import Plan
 from .base import Layer, Strategy
 
 

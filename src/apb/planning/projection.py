@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .cost import KNOWN_CEILINGS, Ceilings
-from .errors import InputError
 
 # The usual layout of hosts of eight GPUs: a network adapter for each of them, 400 Gbit/s.
 RANKS_PER_HOST = 8

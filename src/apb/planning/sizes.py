@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .errors import InputError, at_least
+from ..errors import InputError, at_least
 from .methods import METHODS, Anchor, Method, method_of
 
 # Below this many document tokens approximate prefill does not pay (paper, section 4): one block, full attention.

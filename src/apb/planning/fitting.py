@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..errors import DoesNotFit
 from .cost import Cost, predict
-from .errors import DoesNotFit
 from .methods import METHODS
 from .plan import Plan
 from .shape import ModelShape
 
 if TYPE_CHECKING:
-    from .hardware import Hardware
+    from ..hardware import Hardware
 
 # Ranks that an answer to "how many would do" goes up to.
 MOST_RANKS = 64

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from .errors import DoesNotFit, InputError
+from ..errors import DoesNotFit, InputError
 
 
 class Anchor(Enum):
