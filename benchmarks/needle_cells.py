@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
         for cell in (cell for cell in cells if counts[cell]):
             score = sums[cell] / counts[cell]
             ends = [round(end, 1) for end in interval(score, counts[cell])]
-            options = {name: value for name, value in asdict(cell.setting).items() if value not in (None, "")}
+            options = cell.setting.asked
             found.append(
                 {"task": cell.task, "length": cell.length, "setting": cell.name, "samples": counts[cell]}
                 | {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -22,12 +22,13 @@ import torch
 from needle_cells import Cell, arguments_of, measure
 from torch import Tensor
 
-from apb.compressors import COMPRESSORS, BlockView, Compressor, Retaining, make_compressor
+from apb.compressors import BlockView, Query, Retaining, make_compressor
 from apb.engine import Engine
 from apb.evaluation.synthetic import Setting
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.loading import load_config, shipped_model
 from apb.kernels.selection import pool
+from apb.methods import APB, Full
 from apb.planning.plan import Plan, Tokens
 from apb.prompt import Prompt
 from apb.session import Session
@@ -48,86 +49,70 @@ def attention_of(view: BlockView) -> Tensor:
     return ((grouped @ view.k.permute(1, 2, 0)).float() * view.scale).softmax(-1)
 
 
-class QueryMax(Compressor):
+class QueryMax(Query):
     """The strongest query row and head of the group instead of their mean."""
 
     name = "query, max over rows"
-    pooled = True
 
     def score(self, view: BlockView) -> Tensor:
         return attention_of(view).amax(1)
 
 
-class QueryValues(Compressor):
+class QueryValues(Query):
     """The mean attention times the norm of the value that it would bring."""
 
     name = "query, times value norm"
-    pooled = True
 
     def score(self, view: BlockView) -> Tensor:
         return attention_of(view).mean(1) * view.v.float().norm(dim=2).T
 
 
-class QueryUnpooled(Compressor):
+class QueryUnpooled(Query):
     """Without the max-pool over neighbours."""
 
     name = "query, not pooled"
+    pooled = False
 
     def score(self, view: BlockView) -> Tensor:
         return attention_of(view).mean(1)
 
 
-class HeadsAndQuery(Compressor):
+class HeadsAndQuery(Query):
     """The better of a token's two ranks: half of what is passed is the heads' choice, half the query rows'."""
 
     name = "heads and query"
     needs_before_rope = True
+    pooled = False
 
     def score(self, view: BlockView) -> Tensor:
-        both = (heads_for(view.k.dtype, view.k.device).score(view), make_compressor("query").score(view))
+        both = (heads_for(view.k.dtype, view.k.device).score(view), super().score(view))
         return torch.stack([pool(scores).argsort(1).argsort(1).float() for scores in both]).amax(0)
 
 
 @cache
 def heads_for(dtype: torch.dtype, device: torch.device) -> Retaining:
     shape = HeadShape.of(load_config(shipped_model()))
-    return Retaining(load_heads(os.environ[HEADS], **asdict(shape), dtype=dtype, devices=[device] * shape.layers))
+    heads = load_heads(os.environ[HEADS], **asdict(shape), dtype=dtype, devices=[device] * shape.layers)
+    return Retaining(heads)
 
 
 CANDIDATES = (QueryMax, QueryValues, QueryUnpooled, HeadsAndQuery)
-COMPRESSORS.update({kind.name: kind for kind in CANDIDATES})
 
 
 # --- other ways to read --------------------------------------------------------------------------------------------
 
 
-class PlainPlan(Plan):
-    """An anchor without the question: prefix and first document tokens alone."""
+class PlainAnchor(APB):
+    """APB with an anchor that does not hold the question: prefix and first document tokens alone."""
 
-    @property
-    def anchored(self) -> int:
-        return self.anchor_length
+    def anchored(self, plan: Plan) -> int:
+        return plan.anchor_length
 
-    def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
+    def anchor_tokens(self, plan: Plan, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
         return prefix + document
 
 
-class PlainAnchor(Engine):
-    """Reads with an anchor that does not hold the question."""
-
-    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
-        plan = super().plan(prompt, max_new_tokens)
-        return PlainPlan(**{field.name: getattr(plan, field.name) for field in fields(Plan)})
-
-
-class NoAnchor(Engine):
-    """Reads without an anchor."""
-
-    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
-        return replace(super().plan(prompt, max_new_tokens), anchor_length=0)
-
-
-class AskedAfter(PlainAnchor):
+class AskedAfter(Engine):
     """Reads the document alone, its last tokens in the question's place, and the question after that, exactly."""
 
     rows = 32
@@ -139,19 +124,17 @@ class AskedAfter(PlainAnchor):
         return session
 
 
-READERS = {"": Engine, "plain anchor": PlainAnchor, "no anchor": NoAnchor, "asked after": AskedAfter}
-
-
 @dataclass(frozen=True)
 class Variant(Setting):
-    """A setting read by one of ``READERS``."""
+    """A setting in which the question may be asked after the document has been read."""
 
-    reader: str = ""
+    asked_after: bool = False
 
     def engine(self, engine: Engine) -> Engine:
-        options = asdict(self)
-        kind = READERS[options.pop("reader")]
-        return kind(engine.model, engine.tokenizer, fused=engine.fused, **options)
+        kind = AskedAfter if self.asked_after else Engine
+        return kind.from_model(
+            engine.model, engine.tokenizer, fused=engine.fused, strategy=self.method, compressor=self.compressor
+        )
 
 
 # --- the cells -----------------------------------------------------------------------------------------------------
@@ -159,16 +142,18 @@ class Variant(Setting):
 
 def variant(compressor: str, length: int, blocks: int = BLOCKS, share: int = 8, reader: str = "") -> Variant:
     """l_p = block / share; share 0 passes nothing."""
-    heads = os.environ[HEADS] if compressor == "retaining" else None
+    kind = PlainAnchor if reader in ("plain anchor", "asked after") else APB
     passing = length // blocks // share if share else 0
-    return Variant("apb", blocks, compressor, passing_length=passing, heads=heads, reader=reader)
+    method = kind(blocks=blocks, anchor_length=0 if reader == "no anchor" else None, passing_length=passing)
+    scorers = {each.name: each() for each in CANDIDATES} | {"retaining": Retaining(os.environ[HEADS])}
+    return Variant(method, scorers.get(compressor) or make_compressor(compressor), reader == "asked after")
 
 
 def needed() -> list[Cell]:
     """The default of 8 blocks at 32K on every kind of question."""
     cells = []
     for task in (*NEEDLES, "headings"):
-        cells.append(Cell(task, LONG, "full", Variant("full")))
+        cells.append(Cell(task, LONG, "full", Variant(Full())))
         for name, share in product(("query-edge", "query", "retaining"), (8, 32)):
             cells.append(Cell(task, LONG, f"{name}, 1/{share}", variant(name, LONG, share=share)))
     for name in ("recent", "random"):

@@ -49,14 +49,16 @@ class Unit:
 
 def readings(task: str, heads: str | None) -> list[Setting]:
     """The ways to read: exact first, minference, which is slow, last."""
-    found = [Setting("full")]
+    found = [Setting.of("full")]
     for blocks in BLOCKS:
-        found += [Setting("star", blocks), Setting("apb", blocks, "query-edge"), Setting("apb", blocks, "query")]
+        found.append(Setting.of("star", blocks=blocks))
+        found += [Setting.of("apb", name, blocks=blocks) for name in ("query-edge", "query")]
         if heads:
-            found.append(Setting("apb", blocks, "retaining", heads=heads))
+            found.append(Setting.of("apb", "retaining", blocks=blocks, heads=heads))
         if task in NEED_EARLIER:
-            found += [Setting("apb", blocks, "query", passing_length=0), Setting("apb", blocks, "random")]
-    return [*found, Setting("minference")]
+            found.append(Setting.of("apb", "query", blocks=blocks, passing_length=0))
+            found.append(Setting.of("apb", "random", blocks=blocks))
+    return [*found, Setting.of("minference")]
 
 
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
@@ -75,7 +77,9 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
 
 def described(task: str, length: int, setting: Setting) -> str:
     """What ``--only`` chooses by."""
-    return f"{task} {length} {setting.strategy} {setting.blocks} {setting.compressor}"
+    return (
+        f"{task} {length} {setting.strategy} {setting.method.blocks} {setting.compressor and setting.compressor.name}"
+    )
 
 
 def answer(unit: Unit, processes: int) -> list[Record]:

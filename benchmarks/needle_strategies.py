@@ -20,17 +20,17 @@ def settings(task: str, length: int) -> dict[str, Setting]:
     """Name of a row -> how it reads."""
     block = length // BLOCKS
     rows = {
-        "full": Setting("full"),
-        "star": Setting("star", BLOCKS),
-        "blocks alone": Setting("star", BLOCKS, anchor_length=0),
-        "apb, query, l_p = block/8": Setting("apb", BLOCKS, "query"),
-        "apb, query, l_p = block/32": Setting("apb", BLOCKS, "query", passing_length=block // 32),
+        "full": Setting.of("full"),
+        "star": Setting.of("star", blocks=BLOCKS),
+        "blocks alone": Setting.of("star", blocks=BLOCKS, anchor_length=0),
+        "apb, query, l_p = block/8": Setting.of("apb", "query", blocks=BLOCKS),
+        "apb, query, l_p = block/32": Setting.of("apb", "query", blocks=BLOCKS, passing_length=block // 32),
     }
     if task in NEED_EARLIER:
-        rows["apb, recent, l_p = block/8"] = Setting("apb", BLOCKS, "recent")
-        rows["apb, random, l_p = block/8"] = Setting("apb", BLOCKS, "random")
-        rows["apb, random, l_p = block/32"] = Setting("apb", BLOCKS, "random", passing_length=block // 32)
-        rows["apb, nothing passed"] = Setting("apb", BLOCKS, "query", passing_length=0)
+        rows["apb, recent, l_p = block/8"] = Setting.of("apb", "recent", blocks=BLOCKS)
+        rows["apb, random, l_p = block/8"] = Setting.of("apb", "random", blocks=BLOCKS)
+        rows["apb, random, l_p = block/32"] = Setting.of("apb", "random", blocks=BLOCKS, passing_length=block // 32)
+        rows["apb, nothing passed"] = Setting.of("apb", "query", blocks=BLOCKS, passing_length=0)
     return rows
 
 

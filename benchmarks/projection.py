@@ -18,12 +18,12 @@ from typing import Any
 from apb import InputError, Plan, __version__
 from apb.benchmarks.prefill import QUERY_TOKENS
 from apb.benchmarks.results import read_results
-from apb.cli.plan import ONE_DEVICE
+from apb.compressors import make_compressor
 from apb.evaluation.report import markdown_table
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import config_of, shapes
 from apb.planning.cost import predict
-from apb.planning.methods import METHODS, check_heads
+from apb.planning.methods import METHODS
 from apb.planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 
 GPUS = (8, 16, 64)
@@ -45,13 +45,15 @@ def rows(basis: Basis, model: str) -> list[dict[str, Any]]:
     for gpus in GPUS:
         for length in LENGTHS:
             for strategy, blocks in ways(length, gpus):
-                ranks = 1 if strategy in ONE_DEVICE else gpus
+                ranks = gpus if METHODS[strategy].uses_ranks else 1
                 try:
-                    check_heads(strategy, shape.heads, ranks)
+                    METHODS[strategy]().check_model(shape.heads, ranks)
                 except InputError:
                     continue
                 plan = Plan.build(1, length - 1 - QUERY_TOKENS, QUERY_TOKENS, blocks, ranks, strategy=strategy)
-                cost = predict(plan, shape, ranks_per_host=RANKS_PER_HOST).to_dict(basis.ceilings)
+                cost = predict(plan, shape, compressor=make_compressor(), ranks_per_host=RANKS_PER_HOST).to_dict(
+                    basis.ceilings
+                )
                 del cost["per_rank"]
                 row = {"gpus": gpus, "length": length, "strategy": strategy, "more_blocks": blocks is not None}
                 found.append(row | {"plan": plan.to_dict(), **cost})
@@ -60,7 +62,7 @@ def rows(basis: Basis, model: str) -> list[dict[str, Any]]:
 
 def name_of(row: dict[str, Any]) -> str:
     """A row's name in the tables."""
-    if row["strategy"] in ONE_DEVICE:
+    if not METHODS[row["strategy"]].uses_ranks:
         return f"{row['strategy']} (one GPU)"
     return f"{row['strategy']}, {MORE} times the blocks" if row["more_blocks"] else row["strategy"]
 
@@ -72,7 +74,7 @@ def measured_seconds(paths: list[Path]) -> dict[tuple[str, int, int, int], float
         results = read_results([path])
         for point in results.prefill:
             if point.seconds is not None and point.scale == 1:
-                ranks = 1 if point.row["strategy"] in ONE_DEVICE else results.runs[0][1]["ranks"]
+                ranks = results.runs[0][1]["ranks"] if METHODS[point.row["strategy"]].uses_ranks else 1
                 found[point.row["strategy"], ranks, point.row["plan"]["blocks"], point.length] = point.seconds
     return found
 

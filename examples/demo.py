@@ -28,7 +28,7 @@ SEED = 2025
 
 def answer(engine: Engine, prompt: Prompt) -> Generation:
     """Read and answer, with a progress bar."""
-    with Bar(f"{engine.reading.strategy:>4}: reading", "token") as bar:
+    with Bar(f"{engine.plan(prompt).strategy:>4}: reading", "token") as bar:
         return engine.generate(prompt, max_new_tokens=32, progress=bar.update)
 
 

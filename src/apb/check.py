@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from .errors import InputError, first_line
 from .hf import counting, loading
 from .hf.random_weights import random_model
 from .hf.shrinking import HEADS, shrink
-from .planning.methods import METHODS
-from .planning.plan import Plan
+from .planning.methods import METHODS, Method, make_method
 from .prompt import Prompt
 
 # Differences are measured against the largest logit, in fp32.
@@ -62,14 +62,6 @@ class Card:
         return asdict(self) | {"supported": self.supported, "results": results}
 
 
-class EverythingPassed(Engine):
-    """Reads by apb without an anchor and with every pair passed on: the long way round to full attention."""
-
-    def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
-        """See :meth:`Engine.plan`."""
-        return replace(super().plan(prompt, max_new_tokens), anchor_length=0, passing_length=len(prompt.document))
-
-
 def check(config: Any, group: Group | None = None) -> Card:
     """Check a model's configuration. Every rank of ``group`` must call it, and gets the same card.
 
@@ -89,23 +81,10 @@ def check(config: Any, group: Group | None = None) -> Card:
     except Exception as error:  # whatever a model's code makes of a configuration that it was not written for
         card.results.append(Result("shrunk", None, f"no small copy can be made: {first_line(error)}"))
         return card
-    ways: list[tuple[str, type[Engine], dict[str, Any], Tensor | None]] = [
-        ("full = transformers", Engine, {"strategy": "full"}, expected),
-        ("apb, everything passed = full", EverythingPassed, {"blocks": BLOCKS, "compressor": "recent"}, expected),
-    ]
-    for strategy, method in METHODS.items():
-        if strategy == "full" or (method.scatters_heads and HEADS % group.size):
-            continue
-        if method.sparse:
-            budgets = {"vertical_size": 1.0, "slash_size": 1.0}
-            ways.append((f"{strategy}, all columns = full", Engine, {"strategy": strategy, **budgets}, expected))
-        elif method.exact:
-            ways.append((f"{strategy} = full", Engine, {"strategy": strategy}, expected))
-        else:
-            ways.append((f"{strategy}, ranks agree", Engine, {"strategy": strategy, "blocks": BLOCKS}, None))
-    for name, kind, options, reference in ways:
+    for name, method, comparable in _ways(group.size):
+        reference = expected if comparable else None
         try:
-            logits = _read(kind, model, group, options)
+            logits = _read(method, model, group)
         except InputError as error:
             card.refused = str(error)
             return card
@@ -114,6 +93,23 @@ def check(config: Any, group: Group | None = None) -> Card:
         else:
             card.results.append(_judge(name, logits, reference, group))
     return card
+
+
+def _ways(ranks: int) -> Iterator[tuple[str, Method, bool]]:
+    """(name, method, whether it is comparable with full attention) of every reading that is checked."""
+    for number, (name, kind) in enumerate(METHODS.items()):
+        method = make_method(name, {"blocks": BLOCKS})
+        try:
+            method.check_model(HEADS, ranks)
+        except InputError:
+            continue
+        baseline = "full" if number else "transformers"  # transformers itself checks the first one of the table
+        lossless = method.lossless(BLOCKS)
+        if lossless is not None:
+            setting, same = lossless
+            yield f"{name}, {setting} = {baseline}" if setting else f"{name} = {baseline}", same, True
+        if not kind.exact:
+            yield f"{name}, ranks agree", method, False
 
 
 def describe(config: Any) -> Card:
@@ -167,9 +163,9 @@ def _random(config: Any) -> Any:
     return model
 
 
-def _read(kind: type[Engine], model: Any, group: Group, options: dict[str, Any]) -> Tensor:
+def _read(method: Method, model: Any, group: Group) -> Tensor:
     """Logits (1 + len(ANSWER), vocabulary) after the prompt and each token of ANSWER."""
-    engine = kind.from_model(model, allow_extrapolation=True, **options)
+    engine = Engine.from_model(model, strategy=method, allow_extrapolation=True)
     try:
         engine.group = group
         session = engine.prefill(PROMPT)

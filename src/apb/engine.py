@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import prefill
-from .compressors import make_compressor
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
@@ -50,7 +50,7 @@ class Engine:
         graphs: bool = True,
         **reading: Any,
     ) -> None:
-        self.reading = Reading(**reading)
+        self.reading = Reading.of(seed=seed, **reading)
         loading.check_supported(model.config)
         placement.check_map(model)
         self.devices = placement.devices(model)
@@ -64,11 +64,10 @@ class Engine:
         self.mesh = mesh or Mesh.join(self.device, gpus=len(self.devices))
         self.graphs = graphs and self.mesh.devices is None
         self.group: Group = self.mesh.sequence
-        path = self.reading.heads
         layers = attention_modules(model)
         places = [placement.device_of(layer) for layer in layers]
-        heads = load_heads(path, **asdict(shape), dtype=self.dtype, devices=places) if path else None
-        self._compressor = make_compressor(self.reading.scorer, heads, seed)
+        read_heads = partial(load_heads, **asdict(shape), dtype=self.dtype, devices=places)
+        self._compressor = self.reading.compressor.loaded(read_heads)
         self._hardware = Hardware.of(self.device, self.dtype, self.mesh.everyone.size)
         self._split = placement.split(model, layers) if len(self.devices) > 1 else ()
         obstacle = fusing.why_not(self.device) or ("weights are shared" if self.mesh.devices else None)
@@ -107,9 +106,7 @@ class Engine:
                 work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
-        Reading(
-            **{name: value for name, value in options.items() if name not in ("seed", "backend", "fused", "graphs")}
-        )
+        Reading.of(**{name: value for name, value in options.items() if name not in ("backend", "fused", "graphs")})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device), gpus_per_rank)
@@ -130,9 +127,8 @@ class Engine:
         Layers may lie on several GPUs, where accelerate has put them (``device_map`` of transformers).
 
         Options:
-            strategy, blocks, anchor_length, passing_length, vertical_size, slash_size, compressor, heads,
-                allow_extrapolation, approximate: as in :class:`apb.reading.Reading`.
-            seed: of the compressor "random".
+            strategy, compressor, rounds, allow_extrapolation, approximate, seed, and the options of strategies and
+                compressors that are given by name: as in :meth:`apb.reading.Reading.of`.
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import groupby
@@ -13,7 +14,7 @@ from torch import Tensor
 from .engine import Engine
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
-from .planning.methods import METHODS
+from .planning.methods import METHODS, Method
 from .planning.plan import Plan
 from .prefill import Progress
 from .prompt import Prompt
@@ -129,7 +130,7 @@ def explain(
         InputError: the engine's strategy passes nothing on, the plan has one block or passes nothing, or there are
             several ranks.
     """
-    check_passes(engine.reading.strategy)
+    check_passes(engine.reading.methods)
     if engine.group.size > 1:
         raise InputError(f"Explaining works on one rank, and there are {engine.group.size}; start one process.")
     plan = engine.plan(prompt, max_new_tokens)
@@ -149,16 +150,14 @@ def explain(
         chosen[layer].scatter_(1, torch.cat(positions, 1), True)
     pieces = _pieces(tokenizer, prompt.prefix + prompt.document)
     text = str(tokenizer.decode(answer, skip_special_tokens=True))
-    return Explanation(plan, engine.reading.scorer, query, text.strip(), pieces, chosen)
+    return Explanation(plan, engine.reading.compressor.name, query, text.strip(), pieces, chosen)
 
 
-def check_passes(strategy: str) -> None:
-    """InputError where a strategy passes nothing on."""
-    passing = [name for name, method in METHODS.items() if method.passes]
-    if strategy not in passing:
-        raise InputError(
-            f"The strategy {strategy!r} passes nothing on that could be explained; use {' or '.join(passing)}."
-        )
+def check_passes(methods: Sequence[Method]) -> None:
+    """InputError where none of the strategies passes anything on."""
+    if not any(method.passes for method in methods):
+        passing = " or ".join(name for name, method in METHODS.items() if method.passes)
+        raise InputError(f"The strategy {methods[0].name!r} passes nothing on that could be explained; use {passing}.")
 
 
 def check_plan(plan: Plan) -> None:

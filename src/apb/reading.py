@@ -1,19 +1,18 @@
-"""How prompts are to be read: what users choose, checked once for the engine and for the command line."""
+"""How prompts are read: what users choose, checked once for the engine and for the command line."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .compressors import check_compressor, default_compressor
+from .compressors import OPTIONS as COMPRESSOR_OPTIONS
+from .compressors import Compressor, make_compressor
 from .errors import InputError
 from .planning.cost import Ceilings, Cost, predict
 from .planning.fitting import check_memory, peak
-from .planning.methods import METHODS
+from .planning.methods import METHODS, OPTIONS, SHORTEST_WORTH_CUTTING, Full, Method, make_method
 from .planning.plan import Plan
 from .planning.shape import ModelShape
-from .planning.sizes import SHORTEST_WORTH_CUTTING
 from .prompt import Prompt
 
 if TYPE_CHECKING:
@@ -26,45 +25,55 @@ _UNKNOWN_HARDWARE = Ceilings(linear=1e14, attention=1e14, link=1e12)
 
 @dataclass(frozen=True)
 class Reading:
-    """The options of :class:`apb.Engine` that say how a prompt is read; None leaves a choice to the plan.
+    """A strategy and a compressor, and the limits within which prompts are read. Make one with :meth:`of`.
 
     Attributes:
-        strategy: a name of methods.METHODS, or "auto": full attention for short documents, else what is predicted to be
-            fastest of the exact strategies that fit into memory, or of all of them with ``approximate``.
-        blocks, anchor_length, passing_length, vertical_size, slash_size: as in :meth:`apb.Plan.build`.
-        rounds: forward passes that the blocks are read in; by default one, or as many as make it fit into memory.
-        compressor: "query-edge", "query", "retaining", "recent" or "random"; by default "retaining" where heads are
-            given, else "query-edge".
-        heads: file of retaining heads.
+        methods: the strategies that may be used: one, or under "auto" those it chooses from.
+        automatic: True under "auto": full attention for short documents, else the method predicted to be fastest of
+            those that fit into memory.
+        compressor: chooses the pairs that blocks pass on.
+        rounds: forward passes that the blocks are read in; None: one, or as many as make it fit into memory.
         allow_extrapolation: go beyond the positions that the model was trained for.
-        approximate: allow "auto" to choose a strategy that is not exact.
     """
 
-    strategy: str = "apb"
-    blocks: int | None = None
+    methods: tuple[Method, ...]
+    compressor: Compressor
+    automatic: bool = False
     rounds: int | None = None
-    anchor_length: int | None = None
-    passing_length: int | None = None
-    vertical_size: int | float | None = None
-    slash_size: int | float | None = None
-    compressor: str | None = None
-    heads: str | Path | None = None
     allow_extrapolation: bool = False
-    approximate: bool = False
 
-    def __post_init__(self) -> None:
-        if self.strategy not in (AUTO, *METHODS):
-            raise InputError(
-                f"Unknown strategy {self.strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}."
-            )
-        if self.strategy == AUTO and self.rounds not in (None, 1):
+    @classmethod
+    def of(
+        cls,
+        strategy: str | Method = "apb",
+        *,
+        compressor: str | Compressor | None = None,
+        rounds: int | None = None,
+        allow_extrapolation: bool = False,
+        approximate: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> Reading:
+        """The reading that an engine's options mean; raises InputError where they make no sense.
+
+        Args:
+            strategy: a name of :data:`apb.methods.METHODS`, "auto", or an instance of :class:`apb.methods.Method`.
+            compressor: a name of :data:`apb.compressors.COMPRESSORS` or an instance; by default "retaining" where
+                ``heads`` are given, else "query-edge".
+            rounds, allow_extrapolation: as the attributes.
+            approximate: let "auto" choose a strategy that is not exact.
+            seed: of the compressor "random".
+            options: of strategies (``blocks``, ``anchor_length``, ...) and compressors (``heads``, ...) given by name.
+        """
+        scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
+        scorer = make_compressor(compressor, scoring, seed)
+        if strategy != AUTO:
+            method = _method(strategy, options)
+            return cls((method,), scorer, rounds=rounds, allow_extrapolation=allow_extrapolation)
+        if rounds not in (None, 1):
             raise InputError(f"The strategy {AUTO!r} finds the rounds itself; leave them out, or name another.")
-        check_compressor(self.scorer, self.heads is not None)
-
-    @property
-    def scorer(self) -> str:
-        """The compressor's name, with the default filled in."""
-        return default_compressor(self.heads is not None) if self.compressor is None else self.compressor
+        methods = (make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
+        return cls(tuple(methods), scorer, True, rounds, allow_extrapolation)
 
     def plan(
         self,
@@ -85,57 +94,54 @@ class Reading:
             hardware: what every rank runs on.
             new_tokens: room that the answer needs.
             tensor: processes that share the weights of a rank.
-            split: what each GPU of a rank holds, as in :class:`apb.planning.cost.ModelShape`.
+            split: what each GPU of a rank holds, as in :class:`apb.planning.shape.ModelShape`.
         """
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit
 
-        sizes = {"prefix": len(prompt.prefix), "document": len(prompt.document), "query": len(prompt.query)}
+        lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
         shape = replace(model_shape(config).shared(tensor), split=split)
-        if self.strategy == AUTO:
-            plan = self._choose(sizes, ranks, shape, hardware)
-        else:
-            plan = self._build(self.strategy, sizes, ranks)
-            if self.rounds is None:
-                plan = _in_rounds(plan, shape, hardware, self.scorer)
+        plan = self.choose(lengths, ranks, shape, hardware)
         check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
-        check_memory(plan, shape, hardware, new_tokens, self.scorer)
+        check_memory(plan, shape, hardware, new_tokens, self.compressor)
         return plan
 
-    def _build(self, strategy: str, sizes: dict[str, int], ranks: int) -> Plan:
-        return Plan.build(
-            **sizes,
-            ranks=ranks,
-            strategy=strategy,
-            blocks=self.blocks,
-            rounds=1 if self.rounds is None else self.rounds,
-            anchor_length=self.anchor_length,
-            passing_length=self.passing_length,
-            vertical_size=self.vertical_size,
-            slash_size=self.slash_size,
-        )
-
-    def _choose(self, sizes: dict[str, int], ranks: int, shape: ModelShape, hardware: Hardware) -> Plan:
-        if sizes["document"] < SHORTEST_WORTH_CUTTING and ranks == 1:
+    def choose(self, lengths: tuple[int, int, int], ranks: int, shape: ModelShape, hardware: Hardware) -> Plan:
+        """The plan for a prompt of (prefix, document, query) tokens, with the rounds and, if automatic, the method."""
+        if not self.automatic:
+            (method,) = self.methods
+            plan = Plan.of_method(method, *lengths, ranks, 1 if self.rounds is None else self.rounds)
+            return plan if self.rounds is not None else in_rounds(plan, shape, hardware, self.compressor)
+        if lengths[1] < SHORTEST_WORTH_CUTTING and ranks == 1:
             reason = f"the document has fewer than {SHORTEST_WORTH_CUTTING} tokens"
-            return replace(self._build("full", sizes, ranks), reason=reason)
-        names = [name for name, method in METHODS.items() if method.exact or self.approximate]
-        plans = [
-            _in_rounds(self._build(name, sizes, ranks), shape, hardware, self.scorer)
-            for name in names
-            if not METHODS[name].scatters_heads or shape.heads % ranks == 0
-        ]
-        costs = [(plan, predict(plan, shape, hardware.element_bytes, self.scorer)) for plan in plans]
+            return replace(Plan.of_method(Full(), *lengths), reason=reason)
+        costs = []
+        for method in self.methods:
+            try:
+                method.check_model(shape.heads, ranks)
+            except InputError:
+                continue
+            plan = in_rounds(Plan.of_method(method, *lengths, ranks), shape, hardware, self.compressor)
+            costs.append((plan, predict(plan, shape, hardware.element_bytes, self.compressor)))
         return fastest(costs, hardware)
 
 
-def _in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, scorer: str) -> Plan:
+def _method(strategy: str | Method, options: dict[str, Any]) -> Method:
+    if isinstance(strategy, str) and strategy not in METHODS:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}.")
+    unknown = [name for name in options if name not in OPTIONS]
+    if unknown:
+        raise TypeError(f"unexpected option {unknown[0]!r}; there are {', '.join((*OPTIONS, *COMPRESSOR_OPTIONS))}")
+    return make_method(strategy, options)
+
+
+def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Compressor) -> Plan:
     """The plan in as few rounds as fit into memory; as it is where it fits, or where rounds do not help it."""
     if plan.rounds > 1 or not plan.method.in_rounds or shape.cache_width:  # latents: see check_fit
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
         candidate = replace(plan, rounds=rounds)
-        if peak(predict(candidate, shape, hardware.element_bytes, scorer)) <= hardware.memory:
+        if peak(predict(candidate, shape, hardware.element_bytes, compressor)) <= hardware.memory:
             return candidate
     return plan
 

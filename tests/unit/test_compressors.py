@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import apb
-from apb.compressors import COMPRESSORS, BlockView, Head, check_compressor, make_compressor
+from apb.compressors import COMPRESSORS, BlockView, Head, make_compressor
 from apb.compressors.retaining import Retaining
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.random_weights import shape_config
@@ -94,7 +94,7 @@ def test_retaining_scores() -> None:
     ]
     seen = view(layer=1)
     assert seen.before_rope is not None
-    actual = make_compressor("retaining", heads).score(seen)
+    actual = make_compressor("retaining", {"heads": heads}).score(seen)
     for kv_head in range(KV_HEADS):
         scores = []
         for token in seen.before_rope:
@@ -143,7 +143,7 @@ def test_every_compressor_scores_every_token_of_every_head(name: str) -> None:
             before_rope=seen.before_rope.to(dtype),
         )
         heads = [Head(torch.ones(8, FEATURES, dtype=dtype), torch.ones(KV_HEADS, 8, dtype=dtype))] * 2
-        scores = make_compressor(name, heads if name == "retaining" else None).score(seen)
+        scores = make_compressor(name, {"heads": heads} if name == "retaining" else None).score(seen)
         assert (scores.shape, scores.dtype) == ((KV_HEADS, 12), torch.float32)
         assert scores.isfinite().all()
 
@@ -167,7 +167,7 @@ def test_who_pools() -> None:
 def test_refused_compressors(name: str, has_heads: bool, fragments: list[str]) -> None:
     """An unknown name, heads missing, or heads that nothing would use: InputError, with the way out."""
     with pytest.raises(apb.InputError) as refusal:
-        check_compressor(name, has_heads)
+        make_compressor(name, {"heads": "heads.pt"} if has_heads else None)
     assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
 
 

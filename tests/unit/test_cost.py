@@ -15,12 +15,12 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, 
 
 import apb
 import apb.strategies.base as strategies
+from apb.compressors import make_compressor
 from apb.hf.counting import model_shape
 from apb.planning.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
 from apb.planning.memory import activations
 from apb.planning.methods import METHODS
 from apb.planning.plan import Kind, Plan
-from apb.planning.traffic import gathered_rows
 from cases import CASES, Case
 from families import PECULIAR, PROMPT, make
 from models import FAMILIES, tiny_model
@@ -148,9 +148,10 @@ def test_scoring_counts_tokens_of_blocks_that_pass() -> None:
         "random": 0,
     }
     for compressor, flops in expected.items():
-        cost = predict(plan, SMALL, compressor=compressor)
+        scorer = make_compressor(compressor, {"heads": "heads.pt"} if compressor == "retaining" else None)
+        cost = predict(plan, SMALL, compressor=scorer)
         assert sum(rank.scoring_flops for rank in cost.ranks) == flops
-    nothing = predict(plan_of(Case(4, passing_length=0)), SMALL)
+    nothing = predict(plan_of(Case(4, passing_length=0)), SMALL, compressor=make_compressor())
     assert nothing.ranks[0].scoring_flops == 0
 
 
@@ -209,8 +210,8 @@ def test_rounds_carry_what_later_blocks_see() -> None:
     """In rounds the anchor and three blocks' pairs of every layer stay alive beside what is alive in one layer."""
     plan = Plan.build(0, 80, 2, blocks=4, anchor_length=8, passing_length=3, rounds=2)
     (rank,) = predict(plan, SMALL).ranks
-    assert gathered_rows(plan) == (8 + 3 + 3, 3)  # pairs that join in each round
-    alive = max(activations(plan, 0, round, SMALL, count) for round, count in enumerate(gathered_rows(plan)))
+    assert plan.method.gathered(plan) == (8 + 3 + 3, 3)  # pairs that join in each round
+    alive = max(activations(plan, 0, round, SMALL, count) for round, count in enumerate(plan.method.gathered(plan)))
     assert rank.activation_bytes == 2 * (alive + (8 + 3 * 3) * 64 * 3)
 
 

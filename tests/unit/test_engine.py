@@ -369,9 +369,9 @@ def test_wrong_options_of_an_engine(options: dict[str, Any], fragments: list[str
     ],
 )
 def test_plans_that_cannot_be_made(options: dict[str, Any], fragments: list[str]) -> None:
-    """What the plan refuses, prefill refuses: nothing has run by then."""
-    engine = apb.Engine.from_model(llama(), **options)
+    """Options that make no sense are refused by the engine, sizes that do not fit a prompt before anything runs."""
     with pytest.raises(apb.InputError) as refusal:
+        engine = apb.Engine.from_model(llama(), **options)
         engine.prefill(PROMPT, progress=lambda *_: pytest.fail("a layer was computed"))
     assert all(fragment in str(refusal.value) for fragment in fragments), refusal.value
 

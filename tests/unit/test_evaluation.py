@@ -65,17 +65,19 @@ def test_comparison_is_with_full_attention_wherever_it_stands() -> None:
 
 def test_settings_that_differ() -> None:
     """Blocks count where a strategy cuts, compressors and heads where it passes."""
-    assert settings(["full", "star", "apb"], [4, 8], ["query", "recent"], passing_length=9) == [
-        Setting("full"),
-        Setting("star", 4),
-        Setting("star", 8),
-        *(Setting("apb", blocks, name, None, 9) for blocks in (4, 8) for name in ("query", "recent")),
+    assert settings(["full", "star", "apb"], ["query", "recent"], blocks=[4, 8], passing_length=9) == [
+        Setting.of("full"),
+        Setting.of("star", blocks=4),
+        Setting.of("star", blocks=8),
+        *(Setting.of("apb", name, blocks=n, passing_length=9) for n in (4, 8) for name in ("query", "recent")),
     ]
-    assert settings(["full"], [4], ["query"], anchor_length=9, passing_length=9) == [Setting("full")]
-    assert settings(["star"], [4], [], anchor_length=9, passing_length=9) == [Setting("star", 4, None, 9)]
-    assert settings(["apb"], [], [], heads="h.pt") == [Setting("apb", None, "retaining", heads="h.pt")]
+    assert settings(["full"], ["query"], blocks=[4], anchor_length=9, passing_length=9) == [Setting.of("full")]
+    assert settings(["star"], blocks=[4], anchor_length=9, passing_length=9) == [
+        Setting.of("star", blocks=4, anchor_length=9)
+    ]
+    assert settings(["apb"], heads="h.pt") == [Setting.of("apb", "retaining", heads="h.pt")]
     with pytest.raises(InputError, match="Unknown strategy"):
-        settings(["magic"], [], [])
+        settings(["magic"])
 
 
 def test_readings_have_names() -> None:
@@ -172,7 +174,7 @@ def test_a_record_says_how_its_answer_came_about(checkpoint: Path) -> None:
     """By the plan, with what was asked and how many runs shared the machine; nobody answers without a tokenizer."""
     engine = apb.Engine.from_pretrained(checkpoint, device="cpu")
     item = Item("own", "notes", 64, "7", "many words " * 9, "Which?", ("yes",), "words", 2)
-    ways = [Setting("full"), Setting("apb", 3, "recent", passing_length=2)]
+    ways = [Setting.of("full"), Setting.of("apb", "recent", blocks=3, passing_length=2)]
     ((full, passing),) = Runner(engine, "small", ways, Store(), processes=5).run([item])
     assert (full.model, full.suite, full.task, full.sample, full.length) == ("small", "own", "notes", "7", 64)
     assert (full.processes, full.asked, full.exact, full.blocks) == (5, {"strategy": "full"}, True, 1)

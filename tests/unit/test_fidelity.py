@@ -26,10 +26,16 @@ def test_mass_and_divergence_are_those_written_out(name: str) -> None:
     with torch.no_grad():
         full = model(torch.tensor([prompt.token_ids]), output_attentions=True)
     compressor = case.compressor if case.strategy == "apb" else None
-    setting = Setting(case.strategy, case.blocks, compressor, case.anchor_length, case.passing_length)
+    setting = Setting.of(
+        case.strategy,
+        compressor,
+        blocks=case.blocks,
+        anchor_length=case.anchor_length,
+        passing_length=case.passing_length,
+    )
     engine = apb.Engine.from_model(model, strategy="full")
     (found,) = measure(engine, prompt, [setting], rows=10_000)
-    plan = apb.Engine.from_model(model, **{k: v for k, v in vars(setting).items() if v is not None}).plan(prompt)
+    plan = setting.engine(engine).plan(prompt)
     engine.close()
     first, count = len(prompt.prefix), len(prompt.document)
     assert found.rows == count
@@ -55,7 +61,7 @@ def test_what_sees_everything_loses_nothing() -> None:
     """Full attention beside itself, and minference with room for all columns: mass 1, no divergence."""
     case = CASES["full"]
     engine = apb.Engine.from_model(case.model(), strategy="full")
-    full, sparse = measure(engine, case.prompt, [Setting("full"), Setting("minference")], rows=20)
+    full, sparse = measure(engine, case.prompt, [Setting.of("full"), Setting.of("minference")], rows=20)
     engine.close()
     for found in (full, sparse):
         assert torch.tensor(found.mass) == pytest.approx(torch.ones(3, case.kv_heads).numpy(), abs=1e-5)
@@ -81,7 +87,7 @@ def test_layers_that_are_not_plain_are_refused() -> None:
     """A sliding window hides what full attention would weigh: the sentence names a layer and a way out."""
     engine = apb.Engine.from_model(make(*PECULIAR["mistral"]), strategy="full")
     with pytest.raises(apb.InputError, match=r"Layer 0 has a sliding window.*apb eval"):
-        measure(engine, CASES["full"].prompt, [Setting("apb", 3)], rows=5)
+        measure(engine, CASES["full"].prompt, [Setting.of("apb", blocks=3)], rows=5)
     engine.close()
 
 

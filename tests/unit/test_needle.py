@@ -47,7 +47,7 @@ def test_full_is_transformers_own_generation(needle):
 def test_apb_answers_what_full_answers(needle, task):
     """Three samples of every kind: right with full attention; in eight short blocks at most a needle or two is lost."""
     engine = Engine.from_model(*needle)
-    full, apb = evaluate(engine, [task], [LENGTH], [Setting("full"), Setting("apb", blocks=8)], count=3, seed=5)
+    full, apb = evaluate(engine, [task], [LENGTH], [Setting.of("full"), Setting.of("apb", blocks=8)], count=3, seed=5)
     assert full.score == 100.0
     assert apb.score > 80.0
     engine.close()
@@ -56,7 +56,11 @@ def test_apb_answers_what_full_answers(needle, task):
 def test_what_passing_is_for(needle):
     """Notes whose headings stand in earlier blocks: nothing passed answers fewer than the question's choice."""
     engine = Engine.from_model(*needle)
-    chosen = [Setting("apb", blocks=8), Setting("apb", blocks=8, passing_length=0), Setting("star", 8, None, 0)]
+    chosen = [
+        Setting.of("apb", blocks=8),
+        Setting.of("apb", blocks=8, passing_length=0),
+        Setting.of("star", blocks=8, anchor_length=0),
+    ]
     passed, nothing, alone = evaluate(engine, ["headings"], [LENGTH], chosen, count=8, seed=6)
     engine.close()
     assert passed.score == 100.0

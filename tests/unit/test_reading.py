@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 
 from apb import Engine, InputError, Prompt
+from apb.compressors import Query
 from apb.hardware import Hardware
 from apb.planning.cost import Ceilings, predict
 from apb.planning.fitting import check_memory, peak
 from apb.planning.plan import Plan
-from apb.reading import Reading, _in_rounds
+from apb.reading import Reading
 from models import tiny_model
 from shapes import LLAMA_8B
 
@@ -20,8 +21,7 @@ GPU = Hardware(memory=141 * 10**9, element_bytes=2, ceilings=Ceilings(linear=7e1
 
 
 def choose(document, ranks=1, hardware=GPU, **options):
-    sizes = {"prefix": 1, "document": document, "query": 30}
-    return Reading(strategy="auto", **options)._choose(sizes, ranks, LLAMA_8B, hardware)
+    return Reading.of("auto", **options).choose((1, document, 30), ranks, LLAMA_8B, hardware)
 
 
 def test_short_documents_are_read_in_full():
@@ -53,12 +53,10 @@ def test_ulysses_only_where_heads_divide():
 
 def test_rounds_are_as_few_as_fit():
     """What does not fit at once is read in rounds, no more than needed; asked-for rounds stay, exact ones have one."""
-    sizes = {"prefix": 1, "document": 1 << 19, "query": 30}
 
     def rounds(gigabytes, strategy="apb", **options):
-        reading = Reading(strategy=strategy, blocks=16, **options)
-        plan = reading._build(strategy, sizes, 1)
-        return _in_rounds(plan, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None), "query").rounds
+        reading = Reading.of(strategy, blocks=16, compressor="query", **options)
+        return reading.choose((1, 1 << 19, 30), 1, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None)).rounds
 
     fits = [rounds(gigabytes) for gigabytes in (300, 141, 105, 100)]
     assert fits[0] == 1
@@ -107,7 +105,7 @@ def refusal(gigabytes, **sizes):
     """The sentence that refuses a plan for the 8B shape on a device of so many gigabytes."""
     plan = Plan.build(1, sizes.pop("document"), 30, **sizes)
     with pytest.raises(InputError) as refused:
-        check_memory(plan, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None), 64, "query")
+        check_memory(plan, LLAMA_8B, Hardware(gigabytes * 10**9, 2, None), 64, Query())
     return str(refused.value)
 
 
@@ -118,19 +116,19 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_numbers():
     assert "'ring' with 4 blocks on 2 ranks" in refusal(90, document=1 << 19, strategy="full")
     assert re.search(r"'apb' with 16 blocks in \d+ rounds\.", refusal(100, document=1 << 19, blocks=16))
     plan = Plan.build(1, 1 << 19, 30, 16)
-    least = peak(predict(replace(plan, rounds=16), LLAMA_8B, 2, "query"))
+    least = peak(predict(replace(plan, rounds=16), LLAMA_8B, 2, Query()))
     with pytest.raises(InputError, match=r"'apb' with 16 blocks in 16 rounds\."):  # the most that there can be
-        check_memory(plan, LLAMA_8B, Hardware(least, 2, None), 0, "query")
+        check_memory(plan, LLAMA_8B, Hardware(least, 2, None), 0, Query())
     shorter = refusal(20, document=1 << 24, strategy="star", blocks=8)
     document = int(re.search(r"at most ([\d,]+) tokens", shorter)[1].replace(",", ""))
-    check_memory(Plan.build(1, document, 30, 8, strategy="star"), LLAMA_8B, Hardware(20 * 10**9, 2, None), 64, "query")
+    check_memory(Plan.build(1, document, 30, 8, strategy="star"), LLAMA_8B, Hardware(20 * 10**9, 2, None), 64, Query())
     assert "weights alone" in refusal(10, document=4096, strategy="full")
 
 
 def test_what_fits_is_not_refused():
     """The same plan on a device with room for it."""
     plan = Plan.build(1, 1 << 17, 30, strategy="full")
-    check_memory(plan, LLAMA_8B, GPU, 64, "query")
+    check_memory(plan, LLAMA_8B, GPU, 64, Query())
 
 
 def test_an_engine_refuses_before_anything_runs(monkeypatch):

@@ -13,14 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..compressors import Compressor
 from ..distributed.collectives import Group
+from ..distributed.mesh import Mesh
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
 from ..parts import Clock, clocked
 from ..planning.cost import Ceilings, predict
-from ..planning.methods import METHODS
+from ..planning.methods import make_method
 from ..planning.shape import ModelShape
 from ..prompt import Prompt
 from .ceilings import attention_rate
@@ -82,7 +84,10 @@ def bench_prefill(
     repeat: int,
     max_seconds: float = math.inf,
     baseline_backend: str = "auto",
-    **reading: Any,
+    compressor: str | Compressor | None = None,
+    rounds: int | None = None,
+    mesh: Mesh | None = None,
+    **options: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
 
@@ -91,15 +96,23 @@ def bench_prefill(
     as it fits. Out of memory after all, one rank alone goes on with what follows; of several the others could not know,
     and the error is raised.
     ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
-    ``reading`` are the engine's other options, the same for all strategies that know them. Every rank must run it.
+    ``options`` are those of strategies, each given to all strategies that know it. Every rank must run it.
     """
     rates: dict[str, float] = {}
     for length in lengths:
         baseline: float | None = None
         for strategy in strategies:
-            options = {name: value for name, value in reading.items() if _known(name, strategy)}
             backend = baseline_backend if strategy == strategies[0] else "auto"
-            engine = Engine.from_model(model, strategy=strategy, allow_extrapolation=True, backend=backend, **options)
+            method = make_method(strategy, options, compared=True)
+            engine = Engine.from_model(
+                model,
+                strategy=method,
+                compressor=compressor,
+                rounds=rounds if method.in_rounds else None,
+                allow_extrapolation=True,
+                backend=backend,
+                mesh=mesh,
+            )
             try:
                 if backend != "auto" and backend not in rates:
                     rates[backend] = attention_rate(engine.device, engine.dtype, backend)
@@ -110,13 +123,6 @@ def bench_prefill(
             if strategy == strategies[0]:
                 baseline = row.seconds
             yield row
-
-
-def _known(option: str, strategy: str) -> bool:
-    """Whether an option counts for a strategy; an anchor's length is meant for apb: star has all of block 1."""
-    if option == "rounds":
-        return METHODS[strategy].in_rounds
-    return option != "anchor_length" or METHODS[strategy].passes
 
 
 def _measure(
@@ -134,9 +140,9 @@ def _measure(
     try:
         plan = engine.plan(prompt)
     except DoesNotFit as error:
-        strategy = engine.reading.strategy
-        return Row(strategy, length, METHODS[strategy].exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
-    cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.scorer)
+        (method,) = engine.reading.methods
+        return Row(method.name, length, method.exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
+    cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.compressor)
     floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(reached)
     seconds: list[float] = []
     parts = None

@@ -79,14 +79,14 @@ def prefill(
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
-    from ..compressors import check_compressor
+    from ..compressors import make_compressor
     from ..kernels.attention import BACKENDS
-    from ..planning.methods import method_of
+    from ..planning.methods import method_named
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]
     for name in names:
-        method_of(name)
+        method_named(name)
     reading = {
         "blocks": blocks,
         "rounds": rounds,
@@ -101,7 +101,7 @@ def prefill(
         known = ", ".join(("auto", *BACKENDS))
         raise InputError(f"Unknown attention back-end {baseline_backend!r}; choose one of {known}.")
     if compressor is not None:
-        check_compressor(compressor, has_heads=False)
+        make_compressor(compressor)
     chosen = {
         "strategies": names,
         "repeat": repeat,

@@ -186,8 +186,8 @@ def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: di
             at_least(name, given[name], 1)
     readings = {
         "strategies": given["strategy"] or ["apb"],
-        "blocks": given["blocks"] or [],
         "compressors": given["compressor"] or [],
+        "blocks": given["blocks"] or [],
         "anchor_length": given["anchor_length"],
         "passing_length": given["passing_length"],
         "heads": _path(given["heads"]),

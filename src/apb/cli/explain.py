@@ -38,11 +38,12 @@ def explain(
     from ..explanation import explain as explain_prompt
     from ..hf import loading
     from ..prompt import Prompt
+    from ..reading import Reading
     from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    check_passes(strategy)
+    check_passes(Reading.of(strategy).methods)
     at_least("max_new_tokens", max_new_tokens, 1)
     options.check_out(out)
     engine = Engine.from_pretrained(

@@ -42,7 +42,14 @@ def fidelity(
     synthetic.check(task, samples)
     at_least("rows", rows, 1)
     path = None if heads is None else str(heads)
-    chosen = settings(strategy or ["apb"], blocks or [], compressor or [], anchor_length, passing_length, path)
+    chosen = settings(
+        strategy or ["apb"],
+        compressor or [],
+        blocks=blocks or [],
+        anchor_length=anchor_length,
+        passing_length=passing_length,
+        heads=path,
+    )
     name = model or loading.shipped_model()
     synthetic.check_lengths(length, loading.load_config(name))
     engine = Engine.from_pretrained(name, dtype=dtype, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,7 +158,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     from ..prompt import Prompt
     from ..reading import Reading
 
-    reading = Reading(**request.reading)
+    reading = Reading.of(**request.reading)
     dtype = loading.pick_dtype(request.loading["dtype"], device)
     remote_code = request.loading["trust_remote_code"]
     config = loading.load_config(request.model, remote_code)
@@ -168,5 +169,4 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     split = counting.model_shape(config, request.loading["gpus_per_rank"]).split
     hardware = Hardware.of(device, dtype, ranks * tensor)
     reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor, split)
-    if reading.heads:
-        load_heads(reading.heads, **asdict(HeadShape.of(config)))
+    reading.compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))

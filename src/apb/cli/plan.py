@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from ..compressors import make_compressor
 from ..errors import InputError, at_least
 from ..planning.cost import predict
-from ..planning.methods import METHODS, check_heads
+from ..planning.methods import METHODS, make_method
 from ..planning.plan import Plan
 from ..planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 from ..planning.shape import ModelShape
@@ -19,8 +20,6 @@ from . import options
 
 # A short question with its chat template; the length of the document is what matters.
 QUERY_TOKENS = 32
-# Strategies that gain nothing from more ranks: planned on one.
-ONE_DEVICE = ("full", "minference")
 
 
 def plan(
@@ -90,18 +89,10 @@ def plan(
 
 def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]) -> Plan:
     """The plan of a strategy; sizes that were meant for apb count for it alone, rounds for those that take them."""
-    rounds = sizes["rounds"]
-    return Plan.build(
-        prefix=1,
-        document=length,
-        query=QUERY_TOKENS,
-        ranks=1 if strategy in ONE_DEVICE else ranks,
-        strategy=strategy,
-        blocks=sizes["blocks"],
-        anchor_length=sizes["anchor_length"] if strategy == "apb" else None,
-        passing_length=sizes["passing_length"],
-        rounds=1 if rounds is None or not METHODS[strategy].in_rounds else rounds,
-    )
+    options = {name: size for name, size in sizes.items() if name != "rounds"}
+    method = make_method(strategy, options, compared=True)
+    rounds = (sizes["rounds"] if method.in_rounds else None) or 1
+    return Plan.of_method(method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, rounds)
 
 
 def _row(
@@ -115,11 +106,12 @@ def _row(
 ) -> dict[str, Any]:
     """The plan and its costs, or why there is none."""
     try:
-        check_heads(strategy, shape.heads, ranks)
+        METHODS[strategy]().check_model(shape.heads, ranks)
     except InputError as error:
         return {"strategy": strategy, "refused": str(error)}
     chosen = plan_of(strategy, length, ranks, sizes)
-    costs = predict(chosen, shape, ranks_per_host=ranks_per_host).to_dict(None if basis is None else basis.ceilings)
+    cost = predict(chosen, shape, compressor=make_compressor(), ranks_per_host=ranks_per_host)
+    costs = cost.to_dict(None if basis is None else basis.ceilings)
     return {"strategy": strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
 
 

@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,20 +88,18 @@ def _check(server: Server, ranks: int) -> None:
     from ..hf import loading
     from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
-    from ..planning.methods import check_heads
     from ..reading import Reading
 
-    reading = Reading(**server.reading)
-    for name, value in (("blocks", reading.blocks), ("rounds", reading.rounds)):
-        if value is not None:
-            at_least(name, value, 1)
+    reading = Reading.of(**server.reading)
+    if reading.rounds is not None:
+        at_least("rounds", reading.rounds, 1)
     config = loading.load_config(server.model, server.loading["trust_remote_code"])
     loading.check_supported(config)
     tensor = server.loading["tensor_parallel"]
     check_shards(config, tensor)
-    check_heads(reading.strategy, config.get_text_config().num_attention_heads // tensor, ranks)
-    if reading.heads:
-        load_heads(reading.heads, **asdict(HeadShape.of(config)))
+    if not reading.automatic:
+        reading.methods[0].check_model(config.get_text_config().num_attention_heads // tensor, ranks)
+    reading.compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))
 
 
 def work(server: Server) -> None:

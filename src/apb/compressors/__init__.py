@@ -1,10 +1,12 @@
-"""Which key/value pairs a block passes on: one file a method, one line here."""
+"""Compressors choose the key/value pairs that a block passes on: one file each, one line in :data:`COMPRESSORS`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import InputError
+from ..planning.options import check, options_of, union
 from .base import BlockView, Compressor
 from .query import Query
 from .query_edge import QueryEdge
@@ -14,38 +16,65 @@ from .retaining import Head, Retaining
 
 __all__ = [
     "COMPRESSORS",
+    "OPTIONS",
     "BlockView",
     "Compressor",
     "Head",
-    "check_compressor",
-    "default_compressor",
+    "Query",
+    "QueryEdge",
+    "Random",
+    "Recent",
+    "Retaining",
+    "compressor_named",
     "make_compressor",
 ]
 
 COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, QueryEdge, Random, Recent, Retaining)}
+# Every option of these compressors by name.
+OPTIONS = union(COMPRESSORS.values())
 
 
-def default_compressor(has_heads: bool) -> str:
-    """The compressor where none is named: 'retaining' where heads are given, else 'query-edge'."""
-    return Retaining.name if has_heads else QueryEdge.name
-
-
-def check_compressor(name: str, has_heads: bool) -> None:
-    """InputError for an unknown name, or for heads that are missing or that nothing would use."""
+def compressor_named(name: str) -> type[Compressor]:
+    """The class of a compressor; InputError for an unknown name."""
     if name not in COMPRESSORS:
         raise InputError(f"Unknown compressor {name!r}; choose one of {', '.join(sorted(COMPRESSORS))}.")
-    if name == Retaining.name and not has_heads:
+    return COMPRESSORS[name]
+
+
+def make_compressor(
+    compressor: str | Compressor | None = None, options: Mapping[str, Any] | None = None, seed: int = 0
+) -> Compressor:
+    """A compressor by name; an instance is taken as it is.
+
+    Args:
+        compressor: a name of :data:`COMPRESSORS`, or an instance of any :class:`Compressor`; None: "retaining" where
+            heads are given, else "query-edge".
+        options: by name, of any compressor in the table; None stands for one that is not given.
+        seed: of "random".
+
+    Raises:
+        InputError: an unknown name; heads that are missing, or given to a compressor that does not use them; options
+            of other compressors or beside an instance.
+    """
+    named = {name: value for name, value in (options or {}).items() if value is not None}
+    if compressor is None:
+        compressor = Retaining.name if "heads" in named else QueryEdge.name
+    if isinstance(compressor, Compressor):
+        if named:
+            raise InputError(
+                f"The option {next(iter(named))!r} was given beside a compressor object; "
+                f"give it to {type(compressor).__name__}(...) itself."
+            )
+        return compressor
+    kind = compressor_named(compressor)
+    if kind is Retaining and "heads" not in named:
         raise InputError(
             "The compressor 'retaining' scores with trained heads and none were given; "
             "name a file of heads, or use the compressor 'query-edge', which needs none."
         )
-    if name != Retaining.name and has_heads:
-        raise InputError(f"Heads were given but the compressor {name!r} does not use them; use 'retaining'.")
-
-
-def make_compressor(name: str, heads: Sequence[Head] | None = None, seed: int = 0) -> Compressor:
-    """The compressor of that name; ``heads`` (one a layer) for 'retaining', ``seed`` for 'random'."""
-    check_compressor(name, heads is not None)
-    if heads is not None:
-        return Retaining(heads)
-    return Random(seed) if name == Random.name else COMPRESSORS[name]()
+    if kind is not Retaining and "heads" in named:
+        raise InputError(f"Heads were given but the compressor {compressor!r} does not use them; use 'retaining'.")
+    check(OPTIONS, named)
+    for name in named.keys() - options_of(kind).keys():
+        raise InputError(f"The compressor {compressor!r} has no option {name!r}; leave it out.")
+    return kind(seed) if kind is Random else kind(**named)

@@ -1,19 +1,26 @@
-"""What a compressor is: a score for every token of a block, per KV head."""
+"""The interface of compressors: a score for every token of a block, per KV head."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
+from ..planning.options import check, options_of
 from ..planning.plan import Block
+from ..planning.shape import ModelShape
+
+if TYPE_CHECKING:  # a compressor can be named, and its cost asked, without torch
+    from torch import Tensor
+
+    from .retaining import Head
 
 
 @dataclass(frozen=True)
 class BlockView:
-    """What a compressor may look at: one block in one layer.
+    """One block in one layer, as a compressor sees it.
 
     Attributes:
         layer: index of the layer.
@@ -22,7 +29,7 @@ class BlockView:
         query: (query tokens, heads, head_dim), the true query rows after RoPE, at their true positions.
         scale: the layer's factor on q.k.
         passed: key/value pairs that the block passes on, per KV head.
-        softcap: what the layer caps its logits at; None where it does not.
+        softcap: cap of the layer's logits; None without one.
         before_rope: (tokens, (heads + 2 kv_heads) * head_dim): q, k, v before RoPE side by side; None unless the
             compressor asked for it with ``needs_before_rope``.
     """
@@ -38,14 +45,34 @@ class BlockView:
     softcap: float | None = None
 
 
+@dataclass(frozen=True)
 class Compressor(ABC):
-    """Scores the tokens of a block; the ``passing_length`` best per KV head are passed to later blocks."""
+    """Scores the tokens of a block; the ``passing_length`` best per KV head are passed to later blocks.
+
+    Subclasses are frozen dataclasses whose fields, made by :func:`apb.planning.options.option`, are their options.
+
+    Attributes:
+        name: what ``--compressor`` and results call it.
+        needs_before_rope: True if it scores with q, k, v before RoPE.
+        pooled: True if the scores are max-pooled inside the block before the best are chosen (kernel 5).
+    """
 
     name: ClassVar[str]
     needs_before_rope: ClassVar[bool] = False
-    # Whether the scores are max-pooled before the best are chosen (apb.kernels.selection.pool).
     pooled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        options = options_of(self)
+        check(options, {name: getattr(self, name) for name in options})
 
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:
         """Scores (kv_heads, tokens), fp32, on the device of ``view.k``, not pooled; higher means: pass it on."""
+
+    @abstractmethod
+    def flops(self, model: ModelShape, query: int) -> int:
+        """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""
+
+    def loaded(self, read: Callable[[str | Path], Sequence[Head]]) -> Compressor:
+        """This compressor ready for one model; ``read`` loads a file of retaining heads that fit the model."""
+        return self

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
-from ..kernels.selection import attention_received
+from ..planning.shape import ModelShape
 from .base import BlockView, Compressor
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
+
+@dataclass(frozen=True)
 class Query(Compressor):
     """softmax(q k^T) of the query rows over the block, averaged over rows and the group's heads, max-pooled.
 
     After Spava (arXiv 2601.21444): the query rows stand at their true positions and have read all blocks in the layers
-    below, so their attention says what they will look for.
+    below, so their attention shows what they will look for.
     """
 
     name: ClassVar[str] = "query"
@@ -22,4 +25,10 @@ class Query(Compressor):
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
+        from ..kernels.selection import attention_received
+
         return attention_received(view.query, view.k, view.scale, view.softcap)
+
+    def flops(self, model: ModelShape, query: int) -> int:
+        """See :meth:`Compressor.flops`: the product of all query rows with the token's key."""
+        return 2 * query * model.heads * model.head_dim

@@ -1,18 +1,19 @@
-"""What the question's rows attend to, and the end of the block, so that no sentence is lost at a cut."""
+"""The query's attention, and the end of the block, so that no sentence is lost at a cut."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
-
+from ..planning.options import option
 from .base import BlockView
 from .query import Query
 
-LONGEST_EDGE = 32
-"""Tokens at a block's end that are passed on, at most."""
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
+@dataclass(frozen=True)
 class QueryEdge(Query):
     """As :class:`Query`, but a block's last tokens are passed on before all others.
 
@@ -22,9 +23,11 @@ class QueryEdge(Query):
 
     name: ClassVar[str] = "query-edge"
 
+    longest_edge: int = option(32, "Tokens at a block's end that query-edge passes on first, at most.", least=0)
+
     def score(self, view: BlockView) -> Tensor:
-        """As :meth:`Query.score`, and 2 for the edge: a quarter of what is passed, up to ``LONGEST_EDGE`` tokens."""
+        """As :meth:`Query.score`, and 2 for the edge: a quarter of the passed pairs, up to ``longest_edge`` tokens."""
         scores = super().score(view)
-        edge = min(LONGEST_EDGE, view.passed // 4)
+        edge = min(self.longest_edge, view.passed // 4)
         scores[:, scores.shape[1] - edge :] = 2.0  # above every share of attention
         return scores

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
+from ..planning.shape import ModelShape
 from .base import BlockView, Compressor
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
+
+@dataclass(frozen=True)
 class Recent(Compressor):
     """Later tokens score higher, so the last ``passing_length`` are passed."""
 
@@ -17,5 +20,11 @@ class Recent(Compressor):
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
+        import torch
+
         tokens, kv_heads, _ = view.k.shape
         return torch.arange(tokens, dtype=torch.float32, device=view.k.device).expand(kv_heads, tokens)
+
+    def flops(self, model: ModelShape, query: int) -> int:
+        """See :meth:`Compressor.flops`: none."""
+        return 0

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import InputError
+from ..planning.methods import Full
 from ..planning.plan import Plan
 from ..prompt import Prompt
 from ..strategies import Layer, Strategy
@@ -99,7 +100,7 @@ class Sight:
         """
         key = torch.arange(keys, device=rows.device)
         causal = key <= rows[:, None]
-        if plan.method.sparse:
+        if layer in self.sparse:
             columns, diagonals = self.sparse[layer]
             distance = (rows[:, None] - key).clamp(min=0)
             return causal & (columns[heads, None, :keys] | diagonals[heads][:, distance])
@@ -163,7 +164,7 @@ def measure(
         for mass, shares in zip(masses, held, strict=True):
             mass.append(shares)
 
-    full = Setting("full").engine(engine)
+    full = Setting(Full()).engine(engine)
     _, logits = full.inspect(prompt, wanted, look)
     full.close()
     if done is not None:
@@ -176,7 +177,7 @@ def measure(
         found.append(
             Fidelity(
                 plan.strategy,
-                setting.compressor if plan.passing_length else None,
+                setting.compressor.name if setting.compressor and plan.passing_length else None,
                 plan.blocks,
                 plan.anchor_length,
                 plan.passing_length,

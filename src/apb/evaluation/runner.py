@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -82,9 +82,9 @@ class Runner:
             prompt=name,
             prompt_tokens=len(prompt),
             model=self.model,
-            asked={name: value for name, value in asdict(setting).items() if value is not None and name != "heads"},
+            asked=setting.asked,
             strategy=setting.strategy,
-            compressor=setting.compressor if plan.passing_length else None,
+            compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
             heads=self._heads(setting.heads) if plan.passing_length else None,
             blocks=plan.blocks,
             anchor_length=plan.anchor_length,

@@ -1,60 +1,85 @@
-"""The ways to read that are compared: strategies with their blocks and compressors."""
+"""The readings that are compared: strategies with their options and compressors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
-from ..compressors import default_compressor
+from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
+from ..compressors import Compressor, make_compressor
 from ..engine import Engine
 from ..errors import InputError
-from ..planning.methods import method_of
+from ..planning.methods import OPTIONS, Method, make_method
+from ..planning.options import given
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to read the samples, as the engine's options of the same names; None leaves a choice to the plan."""
+    """One way to read the samples; ``compressor`` is None where the method passes nothing on."""
 
-    strategy: str
-    blocks: int | None = None
-    compressor: str | None = None
-    anchor_length: int | None = None
-    passing_length: int | None = None
-    heads: str | None = None
+    method: Method
+    compressor: Compressor | None = None
+
+    @classmethod
+    def of(cls, strategy: str | Method, compressor: str | Compressor | None = None, **options: Any) -> Setting:
+        """A setting by names and options, as :class:`apb.Engine` takes them."""
+        scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
+        method = make_method(strategy, options)
+        return cls(method, make_compressor(compressor, scoring) if method.passes else None)
+
+    @property
+    def strategy(self) -> str:
+        """Name of the method."""
+        return self.method.name
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """The options that were given, by name, heads apart: how records tell readings from each other."""
+        scorer = self.compressor
+        scoring = {} if scorer is None else {"compressor": scorer.name, **given(scorer)}
+        scoring.pop("heads", None)
+        return {"strategy": self.strategy, **given(self.method), **scoring}
+
+    @property
+    def heads(self) -> str | None:
+        """The file of trained heads, where one scores."""
+        path = getattr(self.compressor, "heads", None)
+        return None if path is None else str(path)
 
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(engine.model, engine.tokenizer, fused=engine.fused, **asdict(self))
-
-
-def settings(
-    strategies: Sequence[str],
-    blocks: Sequence[int],
-    compressors: Sequence[str],
-    anchor_length: int | None = None,
-    passing_length: int | None = None,
-    heads: str | None = None,
-) -> list[Setting]:
-    """All combinations that differ: blocks count only where a strategy cuts, compressors only where it passes.
-
-    Heads count for the compressor "retaining", which is the default where they are given.
-    """
-    found: dict[Setting, None] = {}
-    counts: list[int | None] = [*blocks] or [None]
-    names = compressors or [default_compressor(heads is not None)]
-    if heads and "retaining" not in names:
-        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
-    for strategy, count, compressor in product(strategies, counts, names):
-        method = method_of(strategy)
-        cuts, passes = method.blocks is None, method.passes
-        setting = Setting(
-            strategy,
-            count if cuts else None,
-            compressor if passes else None,
-            anchor_length if cuts else None,
-            passing_length if passes else None,
-            heads if passes and compressor == "retaining" else None,
+        return Engine.from_model(
+            engine.model, engine.tokenizer, fused=engine.fused, strategy=self.method, compressor=self.compressor
         )
-        found[setting] = None
+
+
+def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **options: Any) -> list[Setting]:
+    """All combinations that differ: options count only where a strategy has them, compressors only where it passes.
+
+    An option with several values (a list or tuple) is combined with the others. Heads count for the compressor
+    "retaining", which is the default where they are given.
+    """
+    values = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in options.items()}
+    values = {name: [each for each in several if each is not None] or [None] for name, several in values.items()}
+    heads = values.pop("heads", [None])[0]
+    names: list[str | None] = [*compressors] or [None]
+    if heads and compressors and "retaining" not in compressors:
+        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
+    found: dict[Setting, None] = {}
+    for strategy, combination, name in product(strategies, product(*values.values()), names):
+        chosen = dict(zip(values, combination, strict=True))
+        method = make_method(strategy, {key: value for key, value in chosen.items() if key in OPTIONS})
+        if not method.passes:
+            found[Setting(method)] = None
+            continue
+        scoring = {key: value for key, value in chosen.items() if key not in OPTIONS}
+        scorer = make_compressor(name, scoring | {"heads": _heads_for(name, heads)})
+        found[Setting(method, scorer)] = None
     return list(found)
+
+
+def _heads_for(compressor: str | None, heads: str | None) -> str | None:
+    """Heads are given once for all compressors; only one of them uses them."""
+    return heads if compressor in (None, "retaining") else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from ..planning.methods import METHODS
 from .records import Record
 from .statistics import Cell, Difference, baseline_of, cell, difference, grouped
 
@@ -70,7 +71,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     """
     unique = list({record.key: record for record in reversed(records)}.values())[::-1]
     # Full attention first, then strategy by strategy.
-    unique.sort(key=lambda r: (r.strategy != "full", r.strategy, r.blocks, r.reading_name))
+    unique.sort(key=lambda r: (r.strategy != next(iter(METHODS)), r.strategy, r.blocks, r.reading_name))
     tables, speeds = [], []
     places = grouped(unique, lambda record: (record.suite, record.length))
     for (suite, length), part in sorted(places.items()):

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
-from ..planning.methods import check_heads
 from ..planning.plan import Plan
 from . import placement
 from .counting import head_dim
@@ -206,7 +205,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
-    check_heads(plan.strategy, text.num_attention_heads // tensor, plan.ranks)
+    plan.method.check_model(text.num_attention_heads // tensor, plan.ranks)
     if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from .memory import activations
+from .network import Sent
 from .plan import Kind, Plan
 from .shape import ModelShape
-from .traffic import Sent, gathered_rows, sent
+from .traffic import sent
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=
 class RankCost:
     """What one rank does in prefill.
 
-    Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see traffic.py). ``moved_bytes`` are read and written
+    Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
     between linear maps and attention. Where the layers of a rank lie on several GPUs, bytes of weights, cache and
     activations are those of the GPU that holds most.
     """
@@ -128,64 +129,61 @@ class Cost:
         }
 
 
+class Scoring(Protocol):
+    """What a plan's cost needs to know of a compressor."""
+
+    def flops(self, model: ModelShape, query: int) -> int:
+        """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""
+
+
 def predict(
     plan: Plan,
     model: ModelShape,
     element_bytes: int = 2,
-    compressor: str = "query-edge",
+    compressor: Scoring | None = None,
     ranks_per_host: int | None = None,
 ) -> Cost:
     """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number.
 
-    ``ranks_per_host``: how many consecutive ranks share a host; None: all of them.
+    Args:
+        compressor: scores the tokens that are passed; None leaves its FLOPs out.
+        ranks_per_host: how many consecutive ranks share a host; None: all of them.
     """
-    sending = [sent(plan, rank, model, element_bytes, ranks_per_host) for rank in range(plan.ranks)]
-    contexts = plan.contexts()
-    ranks = (_rank(plan, rank, model, element_bytes, compressor, each, contexts) for rank, each in enumerate(sending))
+    ranks = (
+        _rank(plan, rank, model, element_bytes, compressor, sent(plan, rank, model, element_bytes, ranks_per_host))
+        for rank in range(plan.ranks)
+    )
     return Cost(tuple(ranks), plan.method.overlaps, len(model.split) or 1)
 
 
 def _rank(
-    plan: Plan,
-    rank: int,
-    model: ModelShape,
-    element_bytes: int,
-    compressor: str,
-    sending: Sent,
-    contexts: list[int],
+    plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: Scoring | None, sending: Sent
 ) -> RankCost:
-    gathered = gathered_rows(plan)
-    rows = pairs = query_pairs = scored = kept = widest = 0
+    gathered = plan.method.gathered(plan)
+    rows = query_pairs = scored = kept = widest = 0
     for round in range(plan.rounds):
         widest = max(widest, activations(plan, rank, round, model, gathered[round]))
         for span in plan.spans(rank, round):
-            length = len(span)
-            rows += length
-            if span.kind is Kind.ANCHOR:
-                pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
-            elif span.kind is Kind.BLOCK:
-                kept += length
-                pairs += _block_pairs(plan, length, contexts[span.block])
-                scored += length if plan.passed(span.block) else 0
+            rows += len(span)
+            if span.kind is Kind.BLOCK:
+                kept += len(span)
+                scored += len(span) if plan.passed(span.block) else 0
         query_pairs += plan.query * kept  # the query goes along in every round
         if rank == plan.tail_rank:
             query_pairs += plan.query * (plan.query + 1) // 2
-    heads = model.heads
-    if plan.method.scatters_heads:  # a share of the heads, of all blocks' rows
-        heads = model.heads * (rank + 1) // plan.ranks - model.heads * rank // plan.ranks
-        pairs = sum(_block_pairs(plan, len(block), contexts[block.index]) for block in plan.all_blocks())
     kept += plan.query if rank == plan.tail_rank else 0
     sliding = model.sliding(plan.total)
-    exact_layers = sum(sliding.values())
-    attended = (model.layers - exact_layers) * (heads * pairs + model.heads * query_pairs)
+    full_layers = model.layers - sum(sliding.values())
+    attended = full_layers * (plan.method.attended(plan, rank, model.heads) + model.heads * query_pairs)
     attended += model.heads * sum(count * _window_pairs(plan, rank, window) for window, count in sliding.items())
-    carried = contexts[-1] if plan.rounds > 1 else 0  # what later rounds see of earlier ones, of every layer
+    carried = plan.contexts()[-1] if plan.rounds > 1 else 0  # pairs of earlier rounds that later ones see, per layer
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
+    scoring = compressor.flops(model, plan.query) if compressor is not None else 0
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
         attention_flops=4 * model.head_dim * attended,
-        scoring_flops=_scoring_flops(plan, model, compressor) * (model.layers - exact_layers) * scored,
+        scoring_flops=scoring * full_layers * scored,
         sent_bytes=sending.total,
         network_bytes=sending.leaving,
         moved_bytes=rows * model.layers * _moved(model) * element_bytes,
@@ -203,14 +201,6 @@ def _moved(model: ModelShape) -> int:
     """
     rotated = 2 * (model.heads + model.kv_heads) * model.head_dim
     return 12 * model.hidden + rotated + 3 * model.intermediate + 2 * model.pair_width
-
-
-def _block_pairs(plan: Plan, length: int, context: int) -> int:
-    """Query-key pairs of a block's rows, of so many tokens and so many keys before them."""
-    if plan.method.sparse:
-        seen = min(plan.vertical_size + plan.slash_size, length)
-        return seen * (seen + 1) // 2 + (length - seen) * seen
-    return length * (length + 1) // 2 + length * context
 
 
 def _window_pairs(plan: Plan, rank: int, window: int) -> int:
@@ -232,13 +222,3 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
         for row in range(plan.query_start, plan.total):
             pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
     return pairs
-
-
-def _scoring_flops(plan: Plan, model: ModelShape, compressor: str) -> int:
-    """FLOPs of a layer to score one token."""
-    if compressor in ("query", "query-edge"):
-        return 2 * plan.query * model.heads * model.head_dim
-    if compressor == "retaining":
-        features = (model.heads + 2 * model.kv_heads) * model.head_dim
-        return 2 * 1024 * (features + model.kv_heads)
-    return 0

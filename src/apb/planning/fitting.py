@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..errors import DoesNotFit
-from .cost import Cost, predict
-from .methods import METHODS
+from .cost import Cost, Scoring, predict
 from .plan import Plan
 from .shape import ModelShape
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 MOST_RANKS = 64
 
 
-def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: str) -> None:
+def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: Scoring) -> None:
     """DoesNotFit, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
     layers, _ = shape.fullest(plan.total + new_tokens)
     answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
@@ -79,27 +78,18 @@ def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
     if plan.method.in_rounds and not shape.cache_width:
         for rounds in range(plan.rounds + 1, plan.blocks // plan.ranks + 1):
             yield replace(plan, rounds=rounds)
-    strategy = plan.strategy if plan.method.blocks is None or plan.strategy == "ring" else "ring"
     ranks = plan.ranks * 2
     while ranks <= MOST_RANKS:
-        blocks = max(plan.blocks, ranks)
-        if blocks <= plan.document:
-            sizes = (plan.anchor_length, plan.passing_length) if METHODS[strategy].passes else (None, None)
-            yield _built(plan, plan.document, strategy, ranks, blocks, *sizes)
+        method = plan.method.on_ranks(ranks)
+        if method.block_count(ranks) <= plan.document:
+            yield Plan.of_method(method, plan.prefix, plan.document, plan.query, ranks)
         ranks *= 2
 
 
 def _resized(plan: Plan, document: int) -> Plan:
-    blocks = min(plan.blocks, document)
-    return replace(
-        _built(plan, document, plan.strategy, plan.ranks, blocks, None, None), rounds=min(plan.rounds, blocks)
-    )
-
-
-def _built(
-    plan: Plan, document: int, strategy: str, ranks: int, blocks: int, anchor: int | None, passing: int | None
-) -> Plan:
-    return Plan.build(plan.prefix, document, plan.query, blocks, ranks, anchor or None, passing, strategy)
+    method = plan.method.for_document(document)
+    shorter = Plan.of_method(method, plan.prefix, document, plan.query, plan.ranks)
+    return replace(shorter, rounds=min(plan.rounds, shorter.blocks))
 
 
 def _gib(size: float) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from itertools import accumulate
+from functools import lru_cache
+from typing import Any
 
-from . import sizes
-from .methods import METHODS, Anchor, Method, method_of
+from ..errors import InputError, at_least
+from .methods import METHODS, Method, make_method
+from .options import options_of
 
 Tokens = tuple[int, ...]
 
@@ -62,33 +64,28 @@ class Span:
         return slice(*self.bounds)
 
 
+# The least that each size of a request may be.
+_LEAST = {"prefix": 0, "document": 1, "query": 1, "ranks": 1, "rounds": 1}
+
+
 @dataclass(frozen=True)
 class Plan:
-    """An immutable plan of one prefill. Make one with :meth:`build`.
+    """An immutable plan of one prefill. Make one with :meth:`build` or :meth:`of_method`.
 
     Attributes:
-        strategy: name of the method.
+        method: the strategy, settled: no option of it is open.
         prefix, document, query: lengths in tokens.
-        blocks: number of blocks H that the document is cut into.
         ranks: number of processes, each with one device.
         rounds: forward passes that the blocks are spread over (consecutive blocks share a round).
-        anchor_length: l_a, tokens of the anchor; 0 where there is none.
-        passing_length: l_p, key/value pairs per KV head that a block passes on; 0 where nothing is passed.
-        vertical_size, slash_size: columns and diagonals that each head sees in a sparse method; 0 in the others.
         reason: why this strategy was chosen, where it was not the user who chose.
     """
 
-    strategy: str
+    method: Method
     prefix: int
     document: int
     query: int
-    blocks: int
     ranks: int
     rounds: int
-    anchor_length: int
-    passing_length: int
-    vertical_size: int = 0
-    slash_size: int = 0
     reason: str | None = None
 
     @classmethod
@@ -101,54 +98,64 @@ class Plan:
         ranks: int = 1,
         anchor_length: int | None = None,
         passing_length: int | None = None,
-        strategy: str = "apb",
+        strategy: str | Method = "apb",
         rounds: int = 1,
-        vertical_size: int | float | None = None,
-        slash_size: int | float | None = None,
+        **options: Any,
     ) -> Plan:
         """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
 
-        Exact methods choose their blocks themselves, and have neither anchor nor passing blocks. With one block there
-        is nothing to approximate: anchor and passing lengths are then 0 whatever was asked.
+        Options that the strategy does not have are ignored: exact methods choose their blocks themselves, and have
+        neither anchor nor passing blocks. With one block there is nothing to approximate: anchor and passing lengths
+        are then 0 whatever was asked.
         """
-        method = method_of(strategy)
-        sizes.check(
-            prefix=prefix,
-            document=document,
-            query=query,
-            blocks=blocks,
-            ranks=ranks,
-            rounds=rounds,
-            anchor_length=anchor_length,
-            passing_length=passing_length,
-        )
-        blocks = sizes.blocks(strategy, document, ranks, blocks)
-        sizes.check_rounds(strategy, rounds, blocks)
-        if method.sparse:
-            total = prefix + document + query
-            vertical = sizes.budget("vertical size", vertical_size, sizes.DEFAULT_VERTICAL, total)
-            slash = sizes.budget("slash size", slash_size, sizes.DEFAULT_SLASH, total)
-            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0, vertical, slash)
-        if blocks == 1:
-            return cls(strategy, prefix, document, query, 1, ranks, 1, 0, 0)
-        anchor_length = sizes.anchor(method, prefix, document, query, blocks, anchor_length)
-        passing_length = sizes.passing(method, document, blocks, passing_length)
-        return cls(strategy, prefix, document, query, blocks, ranks, rounds, anchor_length, passing_length)
+        sizes = {"blocks": blocks, "anchor_length": anchor_length, "passing_length": passing_length, **options}
+        return cls.of_method(make_method(strategy, sizes), prefix, document, query, ranks, rounds)
+
+    @classmethod
+    def of_method(cls, method: Method, prefix: int, document: int, query: int, ranks: int = 1, rounds: int = 1) -> Plan:
+        """The plan of a method, whose open options are filled in; raises InputError where it cannot be."""
+        for name, size in {
+            "prefix": prefix, "document": document, "query": query, "ranks": ranks, "rounds": rounds
+        }.items():  # fmt: skip
+            at_least(name, size, _LEAST[name])
+        plan = cls(method.settled(prefix, document, query, ranks), prefix, document, query, ranks, rounds)
+        if rounds > 1 and not method.in_rounds:
+            names = " or ".join(name for name, each in METHODS.items() if each.in_rounds)
+            raise InputError(
+                f"The strategy {method.name!r} reads in one round, not {rounds}; only {names} can take more."
+            )
+        if rounds > plan.blocks:
+            raise InputError(
+                f"{rounds} rounds need at least as many blocks, but there are {plan.blocks}; ask for fewer."
+            )
+        return plan
 
     # -- the document ------------------------------------------------------------------------------------------------
 
     @property
-    def method(self) -> Method:
-        """What planning knows about the strategy."""
-        return METHODS[self.strategy]
+    def strategy(self) -> str:
+        """Name of the method."""
+        return self.method.name
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks H that the document is cut into."""
+        return self.method.block_count(self.ranks)
+
+    @property
+    def anchor_length(self) -> int:
+        """l_a, tokens of the anchor; 0 where there is none."""
+        return self.method.anchor_length
+
+    @property
+    def passing_length(self) -> int:
+        """l_p, key/value pairs per KV head that a block passes on at most; 0 where nothing is passed."""
+        return self.method.passing_length
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of full attention: so with one block, or with no column or diagonal left out."""
-        method = self.method
-        if method.sparse:
-            return max(self.vertical_size, self.slash_size) >= self.total  # the query's columns take part in the choice
-        return method.exact or self.blocks == 1
+        """True if the result is that of full attention: so with one block."""
+        return self.method.is_exact(self)
 
     @property
     def query_start(self) -> int:
@@ -163,14 +170,11 @@ class Plan:
     @property
     def anchored(self) -> int:
         """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
-        inserted = self.query if self.method.passes else 0
-        return max(self.anchor_length - inserted, 0)
+        return self.method.anchored(self)
 
     def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
         """The tokens at positions 0, 1, ... of the anchor, of which it has the first ``anchor_length``."""
-        if self.method.passes:
-            return prefix + query + document[: self.anchored]
-        return prefix + document + query
+        return self.method.anchor_tokens(self, prefix, document, query)
 
     def block(self, index: int) -> Block:
         """Block ``index`` (0-based). Slices are those of ``numpy.array_split``: the first n mod H are one longer."""
@@ -203,20 +207,15 @@ class Plan:
 
     def passed(self, index: int) -> int:
         """How many pairs per KV head block ``index`` passes on; the last block has nobody to pass to."""
-        if index == self.blocks - 1:
-            return 0
-        return min(self.passing_length, self.selectable(self.block(index)))
+        return self.method.passed(self, index)
 
-    def contexts(self) -> list[int]:
-        """For every block, how many pairs beside its own its rows attend to.
+    def contexts(self) -> tuple[int, ...]:
+        """For every block, how many pairs beside its own its rows attend to."""
+        return _contexts(self)
 
-        In an exact method all before it; else the anchor and what earlier blocks pass. Block 0 has none of it: it
-        holds the prefix and the anchor's document tokens itself.
-        """
-        if self.method.exact:
-            return [self.block(index).start for index in range(self.blocks)]
-        before = accumulate(self.passed(index) for index in range(self.blocks - 1))
-        return [0, *(self.anchor_length + pairs for pairs in before)]
+    def rows_by_rank(self) -> list[int]:
+        """The document's rows that every rank holds, the prefix included."""
+        return [sum(map(len, self.owned(rank))) for rank in range(self.ranks)]
 
     # -- the rows of a rank ------------------------------------------------------------------------------------------
 
@@ -226,15 +225,8 @@ class Plan:
         return self.ranks - 1
 
     def anchor_share(self, rank: int) -> tuple[int, int]:
-        """Positions [start, stop) of the anchor whose rows this rank computes.
-
-        With the query inside, the ranks' shares tile the anchor. Star computes it anew on every rank that has blocks
-        but not block 0, whose own rows they are.
-        """
-        if self.method.anchor is Anchor.FIRST_BLOCK:
-            blocks = [block.index for block in self.owned(rank)]
-            return 0, self.anchor_length if blocks and blocks[0] != 0 else 0
-        return self.anchor_length * rank // self.ranks, self.anchor_length * (rank + 1) // self.ranks
+        """Positions [start, stop) of the anchor whose rows this rank computes."""
+        return self.method.anchor_share(self, rank)
 
     def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
         """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query.
@@ -257,8 +249,13 @@ class Plan:
         add(Kind.QUERY, self.query_start, self.total)
         return tuple(spans)
 
+    def document_spans(self, rank: int) -> Iterator[Span]:
+        """The spans of anchor and blocks of a rank, in all rounds."""
+        for round in range(self.rounds):
+            yield from (span for span in self.spans(rank, round) if span.kind is not Kind.QUERY)
+
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them; the budgets of a sparse method only where they count."""
+        """The plan's numbers, as the command line prints them, with the strategy's other options behind them."""
         numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,
@@ -268,6 +265,9 @@ class Plan:
             "document_tokens": self.document,
             "query_tokens": self.query,
         }
-        if self.method.sparse:
-            numbers |= {"vertical_size": self.vertical_size, "slash_size": self.slash_size}
-        return numbers
+        return numbers | {name: getattr(self.method, name) for name in options_of(self.method) if name not in numbers}
+
+
+@lru_cache(maxsize=8)  # asked for by every rank of a plan
+def _contexts(plan: Plan) -> tuple[int, ...]:
+    return tuple(plan.method.contexts(plan))

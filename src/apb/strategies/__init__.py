@@ -1,30 +1,19 @@
-"""The methods of prefill: one file each, one line here and one in methods.METHODS."""
+"""Attention of the strategies in prefill, one file each; their planning side is in :mod:`apb.planning.methods`."""
 
 from __future__ import annotations
+
+from importlib import import_module
 
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..planning.plan import Plan
-from .apb import APB
 from .base import Layer, OnSelection, Strategy
-from .full import Full
-from .minference import MInference
-from .ring import Ring
-from .star import Star
-from .ulysses import Ulysses
 
-__all__ = ["STRATEGIES", "Layer", "OnSelection", "Strategy", "make_strategy"]
-
-STRATEGIES: dict[str, type[Strategy]] = {
-    "apb": APB,
-    "full": Full,
-    "minference": MInference,
-    "ring": Ring,
-    "star": Star,
-    "ulysses": Ulysses,
-}
+__all__ = ["Layer", "OnSelection", "Strategy", "make_strategy"]
 
 
 def make_strategy(plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> Strategy:
-    """The strategy that a plan names, for this rank."""
-    return STRATEGIES[plan.strategy](plan, group, compressor, backend)
+    """The strategy of a plan's method, for this rank."""
+    module, _, name = plan.method.implementation.partition(":")
+    kind: type[Strategy] = getattr(import_module(module), name)
+    return kind(plan, group, compressor, backend)

@@ -70,6 +70,7 @@ class Strategy(ABC):
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
         self.plan = plan
+        self.method = plan.method
         self.group = group
         self.compressor = compressor
         self.backend = backend

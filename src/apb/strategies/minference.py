@@ -8,6 +8,7 @@ from torch import Tensor
 from ..kernels.reference import capped
 from ..kernels.vertical_slash import vertical_slash
 from ..parts import part
+from ..planning import methods
 from .base import Layer, Strategy
 
 # The prompt's last rows, by whose attention columns and diagonals are chosen.
@@ -19,6 +20,8 @@ LAST_DIAGONALS = 100
 
 class MInference(Strategy):
     """The vertical-slash pattern for all heads, on one device; the query's rows attend to everything."""
+
+    method: methods.MInference
 
     def attend_document(self, layer: Layer, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
@@ -35,6 +38,7 @@ class MInference(Strategy):
     def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
         """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
         prompt, heads, _ = layer.q.shape
+        vertical, slash = self.method.budgets
         group = heads // layer.k.shape[1]
         columns = torch.zeros(heads, prompt, dtype=torch.bool, device=layer.q.device)
         diagonals = torch.zeros_like(columns)
@@ -46,10 +50,10 @@ class MInference(Strategy):
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             column = weights.sum(0)
             column[:FIRST_COLUMNS] = float("inf")
-            columns[head] = _best(column, self.plan.vertical_size)
+            columns[head] = _best(column, vertical)
             diagonal = _diagonal_sums(weights)
             diagonal[:LAST_DIAGONALS] = float("inf")
-            diagonals[head] = _best(diagonal, self.plan.slash_size)
+            diagonals[head] = _best(diagonal, slash)
         return columns, diagonals
 
 

@@ -9,7 +9,7 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
 from ..parts import part
-from ..planning.methods import check_heads, kv_heads_of
+from ..planning.methods import kv_heads_of
 from ..planning.plan import Plan
 from .base import Layer, Strategy
 
@@ -29,7 +29,7 @@ class Ulysses(Strategy):
         """See :meth:`Strategy.attend_document`."""
         rank, size = self.group.rank, self.group.size
         rows, heads = self.blocks[0].rows, layer.q.shape[1]
-        check_heads(self.plan.strategy, heads, size)
+        self.plan.method.check_model(heads, size)
         share = heads // size
         gathered = self._scatter_heads(layer, share)
         kv_heads = (gathered.shape[1] - share) // 2

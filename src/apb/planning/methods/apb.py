@@ -1,0 +1,103 @@
+"""APB (arXiv 2502.12085): anchors that hold the query, and key/value pairs passed from block to block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from ...errors import LARGEST, InputError
+from ..options import option
+from .base import MERGING, Blockwise, Method
+
+if TYPE_CHECKING:
+    from ..plan import Plan, Tokens
+    from ..shape import ModelShape
+
+# Defaults of the paper's table 8: anchor = block / 4, passing = block / 8, both capped.
+LARGEST_ANCHOR = 8192
+LARGEST_PASSING = 8192
+
+
+@dataclass(frozen=True)
+class APB(Blockwise):
+    """Every block sees the anchor (prefix, query, first document tokens), the pairs of earlier blocks, and itself."""
+
+    name: ClassVar[str] = "apb"
+    implementation: ClassVar[str] = "apb.strategies.apb:APB"
+    overlaps: ClassVar[bool] = True
+    passes: ClassVar[bool] = True
+
+    anchor_length: int | None = option(  # type: ignore[assignment]
+        None, "Tokens of the anchor; a quarter of a block if left out, none at all with 0.", least=0
+    )
+    passing_length: int | None = option(  # type: ignore[assignment]
+        None, "Pairs a block passes on, per KV head; an eighth of a block if left out.", least=0
+    )
+
+    def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:
+        """See :meth:`Method.settled`: the paper's table 8 for the lengths left open."""
+        method = super().settled(prefix, document, query, ranks)
+        assert method.blocks is not None, "settled by Blockwise"
+        if method.blocks == 1:
+            return replace(method, anchor_length=0, passing_length=0)
+        block, anchor, passing = document // method.blocks, self.anchor_length, self.passing_length
+        if anchor is None:
+            anchor = max(min(block // 4, LARGEST_ANCHOR), prefix + query)
+        elif 0 < anchor < prefix + query:
+            raise InputError(
+                f"An anchor of {anchor} tokens does not hold the prefix ({prefix}) and the query ({query}); "
+                f"make the anchor at least {prefix + query} tokens long or shorten the query."
+            )
+        if passing is None:
+            passing = min(block // 8, LARGEST_PASSING)
+        return replace(method, anchor_length=min(anchor, prefix + document + query), passing_length=passing)
+
+    def anchored(self, plan: Plan) -> int:
+        """See :meth:`Method.anchored`: the query stands in the anchor too, in front of the document's tokens."""
+        return max(plan.anchor_length - plan.query, 0)
+
+    def anchor_tokens(self, plan: Plan, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
+        """See :meth:`Method.anchor_tokens`."""
+        return prefix + query + document[: plan.anchored]
+
+    def gathered(self, plan: Plan) -> tuple[int, ...]:
+        """See :meth:`Method.gathered`: a rank's share of the anchor in the first round, and its blocks' pairs."""
+        return _gathered(plan)
+
+    def held(self, plan: Plan, rank: int, rows: int, blocks: list[int], model: ModelShape, gathered: int) -> int:
+        """See :meth:`Method.held`: pairs packed, gathered and in order, and partial results being merged."""
+        if plan.blocks == 1:
+            return super().held(plan, rank, rows, blocks, model, gathered)
+        longest, width = max(blocks, default=0), model.heads * model.head_dim
+        merging = longest * width * (2 + MERGING)
+        if plan.ranks > 1:  # attention to other ranks' pairs comes apart from that to a block itself
+            merging = rows * width + longest * width * MERGING
+        return (1 + 2 * plan.ranks) * gathered * model.pair_width + merging
+
+    def lossless(self, blocks: int) -> tuple[str, Method] | None:
+        """See :meth:`Method.lossless`: without an anchor and with every pair passed on."""
+        return "everything passed", replace(self, blocks=blocks, anchor_length=0, passing_length=LARGEST)
+
+    def reopened(self) -> Self:
+        """See :meth:`Blockwise.reopened`."""
+        return replace(self, anchor_length=None, passing_length=None)
+
+    def on_ranks(self, ranks: int) -> Method:
+        """See :meth:`Method.on_ranks`: the lengths stay, unless a single block left them without a meaning."""
+        if self.blocks is None or self.blocks == 1:
+            return super().on_ranks(ranks)
+        return replace(self, blocks=max(self.blocks, ranks))
+
+
+@lru_cache(maxsize=8)  # asked for by every rank of a plan
+def _gathered(plan: Plan) -> tuple[int, ...]:
+    if plan.blocks == 1:
+        return (0,) * plan.rounds
+    widths = [[0] * plan.ranks for _ in range(plan.rounds)]
+    for rank in range(plan.ranks):
+        start, stop = plan.anchor_share(rank)
+        widths[0][rank] += stop - start
+        for block in plan.owned(rank):
+            widths[block.round][rank] += plan.passed(block.index)
+    return tuple(max(width) for width in widths)
