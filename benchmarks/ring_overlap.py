@@ -23,7 +23,7 @@ from apb.distributed.collectives import Group, Pending
 from apb.distributed.launch import join, local_device
 from apb.hardware import fingerprint
 from apb.hf.loading import pick_device
-from apb.strategies import Layer
+from apb.layers.base import AttentionInput
 from apb.strategies.ring import Ring
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -49,9 +49,9 @@ def main() -> None:
     compressor = make_compressor("query")
     ring = Ring(plan, group, compressor)
     alone = Ring(plan, Deaf(group.rank, group.size), compressor)
-    rows = sum(map(len, ring.spans))
+    rows = sum(map(len, ring.itinerary.spans))
     q, k, v = (torch.randn(rows, heads, HEAD_DIM, device=device, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
-    layer, out = Layer(0, q, k, v, HEAD_DIM**-0.5), torch.empty_like(q)
+    layer, out = AttentionInput(0, q, k, v, HEAD_DIM**-0.5), torch.empty_like(q)
     message = torch.stack([k, v])
 
     def send() -> None:

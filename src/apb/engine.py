@@ -24,12 +24,13 @@ from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
+from .layers.base import AttentionInput
 from .planning.plan import Plan
 from .prefill import Progress
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch
-from .strategies import Layer, OnSelection, Strategy, make_strategy
+from .strategies import OnSelection, Strategy, make_strategy
 
 
 class Engine:
@@ -206,7 +207,7 @@ class Engine:
         )
 
     def inspect(
-        self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, Layer], None]
+        self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, AttentionInput], None]
     ) -> tuple[Plan, Tensor]:
         """Read a prompt on one device, in one round, keeping no cache, and look at every layer's attention from inside.
 

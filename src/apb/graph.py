@@ -17,7 +17,8 @@ from .distributed.collectives import Group, Pending
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .kernels import fused
-from .strategies.base import Layer, merge_over_ranks
+from .layers.base import AttentionInput
+from .layers.shards import merge_over_ranks
 
 # Steps run before a capture: the first ones compile kernels and set up communication.
 _WARM_UP = 2
@@ -81,7 +82,7 @@ class Step:
         self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
 
         def run(group: Group) -> Tensor:
-            def attend(layer: Layer) -> Tensor:
+            def attend(layer: AttentionInput) -> Tensor:
                 alone = group.size == 1
                 out, lse = decode.attention(layer.q, layer.k, layer.v, layer.scale, length=length, partial=not alone)
                 if alone:

@@ -13,10 +13,11 @@ from .distributed.collectives import Group
 from .errors import Cancelled
 from .hf.attach import Attachment, Attend
 from .hf.cache import ShardCache
-from .planning.plan import Kind, Plan
+from .layers.base import AttentionInput
+from .planning.itinerary import Itinerary
 from .prompt import Prompt
 from .session import Stopwatch, forward
-from .strategies import Layer, Strategy
+from .strategies import Strategy
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
@@ -48,11 +49,12 @@ def read(
     """
     plan, group = strategy.plan, strategy.group
     device, layers = attachment.devices[0], len(attachment.modules)
-    cache = _cache(plan, strategy, layers, max_new_tokens)
+    itineraries = [plan.itinerary(group.rank, round) for round in range(plan.rounds)]
+    cache = _cache(itineraries[0], layers, max_new_tokens)
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     before = 0  # tokens in this rank's cache when the round began
 
-    def attend(layer: Layer) -> Tensor:
+    def attend(layer: AttentionInput) -> Tensor:
         if cancelled is not None and everyone.size == 1 and cancelled():
             raise Cancelled("Reading the prompt was cancelled.")
         if before:
@@ -60,21 +62,21 @@ def read(
             layer = replace(layer, earlier=(keys[:before], values[:before]))
         out = strategy.attend(layer)
         if progress is not None:
-            now = read[strategy.round]
-            after = plan.total if strategy.last_round else read[strategy.round + 1]
+            now = read[itinerary.round]
+            after = plan.total if itinerary.last else read[itinerary.round + 1]
             progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
         return out
 
     group.barrier()
     watch = Stopwatch(device)
-    for round in range(plan.rounds):
+    for itinerary in itineraries:
         _check_cancelled(cancelled, everyone, device)
-        strategy.begin(round)
-        cache.prefill_rows = strategy.cached_rows
-        ids, positions = _rows(prompt, plan, group.rank, round)
+        strategy.begin(itinerary)
+        cache.prefill_rows = itinerary.kept
+        ids, positions = _rows(itinerary, prompt, device)
         with torch.no_grad(), _running(attachment, strategy, attend):
-            logits = forward(attachment, ids.to(device), positions.to(device), cache, group)
-        before += sum(len(span) for span in strategy.blocks)
+            logits = forward(attachment, ids, positions, cache, group)
+        before += sum(map(len, itinerary.blocks))
     cache.prefill_rows = None
     return cache, logits, watch.seconds()
 
@@ -84,46 +86,41 @@ def inspect(
     prompt: Prompt,
     strategy: Strategy,
     positions: Sequence[int],
-    look: Callable[[Strategy, Layer], None],
+    look: Callable[[Strategy, AttentionInput], None],
 ) -> Tensor:
     """Read a prompt on one rank, in one round, keeping no cache, with ``look`` called after each layer's attention.
 
     Returns logits (positions, vocab) fp32 of the tokens after those at ``positions`` of the prompt.
     """
-    plan, device = strategy.plan, attachment.devices[0]
-    rows = [
-        position - span.start + span.row
-        for position in positions
-        for span in strategy.spans
-        if span.kind is not Kind.ANCHOR and span.start <= position < span.stop
-    ]
+    itinerary, device = strategy.itinerary, attachment.devices[0]
 
-    def attend(layer: Layer) -> Tensor:
+    def attend(layer: AttentionInput) -> Tensor:
         out = strategy.attend(layer)
         look(strategy, layer)
         return out
 
-    ids, places = _rows(prompt, plan, 0, 0)
+    ids, places = _rows(itinerary, prompt, device)
     with torch.no_grad(), _running(attachment, strategy, attend):
         output = attachment.model(
-            input_ids=ids.to(device),
-            position_ids=places.to(device),
+            input_ids=ids,
+            position_ids=places,
             use_cache=False,
-            logits_to_keep=rows,  # no tensor: the last layer may lie on another device than the first
+            logits_to_keep=itinerary.rows_of(
+                positions
+            ),  # no tensor: the last layer may lie on another device than the first
         )
     return output.logits[0].float()
 
 
-def _cache(plan: Plan, strategy: Strategy, layers: int, max_new_tokens: int) -> ShardCache:
+def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache:
     """An empty cache with room for this rank's blocks and, on the tail rank, for query and answer."""
-    rank = strategy.group.rank
-    keeps_new = rank == plan.tail_rank
-    held = sum(len(block) for block in plan.owned(rank))
+    plan = itinerary.plan
+    held = sum(len(block) for block in plan.owned(itinerary.rank))
     cache = ShardCache(
         layers,
-        capacity=held + (plan.query + max_new_tokens if keeps_new else 0),
-        keeps_new=keeps_new,
-        prefill_rows=strategy.cached_rows,
+        capacity=held + (plan.query + max_new_tokens if itinerary.owns_tail else 0),
+        keeps_new=itinerary.owns_tail,
+        prefill_rows=itinerary.kept,
     )
     cache.total = plan.total
     return cache
@@ -144,13 +141,7 @@ def _check_cancelled(cancelled: Callable[[], bool] | None, everyone: Group, devi
         raise Cancelled("Reading the prompt was cancelled.")
 
 
-def _rows(prompt: Prompt, plan: Plan, rank: int, round: int) -> tuple[Tensor, Tensor]:
-    """Token ids and positions, (1, rows) each, of a rank's rows in a round."""
-    whole = prompt.token_ids
-    anchor = plan.anchor_tokens(prompt.prefix, prompt.document, prompt.query)
-    ids: list[int] = []
-    positions: list[int] = []
-    for span in plan.spans(rank, round):
-        ids += (anchor if span.kind is Kind.ANCHOR else whole)[span.start : span.stop]
-        positions += range(span.start, span.stop)
-    return torch.tensor([ids]), torch.tensor([positions])
+def _rows(itinerary: Itinerary, prompt: Prompt, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and positions, (1, rows) each, of an itinerary's rows."""
+    ids, positions = itinerary.token_ids(prompt), itinerary.positions()
+    return torch.tensor([ids], device=device), torch.tensor([positions], device=device)

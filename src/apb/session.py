@@ -17,9 +17,10 @@ from .graph import Step, why_not
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
+from .layers.base import AttentionInput, LayerKind
+from .layers.shards import NewRows, full_partial, merge_over_ranks, window_partial
 from .planning.plan import Kind, Plan
 from .prompt import check_tokens
-from .strategies.base import Layer, attend_shards
 
 # Answers of fewer tokens do not repay the capture of a graph.
 SHORTEST_CAPTURED = 8
@@ -109,9 +110,11 @@ class Session:
         """Read tokens in one ordinary pass."""
         start, count = self._cache.total, len(token_ids)
 
-        def attend(layer: Layer) -> Tensor:
+        def attend(layer: AttentionInput) -> Tensor:
             layer = replace(layer, k=layer.k[:held], v=layer.v[:held])
-            return attend_shards(layer, start, shard, group=self._group, backend=self._backend).wait()
+            partial_of = full_partial if layer.kind is LayerKind.FULL else window_partial
+            partials = partial_of(layer, NewRows(start, shard), self._backend)
+            return merge_over_ranks(layer, *partials, self._group).wait()
 
         device = self.logits.device
         ids = torch.tensor([list(token_ids)], device=device)

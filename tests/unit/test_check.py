@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-import apb.strategies.base as base
 from apb.check import check
 from apb.hf.shrinking import shrink
+from apb.layers import shards, window
+from apb.layers.base import AttentionInput
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
@@ -37,12 +38,11 @@ def test_a_sound_model_passes() -> None:
 def test_a_wrong_result_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the sinks forgotten, or the window one token too long, the card says no."""
     if broken == "settle":
-        monkeypatch.setattr(base.Layer, "settle", lambda layer, out, lse, heads=None: out.to(layer.q.dtype))
+        monkeypatch.setattr(AttentionInput, "settle", lambda layer, out, lse, heads=None: out.to(layer.q.dtype))
     else:
-        whole = base.window_attention
-        monkeypatch.setattr(
-            base, "window_attention", lambda a, q, first, runs, window: whole(a, q, first, runs, window + 1)
-        )
+        whole = window.window_attention
+        for module in (shards, window):
+            monkeypatch.setattr(module, "window_attention", lambda *given: whole(*given[:-1], given[-1] + 1))
     card = check(AutoConfig.for_model("gpt_oss"))
     assert not card.supported
     assert card.refused is None

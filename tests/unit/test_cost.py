@@ -14,7 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 import apb
-import apb.strategies.base as strategies
 from apb.compressors import make_compressor
 from apb.hf.counting import model_shape
 from apb.planning.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
@@ -92,7 +91,7 @@ def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatc
     cost = predict(plan_of(case), shape, element_bytes=4).ranks[0]
 
     pairs = linear = 0
-    attention = strategies.attention
+    attention = apb.attention
 
     def counting(q: Tensor, segments: list[apb.Segment], *args: object) -> tuple[Tensor, Tensor]:
         nonlocal pairs
@@ -106,8 +105,8 @@ def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatc
         nonlocal linear
         linear += 2 * output[..., 0].numel() * module.weight.numel()  # type: ignore[operator,union-attr]
 
-    monkeypatch.setattr(strategies, "attention", counting)
-    monkeypatch.setattr("apb.kernels.attention.attention", counting)
+    for module in ("strategies.base", "layers.shards", "kernels.attention"):
+        monkeypatch.setattr(f"apb.{module}.attention", counting)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(count_linear)

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 import apb
-from apb.evaluation.fidelity import Sight, measure, sample_rows
+from apb.compressors import Recent
+from apb.distributed.collectives import Group
+from apb.evaluation.fidelity import measure, sample_rows
 from apb.evaluation.settings import Setting
+from apb.layers.base import AttentionInput
+from apb.strategies import make_strategy
 from cases import CASES, Case, expected
 from command_line import Cli
 from families import PECULIAR, make
@@ -69,14 +73,15 @@ def test_what_sees_everything_loses_nothing() -> None:
         assert found.agreement == 1.0
 
 
-def test_columns_and_diagonals_that_rows_see() -> None:
+def test_columns_and_diagonals_that_rows_see(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row sees a key before it where its head has the key's column or the diagonal of their distance."""
     columns, diagonals = torch.zeros(2, 2, 6, dtype=torch.bool).unbind()
     columns[0, 1] = columns[1, 0] = diagonals[:, 0] = diagonals[0, 2] = True
-    sight = Sight()
-    sight.sparse[7] = columns, diagonals
-    plan = apb.Plan.build(prefix=0, document=5, query=1, strategy="minference")
-    seen = sight.visible(plan, 7, 0, slice(0, 2), torch.tensor([0, 4]), 6)
+    plan = apb.Plan.build(prefix=0, document=5, query=1, strategy="minference", vertical_size=2, slash_size=2)
+    strategy = make_strategy(plan, Group(), Recent())
+    monkeypatch.setattr(strategy, "choose", lambda layer: (columns, diagonals))
+    visible = strategy.visible(AttentionInput(7, *torch.zeros(3, 6, 2, 4), 1.0))
+    seen = visible(0, slice(0, 2), torch.tensor([0, 4]), 6)
     assert seen.int().tolist() == [
         [[1, 0, 0, 0, 0, 0], [0, 1, 1, 0, 1, 0]],
         [[1, 0, 0, 0, 0, 0], [1, 0, 0, 0, 1, 0]],

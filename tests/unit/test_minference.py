@@ -117,7 +117,7 @@ def test_budgets_are_numbers_or_shares():
     sizes = {"prefix": 1, "document": 989, "query": 10, "strategy": "minference"}
     plan = Plan.build(**sizes, vertical_size=0.1, slash_size=50)
     assert plan.method.budgets == (100, 50)
-    assert Plan.build(**sizes).slash_size == 1000
+    assert Plan.build(**sizes).method.budgets[1] == 1000
     for wrong in (0, -3, 1.5, 0.0):
         with pytest.raises(InputError, match=r"(?i)vertical size"):
             Plan.build(**sizes, vertical_size=wrong)

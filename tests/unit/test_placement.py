@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import apb
+from apb.compressors import Query
 from apb.distributed import launch
 from apb.errors import DoesNotFit, InputError
 from apb.graph import why_not
@@ -171,9 +172,9 @@ def test_refusals_speak_of_the_gpu() -> None:
     """What is compared is a GPU's memory with what its layers need."""
     plan = Plan.build(0, 109, 1, strategy="full")
     need = predict(plan, SHAPE).ranks[0].peak_bytes + 2 * 7 * 10 * 3
-    check_memory(plan, SHAPE, Hardware(need, 2, None), 7, "query")
+    check_memory(plan, SHAPE, Hardware(need, 2, None), 7, Query())
     with pytest.raises(DoesNotFit, match=r"on a rank's fullest GPU .*, and a GPU has 0\.0 GiB"):
-        check_memory(plan, SHAPE, Hardware(need - 1, 2, None), 7, "query")
+        check_memory(plan, SHAPE, Hardware(need - 1, 2, None), 7, Query())
 
 
 def prompt() -> apb.Prompt:
@@ -336,7 +337,7 @@ def test_reading_plans_by_the_split() -> None:
     """Rounds are as few as the fullest GPU has room for: with the layers on two, fewer."""
     config = small_llama(6)
     sizes = apb.Prompt.from_tokens([], [3] * 1900, [4])
-    reading = Reading(blocks=16, anchor_length=20, passing_length=8)
+    reading = Reading.of(blocks=16, anchor_length=20, passing_length=8)
     split = counting.model_shape(config, 2).split
     whole = Plan.build(0, 1900, 1, blocks=16, anchor_length=20, passing_length=8)
     need = predict(whole, replace(counting.model_shape(config), split=split)).ranks[0].peak_bytes

@@ -20,11 +20,11 @@ from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..kernels.attention import choose
-from ..parts import Clock, clocked
 from ..planning.cost import Ceilings, predict
 from ..planning.methods import make_method
 from ..planning.shape import ModelShape
 from ..prompt import Prompt
+from ..timing import Clock, clocked
 from .ceilings import attention_rate
 
 QUERY_TOKENS = 32

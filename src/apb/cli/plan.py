@@ -91,8 +91,10 @@ def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]
     """The plan of a strategy; sizes that were meant for apb count for it alone, rounds for those that take them."""
     options = {name: size for name, size in sizes.items() if name != "rounds"}
     method = make_method(strategy, options, compared=True)
-    rounds = (sizes["rounds"] if method.in_rounds else None) or 1
-    return Plan.of_method(method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, rounds)
+    rounds = sizes["rounds"] if method.in_rounds else None
+    return Plan.of_method(
+        method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, 1 if rounds is None else rounds
+    )
 
 
 def _row(

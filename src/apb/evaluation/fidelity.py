@@ -21,12 +21,10 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..errors import InputError
+from ..layers.base import AttentionInput
 from ..planning.methods import Full
-from ..planning.plan import Plan
 from ..prompt import Prompt
-from ..strategies import Layer, Strategy
-from ..strategies.apb import APB
-from ..strategies.minference import MInference
+from ..strategies.base import Strategy, Visible
 from .settings import Setting
 
 # Attention weights held at a time: rows * heads of a group * keys.
@@ -63,60 +61,30 @@ class Fidelity:
 
 
 class Sight:
-    """What each row of the document may see, layer by layer, as a strategy chose it in its own prefill."""
+    """The keys that each row of the document may see, layer by layer, as a strategy chose them in its own prefill."""
 
     def __init__(self) -> None:
-        # Layer -> block -> positions (kv_heads, count) that it passed on.
-        self.passed: dict[int, dict[int, Tensor]] = {}
-        # Layer -> columns and diagonals, (heads, prompt) bool each.
-        self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
+        self._visible: dict[int, Visible] = {}
 
-    def look(self, strategy: Strategy, layer: Layer) -> None:
+    def look(self, strategy: Strategy, layer: AttentionInput) -> None:
         """Note what a layer's attention chose; choosing depends on the layer's input alone, so it is asked again."""
         if not layer.plain:
             raise InputError(
                 f"Layer {layer.index} has a sliding window, capped logits or sinks, and fidelity knows plain causal "
                 "attention only; compare answers instead, with apb eval."
             )
-        if isinstance(strategy, MInference):
-            self.sparse[layer.index] = strategy.choose(layer)
-        elif isinstance(strategy, APB):
-            chosen = self.passed.setdefault(layer.index, {})
-            for span in strategy.blocks:
-                count = strategy.plan.passed(span.block)
-                if count:
-                    chosen[span.block] = strategy.choose(layer, span, count) + span.start
+        self._visible[layer.index] = strategy.visible(layer)
 
-    def visible(self, plan: Plan, layer: int, head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
-        """Whether a row sees a key: (heads of the group or 1, rows, keys) bool.
+    def visible(self, layer: int, head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
+        """True where a row sees a key: (heads of the group or 1, rows, keys) bool.
 
         Args:
-            plan: of the approximation.
             layer: index of the layer.
-            head: KV head.
-            heads: its query heads.
+            head: KV head; ``heads``: its query heads.
             rows: (rows,) positions.
             keys: number of keys: positions 0 to keys - 1.
         """
-        key = torch.arange(keys, device=rows.device)
-        causal = key <= rows[:, None]
-        if layer in self.sparse:
-            columns, diagonals = self.sparse[layer]
-            distance = (rows[:, None] - key).clamp(min=0)
-            return causal & (columns[heads, None, :keys] | diagonals[heads][:, distance])
-        blocks = [plan.block(index) for index in range(plan.blocks)]
-        starts = torch.tensor([block.start for block in blocks], device=rows.device)
-        owner = torch.bucketize(rows, starts, right=True) - 1
-        seen = key >= starts[owner][:, None]
-        if plan.blocks > 1:
-            seen |= key < plan.anchored
-        if self.passed.get(layer):
-            # Per key the first block that it is passed to: the one after its own.
-            first = torch.full((keys,), plan.blocks, device=rows.device)
-            for index, positions in self.passed[layer].items():
-                first[positions[head].to(rows.device)] = index + 1
-            seen |= first <= owner[:, None]
-        return (causal & seen).unsqueeze(0)
+        return self._visible[layer](head, heads, rows, keys)
 
 
 def sample_rows(prompt: Prompt, count: int, seed: int) -> list[int]:
@@ -159,8 +127,8 @@ def measure(
     places = torch.tensor(positions, device=engine.device)
     masses: list[list[list[float]]] = [[] for _ in settings]
 
-    def look(strategy: Strategy, layer: Layer) -> None:
-        held = _mass(layer, places, plans, sights)
+    def look(strategy: Strategy, layer: AttentionInput) -> None:
+        held = _mass(layer, places, sights)
         for mass, shares in zip(masses, held, strict=True):
             mass.append(shares)
 
@@ -191,13 +159,13 @@ def measure(
     return found
 
 
-def _mass(layer: Layer, rows: Tensor, plans: Sequence[Plan], sights: Sequence[Sight]) -> list[list[float]]:
+def _mass(layer: AttentionInput, rows: Tensor, sights: Sequence[Sight]) -> list[list[float]]:
     """Per setting and KV head of one layer: the mean share of full attention's mass on what the rows may see."""
     keys = layer.k.shape[0]
     kv_heads = layer.k.shape[1]
     group = layer.q.shape[1] // kv_heads
     chunks = rows.split(max(1, _WEIGHTS // (group * keys)))
-    total = torch.zeros(len(plans), kv_heads, dtype=torch.float64)
+    total = torch.zeros(len(sights), kv_heads, dtype=torch.float64)
     for head in range(kv_heads):
         heads = slice(head * group, (head + 1) * group)
         for chunk in chunks:
@@ -205,7 +173,7 @@ def _mass(layer: Layer, rows: Tensor, plans: Sequence[Plan], sights: Sequence[Si
             scores = (q.float() @ layer.k[:, head].float().T) * layer.scale
             hidden = torch.arange(keys, device=rows.device) > chunk[:, None]
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-            for index, (plan, sight) in enumerate(zip(plans, sights, strict=True)):
-                seen = sight.visible(plan, layer.index, head, heads, chunk, keys)
+            for index, sight in enumerate(sights):
+                seen = sight.visible(layer.index, head, heads, chunk, keys)
                 total[index, head] += (weights * seen).sum().double().cpu()
     return (total / (group * len(rows))).tolist()

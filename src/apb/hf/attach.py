@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..errors import InputError
-from ..strategies.base import Layer
+from ..layers.base import AttentionInput
+from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .fusing import fuse_parts
@@ -20,9 +21,6 @@ from .rope import pin_length
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
-
-# One layer's input to its output (rows, heads, head_dim).
-Attend = Callable[[Layer], Tensor]
 
 
 class Attachment:
@@ -114,7 +112,7 @@ class Attachment:
     ) -> Tensor:
         """One layer: q (1, heads, rows, d), k and v (1, kv_heads, keys, d) -> (1, rows, heads, v's d).
 
-        ``softmax``: a layer's ``softcap`` and ``sinks``, as in :class:`apb.strategies.Layer`.
+        ``softmax``: a layer's ``softcap`` and ``sinks``, as in :class:`apb.layers.base.AttentionInput`.
         """
         if self._attend is None:
             raise RuntimeError(
@@ -133,7 +131,7 @@ class Attachment:
         if window is not None and window >= self.total:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = self._attend(Layer(index, q, k, v, scale, before, window, **softmax))
+        out = self._attend(AttentionInput(index, q, k, v, scale, before, window, **softmax))
         return out[..., :width].contiguous().unsqueeze(0)
 
 

@@ -12,7 +12,7 @@ from . import fused, reference, sdpa
 from .fused import Part, Task
 from .segment import Segment
 
-__all__ = ["BACKENDS", "Part", "Segment", "Task", "attend", "attention", "choose"]
+__all__ = ["BACKENDS", "Part", "Segment", "Task", "attention", "batched_attention", "choose"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BACKENDS = {"reference": reference.attention, "torch": sdpa.attention, "fused": fused.attention}
@@ -62,7 +62,7 @@ def attention(
     return BACKENDS[name](q, segments, scale)
 
 
-def attend(
+def batched_attention(
     q: Tensor,
     sources: Sequence[tuple[Tensor, Tensor]],
     tasks: Sequence[Task],
@@ -70,6 +70,7 @@ def attend(
     out: Tensor,
     backend: str = "auto",
     lse: Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
     """Several runs of rows over parts of shared keys and values, written into ``out``: one launch where a kernel can.
 
@@ -80,18 +81,19 @@ def attend(
         scale: positive factor on q.k.
         out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
         backend: as in :func:`attention`.
-        lse: (heads, rows) fp32, contiguous; where the log-sum-exps are written, if anybody wants them.
+        lse: (heads, rows) fp32, contiguous, for the log-sum-exps; None if nobody wants them.
+        softcap: as in :func:`attention`.
     """
-    if choose(backend, q.device, q.dtype, q.shape[2])[0] == "fused":
+    if choose(backend, q.device, q.dtype, q.shape[2], softcap)[0] == "fused":
         lse = q.new_empty(q.shape[1], len(q), dtype=torch.float32) if lse is None else lse
-        fused.launch(q, sources, tuple(tasks), scale, out, lse)
+        fused.launch(q, sources, tuple(tasks), scale, out, lse, softcap=softcap)
         return
     for task in tasks:
         rows, segments = slice(task.start, task.stop), []
         for part in task.parts:
             k, v = (x[part.first : part.first + part.keys] for x in sources[part.source])
             segments.append(Segment(k, v, part.causal))
-        out[rows], each = attention(q[rows], segments, scale, backend)
+        out[rows], each = attention(q[rows], segments, scale, backend, softcap)
         if lse is not None:
             lse[:, rows] = each
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError, at_least
+from .itinerary import Itinerary
 from .methods import METHODS, Method, make_method
 from .options import options_of
 
@@ -248,6 +249,10 @@ class Plan:
                 add(Kind.BLOCK, block.start, block.stop, block.index)
         add(Kind.QUERY, self.query_start, self.total)
         return tuple(spans)
+
+    def itinerary(self, rank: int, round: int = 0) -> Itinerary:
+        """What a rank runs in one round."""
+        return Itinerary(self, rank, round, self.spans(rank, round))
 
     def document_spans(self, rank: int) -> Iterator[Span]:
         """The spans of anchor and blocks of a rank, in all rounds."""

@@ -6,10 +6,11 @@ from importlib import import_module
 
 from ..compressors import Compressor
 from ..distributed.collectives import Group
+from ..layers.base import AttentionInput
 from ..planning.plan import Plan
-from .base import Layer, OnSelection, Strategy
+from .base import OnSelection, Strategy
 
-__all__ = ["Layer", "OnSelection", "Strategy", "make_strategy"]
+__all__ = ["AttentionInput", "OnSelection", "Strategy", "make_strategy"]
 
 
 def make_strategy(plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> Strategy:

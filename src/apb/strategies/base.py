@@ -1,72 +1,39 @@
-"""What a strategy is: the attention of one layer over one rank's rows, in prefill."""
+"""A strategy's attention in prefill: the rows of one rank in the layers that see everything."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..compressors import Compressor
-from ..distributed.collectives import Group, Pending
-from ..kernels.attention import Segment, attention
-from ..kernels.merge import merge
-from ..kernels.window import Run, window_attention
-from ..parts import part
-from ..planning.plan import Kind, Plan, Span
-from .halos import Halos
+from ..distributed.collectives import Group
+from ..errors import InputError
+from ..kernels.attention import Segment, Task, attention, batched_attention
+from ..layers.base import AttentionInput, LayerKind
+from ..layers.routing import Router
+from ..layers.shards import Merging, NewRows, full_partial, merge_over_ranks, window_partial
+from ..layers.window import WindowLayers
+from ..planning.itinerary import Itinerary
+from ..planning.plan import Plan, Span
+from ..timing import timed
 
 # Called with (layer, block, true positions (kv_heads, count) of the pairs that the block passes on, ascending).
 OnSelection = Callable[[int, int, Tensor], None]
 
-
-@dataclass(frozen=True)
-class Layer:
-    """One layer's input to attention, in this rank's row order.
-
-    Attributes:
-        index: index of the layer.
-        q: (rows, heads, head_dim), after RoPE.
-        k, v: (rows, kv_heads, head_dim), after RoPE, not repeated over the group.
-        scale: factor on q.k.
-        before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
-        window: how many keys a row sees at most, its own included; None where nothing is out of its reach.
-        softcap: as in :func:`apb.attention`.
-        sinks: (heads,), logits that take part in every row's softmax and bring no value; None without.
-        earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
-            the first.
-    """
-
-    index: int
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    scale: float
-    before_rope: Tensor | None = None
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    earlier: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def plain(self) -> bool:
-        """Whether attention is a softmax of q.k over all keys, and nothing else."""
-        return self.window is None and self.softcap is None and self.sinks is None
-
-    def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
-
-        The sinks join the softmax here, once, when all partial results are merged. ``heads`` says which the rows have.
-        """
-        if self.sinks is not None:
-            out = out * torch.sigmoid(lse - self.sinks[heads].float()[:, None]).T.unsqueeze(-1)
-        return out.to(self.q.dtype)
+# (KV head, its query heads, row positions (rows,), number of keys) -> bool (query heads or 1, rows, keys): True where a
+# row of the document sees the key at a position, under full attention's causal order.
+Visible = Callable[[int, slice, Tensor, int], Tensor]
 
 
 class Strategy(ABC):
-    """One method of prefill on one rank. Subclasses attend the document's rows; the query's rows are alike for all."""
+    """One method of prefill on one rank: subclasses attend the document's rows in layers of full attention.
+
+    Layers with a sliding window, and the query's rows in all layers, are attended alike under every strategy.
+    """
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
         self.plan = plan
@@ -75,163 +42,108 @@ class Strategy(ABC):
         self.compressor = compressor
         self.backend = backend
         self.on_selection: OnSelection | None = None
-        self.begin(0)
+        self.begin(plan.itinerary(group.rank, 0))
 
-    def begin(self, round: int) -> None:
+    def begin(self, itinerary: Itinerary) -> None:
         """Get ready for the rows of a round; the first is ready from the start."""
-        self.round = round
-        self.spans = self.plan.spans(self.group.rank, round)
-        self.blocks = [span for span in self.spans if span.kind is Kind.BLOCK]
-        self.query = next(span for span in self.spans if span.kind is Kind.QUERY)
-        self.anchor = next((span for span in self.spans if span.kind is Kind.ANCHOR), None)
-        before = (block for block in self.plan.owned(self.group.rank) if block.round < round)
-        self._earlier = [range(block.start, block.stop) for block in before]
-        self._halos: dict[int, Halos] = {}
-
-    @property
-    def last_round(self) -> bool:
-        """Whether no round follows."""
-        return self.round == self.plan.rounds - 1
-
-    @property
-    def cached_rows(self) -> slice:
-        """The rows whose keys and values stay: this rank's blocks and, on the tail rank at last, the query."""
-        return self._shard_rows(self._owns_tail and self.last_round)
-
-    def _shard_rows(self, with_query: bool) -> slice:
-        start = len(self.anchor) if self.anchor else 0
-        return slice(start, self.query.rows.stop if with_query else self.query.row)
-
-    @property
-    def _owns_tail(self) -> bool:
-        return self.group.rank == self.plan.tail_rank
-
-    def attend(self, layer: Layer) -> Tensor:
-        """Attention output (rows, heads, head_dim) of all rows of this rank, in q's dtype."""
-        out = layer.q.new_empty(layer.q.shape)  # contiguous, as the output projection wants it
-        query = self._start_query(layer)
-        if layer.window is None:
-            self.attend_document(layer, out)
-        else:
-            self._attend_window(layer, layer.window, out)
-        out[self.query.rows] = query.wait()
-        return out
-
-    @abstractmethod
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
-        """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
-
-    def _start_query(self, layer: Layer) -> Merging:
-        rows = self._shard_rows(self._owns_tail)
-        return attend_shards(
-            replace(layer, q=layer.q[self.query.rows], k=layer.k[rows], v=layer.v[rows]),
-            self.query.start,
-            [range(span.start, span.stop) for span in (*self.blocks, *([self.query] if self._owns_tail else []))],
-            earlier=self._earlier,
-            group=self.group,
-            backend=self.backend,
+        self.itinerary = itinerary
+        self.blocks, self.anchor = itinerary.blocks, itinerary.anchor
+        windows = WindowLayers(itinerary, self.group, self.backend)
+        self._router = Router(
+            {
+                LayerKind.FULL: lambda layer: self._attend(layer, self.attend_document, full_partial),
+                LayerKind.WINDOW: lambda layer: self._attend(layer, windows.attend_document, window_partial),
+            }
         )
 
-    def _attend_window(self, layer: Layer, window: int, out: Tensor) -> None:
-        """A layer with a sliding window is exact in every strategy: rows see what the window holds, fetched if need be.
+    def attend(self, layer: AttentionInput) -> Tensor:
+        """Attention output (rows, heads, head_dim) of all rows of this rank, in q's dtype."""
+        return self._router(layer)
 
-        The anchor's rows see the anchor alone.
+    @abstractmethod
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
+        """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
+
+    def visible(self, layer: AttentionInput) -> Visible:
+        """What the document's rows see in a layer, chosen anew from its input; exact methods see all that is causal.
+
+        A strategy that approximates must say it, or its fidelity cannot be measured.
         """
-        if window not in self._halos:
-            self._halos[window] = Halos(self.plan, self.group, window, self.round)
-        with part("communication"):
-            runs = self._halos[window].fetch(layer.k, layer.v, layer.earlier)
-        for span in (self.anchor, *self.blocks):
-            if span:
-                attended = window_attention(
-                    lambda q, segments: self.attention(layer, q, segments),
-                    layer.q[span.rows],
-                    span.start,
-                    [runs[span]],
-                    window,
-                )
-                out[span.rows] = layer.settle(*attended)
+        if self.plan.exact:
+            return causal
+        raise InputError(
+            f"The strategy {self.method.name!r} does not say which keys its rows see (Strategy.visible), "
+            "so its fidelity cannot be measured; compare answers instead, with apb eval."
+        )
 
-    def attention(self, layer: Layer, q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self,
+        layer: AttentionInput,
+        attend_document: Callable[[AttentionInput, Tensor], None],
+        partial: Callable[[AttentionInput, NewRows, str], tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        out = layer.q.new_empty(layer.q.shape)  # contiguous, as the output projection wants it
+        query = self._start_query(layer, partial)
+        attend_document(layer, out)
+        out[self.itinerary.query.rows] = query.wait()
+        return out
+
+    def _start_query(
+        self, layer: AttentionInput, partial: Callable[[AttentionInput, NewRows, str], tuple[Tensor, Tensor]]
+    ) -> Merging:
+        itinerary = self.itinerary
+        shard = itinerary.shard
+        query = replace(layer, q=layer.q[itinerary.query.rows], k=layer.k[shard], v=layer.v[shard])
+        rows = NewRows(itinerary.query.start, itinerary.shard_positions, itinerary.earlier)
+        return merge_over_ranks(query, *partial(query, rows, self.backend), self.group)
+
+    # -- for subclasses ----------------------------------------------------------------------------------------------
+
+    def attention(self, layer: AttentionInput, q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         """:func:`apb.attention` with this strategy's back-end and the layer's scale and cap."""
-        with part("attention"):
+        with timed("attention"):
             return attention(q, segments, layer.scale, self.backend, layer.softcap)
 
-    def own(self, layer: Layer, span: Span) -> Segment:
+    def batched(
+        self,
+        layer: AttentionInput,
+        sources: Sequence[tuple[Tensor, Tensor]],
+        tasks: Sequence[Task],
+        out: Tensor,
+        lse: Tensor | None = None,
+    ) -> None:
+        """:func:`apb.kernels.attention.batched_attention` of the layer's rows, likewise."""
+        with timed("attention"):
+            batched_attention(layer.q, sources, tasks, layer.scale, out, self.backend, lse, layer.softcap)
+
+    def own(self, layer: AttentionInput, span: Span) -> Segment:
         """A block's keys and values as its own rows see them."""
         return Segment(layer.k[span.rows], layer.v[span.rows], causal=True)
 
 
-@dataclass
-class Merging:
-    """Rows whose partial results are on their way from all ranks; ``wait`` merges them."""
-
-    pending: Pending
-    layer: Layer
-
-    def wait(self) -> Tensor:
-        """The merged output (rows, heads, head_dim), the same on every rank."""
-        with part("communication"):
-            packed = self.pending.wait()
-        outs, lses = packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)
-        return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
+def causal(kv_head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
+    """:data:`Visible` of full attention."""
+    return (torch.arange(keys, device=rows.device) <= rows[:, None]).unsqueeze(0)
 
 
-def attend_shards(
-    layer: Layer,
-    first: int,
-    shard: Sequence[range],
-    *,
-    earlier: Sequence[range] = (),
-    group: Group,
-    backend: str = "auto",
-) -> Merging:
-    """Start the attention of rows that every rank holds over keys and values that are spread over the ranks.
+def blocks_visible(plan: Plan, passed: dict[int, Tensor]) -> Visible:
+    """:data:`Visible` of a method whose rows see the anchor, their own block, and what earlier blocks passed on.
 
-    Serves the query's rows in prefill and every new token in decode.
-
-    Args:
-        layer: q of the last rows there are, the same on every rank; k and v of this rank's shard, which may be empty.
-        first: true position of the first of these rows.
-        shard: true positions of the shard's keys, one range after the other; the rank whose last range ends where the
-            rows do holds the rows' own keys, which they see causally.
-        earlier: the same of ``layer.earlier``.
-        group: the ranks that hold the shards.
-        backend: attention back-end.
+    ``passed``: by block, true positions (kv_heads, count) of the pairs it passes to all later ones.
     """
+    starts = [plan.block(index).start for index in range(plan.blocks)]
 
-    def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
-        return attention(q, segments, layer.scale, backend, layer.softcap)
+    def visible(kv_head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
+        key = torch.arange(keys, device=rows.device)
+        owner = torch.bucketize(rows, torch.tensor(starts, device=rows.device), right=True) - 1
+        seen = key >= torch.tensor(starts, device=rows.device)[owner][:, None]
+        if plan.blocks > 1:
+            seen |= key < plan.anchored
+        # Per key the first block that it is passed to: the one after its own.
+        first = torch.full((keys,), plan.blocks, device=rows.device)
+        for index, positions in passed.items():
+            first[positions[kv_head].to(rows.device)] = index + 1
+        seen |= first <= owner[:, None]
+        return causal(kv_head, heads, rows, keys) & seen
 
-    with part("attention"):
-        if layer.window is None:
-            ends_here = bool(shard) and shard[-1].stop == first + layer.q.shape[0]
-            segments = [] if layer.earlier is None else [Segment(*layer.earlier)]
-            out, lse = attend(layer.q, [*segments, Segment(layer.k, layer.v, causal=ends_here)])
-        else:
-            runs = [] if layer.earlier is None else _runs(*layer.earlier, earlier)
-            runs += _runs(layer.k, layer.v, shard)
-            out, lse = window_attention(attend, layer.q, first, runs, layer.window)
-    return merge_over_ranks(layer, out, lse, group)
-
-
-def merge_over_ranks(layer: Layer, out: Tensor, lse: Tensor, group: Group) -> Merging:
-    """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
-    # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
-    packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
-    return Merging(group.all_gather(packed), layer)
-
-
-def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
-    """Keys at these positions by runs: ranges that follow each other are one."""
-    runs: list[Run] = []
-    row = 0
-    for positions in held:
-        stop = row + len(positions)
-        if runs and runs[-1].stop == positions.start:
-            start, first = row - runs[-1].k.shape[0], runs[-1].first
-            runs[-1] = Run(k[start:stop], v[start:stop], first)
-        elif positions:
-            runs.append(Run(k[row:stop], v[row:stop], positions.start))
-        row = stop
-    return runs
+    return visible

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .base import Layer, Strategy
+from ..layers.base import AttentionInput
+from .base import Strategy
 
 
 class Full(Strategy):
     """One block, seen causally. On several ranks the others hold only the query's rows."""
 
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         for span in self.blocks:
             out[span.rows] = layer.settle(*self.attention(layer, layer.q[span.rows], [self.own(layer, span)]))

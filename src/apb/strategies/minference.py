@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ..kernels.reference import capped
 from ..kernels.vertical_slash import vertical_slash
-from ..parts import part
+from ..layers.base import AttentionInput
 from ..planning import methods
-from .base import Layer, Strategy
+from ..timing import timed
+from .base import Strategy, Visible, causal
 
 # The prompt's last rows, by whose attention columns and diagonals are chosen.
 ESTIMATING_ROWS = 64
@@ -23,19 +24,30 @@ class MInference(Strategy):
 
     method: methods.MInference
 
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         for span in self.blocks:
-            with part("selection"):
+            with timed("selection"):
                 columns, diagonals = self.choose(layer)
             rows = span.rows
-            with part("attention"):
+            with timed("attention"):
                 attended = vertical_slash(
                     layer.q[rows], layer.k[rows], layer.v[rows], columns, diagonals, layer.scale, layer.softcap
                 )
                 out[rows] = layer.settle(*attended)
 
-    def choose(self, layer: Layer) -> tuple[Tensor, Tensor]:
+    def visible(self, layer: AttentionInput) -> Visible:
+        """See :meth:`Strategy.visible`: a key before the row by its column or by their distance."""
+        columns, diagonals = self.choose(layer)
+
+        def visible(kv_head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
+            distance = (rows[:, None] - torch.arange(keys, device=rows.device)).clamp(min=0)
+            seen = columns[heads, None, :keys] | diagonals[heads][:, distance]
+            return causal(kv_head, heads, rows, keys) & seen
+
+        return visible
+
+    def choose(self, layer: AttentionInput) -> tuple[Tensor, Tensor]:
         """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
         prompt, heads, _ = layer.q.shape
         vertical, slash = self.method.budgets

@@ -9,9 +9,10 @@ from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
 from ..kernels.merge import merge
-from ..parts import part
+from ..layers.base import AttentionInput
 from ..planning.plan import Plan
-from .base import Layer, Strategy
+from ..timing import timed
+from .base import Strategy
 
 
 class Ring(Strategy):
@@ -26,7 +27,7 @@ class Ring(Strategy):
         self._lengths = [[len(block) for block in plan.owned(rank)] for rank in range(plan.ranks)]
         self._width = max(map(sum, self._lengths))
 
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         rank, size = self.group.rank, self.group.size
         early, late = self.blocks
@@ -38,22 +39,22 @@ class Ring(Strategy):
         arriving = self.group.shift(travelling)
         merged, lse = self._own_blocks(layer, q, travelling)
         for step in range(1, size):
-            with part("communication"):
+            with timed("communication"):
                 travelling = arriving.wait()
             if step + 1 < size:
                 arriving = self.group.shift(travelling)
             source = (rank - step) % size
             if source < rank:
                 seen, seen_lse = self.attention(layer, q, self._blocks_of(travelling, source)[:1])
-                with part("attention"):
+                with timed("attention"):
                     merged, lse = merge((merged, seen), (lse, seen_lse))
             else:
                 seen, seen_lse = self.attention(layer, q[split:], self._blocks_of(travelling, source))
-                with part("attention"):
+                with timed("attention"):
                     merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
         out[rows] = layer.settle(merged, lse)
 
-    def _own_blocks(self, layer: Layer, q: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    def _own_blocks(self, layer: AttentionInput, q: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
         """Rows over what this rank holds, in fp32: the early block sees itself, the late one both."""
         early, late = self.blocks
         split = len(early)

@@ -7,8 +7,9 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
+from ..layers.base import AttentionInput
 from ..planning.plan import Plan
-from .base import Layer, Strategy
+from .base import Strategy, Visible, blocks_visible
 
 
 class Star(Strategy):
@@ -22,7 +23,7 @@ class Star(Strategy):
         # The anchor's keys and values of every layer, for the rounds after the first.
         self._kept: dict[int, Segment] = {}
 
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         anchor = self._anchor_segments(layer)
         for span in self.blocks:
@@ -32,9 +33,13 @@ class Star(Strategy):
             attended = self.attention(layer, layer.q[self.anchor.rows], [self.own(layer, self.anchor)])
             out[self.anchor.rows] = layer.settle(*attended)
 
-    def _anchor_segments(self, layer: Layer) -> list[Segment]:
+    def visible(self, layer: AttentionInput) -> Visible:
+        """See :meth:`Strategy.visible`: the anchor and the block itself."""
+        return blocks_visible(self.plan, {})
+
+    def _anchor_segments(self, layer: AttentionInput) -> list[Segment]:
         """The anchor as this rank's later blocks see it: one segment, or none."""
-        if self.round:
+        if self.itinerary.round:
             segment = self._kept.pop(layer.index, None)
         else:
             holder = self.anchor or next((span for span in self.blocks if span.block == 0), None)
@@ -44,7 +49,7 @@ class Star(Strategy):
             segment = Segment(layer.k[rows], layer.v[rows])
         if segment is None:
             return []
-        if not self.last_round:
+        if not self.itinerary.last:
             # A copy, so that not all keys of the first round live on with the anchor's.
-            self._kept[layer.index] = segment if self.round else Segment(segment.k.clone(), segment.v.clone())
+            self._kept[layer.index] = segment if self.itinerary.round else Segment(segment.k.clone(), segment.v.clone())
         return [segment]

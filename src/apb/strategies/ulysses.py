@@ -8,10 +8,11 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
-from ..parts import part
+from ..layers.base import AttentionInput
 from ..planning.methods import kv_heads_of
 from ..planning.plan import Plan
-from .base import Layer, Strategy
+from ..timing import timed
+from .base import Strategy
 
 
 class Ulysses(Strategy):
@@ -25,7 +26,7 @@ class Ulysses(Strategy):
         super().__init__(plan, group, compressor, backend)
         self._lengths = [len(plan.block(rank)) for rank in range(plan.ranks)]
 
-    def attend_document(self, layer: Layer, out: Tensor) -> None:
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
         rank, size = self.group.rank, self.group.size
         rows, heads = self.blocks[0].rows, layer.q.shape[1]
@@ -37,10 +38,10 @@ class Ulysses(Strategy):
         attended = self.attention(layer, q, [Segment(k, v, causal=True)])
         result = layer.settle(*attended, heads=slice(rank * share, (rank + 1) * share))
         mine = (len(self.blocks[0]), share, layer.q.shape[2])
-        with part("communication"):
+        with timed("communication"):
             out[rows] = torch.cat(self.group.all_to_all(result.split(self._lengths), [mine] * size), 1)
 
-    def _scatter_heads(self, layer: Layer, share: int) -> Tensor:
+    def _scatter_heads(self, layer: AttentionInput, share: int) -> Tensor:
         """(tokens of the document, share + 2 KV heads, head_dim): all rows of this rank's query heads, and what they
         read. What was packed for the others is let go of here."""
         rows, size, group = self.blocks[0].rows, self.group.size, layer.q.shape[1] // layer.k.shape[1]
@@ -50,6 +51,6 @@ class Ulysses(Strategy):
         for rank, kept in enumerate(wanted):
             q = layer.q[rows, rank * share : (rank + 1) * share]
             parts.append(torch.cat((q, layer.k[rows, kept], layer.v[rows, kept]), 1))
-        with part("communication"):
+        with timed("communication"):
             shapes = [(length, width, layer.q.shape[2]) for length in self._lengths]
             return torch.cat(self.group.all_to_all(parts, shapes))

@@ -22,7 +22,7 @@ from ...hf.attach import Attachment
 from ...hf.heads import HeadShape, save_heads
 from ...hf.loading import check_supported
 from ...kernels.attention import Segment, attention
-from ...strategies import Layer
+from ...layers.base import AttentionInput
 from .data import Example, Samples, ahead, order
 from .labels import answer_attention, head_loss, top_overlap
 
@@ -162,7 +162,7 @@ class HeadTrainer:
         ids = torch.tensor([example.prompt + example.answer], device=self.device)
         positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
 
-        def attend(layer: Layer) -> Tensor:
+        def attend(layer: AttentionInput) -> Tensor:
             assert layer.before_rope is not None, "asked for below"
             if not layer.plain:
                 raise InputError("Heads are trained for plain attention: no sliding windows, capped logits or sinks.")

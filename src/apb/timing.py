@@ -1,4 +1,4 @@
-"""Where the time goes: named parts of the work, clocked only while somebody asks."""
+"""Seconds by named part of the work, measured only while somebody asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside towards a part."""
+        """Count the time inside towards a part."""
         if self._cuda:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -50,7 +50,7 @@ class Clock:
 
 @contextmanager
 def clocked(device: torch.device) -> Iterator[Clock]:
-    """Clock the parts of what runs inside."""
+    """Measure the parts of the work inside."""
     clock = Clock(device)
     token = _clock.set(clock)
     try:
@@ -59,7 +59,7 @@ def clocked(device: torch.device) -> Iterator[Clock]:
         _clock.reset(token)
 
 
-def part(name: str) -> AbstractContextManager[None]:
-    """Mark a part of the work. Parts must not lie inside each other."""
+def timed(name: str) -> AbstractContextManager[None]:
+    """Count what runs inside towards a part of the work, if anybody measures. Parts must not be nested."""
     clock = _clock.get()
     return nullcontext() if clock is None else clock.part(name)

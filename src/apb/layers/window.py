@@ -1,4 +1,8 @@
-"""Fetching what a sliding window needs of other ranks' keys and values: one all-to-all a layer, of those alone."""
+"""Layers with a sliding window in prefill: exact under every strategy.
+
+A row of the document sees exactly the keys in its window; those that other ranks hold are fetched as halos, by one
+all-to-all a layer. The anchor's rows see the anchor alone.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,48 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group
-from ..kernels.window import Run
+from ..kernels.attention import Segment, attention
+from ..kernels.window import Run, window_attention
 from ..planning.halo import Piece, pieces
-from ..planning.plan import Kind, Plan, Span
+from ..planning.itinerary import Itinerary
+from ..planning.plan import Kind, Span
+from ..timing import timed
+from .base import AttentionInput
+
+
+class WindowLayers:
+    """The layers with a sliding window in one round, on one rank."""
+
+    def __init__(self, itinerary: Itinerary, group: Group, backend: str = "auto") -> None:
+        self._itinerary = itinerary
+        self._group = group
+        self._backend = backend
+        self._halos: dict[int, Halos] = {}
+
+    def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
+        """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
+        window = layer.window
+        assert window is not None
+        if window not in self._halos:
+            self._halos[window] = Halos(self._itinerary, self._group, window)
+        with timed("communication"):
+            runs = self._halos[window].fetch(layer.k, layer.v, layer.earlier)
+
+        def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+            with timed("attention"):
+                return attention(q, segments, layer.scale, self._backend, layer.softcap)
+
+        for span, run in runs.items():
+            out[span.rows] = layer.settle(*window_attention(attend, layer.q[span.rows], span.start, [run], window))
 
 
 class Halos:
     """The exchange of one window size in one round of a plan, for one rank."""
 
-    def __init__(self, plan: Plan, group: Group, window: int, round: int) -> None:
+    def __init__(self, itinerary: Itinerary, group: Group, window: int) -> None:
         self._group = group
-        self._spans = [span for span in plan.spans(group.rank, round) if span.kind is not Kind.QUERY and len(span)]
-        every = pieces(plan, window, round)
+        self._spans = [span for span in itinerary.spans if span.kind is not Kind.QUERY and len(span)]
+        every = pieces(itinerary.plan, window, itinerary.round)
         travelling = [piece for piece in every if piece.sender != piece.receiver]
         self._needed = [piece for piece in every if piece.receiver == group.rank]
         self._travels = bool(travelling)
@@ -53,7 +87,7 @@ class Halos:
         return runs
 
     def _exchange(self, rows: Callable[[Piece], Tensor], nothing: Tensor) -> dict[Piece, Tensor]:
-        """The pieces that other ranks hold: (2, keys, kv_heads, head_dim) each. ``nothing``: what an empty one is."""
+        """The pieces that other ranks hold: (2, keys, kv_heads, head_dim) each. ``nothing``: an empty piece."""
         parts = [torch.cat([nothing, *(rows(piece) for piece in sent)], 1) for sent in self._sent]
         shapes = [(2, sum(map(len, received)), *nothing.shape[2:]) for received in self._received]
         messages = self._group.all_to_all(parts, shapes)

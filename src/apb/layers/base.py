@@ -1,0 +1,64 @@
+"""One layer's input to attention, and the kinds of layers there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+
+class LayerKind(Enum):
+    """How far the rows of a layer see; each kind has a way of its own to be attended (:mod:`apb.layers.routing`)."""
+
+    FULL = "full attention"
+    WINDOW = "sliding window"
+
+
+@dataclass(frozen=True)
+class AttentionInput:
+    """One layer's input to attention, in this rank's row order.
+
+    Attributes:
+        index: index of the layer.
+        q: (rows, heads, head_dim), after RoPE.
+        k, v: (rows, kv_heads, head_dim), after RoPE, not repeated over the group.
+        scale: factor on q.k.
+        before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
+        window: number of keys a row sees at most, its own included; None where nothing is out of its reach.
+        softcap: as in :func:`apb.attention`.
+        sinks: (heads,), logits that take part in every row's softmax and bring no value; None without.
+        earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
+            the first.
+    """
+
+    index: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    before_rope: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    earlier: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def kind(self) -> LayerKind:
+        """The kind of the layer, for this prompt: a window that hides nothing is none."""
+        return LayerKind.FULL if self.window is None else LayerKind.WINDOW
+
+    @property
+    def plain(self) -> bool:
+        """True if attention is a softmax of q.k over all keys, and nothing else."""
+        return self.window is None and self.softcap is None and self.sinks is None
+
+    def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
+
+        The sinks join the softmax here, once, after all partial results have been merged. ``heads``: those of ``out``.
+        """
+        if self.sinks is not None:
+            out = out * torch.sigmoid(lse - self.sinks[heads].float()[:, None]).T.unsqueeze(-1)
+        return out.to(self.q.dtype)

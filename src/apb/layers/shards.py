@@ -1,0 +1,98 @@
+"""Attention of rows that every rank holds over keys and values spread over the ranks.
+
+Serves the query's rows in prefill and every new token in decode: each rank computes a partial result over its shard,
+and the partial results are merged by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..distributed.collectives import Group, Pending
+from ..kernels.attention import Segment, attention
+from ..kernels.merge import merge
+from ..kernels.window import Run, window_attention
+from ..timing import timed
+from .base import AttentionInput
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """Where the rows of a pass stand, and the keys of this rank's shard.
+
+    Attributes:
+        first: true position of the first of the rows, which follow each other.
+        positions: true positions of the keys in the layer's k and v, one range after the other; the rank whose last
+            range ends where the rows do holds the rows' own keys, which they see causally.
+        earlier: the same of ``layer.earlier``.
+    """
+
+    first: int
+    positions: Sequence[range]
+    earlier: Sequence[range] = ()
+
+    def holds_own(self, rows: int) -> bool:
+        """True if the shard ends with the keys of the rows themselves."""
+        return bool(self.positions) and self.positions[-1].stop == self.first + rows
+
+
+@dataclass
+class Merging:
+    """Rows whose partial results are on their way from all ranks; :meth:`wait` merges them."""
+
+    pending: Pending
+    layer: AttentionInput
+
+    def wait(self) -> Tensor:
+        """The merged output (rows, heads, head_dim), the same on every rank."""
+        with timed("communication"):
+            packed = self.pending.wait()
+        outs, lses = packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)
+        return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
+
+
+def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
+    """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
+    # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
+    packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
+    return Merging(group.all_gather(packed), layer)
+
+
+def full_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Rows over this rank's shard: out (rows, heads, head_dim) and lse (heads, rows) fp32."""
+    segments = [] if layer.earlier is None else [Segment(*layer.earlier)]
+    segments.append(Segment(layer.k, layer.v, causal=rows.holds_own(layer.q.shape[0])))
+    with timed("attention"):
+        return attention(layer.q, segments, layer.scale, backend, layer.softcap)
+
+
+def window_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not looked at."""
+    assert layer.window is not None
+    runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier)
+    runs += _runs(layer.k, layer.v, rows.positions)
+
+    def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
+        return attention(q, segments, layer.scale, backend, layer.softcap)
+
+    with timed("attention"):
+        return window_attention(attend, layer.q, rows.first, runs, layer.window)
+
+
+def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
+    """Keys at these positions by runs: ranges that follow each other are one."""
+    runs: list[Run] = []
+    row = 0
+    for positions in held:
+        stop = row + len(positions)
+        if runs and runs[-1].stop == positions.start:
+            start, first = row - runs[-1].k.shape[0], runs[-1].first
+            runs[-1] = Run(k[start:stop], v[start:stop], first)
+        elif positions:
+            runs.append(Run(k[row:stop], v[row:stop], positions.start))
+        row = stop
+    return runs
