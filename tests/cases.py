@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 
 import apb
 from apb.compressors import BlockView, make_compressor
+from apb.distributed.collectives import Group
+from apb.distributed.mesh import Mesh
 from models import tiny_heads, tiny_model
 from oracle import OracleResult, dense_decode, dense_prefill
 
@@ -61,11 +64,12 @@ class Case:
             seed=self.seed,
         )
 
-    def engine(self, model: PreTrainedModel | None = None) -> apb.Engine:
-        """An engine that reads as the case says."""
+    def engine(self, model: PreTrainedModel | None = None, group: Group | None = None, **options: Any) -> apb.Engine:
+        """An engine that reads as the case says, on the ranks of a group."""
         model = model or self.model()
-        options = {"strategy": self.strategy, "blocks": self.blocks, "passing_length": self.passing_length}
+        options |= {"strategy": self.strategy, "blocks": self.blocks, "passing_length": self.passing_length}
         options["rounds"] = self.rounds
+        options["mesh"] = None if group is None else Mesh.of(group)
         if self.compressor != "retaining":
             return apb.Engine.from_model(
                 model, anchor_length=self.anchor_length, compressor=self.compressor, seed=self.seed, **options

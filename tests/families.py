@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import apb
+from apb.distributed.mesh import Mesh
 from apb.hf.counting import head_dim
 from models import without_eos
 from oracle import masked_prefill
@@ -101,9 +102,8 @@ def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 def read(model: PreTrainedModel, reading: str, group: Any = None) -> Tensor:
     """Logits (1 + len(ANSWER), vocabulary): after the prompt, and after each token of ANSWER."""
-    engine = apb.Engine.from_model(model, **READINGS[reading])
-    if group is not None:
-        engine.group = group
+    mesh = None if group is None else Mesh.of(group)
+    engine = apb.Engine.from_model(model, mesh=mesh, **READINGS[reading])
     session = engine.prefill(PROMPT)
     logits = torch.stack([session.logits, *(session.extend([token]) for token in ANSWER)])
     engine.close()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .distributed.collectives import Group
+from .distributed.mesh import Mesh
 from .engine import Engine
 from .errors import InputError, first_line
 from .hf import counting, loading
@@ -165,9 +166,8 @@ def _random(config: Any) -> Any:
 
 def _read(method: Method, model: Any, group: Group) -> Tensor:
     """Logits (1 + len(ANSWER), vocabulary) after the prompt and each token of ANSWER."""
-    engine = Engine.from_model(model, strategy=method, allow_extrapolation=True)
+    engine = Engine.from_model(model, strategy=method, mesh=Mesh.of(group), allow_extrapolation=True)
     try:
-        engine.group = group
         session = engine.prefill(PROMPT)
         return torch.stack([session.logits, *(session.extend([token]) for token in ANSWER)])
     finally:

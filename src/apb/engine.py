@@ -6,31 +6,36 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from . import prefill
+from .decoding import OPTIONS, Decoding, Dense, make_decoding
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
-from .hardware import Hardware, fingerprint, peak_bytes
+from .hardware import Hardware, Stopwatch, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
 from .hf.attach import CLOSED, Attachment, attention_modules
+from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
 from .layers.base import AttentionInput
+from .passes import prefill
+from .passes.prefill import Progress
+from .passes.tokens import Decoder
 from .planning.plan import Plan
-from .prefill import Progress
 from .prompt import Prompt, check_tokens
 from .reading import Reading
-from .session import Session, Stopwatch
+from .session import Session
 from .strategies import OnSelection, Strategy, make_strategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Engine:
@@ -49,16 +54,17 @@ class Engine:
         mesh: Mesh | None = None,
         fused: bool | None = None,
         graphs: bool = True,
+        decoding: str | Decoding = Dense.name,
         **reading: Any,
     ) -> None:
+        self.decoding = make_decoding(decoding, {name: reading.pop(name) for name in OPTIONS if name in reading})
         self.reading = Reading.of(seed=seed, **reading)
         loading.check_supported(model.config)
         placement.check_map(model)
         self.devices = placement.devices(model)
         self.device, self.dtype = self.devices[0], model.dtype
         shape = HeadShape.of(model.config)
-        softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-        choose(backend, self.device, self.dtype, shape.head_dim, softcap)
+        choose(backend, self.device, self.dtype, shape.head_dim, softcap(model.config))
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
@@ -78,6 +84,7 @@ class Engine:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
         self._attachment = Attachment.of(model, self.fused)
+        self._decoder = Decoder(self._attachment, self.group, self.decoding, backend, self.graphs)
         self._closed = False
 
     @classmethod
@@ -107,7 +114,8 @@ class Engine:
                 work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
-        Reading.of(**{name: value for name, value in options.items() if name not in ("backend", "fused", "graphs")})
+        unchecked = ("backend", "fused", "graphs", "decoding", *OPTIONS)
+        Reading.of(**{name: value for name, value in options.items() if name not in unchecked})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
         place = local_device(loading.pick_device(device), gpus_per_rank)
@@ -134,6 +142,8 @@ class Engine:
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
             graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
+            decoding: how new tokens attend to the cache: a name of :data:`apb.decoding.DECODINGS`, whose options may
+                stand beside it, or an instance of :class:`apb.decoding.Decoding`. "exact" attends to everything.
         """
         return cls(model, tokenizer, **options)
 
@@ -141,6 +151,7 @@ class Engine:
         """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
         if not self._closed:
             self._closed = True
+            self._decoder.close()
             self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
@@ -192,16 +203,13 @@ class Engine:
             cancelled=cancelled,
         )
         return Session(
-            self._attachment,
             plan,
-            self.group,
             cache,
             logits,
             seconds,
             prompt.token_ids,
-            self.backend,
+            self._decoder,
             max_new_tokens,
-            self.graphs,
             self.mesh.tensor,
             None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )
@@ -288,9 +296,11 @@ class Engine:
         # The slowest and the largest rank count, and every rank reports the same.
         largest = max(map(peak_bytes, self.devices))
         figures = torch.tensor(
-            [session.timing["prefill_s"], decode_s, largest], dtype=torch.float64, device=self.device
+            [session.timing["prefill_s"], decode_s, largest, session.share], dtype=torch.float64, device=self.device
         )
-        prefill_s, decode_s, peak = self._everyone.all_gather(figures).wait().amax(0).tolist()
+        every = self._everyone.all_gather(figures).wait()
+        prefill_s, decode_s, peak, _ = every.amax(0).tolist()
+        share = float(every[:, 3].mean())
         return Generation(
             text=text,
             token_ids=token_ids,
@@ -305,6 +315,11 @@ class Engine:
             },
             memory={"peak_bytes": int(peak)},
             fingerprint=fingerprint(self.device, self.dtype),
+            decode={
+                "method": self.decoding.name,
+                "exact": self.decoding.exact or share >= 1,
+                "share": share,
+            },
             choice=session.plan.reason,
         )
 

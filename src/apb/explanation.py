@@ -14,9 +14,9 @@ from torch import Tensor
 from .engine import Engine
 from .errors import InputError
 from .generation import Detokenizer, Sampling, decode
+from .passes.prefill import Progress
 from .planning.methods import METHODS, Method
 from .planning.plan import Plan
-from .prefill import Progress
 from .prompt import Prompt
 
 if TYPE_CHECKING:

@@ -91,8 +91,9 @@ class Sampling:
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
-    ``token_ids`` are all generated tokens, an EOS included; ``exact`` says whether prefill was that of full attention;
-    ``choice`` says why the strategy "auto" took the one it did.
+    ``token_ids`` are all generated tokens, an EOS included; ``exact`` is True if prefill was that of full attention;
+    ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
+    attended to; ``choice`` is why the strategy "auto" took the one it did.
     """
 
     text: str
@@ -104,6 +105,7 @@ class Generation:
     timing: dict[str, float]
     memory: dict[str, int]
     fingerprint: dict[str, str]
+    decode: dict[str, Any]
     choice: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -72,3 +73,17 @@ def synchronize(device: torch.device) -> None:
     """Wait for a GPU's queued work, so that a clock read next tells the truth."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Stopwatch:
+    """Seconds since it was made, with a GPU's queued work finished at both ends."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        synchronize(device)
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Seconds so far."""
+        synchronize(self._device)
+        return time.perf_counter() - self._start

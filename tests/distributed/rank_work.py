@@ -24,7 +24,8 @@ import apb
 import families
 from alive import peak_of
 from apb.distributed.collectives import Group, Pending
-from apb.graph import captured
+from apb.distributed.mesh import Mesh
+from apb.passes.capture import captured
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from models import tiny_model, without_eos
@@ -73,8 +74,7 @@ def record(group: Group) -> Record:
     """All that a group of one size does."""
     seen = Record()
     for name, case in CASES.items():
-        engine = case.engine()
-        engine.group = group
+        engine = case.engine(group=group)
         try:
             with counting() as sent:
                 session = engine.prefill(case.prompt)
@@ -128,8 +128,7 @@ def counting() -> Iterator[list[int]]:
 def generate(group: Group) -> dict[str, Any]:
     """Answers of sampling and of streaming, with a tokenizer of bytes."""
     model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
-    engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5)
-    engine.group = group
+    engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5, mesh=Mesh.of(group))
     prompt = apb.Prompt.from_tokens(
         *([token % 256 for token in part] for part in (PROMPT.prefix, PROMPT.document, PROMPT.query))
     )
@@ -155,8 +154,7 @@ def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]
         )
         prompt = apb.Prompt.from_tokens([5], [(37 * i * i + 11 * i) % VOCABULARY for i in range(document)], [41, 94])
         for strategy in ("full", "ring", "ulysses"):
-            engine = apb.Engine.from_model(model, strategy=strategy, allow_extrapolation=True)
-            engine.group = group
+            engine = apb.Engine.from_model(model, strategy=strategy, mesh=Mesh.of(group), allow_extrapolation=True)
             logits = engine.prefill(prompt).logits
             tokens = engine.generate(prompt, max_new_tokens=32).token_ids
             engine.close()
@@ -205,8 +203,8 @@ def count_alive(group: Group) -> dict[tuple[str, int | None], int]:
     model = wide_model()
     prompt = apb.Prompt.from_tokens([], [(37 * i * i + 11 * i) % 97 for i in range(3000)], [41, 94])
     for strategy, blocks in WIDE:
-        engine = apb.Engine.from_model(model, strategy=strategy, blocks=None if blocks is None else blocks * group.size)
-        engine.group = group
+        count = None if blocks is None else blocks * group.size
+        engine = apb.Engine.from_model(model, strategy=strategy, blocks=count, mesh=Mesh.of(group))
         with patience():
             results[strategy, blocks] = peak_of(model, partial(engine.prefill, prompt))
         engine.close()

@@ -23,6 +23,7 @@ import families
 from apb import Engine, InputError, Prompt
 from apb.distributed import launch
 from apb.distributed.collectives import Group
+from apb.distributed.mesh import Mesh
 from apb.hf import fusing
 from cases import CASES, Outcome, check, read
 from models import placed, tiny_model, without_eos
@@ -95,9 +96,8 @@ def matrix(comparisons: Comparisons, gpus: int, first: int) -> None:
     """All strategies and special lengths, in fp32: the oracle's logits, its cache and what it decodes."""
     for name, case in CASES.items():
         with comparisons.of(name):
-            engine = case.engine(placed(case.model(), gpus, first))
+            engine = case.engine(placed(case.model(), gpus, first), comparisons.group)
             assert len(engine.devices) == gpus
-            engine.group = comparisons.group
             outcome = read(engine, case)
             engine.close()
             comparisons.everywhere(torch.cat([outcome.logits[None], outcome.decoded]).cpu())
@@ -132,8 +132,7 @@ def long(comparisons: Comparisons, first: int) -> None:
 
 def read_long(model: PreTrainedModel, name: str, group: Group) -> Tensor:
     """Logits (1 + len(families.ANSWER), vocabulary): after LONG, and after each token of the answer."""
-    engine = Engine.from_model(model, allow_extrapolation=True, **LONG_READINGS[name])
-    engine.group = group
+    engine = Engine.from_model(model, mesh=Mesh.of(group), allow_extrapolation=True, **LONG_READINGS[name])
     session = engine.prefill(LONG)
     logits = [session.logits, *(session.extend([token]) for token in families.ANSWER)]
     engine.close()
@@ -149,8 +148,7 @@ def answers(comparisons: Comparisons, first: int) -> None:
     with comparisons.of("answers"), replaying as replayed:
         found = []
         for group in (comparisons.group, Group()):
-            engine = Engine.from_model(model, blocks=5)
-            engine.group = group
+            engine = Engine.from_model(model, blocks=5, mesh=Mesh.of(group))
             found.append(engine.generate(prompt, max_new_tokens=24, temperature=1.0, seed=7).token_ids)
             unseeded = engine.generate(prompt, max_new_tokens=24, temperature=1.0).token_ids
             if group.size > 1:

@@ -86,8 +86,7 @@ def test_against_the_oracle(name: str) -> None:
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_against_the_oracle_with_each_backend(name: str, backend: str) -> None:
     """The back-end that is asked for is used, and changes nothing."""
-    engine = CASES[name].engine()
-    engine.backend = backend
+    engine = CASES[name].engine(backend=backend)
     check(read(engine, CASES[name]), name)
 
 

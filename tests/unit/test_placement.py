@@ -17,14 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import apb
 from apb.compressors import Query
+from apb.decoding import Dense
 from apb.distributed import launch
+from apb.distributed.collectives import Group
 from apb.errors import DoesNotFit, InputError
-from apb.graph import why_not
 from apb.hardware import Hardware
 from apb.hf import counting, loading, placement
 from apb.hf.attach import attention_modules
+from apb.hf.cache import Layout
 from apb.hf.heads import load_heads
 from apb.hf.random_weights import shape_config, shapes
+from apb.passes.step import Stepper
 from apb.planning.cost import ModelShape, predict
 from apb.planning.fitting import check_memory
 from apb.planning.plan import Plan
@@ -244,7 +247,9 @@ def test_weights_in_the_host_beside_gpus_are_refused() -> None:
 def test_steps_are_no_graphs() -> None:
     """A graph is captured on one device: with several, decode runs ordinary passes."""
     attachment: Any = SimpleNamespace(devices=[torch.device("cuda", 0), torch.device("cuda", 1)])
-    assert why_not(attachment, CUDA, torch.bfloat16, 128) == "layers lie on 2 devices"
+    layout = Layout(keeps_new=True, device=CUDA, dtype=torch.bfloat16, heads=((8, 128),))
+    cache: Any = SimpleNamespace(layout=layout)
+    assert Stepper(attachment, Dense(), Group(), graphs=True).why_not(cache) == "layers lie on 2 devices"
 
 
 @pytest.fixture

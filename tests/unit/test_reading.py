@@ -133,7 +133,7 @@ def test_what_fits_is_not_refused():
 
 def test_an_engine_refuses_before_anything_runs(monkeypatch):
     """prefill raises the sentence; no row was computed."""
+    monkeypatch.setattr(Hardware, "of", lambda *_: Hardware(10**5, 4, None))
     engine = Engine.from_model(tiny_model("llama", heads=4, kv_heads=2, head_dim=16), strategy="full")
-    monkeypatch.setattr(engine, "_hardware", Hardware(10**5, 4, None))
     with pytest.raises(InputError, match=r"and a rank has 0\.0 GiB"):
         engine.prefill(Prompt.from_tokens([1], [2] * 500, [3]))

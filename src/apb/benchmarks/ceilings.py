@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 
 from ..distributed.collectives import Group
+from ..hardware import Stopwatch
 from ..kernels.attention import Segment, attention
 from ..planning.cost import Ceilings
-from ..session import Stopwatch
 
 # A prefill takes seconds. After some tens of milliseconds of matrix products a GPU at its power limit lowers its clock.
 _SUSTAINED_S = 0.4

@@ -5,15 +5,17 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from ..engine import Engine
-from ..hardware import peak_bytes
+from ..hardware import Stopwatch, peak_bytes
+from ..hf.config import tied_embeddings
 from ..planning.shape import ModelShape
-from ..session import Stopwatch
 from .prefill import random_prompt, slowest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Not counted: the first ones compile kernels, and the second token captures the graph.
 WARM_UP = 4
@@ -81,7 +83,7 @@ def _measure(
         if step >= WARM_UP:
             seconds.append(slowest(engine.group, engine.device, watch.seconds()))
     width = engine.dtype.itemsize
-    tied = bool(getattr(engine.model.config.get_text_config(), "tie_word_embeddings", False))
+    tied = tied_embeddings(engine.model.config)
     weights = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
     # Of the ranks, the one with the largest shard.
     cache = int(slowest(engine.group, engine.device, session.cache_bytes()))

@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..compressors import Compressor
 from ..distributed.collectives import Group
@@ -19,6 +18,7 @@ from ..distributed.mesh import Mesh
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
+from ..hf.config import vocabulary
 from ..kernels.attention import choose
 from ..planning.cost import Ceilings, predict
 from ..planning.methods import make_method
@@ -26,6 +26,9 @@ from ..planning.shape import ModelShape
 from ..prompt import Prompt
 from ..timing import Clock, clocked
 from .ceilings import attention_rate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUERY_TOKENS = 32
 # The columns of the paper's tables 14 and 16, in the order of a layer.
@@ -233,8 +236,7 @@ def random_prompt(engine: Engine, length: int) -> Prompt:
     if length <= 1 + QUERY_TOKENS:
         raise InputError(f"A length of {length} leaves no document beside the query of {QUERY_TOKENS} tokens.")
     generator = torch.Generator().manual_seed(length)
-    vocabulary = int(engine.model.config.get_text_config().vocab_size)
-    ids = torch.randint(vocabulary, (length,), generator=generator).tolist()
+    ids = torch.randint(vocabulary(engine.model.config), (length,), generator=generator).tolist()
     return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..planning.methods import METHODS
 
 # What a row is asked for by the tables; a file without it is not one of ours.
 PREFILL = set("strategy length plan backend seconds floor_seconds predicted_seconds peak_bytes parts note".split())
@@ -73,7 +74,7 @@ class Results:
 
     def baseline(self, length: int) -> float | None:
         """Seconds of full attention on one device at a length; None where there are none."""
-        found = (p.seconds for p in self.prefill if (p.row["strategy"], p.length) == ("full", length))
+        found = (p.seconds for p in self.prefill if (p.row["strategy"], p.length) == (BASELINE, length))
         return next((seconds for seconds in found if seconds), None)
 
 
@@ -89,7 +90,7 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
         raise InputError(f"These results are of several models, {' and '.join(models)}; report each by itself.")
     whole = max(report["layers"] for _, report in runs)
     prefill = [(report, row) for _, report in runs for row in report["rows"] if "strategy" in row]
-    several_ranks = len({report["ranks"] for report, row in prefill if row["strategy"] != "full"}) > 1
+    several_ranks = len({report["ranks"] for report, row in prefill if _uses_ranks(row["strategy"])}) > 1
     at: dict[tuple[str, int, int], set[int]] = {}
     for report, row in prefill:
         at.setdefault((row["strategy"], row["length"], report["ranks"]), set()).add(row["plan"].get("blocks"))
@@ -99,7 +100,7 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
         name, layers = row["strategy"], report["layers"]
         if name in in_several_ways and row["plan"]:
             name += f", {row['plan']['blocks']} blocks"
-        if several_ranks and row["strategy"] != "full":
+        if several_ranks and _uses_ranks(row["strategy"]):
             name += f", {report['ranks']} ranks"
         if layers < whole:
             name += f", {layers} of {whole} layers scaled up"
@@ -108,6 +109,15 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
         points[name, row["length"]] = Point(name, row["length"], seconds, layers, scale, row)
     decode = [(report["ranks"], row) for _, report in runs for row in report["rows"] if "graph" in row]
     return Results(models[0], runs, list(points.values()), decode)
+
+
+# Full attention, what speed-ups are against.
+BASELINE = next(iter(METHODS))
+
+
+def _uses_ranks(strategy: str) -> bool:
+    """True if more ranks share the work of a strategy; strategies of other packages may be in a file too."""
+    return strategy not in METHODS or METHODS[strategy].uses_ranks
 
 
 def _is_row(row: dict[str, Any]) -> bool:

@@ -30,6 +30,11 @@ class Mesh:
     devices: DeviceMesh | None = None
 
     @classmethod
+    def of(cls, group: Group) -> Mesh:
+        """The mesh of a group of processes that each hold all weights."""
+        return cls(group, Group(), group)
+
+    @classmethod
     def join(cls, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> Mesh:
         """The mesh of all processes there are, ``tensor_parallel`` of them a rank; InputError where that cannot be.
 
@@ -37,7 +42,7 @@ class Mesh:
         """
         everyone = join(device, gpus)
         if tensor_parallel == 1:
-            return cls(everyone, Group(), everyone)
+            return cls.of(everyone)
         if tensor_parallel < 1 or everyone.size % tensor_parallel:
             raise InputError(
                 f"{everyone.size} processes cannot be shared out to ranks of {tensor_parallel} (--tensor-parallel); "

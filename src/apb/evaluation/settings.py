@@ -8,11 +8,11 @@ from itertools import product
 from typing import Any
 
 from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
-from ..compressors import Compressor, make_compressor
+from ..compressors import Compressor, compressor_named, make_compressor
 from ..engine import Engine
 from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
-from ..planning.options import given
+from ..planning.options import given, options_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **optio
     values = {name: [each for each in several if each is not None] or [None] for name, several in values.items()}
     heads = values.pop("heads", [None])[0]
     names: list[str | None] = [*compressors] or [None]
-    if heads and compressors and "retaining" not in compressors:
+    if heads and not any(map(_takes_heads, names)):
         raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
     found: dict[Setting, None] = {}
     for strategy, combination, name in product(strategies, product(*values.values()), names):
@@ -75,11 +75,11 @@ def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **optio
             found[Setting(method)] = None
             continue
         scoring = {key: value for key, value in chosen.items() if key not in OPTIONS}
-        scorer = make_compressor(name, scoring | {"heads": _heads_for(name, heads)})
+        scorer = make_compressor(name, scoring | {"heads": heads if _takes_heads(name) else None})
         found[Setting(method, scorer)] = None
     return list(found)
 
 
-def _heads_for(compressor: str | None, heads: str | None) -> str | None:
-    """Heads are given once for all compressors; only one of them uses them."""
-    return heads if compressor in (None, "retaining") else None
+def _takes_heads(compressor: str | None) -> bool:
+    """True if a compressor has the option ``heads``, as the default one has where heads are given."""
+    return compressor is None or "heads" in options_of(compressor_named(compressor))

@@ -9,6 +9,9 @@ from ..planning.methods import METHODS
 from .records import Record
 from .statistics import Cell, Difference, baseline_of, cell, difference, grouped
 
+# Full attention, which tables list first.
+BASELINE = next(iter(METHODS))
+
 
 @dataclass(frozen=True)
 class Table:
@@ -71,7 +74,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     """
     unique = list({record.key: record for record in reversed(records)}.values())[::-1]
     # Full attention first, then strategy by strategy.
-    unique.sort(key=lambda r: (r.strategy != next(iter(METHODS)), r.strategy, r.blocks, r.reading_name))
+    unique.sort(key=lambda r: (r.strategy != BASELINE, r.strategy, r.blocks, r.reading_name))
     tables, speeds = [], []
     places = grouped(unique, lambda record: (record.suite, record.length))
     for (suite, length), part in sorted(places.items()):

@@ -9,15 +9,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from ..errors import InputError
 from ..layers.base import AttentionInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
+from .config import kv_heads, layer_count
 from .fusing import fuse_parts
 from .placement import devices
-from .rope import pin_length
+from .rope import length_dependent, pin_length
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -36,7 +38,11 @@ class Attachment:
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
-        # What layers ask for beside a plain softmax, as far as they have been run.
+        self.layers = layer_count(model.config)
+        self.kv_heads = kv_heads(model.config)
+        # RoPE variants of the model that look at the largest position on the host, which CUDA graphs cannot do.
+        self.length_dependent = length_dependent(model.config)
+        # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
         self._attend: Attend | None = None
         self._calls = 0
@@ -80,6 +86,19 @@ class Attachment:
             undo()
         self.model.set_attn_implementation(self._original)
         self.model.train(self._was_training)
+
+    def last_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """One pass over this rank's rows (1, rows), inside :meth:`running`; logits (vocab,) fp32 of the last row."""
+        output = self.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[0, -1].float().contiguous()
+
+    def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
+        """As :meth:`last_logits`, without a cache: logits (len(rows), vocab) fp32 of some rows."""
+        # No tensor of rows: the last layer may lie on another device than the first.
+        output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        return output.logits[0].float()
 
     @contextmanager
     def running(self, attend: Attend, total: int, before_rope: bool = False) -> Iterator[None]:

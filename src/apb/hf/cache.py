@@ -1,25 +1,52 @@
-"""A transformers cache that holds one rank's shard, in storage made once."""
+"""A transformers cache that holds one rank's shard, in storage made once, and its stand-in in captured steps."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """What a pass brings to a layer of this shard.
+
+    Attributes:
+        kept: rows of the pass whose keys and values stay; None for no row.
+        positions: true positions of these rows, one range after the other.
+        whole: True if the layer's attention is to get the whole shard, as in decode; in prefill it gets the pass's own
+            keys and values, with those of the anchor, which are not kept.
+    """
+
+    kept: slice | None
+    positions: tuple[range, ...]
+    whole: bool = False
+
+
 class ShardLayer(CacheLayerMixin):
-    """Keys and values of one layer: this rank's part of the prompt, then, on the tail rank, the generated tokens."""
+    """Keys and values of one layer: this rank's part of the prompt, then, on the tail rank, the generated tokens.
+
+    Attributes:
+        length: tokens held.
+        positions: their true positions, in the order in which they are held.
+    """
 
     is_sliding = False
 
-    def __init__(self, shard: ShardCache) -> None:
+    def __init__(self, shard: ShardCache, index: int) -> None:
         super().__init__()
+        self.index = index
         # Weakly: a cycle would keep gigabytes alive until Python's collector happens to run.
         self._shard: ShardCache = weakref.proxy(shard)
         self.length = 0
+        self.positions: list[range] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage, (1, kv_heads, capacity, head_dim), of the dtype and on the device of the states."""
@@ -29,28 +56,25 @@ class ShardLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep what belongs to this shard.
+        """Keep the rows that belong to this shard, as the cache's :class:`Arrival` says.
 
-        In prefill the states come back as they are (attention also needs the anchor's, which are not kept); in decode
-        the whole shard comes back, with the new tokens at its end where this rank keeps them. A shard that holds
-        nothing comes back with one row of no meaning: not all models can work on none. With a slot the new token is
-        written there and the whole storage comes back: how much of it counts is known on the device alone.
+        A shard that holds nothing comes back with one row of no meaning: not all models can work on none.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        kept = self._shard.prefill_rows
-        if kept is not None:
-            self._append(key_states[:, :, kept], value_states[:, :, kept])
-            return key_states, value_states
-        if self._shard.slot is not None:
-            assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-            if self._shard.keeps_new:
-                self.keys.index_copy_(2, self._shard.slot, key_states)
-                self.values.index_copy_(2, self._shard.slot, value_states)
-            return self.keys, self.values
-        if self._shard.keeps_new:
-            self._append(key_states, value_states)
-        return self.view(at_least=1)
+        arrival = self._shard.arrival(self.index)
+        if arrival.kept is not None:
+            self._append(key_states[:, :, arrival.kept], value_states[:, :, arrival.kept])
+            self.place(arrival.positions)
+        return self.view(at_least=1) if arrival.whole else (key_states, value_states)
+
+    def place(self, positions: Sequence[range]) -> None:
+        """Note the true positions of tokens that were appended."""
+        for each in positions:
+            if self.positions and self.positions[-1].stop == each.start:
+                self.positions[-1] = range(self.positions[-1].start, each.stop)
+            elif each:
+                self.positions.append(each)
 
     def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
@@ -58,12 +82,18 @@ class ShardLayer(CacheLayerMixin):
         length = max(self.length, at_least)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
+    def make_room(self, tokens: int) -> None:
+        """Have storage for so many tokens more: where there is not, it grows, at the price of a copy."""
+        assert self.keys is not None and self.values is not None
+        capacity = self.keys.shape[2]
+        if self.length + tokens > capacity:
+            grown = max(self.length + tokens, capacity + self._shard.growth)
+            self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
+
     def _append(self, keys: Tensor, values: Tensor) -> None:
+        self.make_room(keys.shape[2])
         assert self.keys is not None and self.values is not None
         stop = self.length + keys.shape[2]
-        if stop > self.keys.shape[2]:
-            grown = max(stop, self.keys.shape[2] + self._shard.growth)
-            self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
         self.keys[:, :, self.length : stop] = keys
         self.values[:, :, self.length : stop] = values
         self.length = stop
@@ -81,49 +111,172 @@ class ShardLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class Layout:
+    """The properties of a cache that captured graphs depend on: caches of one layout are stepped by the same graphs.
+
+    Attributes:
+        keeps_new: True if generated tokens are kept in it.
+        device, dtype: of all keys and values.
+        heads: (kv_heads, head_dim) of every layer; None for a layer that has no keys and values.
+    """
+
+    keeps_new: bool
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[tuple[int, int] | None, ...]
+
+
 class ShardCache(Cache):
-    """One rank's shard of all layers.
+    """One rank's shard of all layers; layers that get no keys and values stay empty.
 
     Attributes:
         capacity: tokens a layer's storage is made for; it grows by ``growth`` when that is not enough.
-        keeps_new: whether this rank keeps the tokens that are generated.
-        prefill_rows: which rows of a prefill pass stay; None in decode.
-        slot: while a decode step is captured or replayed, the index (1,) on the device where its token is written.
+        keeps_new: True if this rank keeps the tokens that are generated.
+        arrival: by the index of a layer, what the pass under way brings to it.
         total: tokens seen so far by all ranks together.
     """
 
     growth = 256
 
-    def __init__(self, layers: int, *, capacity: int, keeps_new: bool, prefill_rows: slice) -> None:
+    def __init__(self, layers: int, *, capacity: int, keeps_new: bool, total: int) -> None:
         self.capacity = capacity
         self.keeps_new = keeps_new
-        self.prefill_rows: slice | None = prefill_rows
-        self.slot: Tensor | None = None
-        self.total = 0
-        super().__init__(layers=[ShardLayer(self) for _ in range(layers)])
+        self.arrival: Callable[[int], Arrival] = lambda layer: Arrival(None, ())
+        self.total = total
+        super().__init__(layers=[ShardLayer(self, index) for index in range(layers)])
+
+    def expect(self, positions: range) -> None:
+        """A pass over new rows at these positions follows, which attends to the whole shard."""
+        arrival = Arrival(slice(None) if self.keeps_new else None, (positions,), whole=True)
+        self.arrival = lambda layer: arrival
+        self.total = positions.stop
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices of the layers that have keys and values."""
+        return [layer.index for layer in self._kept()]
+
+    def positions(self, layer: int) -> list[range]:
+        """True positions of the tokens in a layer of this shard, in the order in which it holds them."""
+        return self._layer(layer).positions
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The layout, once the cache has been written."""
+        assert all(x is not None and x.is_contiguous() for layer in self._kept() for x in (layer.keys, layer.values))
+        keys = [self._layer(index).keys for index in range(len(self.layers))]
+        first = next(x for x in keys if x is not None)
+        heads = tuple(None if x is None else (x.shape[1], x.shape[3]) for x in keys)
+        return Layout(self.keeps_new, first.device, first.dtype, heads)
 
     @property
     def held(self) -> int:
         """Tokens that this rank holds, of every layer."""
-        layer = self.layers[0]
-        assert isinstance(layer, ShardLayer)
-        return layer.length
+        return next(self._kept()).length
+
+    def make_room(self) -> None:
+        """Have storage for one token more, where this rank keeps it."""
+        first = next(self._kept())
+        if self.keeps_new and first.keys is not None and first.length == first.keys.shape[2]:  # as all the others
+            for layer in self._kept():
+                layer.make_room(1)
 
     def advance(self) -> None:
-        """Count one token more in every layer: it was written to the slot behind the last."""
-        for layer in self.layers:
-            assert isinstance(layer, ShardLayer)
-            layer.length += 1
+        """Count one token more, which was written behind the last one where this rank keeps it."""
+        if self.keeps_new:
+            for layer in self._kept():
+                layer.length += 1
+                layer.place((range(self.total, self.total + 1),))
+        self.total += 1
+
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros where there is none."""
+        places = []
+        for layer in map(self._layer, range(len(self.layers))):
+            if layer.keys is not None and layer.values is not None:
+                places.append((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape[2]))
+            else:
+                places.append((0, 0, 0))
+        return places
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that this rank holds of a layer: two (tokens, kv_heads, head_dim) views."""
-        held = self.layers[layer]
-        assert isinstance(held, ShardLayer)
-        keys, values = held.view()
+        keys, values = self._layer(layer).view()
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def _kept(self) -> Iterator[ShardLayer]:
+        """The layers that have keys and values."""
+        return (layer for layer in map(self._layer, range(len(self.layers))) if layer.keys is not None)
+
+    def _layer(self, index: int) -> ShardLayer:
+        layer = self.layers[index]
+        assert isinstance(layer, ShardLayer)
+        return layer
 
 
 def _grow(x: Tensor, capacity: int) -> Tensor:
     grown = torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=x.device)
     grown[:, :, : x.shape[2]] = x
     return grown
+
+
+# Called with a layer's index and a token's keys and values, (1, kv_heads, 1, head_dim) each.
+Append = Callable[[int, Tensor, Tensor], None]
+
+
+class StepLayer(CacheLayerMixin):
+    """A layer of a :class:`StepCache`."""
+
+    is_sliding = False
+
+    def __init__(self, step: StepCache, index: int) -> None:
+        super().__init__()
+        self._step: StepCache = weakref.proxy(step)
+        self._index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is no storage here."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Have the states appended; they come back as they are."""
+        self._step.append(self._index, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, over all ranks."""
+        self._step.asked = True
+        return self._step.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As :meth:`ShardLayer.get_mask_sizes`."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class StepCache(Cache):
+    """Stands in for any cache of a layout while the model reads one token.
+
+    Attributes:
+        append: keeps a layer's new keys and values.
+        total: tokens seen so far by all ranks together.
+        asked: True once the model has asked for ``total``: it then depends on a number on the host, which a graph would
+            take for a constant.
+    """
+
+    def __init__(self, layers: int, append: Append) -> None:
+        self.append = append
+        self.total = 0
+        self.asked = False
+        super().__init__(layers=[StepLayer(self, index) for index in range(layers)])
+
+
+def dynamic_cache(layers: Sequence[tuple[int, Tensor, Tensor]]) -> DynamicCache:
+    """transformers' own cache of (layer, keys, values (kv_heads, tokens, head_dim)), in the order of the layers."""
+    cache = DynamicCache()
+    for layer, keys, values in layers:
+        cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
+    return cache

@@ -9,6 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# RoPE variants whose frequencies follow from the largest position.
+_LENGTH_DEPENDENT = {"dynamic", "longrope"}
+
+
+def length_dependent(config: Any) -> list[str]:
+    """The RoPE variants of a model whose frequencies depend on the length, by name."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    # Some families have one set of parameters a kind of layer.
+    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    return sorted({str(part.get("rope_type")) for part in sets} & _LENGTH_DEPENDENT)
+
 
 def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[], None]:
     """Make dynamic and longrope RoPE take their length from ``total()`` instead of the largest position they are given.

@@ -21,6 +21,22 @@ from .base import AttentionInput
 
 
 @dataclass(frozen=True)
+class StoredShard:
+    """A shard as kernels find it on the device, so that a captured step serves any cache.
+
+    Attributes:
+        table: (layers, 3) int64: addresses of a layer's keys and values, and their capacity; see
+            :func:`apb.kernels.decode.cached_attention`.
+        length: (1,) int32: the number of keys in every layer.
+        several: True if the result is to be merged with those of other ranks.
+    """
+
+    table: Tensor
+    length: Tensor
+    several: bool
+
+
+@dataclass(frozen=True)
 class NewRows:
     """Where the rows of a pass stand, and the keys of this rank's shard.
 
@@ -29,11 +45,14 @@ class NewRows:
         positions: true positions of the keys in the layer's k and v, one range after the other; the rank whose last
             range ends where the rows do holds the rows' own keys, which they see causally.
         earlier: the same of ``layer.earlier``.
+        stored: the shard on the device, in a step that is captured; k and v of the layer are then the row's own alone,
+            and ``first`` and ``positions`` have no meaning.
     """
 
     first: int
     positions: Sequence[range]
     earlier: Sequence[range] = ()
+    stored: StoredShard | None = None
 
     def holds_own(self, rows: int) -> bool:
         """True if the shard ends with the keys of the rows themselves."""
@@ -44,22 +63,25 @@ class NewRows:
 class Merging:
     """Rows whose partial results are on their way from all ranks; :meth:`wait` merges them."""
 
-    pending: Pending
     layer: AttentionInput
+    partial: Pending | tuple[Tensor, Tensor]
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim), the same on every rank."""
+        if not isinstance(self.partial, Pending):
+            return self.layer.settle(*self.partial)
         with timed("communication"):
-            packed = self.pending.wait()
-        outs, lses = packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)
-        return self.layer.settle(*(merge(outs, lses) if len(outs) > 1 else (outs[0], lses[0])))
+            packed = self.partial.wait()
+        return self.layer.settle(*merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)))
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
     """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
+    if group.size == 1:
+        return Merging(layer, (out, lse))
     # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
     packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
-    return Merging(group.all_gather(packed), layer)
+    return Merging(layer, group.all_gather(packed))
 
 
 def full_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:

@@ -59,6 +59,12 @@ class Itinerary:
         return self._from_blocks(with_query=self.owns_tail and self.last)
 
     @property
+    def kept_positions(self) -> tuple[range, ...]:
+        """True positions of :attr:`kept`'s rows, in order."""
+        spans = (*self.blocks, self.query) if self.owns_tail and self.last else self.blocks
+        return tuple(range(span.start, span.stop) for span in spans)
+
+    @property
     def shard(self) -> slice:
         """Rows whose keys the query's rows attend to on this rank: the blocks and, on the tail rank, the query."""
         return self._from_blocks(with_query=self.owns_tail)

@@ -1,4 +1,4 @@
-"""Reading a prompt: a pass of the model over a rank's rows for every round of the plan, attended by a strategy."""
+"""Reading a prompt: one pass of the model over a rank's rows for every round of the plan, attended by a strategy."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .distributed.collectives import Group
-from .errors import Cancelled
-from .hf.attach import Attachment, Attend
-from .hf.cache import ShardCache
-from .layers.base import AttentionInput
-from .planning.itinerary import Itinerary
-from .prompt import Prompt
-from .session import Stopwatch, forward
-from .strategies import Strategy
+from ..distributed.collectives import Group
+from ..errors import Cancelled
+from ..hardware import Stopwatch
+from ..hf.attach import Attachment
+from ..hf.cache import Arrival, ShardCache
+from ..layers.base import AttentionInput
+from ..layers.routing import Attend
+from ..planning.itinerary import Itinerary
+from ..prompt import Prompt
+from ..strategies import Strategy
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
 Progress = Callable[[int, int], None]
@@ -50,21 +51,24 @@ def read(
     plan, group = strategy.plan, strategy.group
     device, layers = attachment.devices[0], len(attachment.modules)
     itineraries = [plan.itinerary(group.rank, round) for round in range(plan.rounds)]
-    cache = _cache(itineraries[0], layers, max_new_tokens)
+    cache = _cache(itineraries[0], attachment.layers, max_new_tokens)
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
-    before = 0  # tokens in this rank's cache when the round began
+    attended = 0
 
     def attend(layer: AttentionInput) -> Tensor:
+        nonlocal attended
         if cancelled is not None and everyone.size == 1 and cancelled():
             raise Cancelled("Reading the prompt was cancelled.")
+        before = sum(map(len, itinerary.earlier))
         if before:
             keys, values = cache.shard(layer.index)
             layer = replace(layer, earlier=(keys[:before], values[:before]))
         out = strategy.attend(layer)
+        attended += 1
         if progress is not None:
             now = read[itinerary.round]
             after = plan.total if itinerary.last else read[itinerary.round + 1]
-            progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
+            progress(now + (after - now) * attended // layers, plan.total)
         return out
 
     group.barrier()
@@ -72,12 +76,12 @@ def read(
     for itinerary in itineraries:
         _check_cancelled(cancelled, everyone, device)
         strategy.begin(itinerary)
-        cache.prefill_rows = itinerary.kept
+        arrival = Arrival(itinerary.kept, itinerary.kept_positions)
+        cache.arrival = lambda layer, arrival=arrival: arrival  # type: ignore[misc]
+        attended = 0
         ids, positions = _rows(itinerary, prompt, device)
         with torch.no_grad(), _running(attachment, strategy, attend):
-            logits = forward(attachment, ids, positions, cache, group)
-        before += sum(map(len, itinerary.blocks))
-    cache.prefill_rows = None
+            logits = group.broadcast(attachment.last_logits(ids, positions, cache))
     return cache, logits, watch.seconds()
 
 
@@ -92,38 +96,24 @@ def inspect(
 
     Returns logits (positions, vocab) fp32 of the tokens after those at ``positions`` of the prompt.
     """
-    itinerary, device = strategy.itinerary, attachment.devices[0]
+    itinerary = strategy.itinerary
 
     def attend(layer: AttentionInput) -> Tensor:
         out = strategy.attend(layer)
         look(strategy, layer)
         return out
 
-    ids, places = _rows(itinerary, prompt, device)
+    ids, places = _rows(itinerary, prompt, attachment.devices[0])
     with torch.no_grad(), _running(attachment, strategy, attend):
-        output = attachment.model(
-            input_ids=ids,
-            position_ids=places,
-            use_cache=False,
-            logits_to_keep=itinerary.rows_of(
-                positions
-            ),  # no tensor: the last layer may lie on another device than the first
-        )
-    return output.logits[0].float()
+        return attachment.logits(ids, places, itinerary.rows_of(positions))
 
 
 def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache:
     """An empty cache with room for this rank's blocks and, on the tail rank, for query and answer."""
     plan = itinerary.plan
     held = sum(len(block) for block in plan.owned(itinerary.rank))
-    cache = ShardCache(
-        layers,
-        capacity=held + (plan.query + max_new_tokens if itinerary.owns_tail else 0),
-        keeps_new=itinerary.owns_tail,
-        prefill_rows=itinerary.kept,
-    )
-    cache.total = plan.total
-    return cache
+    room = plan.query + max_new_tokens if itinerary.owns_tail else 0
+    return ShardCache(layers, capacity=held + room, keeps_new=itinerary.owns_tail, total=plan.total)
 
 
 def _running(attachment: Attachment, strategy: Strategy, attend: Attend) -> AbstractContextManager[None]:

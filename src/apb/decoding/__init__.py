@@ -1,0 +1,44 @@
+"""Decode methods: one file each, one line in :data:`DECODINGS`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import InputError
+from ..planning.options import check, options_of, union
+from .base import Decoding, Reader, Shard
+from .dense import Dense
+
+__all__ = ["DECODINGS", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "make_decoding"]
+
+DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense,)}
+# Every option of these methods by name.
+OPTIONS = union(DECODINGS.values())
+
+
+def make_decoding(decoding: str | Decoding = Dense.name, options: Mapping[str, Any] | None = None) -> Decoding:
+    """A decode method by name; an instance is taken as it is.
+
+    Args:
+        decoding: a name of :data:`DECODINGS`, or an instance of any :class:`Decoding`.
+        options: by name, of any method in the table; None stands for one that is not given.
+
+    Raises:
+        InputError: an unknown name, or options of other methods or beside an instance.
+    """
+    named = {name: value for name, value in (options or {}).items() if value is not None}
+    if isinstance(decoding, Decoding):
+        if named:
+            raise InputError(
+                f"The option {next(iter(named))!r} was given beside a decode method object; "
+                f"give it to {type(decoding).__name__}(...) itself."
+            )
+        return decoding
+    if decoding not in DECODINGS:
+        raise InputError(f"Unknown decode method {decoding!r}; choose one of {', '.join(sorted(DECODINGS))}.")
+    kind = DECODINGS[decoding]
+    check(OPTIONS, named)
+    for name in named.keys() - options_of(kind).keys():
+        raise InputError(f"The decode method {decoding!r} has no option {name!r}; leave it out.")
+    return kind(**named)

@@ -1,0 +1,80 @@
+"""The interface of decode methods: attention of new tokens over the keys and values that a rank keeps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from ..planning.options import check, options_of
+
+if TYPE_CHECKING:  # a decode method can be named without torch
+    from torch import Tensor
+
+    from ..layers.base import AttentionInput
+    from ..layers.shards import NewRows
+
+
+class Shard(Protocol):
+    """A rank's cache, as a decode method sees it."""
+
+    @property
+    def indices(self) -> list[int]:
+        """Indices of the layers that have keys and values."""
+
+    def shard(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer: (tokens, kv_heads, head_dim) each, views."""
+
+
+class Reader(ABC):
+    """A decode method over one rank's shard; made by :meth:`Decoding.prepare`.
+
+    Attributes:
+        share: share of the shard's keys that a token attends to, at most 1.
+    """
+
+    share: float = 1.0
+
+    @abstractmethod
+    def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
+        """Partial attention of new rows over this rank's shard, in a layer of full attention.
+
+        Args:
+            layer: q (rows, heads, head_dim) of the new rows; k, v (tokens, kv_heads, head_dim) of the shard, which ends
+                with the rows' own where this rank keeps them.
+            rows: where rows and keys stand.
+
+        Returns:
+            out (rows, heads, head_dim) in q's dtype or fp32, and lse (heads, rows) fp32, the natural log of the sum of
+            exponentials over the keys that were attended to; the ranks' results are merged by it.
+        """
+
+
+@dataclass(frozen=True)
+class Decoding(ABC):
+    """How new tokens attend to the kept cache. Subclasses are frozen dataclasses whose fields are their options.
+
+    Layers with a sliding window are attended exactly under every method.
+
+    Attributes:
+        name: what ``--decode`` and results call it.
+        exact: True if every key is attended to.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        options = options_of(self)
+        check(options, {name: getattr(self, name) for name in options})
+
+    @abstractmethod
+    def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
+        """Build what reading a shard takes, once after prefill; ``backend``: of :func:`apb.attention`."""
+
+    def stored_reader(self) -> Reader | None:
+        """A reader that finds any shard by ``rows.stored``, so that a step captured as CUDA graphs serves every cache.
+
+        None, the default, where there is no such reader: tokens are then read by ordinary passes.
+        """
+        return None

@@ -1,0 +1,151 @@
+"""Decode steps on a GPU: one token each, by kernels that find everything they depend on in the GPU's memory.
+
+The addresses of keys and values lie there too, so CUDA graphs that were captured once serve every step of every session
+of an engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..decoding import Decoding, Reader
+from ..distributed.collectives import Group
+from ..hf.attach import Attachment
+from ..hf.cache import Layout, ShardCache, StepCache
+from ..kernels import fused
+from ..layers.base import AttentionInput
+from ..layers.shards import NewRows, StoredShard, merge_over_ranks
+from .capture import captured
+
+
+class Stepper:
+    """Reads single tokens over caches: for all sessions of an engine, in any order.
+
+    A graph replays the model as it was when it was captured; whoever changes the model makes a new engine.
+    """
+
+    def __init__(self, attachment: Attachment, decoding: Decoding, group: Group, graphs: bool) -> None:
+        """Get ready to step.
+
+        Args:
+            attachment: the model.
+            decoding: attends to the cache.
+            group: the ranks that hold the shards.
+            graphs: capture CUDA graphs: hundreds of kernels launched as one, with the same numbers out.
+        """
+        self._attachment = attachment
+        self._decoding = decoding
+        self._reader = decoding.stored_reader()
+        self._group = group
+        self._graphs = graphs
+        self._steps: dict[Layout, _Step] = {}
+
+    def why_not(self, cache: ShardCache) -> str | None:
+        """Why a token over a cache is read by an ordinary pass; None where :meth:`step` can read it."""
+        layout, attachment = cache.layout, self._attachment
+        if self._reader is None:
+            return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
+        if layout.device.type != "cuda":
+            return f"device type {layout.device.type} has no graphs"
+        if len(attachment.devices) > 1:
+            return f"layers lie on {len(attachment.devices)} devices"
+        if attachment.peculiar:
+            return f"layers have {', '.join(sorted(attachment.peculiar))}"
+        if attachment.length_dependent:
+            return f"RoPE of type {' and '.join(attachment.length_dependent)} depends on the length"
+        if None in layout.heads:
+            return "some layers keep no keys and values"
+        head_dim = max(heads[1] for heads in layout.heads if heads is not None)
+        return fused.why_not(layout.device, layout.dtype, head_dim)
+
+    def step(self, cache: ShardCache, token: int, capture: bool = True) -> Tensor:
+        """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks. All ranks call this.
+
+        Args:
+            cache: a shard that has been filled by a prefill; it grows where it is full.
+            token: its id.
+            capture: capture graphs if there are none for such a cache.
+        """
+        if cache.layout not in self._steps:
+            assert self._reader is not None, "why_not was asked"
+            self._steps[cache.layout] = _Step(self._attachment, self._reader, cache.layout, self._group)
+        return self._steps[cache.layout].read(cache, token, capture and self._graphs)
+
+    def captured(self, cache: ShardCache) -> bool:
+        """True if there are graphs by which tokens over such a cache are read."""
+        step = self._steps.get(cache.layout)
+        return step is not None and step.captured
+
+    def close(self) -> None:
+        """Let go of all graphs and capture no others."""
+        self._graphs = False
+        self._steps.clear()
+
+
+class _Step:
+    """Reads one token over any cache of one layout."""
+
+    def __init__(self, attachment: Attachment, reader: Reader, layout: Layout, group: Group) -> None:
+        from ..kernels import decode  # Triton: there where GPUs are
+
+        self._group = group
+        # What changes from step to step lies in the GPU's memory, at addresses that a graph knows: the token, its
+        # position, its slot in the cache, how many keys it sees, and where these lie.
+        device = layout.device
+        self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._position = position = torch.zeros(1, 1, dtype=torch.long, device=device)
+        self._slot = slot = torch.zeros(1, dtype=torch.long, device=device)
+        self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
+        self._table = table = torch.zeros(len(layout.heads), 3, dtype=torch.long, device=device)
+        self._placed: list[tuple[int, int, int]] = []  # the addresses in the table
+
+        def append(layer: int, k: Tensor, v: Tensor) -> None:
+            assert k.dtype == v.dtype == layout.dtype and (k.shape[1], k.shape[3]) == layout.heads[layer]
+            if layout.keeps_new:
+                decode.append(k[0, :, 0], v[0, :, 0], table, layer, slot)
+
+        # The functions here hold these, and not this object: a cycle would keep graphs alive after their engine.
+        self._cache = cache = StepCache(len(layout.heads), append)
+        rows = NewRows(0, (), stored=StoredShard(table, length, group.size > 1))
+
+        def run(group: Group) -> Tensor:
+            def attend(layer: AttentionInput) -> Tensor:
+                return merge_over_ranks(layer, *reader.attend(layer, rows), group).wait()
+
+            with torch.no_grad(), attachment.running(attend, cache.total):
+                return attachment.last_logits(ids, position, cache)
+
+        self._run: Callable[[Group], Tensor] = run
+        self._replay: Callable[[], Tensor] | None = None
+
+    @property
+    def captured(self) -> bool:
+        """True if it replays CUDA graphs."""
+        return self._replay is not None
+
+    def read(self, cache: ShardCache, token: int, capture: bool) -> Tensor:
+        """See :meth:`Stepper.step`."""
+        self._place(cache, token)
+        if capture and self._replay is None and not self._cache.asked:
+            replay = captured(self._run, self._group, self._table.device)
+            self._replay = None if self._cache.asked else replay
+        logits = self._run(self._group) if self._replay is None else self._replay()
+        cache.advance()
+        return self._group.broadcast(logits)
+
+    def _place(self, cache: ShardCache, token: int) -> None:
+        """Write down what the next step depends on; fills are queued, nothing waits."""
+        cache.make_room()
+        addresses = cache.addresses()
+        if addresses != self._placed:  # another cache than at the last step, or it has grown
+            assert all(address % 16 == 0 for *pair, _ in addresses for address in pair)
+            self._table.copy_(torch.tensor(addresses))
+            self._placed = addresses
+        self._cache.total = cache.total
+        self._ids.fill_(token)
+        self._position.fill_(cache.total)
+        self._slot.fill_(cache.held)
+        self._length.fill_(cache.held + cache.keeps_new)

@@ -1,0 +1,103 @@
+"""Reading tokens after a prompt: decode, one token a pass, and further text, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..decoding import Decoding, Reader
+from ..distributed.collectives import Group
+from ..hf.attach import Attachment
+from ..hf.cache import ShardCache
+from ..layers.base import AttentionInput, LayerKind
+from ..layers.routing import Router
+from ..layers.shards import NewRows, merge_over_ranks, window_partial
+from .step import Stepper
+
+# Answers of fewer tokens do not repay the capture of graphs.
+SHORTEST_CAPTURED = 8
+# Back-ends under which single tokens may be read by a stepper's kernels.
+_STEPPED = ("auto", "fused")
+
+
+class Decoder:
+    """Reads tokens over the caches of an engine's sessions, by one decode method."""
+
+    def __init__(
+        self, attachment: Attachment, group: Group, decoding: Decoding, backend: str = "auto", graphs: bool = True
+    ) -> None:
+        self.attachment = attachment
+        self.group = group
+        self.decoding = decoding
+        self.backend = backend
+        self.stepper = Stepper(attachment, decoding, group, graphs)
+
+    def start(self, cache: ShardCache, new_tokens: int) -> Continuation:
+        """Get ready to read after a prefill; ``new_tokens``: how many are expected."""
+        return Continuation(self, cache, new_tokens)
+
+    def close(self) -> None:
+        """Let go of all graphs."""
+        self.stepper.close()
+
+
+class Continuation:
+    """Tokens read after one prompt, over this rank's shard of its cache.
+
+    Attributes:
+        captured: True if the last token was read by CUDA graphs.
+    """
+
+    def __init__(self, decoder: Decoder, cache: ShardCache, new_tokens: int) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._capture = new_tokens >= SHORTEST_CAPTURED
+        self._stepped = decoder.backend in _STEPPED and decoder.stepper.why_not(cache) is None
+        self._reader: Reader = decoder.decoding.prepare(cache, decoder.backend)
+        self.captured = False
+
+    @property
+    def share(self) -> float:
+        """Share of this rank's keys that a token attends to."""
+        return self._reader.share
+
+    def read(self, token_ids: Sequence[int]) -> Tensor:
+        """Read tokens at the end, exactly in layers with a window; logits (vocab,) fp32 of the next, on all ranks."""
+        if len(token_ids) == 1 and self._stepped:
+            logits = self._decoder.stepper.step(self._cache, token_ids[0], self._capture)
+            self.captured = self._decoder.stepper.captured(self._cache)
+            return logits
+        return self._pass(token_ids)
+
+    def _pass(self, token_ids: Sequence[int]) -> Tensor:
+        """Read tokens in one ordinary pass."""
+        cache, decoder = self._cache, self._decoder
+        start, count = cache.total, len(token_ids)
+        device = decoder.attachment.devices[0]
+        ids = torch.tensor([list(token_ids)], device=device)
+        positions = torch.arange(start, start + count, device=device).unsqueeze(0)
+        cache.expect(range(start, start + count))
+
+        def merged(layer: AttentionInput, out: Tensor, lse: Tensor) -> Tensor:
+            return merge_over_ranks(layer, out, lse, decoder.group).wait()
+
+        def held(layer: AttentionInput) -> tuple[AttentionInput, NewRows]:
+            """The layer's shard and the new rows; an empty shard comes with a row of no meaning."""
+            places = cache.positions(layer.index)
+            keys = sum(map(len, places))
+            return replace(layer, k=layer.k[:keys], v=layer.v[:keys]), NewRows(start, places)
+
+        def attend_full(layer: AttentionInput) -> Tensor:
+            layer, rows = held(layer)
+            return merged(layer, *self._reader.attend(layer, rows))
+
+        def attend_window(layer: AttentionInput) -> Tensor:
+            layer, rows = held(layer)
+            return merged(layer, *window_partial(layer, rows, decoder.backend))
+
+        router = Router({LayerKind.FULL: attend_full, LayerKind.WINDOW: attend_window})
+        with torch.no_grad(), decoder.attachment.running(router, cache.total):
+            return decoder.group.broadcast(decoder.attachment.last_logits(ids, positions, cache))

@@ -1,0 +1,1 @@
+"""What a user of the package adds from outside: a strategy, a compressor and a decode method, each with an option."""
