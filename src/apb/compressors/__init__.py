@@ -1,4 +1,4 @@
-"""Which key/value pairs a block passes on: one file a method, one line here."""
+"""Compressors choose the key/value pairs that a block passes on: one file per method, one line here."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ COMPRESSORS: dict[str, type[Compressor]] = {kind.name: kind for kind in (Query, 
 
 
 def default_compressor(has_heads: bool) -> str:
-    """The compressor where none is named: 'retaining' where heads are given, else 'query-edge'."""
+    """The compressor used if none is named: 'retaining' with heads, else 'query-edge'."""
     return Retaining.name if has_heads else QueryEdge.name
 
 
 def check_compressor(name: str, has_heads: bool) -> None:
-    """InputError for an unknown name, or for heads that are missing or that nothing would use."""
+    """Raise InputError for an unknown name, missing heads, or heads that the compressor does not use."""
     if name not in COMPRESSORS:
         raise InputError(f"Unknown compressor {name!r}; choose one of {', '.join(sorted(COMPRESSORS))}.")
     if name == Retaining.name and not has_heads:
         raise InputError(
-            "The compressor 'retaining' scores with trained heads and none were given; "
+            "The compressor 'retaining' scores with trained heads, but none were given; "
             "name a file of heads, or use the compressor 'query-edge', which needs none."
         )
     if name != Retaining.name and has_heads:
@@ -44,7 +44,7 @@ def check_compressor(name: str, has_heads: bool) -> None:
 
 
 def make_compressor(name: str, heads: Sequence[Head] | None = None, seed: int = 0) -> Compressor:
-    """The compressor of that name; ``heads`` (one a layer) for 'retaining', ``seed`` for 'random'."""
+    """The compressor of that name; ``heads`` (one per layer) are for 'retaining', ``seed`` is for 'random'."""
     check_compressor(name, heads is not None)
     if heads is not None:
         return Retaining(heads)

@@ -1,4 +1,4 @@
-"""What a compressor is: a score for every token of a block, per KV head."""
+"""Interface of compressors: a score for every token of a block, per KV head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..plan import Block
 
 @dataclass(frozen=True)
 class BlockView:
-    """What a compressor may look at: one block in one layer.
+    """A compressor's input: one block in one layer.
 
     Attributes:
         layer: index of the layer.
@@ -21,10 +21,10 @@ class BlockView:
         k, v: (tokens, kv_heads, head_dim), keys after RoPE.
         query: (query tokens, heads, head_dim), the true query rows after RoPE, at their true positions.
         scale: the layer's factor on q.k.
-        passed: key/value pairs that the block passes on, per KV head.
-        softcap: what the layer caps its logits at; None where it does not.
-        before_rope: (tokens, (heads + 2 kv_heads) * head_dim): q, k, v before RoPE side by side; None unless the
-            compressor asked for it with ``needs_before_rope``.
+        passed: number of key/value pairs that the block passes on, per KV head.
+        softcap: the layer's cap on its logits; None without one.
+        before_rope: (tokens, (heads + 2 kv_heads) * head_dim), q, k and v before RoPE, concatenated; None unless the
+            compressor sets ``needs_before_rope``.
     """
 
     layer: int
@@ -39,13 +39,18 @@ class BlockView:
 
 
 class Compressor(ABC):
-    """Scores the tokens of a block; the ``passing_length`` best per KV head are passed to later blocks."""
+    """Scores the tokens of a block; the ``passing_length`` highest per KV head are passed on to later blocks.
+
+    Attributes:
+        name: the name on the command line.
+        needs_before_rope: the engine provides :attr:`BlockView.before_rope`.
+        pooled: scores are max-pooled before the top tokens are chosen (:func:`apb.kernels.selection.pool`).
+    """
 
     name: ClassVar[str]
     needs_before_rope: ClassVar[bool] = False
-    # Whether the scores are max-pooled before the best are chosen (apb.kernels.selection.pool).
     pooled: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:
-        """Scores (kv_heads, tokens), fp32, on the device of ``view.k``, not pooled; higher means: pass it on."""
+        """Scores (kv_heads, tokens), fp32, on the device of ``view.k``, before pooling; the highest are passed on."""

@@ -1,4 +1,4 @@
-"""Training-free scores: the attention of the true query rows, carried through the same forward pass."""
+"""Training-free scores: attention of the true query rows, carried through the same forward pass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .base import BlockView, Compressor
 class Query(Compressor):
     """softmax(q k^T) of the query rows over the block, averaged over rows and the group's heads, max-pooled.
 
-    After Spava (arXiv 2601.21444): the query rows stand at their true positions and have read all blocks in the layers
-    below, so their attention says what they will look for.
+    After Spava (arXiv 2601.21444): the query rows are at their true positions and have attended to all blocks in the
+    layers below, so their attention predicts what they will look for.
     """
 
     name: ClassVar[str] = "query"

@@ -1,4 +1,4 @@
-"""Ablation: tokens drawn by lot."""
+"""Ablation: random tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .base import BlockView, Compressor
 
 
 class Random(Compressor):
-    """Uniform scores that depend on seed, layer and block alone: the same on any device and number of ranks."""
+    """Uniform scores from seed, layer and block alone: the same on any device and number of ranks."""
 
     name: ClassVar[str] = "random"
 

@@ -1,4 +1,4 @@
-"""Trained scores: one small network a layer, the retaining heads of Locret (arXiv 2410.01805) that APB uses."""
+"""Trained scores: one small MLP per layer, the retaining heads of Locret (arXiv 2410.01805) that APB uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Head:
 
 
 class Retaining(Compressor):
-    """Scores by the retaining heads from q, k, v before RoPE, max-pooled."""
+    """Scores of the retaining heads from q, k and v before RoPE, max-pooled; ``heads``: one per layer."""
 
     name: ClassVar[str] = "retaining"
     needs_before_rope: ClassVar[bool] = True
