@@ -157,7 +157,7 @@ def test_lines_that_are_no_text(tmp_path: Path) -> None:
     skipped = Skipped()
     found = list(jsonl.items(path, byte_tokenizer(), skipped, max_new_tokens=9))
     assert [item.sample for item in found] == ["1", "8"]
-    reasons = ("not UTF-8", "half a character", "neither text", "neither text", "not UTF-8", "half a character")
+    reasons = ("not UTF-8", "lone surrogate", "neither text", "neither text", "not UTF-8", "lone surrogate")
     for number, (reason, told) in enumerate(zip(reasons, skipped.reasons, strict=True), 2):
         assert f"line {number} of" in told
         assert reason in told

@@ -104,7 +104,7 @@ def needles(rng: Random, room: int) -> Material:
 
 
 def variables(rng: Random, room: int) -> Material:
-    """Chains of variables with questions about them."""
+    """Chains of variables, with one question per chain."""
     share = 0.9 * room / 70
     most = min(12 if room < 8000 else 24, int(share))
     return chains(rng, [between(rng, 2, 6) for _ in range(between(rng, (most + 2) // 3, most))])
