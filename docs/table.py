@@ -19,9 +19,9 @@ FAMILIES = (
 TITLE = """# Models
 
 Written by `python docs/table.py`; a test checks that it is up to date. For every family, its default configuration in
-transformers is shrunk, given random weights, and read by every strategy. *Yes*: `full` gives transformers' own logits, and
-`ring`, `ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt
-and during decode. `apb check --model PATH [--ranks R]` does the same for any checkpoint, and prints the figures.
+transformers is shrunk, given random weights, and read by every strategy. *Yes*: `full` gives transformers' own logits,
+and `ring`, `ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the
+prompt and during decode. `apb check --model PATH [--ranks R]` does the same for any checkpoint, and prints the figures.
 
 Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
 ranks that hold them, without selection. Latent attention caches latents, attends to keys and values expanded from them,

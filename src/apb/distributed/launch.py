@@ -103,7 +103,7 @@ def _waits_for_others() -> bool:
 
 
 def check_split(device: torch.device, gpus: int, tensor_parallel: int = 1) -> None:
-    """Raise InputError if a rank's layers can be split over so many GPUs on no machine."""
+    """Raise InputError if ``gpus`` per rank conflict with the device or with tensor parallelism."""
     at_least("GPUs per rank", gpus, 1)
     if gpus > 1 and device.type != "cuda":
         raise InputError(f"--gpus-per-rank {gpus} splits layers over GPUs, but the device is the CPU; leave it out.")
@@ -119,7 +119,9 @@ def check_gpus(processes: int, gpus: int = 1) -> None:
     if needed > there:
         ranks = f"{processes} rank{'s' * (processes > 1)}"
         if gpus > 1:
-            raise InputError(f"--gpus-per-rank {gpus} on {ranks} takes {needed} GPUs, and this machine has {there}.")
+            raise InputError(
+                f"--gpus-per-rank {gpus} on {ranks} takes {needed} GPUs, and this machine has {there}; use fewer."
+            )
         raise InputError(f"{ranks} need {needed} GPUs and this machine has {there}; use fewer ranks or --device cpu.")
 
 

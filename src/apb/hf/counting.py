@@ -38,7 +38,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # the model's code may raise anything on values it was not written for
         raise InputError(
-            f"No {config.model_type!r} model can be made of this configuration: {first_line(error)}; correct it."
+            f"No {config.model_type!r} model can be built from this configuration: {first_line(error)}; correct it."
         ) from error
     latent = getattr(text, "kv_lora_rank", None)
     split: tuple[tuple[int, int], ...] = ()

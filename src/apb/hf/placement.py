@@ -40,7 +40,7 @@ def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int 
     whole: Any = model._no_split_modules
     if not whole:
         raise InputError(
-            f"{type(model).__name__} does not say which of its modules must stay on one GPU: "
+            f"{type(model).__name__} does not declare which of its modules must stay on one GPU: "
             "its layers cannot be split over several."
         )
     room: Any = dict.fromkeys(range(gpus), sys.maxsize if memory is None else memory)
@@ -50,7 +50,7 @@ def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int 
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         raise DoesNotFit(
             f"The weights of {type(model).__name__} take {size / 2**30:.1f} GiB and do not fit {gpus} GPUs of "
-            f"{room[0] / 2**30:.1f} GiB, whole layers on each; use more GPUs a rank (--gpus-per-rank)."
+            f"{room[0] / 2**30:.1f} GiB, whole layers on each; use more GPUs per rank (--gpus-per-rank)."
         )
     # For a model smaller than its embeddings accelerate leaves the first GPUs empty: renumber from a rank's first GPU.
     used = sorted(set(places.values()))

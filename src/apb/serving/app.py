@@ -208,7 +208,7 @@ async def _result(events: asyncio.Queue[Event], request: Request) -> Generation:
             event = await asyncio.wait_for(events.get(), _PULSE_S)
         except TimeoutError:
             if await request.is_disconnected():
-                raise Refusal(499, "The client went away.", code="cancelled") from None
+                raise Refusal(499, "The client disconnected.", code="cancelled") from None
             continue
         if isinstance(event, Generation):
             return event
