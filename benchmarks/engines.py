@@ -1,4 +1,4 @@
-"""Processes that answer side by side, each with an engine of its own on the GPU that is its turn, or on the CPU."""
+"""A pool of worker processes, each with its own engine on a GPU (round-robin) or on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _engine: Engine | None = None
 
 
 def pool(model: str, jobs: int, threads: int = 1) -> ProcessPoolExecutor:
-    """So many processes with the model loaded in bfloat16; what they run finds it by :func:`engine`."""
+    """A pool of ``jobs`` processes with the model loaded in bfloat16; their tasks get it from :func:`engine`."""
     import torch
 
     context = get_context("spawn")
@@ -29,7 +29,7 @@ def start(model: str, device: str, threads: int = 1) -> None:
 
     from apb.engine import Engine
 
-    global _engine  # noqa: PLW0603  # one model a process, for all that it answers
+    global _engine  # noqa: PLW0603  # one model per process, for all its tasks
     torch.set_num_threads(threads)
     _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=False)
 

@@ -1,8 +1,8 @@
-"""What keeping keys and values in float8_e4m3 would cost in accuracy, on random data; a part of small_kernels.py.
+"""Accuracy cost of storing keys and values in float8_e4m3, on random data; part of small_kernels.py.
 
-There is no kernel for such a cache: attention is computed in fp32 over the numbers that it would give back, so the
-errors are those of storing alone. The data differ in how many keys a row attends to, and in whether some channels are
-larger than others, as they are in models.
+There is no kernel for such a cache: attention is computed in fp32 over the dequantized values, so the errors are those
+of storage alone. The data differ in how many keys a row attends to, and in whether some channels are larger than
+others, as they are in models.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from apb import Segment
 from apb.kernels import reference
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-# Figures by their names.
+# Figures by name.
 Row = dict[str, Any]
 KINDS = ("flat", "sharp", "one key in a thousand counts", "flat, outlying channels")
 
@@ -28,9 +28,9 @@ def distance(actual: Tensor, wanted: Tensor) -> float:
 
 
 def stored(x: Tensor, each_token: bool) -> Tensor:
-    """What a cache in float8_e4m3 gives back of ``x`` (tokens, kv_heads, head_dim), in fp32.
+    """``x`` (tokens, kv_heads, head_dim) quantized to float8_e4m3 and dequantized to fp32.
 
-    A factor for every head, or for every head's token, puts the largest number on the format's largest.
+    A scale per head, or per head and token if ``each_token``, maps the largest value to the format's largest.
     """
     most = x.float().abs().amax(2 if each_token else (0, 2), keepdim=True)
     factor = (most / torch.finfo(torch.float8_e4m3fn).max).clamp(min=1e-12)
@@ -38,7 +38,7 @@ def stored(x: Tensor, each_token: bool) -> Tensor:
 
 
 def random_cache(kind: str, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """q of one row, and k and v of a cache, all bf16: one of KINDS."""
+    """q (1, heads, head_dim), k and v (keys, kv_heads, head_dim) in bf16; ``kind``: one of KINDS."""
     q = torch.randn(1, HEADS, HEAD_DIM, device=device)
     k, v = (torch.randn(keys, KV_HEADS, HEAD_DIM, device=device) for _ in range(2))
     if kind == "sharp":
@@ -55,9 +55,10 @@ def random_cache(kind: str, keys: int, device: torch.device) -> tuple[Tensor, Te
 
 
 def storing_errors(keys: int, device: torch.device) -> Iterator[Row]:
-    """A row for every kind of data and of factors: relative distances to attention over the same bf16 numbers.
+    """Yield a row per kind of data and of scales, with relative errors against attention over the same bf16 values.
 
-    ``error`` is of keys and values in 8 bits, then of only one of them; ``rounding`` what the output loses as bf16.
+    ``error`` is with keys and values in 8 bits, ``error_by_keys`` and ``error_by_values`` with only one of them;
+    ``rounding`` is the error of rounding the output to bf16.
     """
     for kind in KINDS:
         torch.manual_seed(0)

@@ -5,8 +5,8 @@
 #   attention   every attention kernel on APB's shapes, with its error                 about 60 s
 #   small       selection by torch and by the kernels, decode, a cache in fp8          about 40 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 64K, 128K and 256K about 230 s
-#   decode      a token after 32K and 128K, with and without CUDA graphs               about 60 s
-#   overlap     two GPUs: whether ring attention hides its sends                       about 40 s
+#   decode      decode after 32K and 128K tokens, with and without CUDA graphs         about 60 s
+#   overlap     two GPUs: overlap of sends and attention in ring attention             about 40 s
 #   exact       two GPUs: full, ring and ulysses, Llama-3.1-8B shape, 64K and 128K     about 180 s
 #   tensor      two GPUs: sequence parallel and tensor parallel, Qwen2.5-14B shape, 64K about 150 s
 #   accuracy    the shipped model with full attention, 200 samples a cell              about 120 s on two
@@ -37,20 +37,20 @@ for part; do
         timeout 240 "${@:2}" > "$out/$1.txt" 2>&1
         echo "$1: exit status $?; $(tail -n 1 "$out/$1.txt")"
       }
-      # 2025.3 takes the way in which Triton's warps get their work for a race; the package nvidia-cuda-sanitizer-api
-      # has later ones.
+      # Version 2025.3 reports Triton's warp specialization as a race; the package nvidia-cuda-sanitizer-api has later
+      # versions.
       sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
       "$sanitizer" --version | tail -n 1
       memory="env PYTORCH_NO_CUDA_MEMORY_CACHING=1 $sanitizer --error-exitcode 1 --tool"
       check racecheck $memory racecheck "$python" tests/gpu/small_shapes.py $hopper $others
-      # A correct control, which must pass, and a careless one: racecheck passes that too, as it does not follow the
-      # copy engine's writes.
+      # A correct control, which must pass, and a careless one, which racecheck passes too, as it does not track TMA's
+      # writes.
       check racecheck_control $memory racecheck "$python" tests/gpu/hand_over.py
       check racecheck_careless $memory racecheck "$python" tests/gpu/hand_over.py careless
       check memcheck $memory memcheck "$python" tests/gpu/small_shapes.py $hopper $others tiles &
       check initcheck $memory initcheck "$python" tests/gpu/small_shapes.py $hopper $others &
       check synccheck $memory synccheck "$python" tests/gpu/small_shapes.py $hopper $others &
-      # Triton's own checker does follow them; of its controls the last one must fail.
+      # Triton's own checker does track them; of its controls the last one must fail.
       triton="env TRITON_INSTRUMENTATION_MODE=consan TRITON_CACHE_DIR=$(mktemp -d)"
       for name in $hopper; do check "consan_$name" $triton "$python" tests/gpu/small_shapes.py $name & done
       check consan_control $triton "$python" tests/gpu/hand_over.py &
@@ -80,7 +80,7 @@ for part; do
     heads)
       data=$(mktemp -d)
       OMP_NUM_THREADS=1 timeout 90 "$python" -m apb.training.heads.generated "$data/heads.jsonl" --jobs $((cores - 4))
-      for hidden in 256 1024; do  # one GPU each, where there are two
+      for hidden in 256 1024; do  # one GPU each, if there are two
         CUDA_VISIBLE_DEVICES=$((hidden / 1024 % gpus)) OMP_NUM_THREADS=4 timeout 400 "$python" -m apb.cli.main train heads \
           --data "$data/heads.jsonl" --hidden $hidden --out "$out/heads_$hidden.safetensors" 2> "$out/heads_$hidden.log" &
       done

@@ -1,6 +1,6 @@
-"""Accuracy of many settings on the shipped model, measured in parallel: what the needle_*.py tables are made with.
+"""Accuracy of many settings on the shipped model, measured in parallel; used by the needle_*.py tables.
 
-The work is cut into units of some settings and some samples (one base seed each), which run in processes that share the
+The work is split into units of a few settings and samples (one base seed each), which run in processes that share the
 GPUs. All settings of a task and length answer the same samples.
 """
 
@@ -23,13 +23,13 @@ import engines
 from apb.evaluation.settings import Setting
 from apb.evaluation.statistics import interval
 
-# Settings of a unit: few, so that the processes end together; not one, because a unit makes its own samples.
+# Settings per unit: few, so that the processes finish together; more than one, since a unit generates its own samples.
 _SETTINGS = 4
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of a table: a row's name and how its samples are read."""
+    """One figure of a table: the name of its row, and the setting that reads its samples."""
 
     task: str
     length: int
@@ -47,7 +47,7 @@ class Unit:
 
 
 def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
-    """The options that all tables share, and more of the table's own."""
+    """Parse the options that all tables share, and the table's own options ``more``."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="checkpoint folder; the shipped model if left out")
     parser.add_argument("--samples", type=int, default=200)
@@ -62,7 +62,7 @@ def arguments_of(doc: str | None, **more: dict[str, Any]) -> argparse.Namespace:
 
 
 def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure all cells; the results so far are written after every unit, so that a run cut short keeps them."""
+    """Measure all cells, writing the results after every unit so that an interrupted run keeps them."""
     import torch
 
     from apb.hardware import fingerprint
@@ -114,7 +114,7 @@ def measure(cells: Sequence[Cell], arguments: argparse.Namespace) -> list[dict[s
 
 
 def _units(cells: Sequence[Cell], samples: int, shard: int, seed: int) -> Iterator[Unit]:
-    """Long texts first: what is left at the end should be short."""
+    """Yield the units, long texts first, so that the last ones are short."""
     for start in range(0, samples, shard):
         groups: dict[tuple[int, str], list[Cell]] = defaultdict(list)
         for cell in cells:

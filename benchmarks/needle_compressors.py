@@ -1,11 +1,11 @@
-"""What selection costs on the shipped model: compressors, passing lengths, blocks, anchors, late questions.
+"""Accuracy cost of selection on the shipped model: compressors, passing lengths, blocks, anchors, late questions.
 
     python benchmarks/needle_compressors.py --jobs 28 --samples 204 --part needed --out needed.json
     python benchmarks/needle_compressors.py --jobs 28 --samples 204 --part study --out study.json
     python benchmarks/needle_compressors.py --tables needed.json study.json --page docs/compressors.md
 
-The first two measure and write JSON; the last puts the tables between the marks of the page.
-Candidates that the package does not ship are defined here, as its compressors are: scores of a block's tokens.
+The first two measure and write JSON; the last writes the tables between the markers of the page.
+Candidates that are not in the package are defined here, like its compressors: scores of a block's tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from apb.session import Session
 
 LENGTH, LONG, BLOCKS = 16384, 32768, 8
 NEEDLES = ("single", "multikey", "multivalue", "multiquery", "variable_tracking")
-HEADS = "APB_STUDY_HEADS"  # how the processes of a run learn of the heads file
+HEADS = "APB_STUDY_HEADS"  # passes the heads file to the processes of a run
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 
 
@@ -50,7 +50,7 @@ def attention_of(view: BlockView) -> Tensor:
 
 
 class QueryMax(Query):
-    """The strongest query row and head of the group instead of their mean."""
+    """Maximum over query rows and the group's heads instead of their mean."""
 
     name = "query, max over rows"
 
@@ -59,7 +59,7 @@ class QueryMax(Query):
 
 
 class QueryValues(Query):
-    """The mean attention times the norm of the value that it would bring."""
+    """Mean attention times the norm of the value."""
 
     name = "query, times value norm"
 
@@ -68,7 +68,7 @@ class QueryValues(Query):
 
 
 class QueryUnpooled(Query):
-    """Without the max-pool over neighbours."""
+    """Mean attention without max-pooling."""
 
     name = "query, not pooled"
     pooled = False
@@ -78,7 +78,7 @@ class QueryUnpooled(Query):
 
 
 class HeadsAndQuery(Query):
-    """The better of a token's two ranks: half of what is passed is the heads' choice, half the query rows'."""
+    """The better of a token's two ranks: about half of the passed pairs are chosen by heads, half by query rows."""
 
     name = "heads and query"
     needs_before_rope = True
@@ -99,11 +99,11 @@ def heads_for(dtype: torch.dtype, device: torch.device) -> Retaining:
 CANDIDATES = (QueryMax, QueryValues, QueryUnpooled, HeadsAndQuery)
 
 
-# --- other ways to read --------------------------------------------------------------------------------------------
+# --- other readings ------------------------------------------------------------------------------------------------
 
 
 class PlainAnchor(APB):
-    """APB with an anchor that does not hold the question: prefix and first document tokens alone."""
+    """APB with an anchor without the question: prefix and first document tokens only."""
 
     def anchored(self, plan: Plan) -> int:
         return plan.anchor_length
@@ -113,7 +113,7 @@ class PlainAnchor(APB):
 
 
 class AskedAfter(Engine):
-    """Reads the document alone, its last tokens in the question's place, and the question after that, exactly."""
+    """Reads the document alone, with its last tokens as the query, and then the question, exactly."""
 
     rows = 32
 
@@ -150,7 +150,7 @@ def variant(compressor: str, length: int, blocks: int = BLOCKS, share: int = 8, 
 
 
 def needed() -> list[Cell]:
-    """The default of 8 blocks at 32K on every kind of question."""
+    """Cells of 8 blocks at 32K on every kind of question."""
     cells = []
     for task in (*NEEDLES, "headings"):
         cells.append(Cell(task, LONG, "full", Variant(Full())))
@@ -163,7 +163,7 @@ def needed() -> list[Cell]:
 
 
 def study() -> list[Cell]:
-    """The ablations, at 16K on the kind of question that needs earlier blocks."""
+    """Cells of the ablations, at 16K on the kind of question that needs earlier blocks."""
     found: dict[tuple[str, str], Variant] = {}
 
     def add(task: str, name: str, **options: Any) -> None:
@@ -196,7 +196,7 @@ def study() -> list[Cell]:
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """Everything that was measured, as Markdown: percent of the answers given, with 95 % intervals."""
+    """All results as Markdown tables: percent of right answers, with 95 % intervals."""
     found = {(row["task"], row["length"], row["setting"]): row for row in rows}
 
     def figure(name: str, task: str = "headings", length: int = LENGTH) -> str:

@@ -1,11 +1,11 @@
-"""Every answer of the shipped model, strategy by strategy: what the committed report is made of.
+"""Every answer of the shipped model, strategy by strategy: the records of the committed report.
 
     python benchmarks/needle_records.py --jobs 28 --out benchmarks/results/needle_records.jsonl
     apb report benchmarks/results/needle_records.jsonl.gz --out benchmarks/results/needle_report.html
 
-All ways to read answer the same samples. First a few are answered by one process alone, for the speeds. The rest is cut
-into units of a few samples that run in processes which share the GPUs. A run that is cut short keeps what it has in the
-.jsonl file and goes on from there when it is started again; one that ends writes everything into .jsonl.gz.
+All readings answer the same samples. First a single process answers a few, to measure speeds. The rest is split into
+units of a few samples, which run in processes that share the GPUs. An interrupted run keeps its records in the .jsonl
+file and resumes from it when started again; a complete one writes everything into .jsonl.gz.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FIRST_SEED = 100
 TASKS = ("headings", "variable_tracking", "multivalue", "multiquery", "multikey", "single")
 LENGTHS = (32768, 16384, 4096)
 BLOCKS = (8, 4)
-# Kinds in which a late block must be read in the light of an early one: there, what passing is for is taken apart.
+# Kinds in which a late block depends on an early one: these get the ablations of passing.
 NEED_EARLIER = ("headings",)
-# Answers of one process alone, per length and way to read, after one that is not counted.
+# Answers by a single process, per length and reading, after one that is not counted.
 TIMED = 3
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Some samples of one task and length, and how they are read."""
+    """Some samples of one task and length, and the settings that read them."""
 
     task: str
     length: int
@@ -48,7 +48,7 @@ class Unit:
 
 
 def readings(task: str, heads: str | None) -> list[Setting]:
-    """The ways to read: exact first, minference, which is slow, last."""
+    """All readings: exact first, and minference, which is slow, last."""
     found = [Setting.of("full")]
     for blocks in BLOCKS:
         found.append(Setting.of("star", blocks=blocks))
@@ -69,14 +69,14 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 for task in TASKS:
                     chosen = [s for s in readings(task, arguments.heads) if (s.strategy == "minference") is last]
                     chosen = [s for s in chosen if re.search(arguments.only, described(task, length, s))]
-                    # Few ways to read in a unit, so that the processes end together.
+                    # Few readings per unit, so that the processes finish together.
                     for start in range(0, len(chosen), 5):
                         count = min(arguments.shard, arguments.samples - first)
                         yield Unit(task, length, tuple(chosen[start : start + 5]), first, count)
 
 
 def described(task: str, length: int, setting: Setting) -> str:
-    """What ``--only`` chooses by."""
+    """The text that ``--only`` is matched against."""
     return (
         f"{task} {length} {setting.strategy} {setting.method.blocks} {setting.compressor and setting.compressor.name}"
     )
@@ -96,7 +96,7 @@ def answer(unit: Unit, processes: int) -> list[Record]:
 
 
 def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
-    """Answers of this process alone, in every way to read but those that take passing apart."""
+    """Yield answers of this single process by every reading except the ablations of passing."""
     engines.start(model, device)
     chosen = tuple(readings("multikey", heads))
     for length in LENGTHS:
@@ -105,7 +105,7 @@ def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
 
 
 def remaining(unit: Unit, known: set[tuple[object, ...]]) -> Unit:
-    """A unit with those of its ways to read in which a sample has not been answered."""
+    """The unit with only those readings that have unanswered samples."""
     first = FIRST_SEED * 1_000_000 + unit.first
     names = [str(number) for number in range(first, first + unit.count)]
     settings = [s for s in unit.settings if any((unit.task, unit.length, n, asked(s)) not in known for n in names)]
@@ -113,7 +113,7 @@ def remaining(unit: Unit, known: set[tuple[object, ...]]) -> Unit:
 
 
 def asked(setting: Setting) -> str:
-    """What a record says of a setting."""
+    """A setting in the form of a record's field ``asked``."""
     given = {name: value for name, value in asdict(setting).items() if value is not None and name != "heads"}
     return repr(sorted(given.items()))
 
@@ -124,10 +124,10 @@ def main() -> None:
     parser.add_argument("--heads", help="file of retaining heads; those that ship with the model, if it has some")
     parser.add_argument("--samples", type=int, default=102)
     parser.add_argument("--only", default="", help="regular expression on 'task length strategy blocks compressor'")
-    parser.add_argument("--no-speeds", action="store_true", help="time nothing: the device is another than the rest's")
+    parser.add_argument("--no-speeds", action="store_true", help="time nothing: the device differs from the rest's")
     parser.add_argument("--shard", type=int, default=17, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no unit after that time")
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no unit after that time")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
     arguments = parser.parse_args()
 
@@ -146,7 +146,7 @@ def main() -> None:
     missing = [unit for unit in (remaining(unit, known) for unit in units(arguments)) if unit.settings]
     speeds: list[Record] = []
     if not arguments.no_speeds:
-        # What the compilers make of this run is on disk when the others need it.
+        # This also fills the compilers' disk caches for the other processes.
         speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
         print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
     with engines.pool(model, arguments.jobs) as pool:
@@ -163,7 +163,7 @@ def main() -> None:
                     store.add(record)
                 print(f"{time.perf_counter() - began:.0f} s {unit.task} {unit.length}, {len(missing)} left", flush=True)
     if missing:
-        print(f"Out of time with {len(missing)} units left: start it again to go on.", flush=True)
+        print(f"Out of time with {len(missing)} units left: run the command again to continue.", flush=True)
     whole = sorted(store, key=lambda r: (r.length, TASKS.index(r.task), r.sample, r.reading_name))
     write_records(arguments.out.with_suffix(".jsonl.gz"), [*whole, *speeds])
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)

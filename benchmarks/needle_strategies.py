@@ -1,4 +1,4 @@
-"""What each strategy and compressor costs in accuracy on the shipped model: the table of its model card.
+"""Accuracy of each strategy and compressor on the shipped model: the table of its model card.
 
     python benchmarks/needle_strategies.py --jobs 16 --out benchmarks/results/needle_strategies.json
 
@@ -17,7 +17,7 @@ NEED_EARLIER = ("headings", "variable_tracking")
 
 
 def settings(task: str, length: int) -> dict[str, Setting]:
-    """Name of a row -> how it reads."""
+    """Settings by the name of their row."""
     block = length // BLOCKS
     rows = {
         "full": Setting.of("full"),

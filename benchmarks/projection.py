@@ -2,9 +2,9 @@
 
     python benchmarks/projection.py RESULT.json --out benchmarks/results/projection.json [--measured FILE ...]
 
-RESULT.json is what `apb bench prefill --out` wrote, best on two GPUs: then the rate between GPUs is of the same run.
-The costs are those of `apb plan`, the prompts those of `apb bench`. Beside the JSON lies the same as Markdown, with
-what `--measured` files of `apb bench prefill` say of the same readings.
+RESULT.json is a result file of `apb bench prefill --out`, best of a run on two GPUs, which includes the rate between
+GPUs. Costs are those of `apb plan`, prompts those of `apb bench`. The same is written as Markdown beside the JSON,
+together with the measurements of the same readings in `--measured` files of `apb bench prefill`.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from apb.planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 
 GPUS = (8, 16, 64)
 LENGTHS = tuple(1 << exponent for exponent in range(15, 21))
-# apb in so many times as many blocks too, where none is shorter than 4K: the paper's shortest, and paper_table.sh's.
+# apb also with MORE times as many blocks, unless they are shorter than 4K: the limit of the paper and paper_table.sh.
 MORE, SHORTEST = 4, 4096
 
 
 def ways(length: int, gpus: int) -> list[tuple[str, int | None]]:
-    """Strategies with their number of blocks, None where the plan chooses: as many as GPUs, or the paper's eight."""
+    """(strategy, blocks) pairs; None leaves the number to the plan: as many as GPUs, or the paper's eight."""
     more = MORE * max(gpus, 8)
     return [*((name, None) for name in METHODS), *([("apb", more)] if length // more >= SHORTEST else [])]
 
 
 def rows(basis: Basis, model: str) -> list[dict[str, Any]]:
-    """What is projected, one row for each number of GPUs, length and way to read; those that cannot be are left out."""
+    """The projection, one row per number of GPUs, length and reading; impossible ones are left out."""
     shape = model_shape(config_of(None, model) if model in shapes() else config_of(model, None))
     found = []
     for gpus in GPUS:
@@ -68,7 +68,7 @@ def name_of(row: dict[str, Any]) -> str:
 
 
 def measured_seconds(paths: list[Path]) -> dict[tuple[str, int, int, int], float]:
-    """Seconds in result files by strategy, ranks, blocks and length; full and minference are of one device."""
+    """Seconds in result files by (strategy, ranks, blocks, length); full and minference run on one device."""
     found = {}
     for path in paths:
         results = read_results([path])
@@ -80,7 +80,7 @@ def measured_seconds(paths: list[Path]) -> dict[tuple[str, int, int, int], float
 
 
 def table(found: list[dict[str, Any]], gpus: int) -> str:
-    """Seconds on so many GPUs: nothing hidden, all that can be hidden, and measured where they were."""
+    """Table of seconds on ``gpus`` GPUs: with maximal and without overlap, and measured ones where they exist."""
 
     def cell(row: dict[str, Any] | None) -> tuple[str, str]:
         if row is None:
@@ -135,8 +135,8 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="what apb bench prefill --out wrote")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON; the Markdown lies beside it")
+    parser.add_argument("result", type=Path, help="result file of apb bench prefill --out")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write; the Markdown goes beside it")
     parser.add_argument("--measured", type=Path, nargs="+", default=[], help="results to print beside the projection")
     arguments = parser.parse_args()
     basis = Basis.of_run(arguments.result, NETWORK_GBIT)

@@ -1,4 +1,4 @@
-"""Whether ring attention hides its sends: one layer's time against its attention alone and its sends alone.
+"""Overlap of sends and attention in ring attention: time of one layer, of its attention alone and its sends alone.
 
     torchrun --nproc-per-node 2 benchmarks/ring_overlap.py --rows 131072 --out benchmarks/results/ring_overlap.json
 
@@ -31,7 +31,7 @@ HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 @dataclass(frozen=True)
 class Deaf(Group):
-    """The same group, with every message at once there: what is computed takes as long, nothing is sent."""
+    """A group whose messages arrive at once: the same computation without communication."""
 
     def shift(self, x: Tensor) -> Pending:
         return Pending(x)

@@ -1,14 +1,14 @@
-"""The small kernels of a layer on one NVIDIA GPU: selection, decode, and what a cache in 8 bits would cost in accuracy.
+"""The small kernels of a layer on one NVIDIA GPU: selection, decode, and the accuracy cost of an 8-bit cache.
 
     python benchmarks/small_kernels.py --out benchmarks/results/small_kernels.json
 
-Heads of Llama-3.1-8B, bf16, random values. Times are of a call in a CUDA graph, without its launches; eager ones of a
-call as Python issues them. Selection: every step and all three, by torch and by the package's kernels; a choice's share
-of pairs that scores in fp64 choose too, and the share of pairs that are packed as they should be. The floor is what a
-step's bytes or products take at least, at the rates of a copy and of a large product of the same run; inputs are read
-again and again and may stay in the GPU's cache. Decode takes turns with several caches, so that keys come from memory.
-Its errors are relative to the reference back-end: of outputs to its result rounded to bf16, of partial results in fp32
-to that in fp32, and the largest difference of log-sum-exps.
+Heads of Llama-3.1-8B, bf16, random values. Times are of a call in a CUDA graph, without launch overhead; eager times
+are of a call issued from Python. Selection: each step and all three, by torch and by the package's kernels, with the
+share of chosen pairs that fp64 scores choose too, and the share of correctly packed pairs. The floor is the least time
+for a step's bytes or products, at the rates of a copy and of a large product in the same run; inputs are read
+repeatedly and may stay in the GPU's cache. Decode alternates between several caches, so that keys come from memory.
+Its errors are against the reference back-end: outputs against its result rounded to bf16, partial results in fp32
+against its fp32 result, and the largest difference of log-sum-exps.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from apb.hf.loading import pick_device
 from apb.kernels import fused, reference, selection
 
 SCALE = HEAD_DIM**-0.5
-# Selection: rows of the question; tokens of a block and pairs passed on.
+# Selection: query rows; tokens of a block and pairs passed on.
 ROWS, BLOCKS = 64, ((16384, 2048), (65536, 8192))
-# Decode: keys, rows, and caches that take turns.
+# Decode: keys, rows, and alternating caches.
 KEYS, DECODED, CACHES = (32768, 131072), (1, 32), 3
-# Calls in a graph, or in a row; times are medians of so many repeats.
+# Calls in a graph, or back to back; times are medians over REPEAT repeats.
 CALLS, REPEAT = 21, 9
-# How a column is headed, what its figures are divided by, and their form; others are shown as they are.
+# Column heading, divisor and format of a figure; others are shown unchanged.
 COLUMNS = {
     "seconds": ("us", 1e-6, ".1f"),
     "eager_seconds": ("eager us", 1e-6, ".1f"),
@@ -54,16 +54,16 @@ COLUMNS = {
 
 
 def draw(tokens: int, heads: int, device: torch.device) -> Tensor:
-    """(tokens, heads, head_dim) bf16, each head's tokens in one piece, as they lie in the cache."""
+    """(tokens, heads, head_dim) bf16, each head's tokens contiguous in memory, as in the cache."""
     return torch.randn(heads, tokens, HEAD_DIM, device=device).bfloat16().transpose(0, 1)
 
 
 def median_seconds(call: Callable[[], object], calls: int = 1) -> float:
-    """By the GPU's clock, of one of so many calls that are issued one after the other."""
+    """Median seconds per call, by CUDA events, of ``calls`` back-to-back calls."""
     seconds = []
     for _ in range(REPEAT):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()  # while it is computed, those that are timed are issued
+        call()  # keeps the GPU busy while the timed calls are launched
         start.record()
         for _ in range(calls):
             call()
@@ -74,7 +74,7 @@ def median_seconds(call: Callable[[], object], calls: int = 1) -> float:
 
 
 def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Of one of the calls, which take turns in a CUDA graph: there, launching from Python costs nothing."""
+    """Median seconds per call of ``calls``, alternating in a CUDA graph, without the overhead of Python launches."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -86,7 +86,7 @@ def graph_seconds(calls: Sequence[Callable[[], object]]) -> float:
 
 
 def launches(call: Callable[[], object]) -> int:
-    """Kernels, copies and fills of a call."""
+    """Number of kernels, copies and fills that a call launches."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
@@ -96,7 +96,7 @@ def launches(call: Callable[[], object]) -> int:
 
 
 def temporary_bytes(call: Callable[[], object]) -> int:
-    """Most that a call has allocated at a time, its result among it."""
+    """Peak memory that a call allocates, in bytes, its result included."""
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
@@ -104,7 +104,7 @@ def temporary_bytes(call: Callable[[], object]) -> int:
 
 
 def exact_scores(q: Tensor, k: Tensor) -> Tensor:
-    """What :func:`apb.kernels.selection.attention_received` computes, in fp64; the result in fp32."""
+    """:func:`apb.kernels.selection.attention_received` computed in fp64; returns fp32."""
     received = []
     for head, rows in enumerate(q.double().split(HEADS // KV_HEADS, dim=1)):
         logits = rows.flatten(0, 1) @ k[:, head].double().T * SCALE
@@ -113,13 +113,13 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def bench_selection(tokens: int, pairs: int, device: torch.device, copy: float, products: float) -> Iterator[Row]:
-    """A row for every step and who computes it; ``copy`` is in bytes, ``products`` in FLOPs a second."""
+    """Yield a row per step and implementation; ``copy`` is in bytes per second, ``products`` in FLOPs per second."""
     torch.manual_seed(0)
     q, k, v = draw(ROWS, HEADS, device), draw(tokens, KV_HEADS, device), draw(tokens, KV_HEADS, device)
     exact = exact_scores(q, k)
     wanted = selection.choose(exact, pairs, tokens, pooled=True, triton=False)
     expected = torch.stack([torch.stack([x[wanted[h], h] for h in range(KV_HEADS)], 1) for x in (k, v)])
-    message = k.new_empty(2, KV_HEADS, pairs, HEAD_DIM).transpose(1, 2)  # as it is sent
+    message = k.new_empty(2, KV_HEADS, pairs, HEAD_DIM).transpose(1, 2)  # strides of the send buffer
     floors = {
         "score": max((k.nbytes + exact.nbytes) / copy, 2 * q.numel() * tokens / products),
         "choose": (exact.nbytes + wanted.nbytes) / copy,
@@ -163,7 +163,7 @@ def bench_selection(tokens: int, pairs: int, device: torch.device, copy: float, 
 
 
 def bench_decode(rows: int, keys: int, device: torch.device, copy: float) -> Row:
-    """Rows that are the cache's last; ``copy``: bytes a second."""
+    """Result row of decode with the cache's last ``rows`` rows; ``copy``: bytes per second."""
     from apb.kernels import decode
 
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def shown(name: str, value: Any) -> str:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """A table for each part, then the rates that figures stand beside, the hardware and the versions."""
+    """Print a table for each part, then the measured ceilings, the hardware and the versions."""
     from rich.console import Console
     from rich.table import Table
 
@@ -219,10 +219,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures there, as JSON")
     out: Path | None = parser.parse_args().out
     if out is not None and not out.parent.is_dir():
-        raise InputError(f"The figures cannot be written to {str(out)!r}: there is no folder {str(out.parent)!r}.")
+        raise InputError(f"The results cannot be written to {str(out)!r}: there is no folder {str(out.parent)!r}.")
     device, dtype = pick_device(None), torch.bfloat16
     if device.type != "cuda":
-        raise InputError("These kernels are measured on an NVIDIA GPU, and torch sees none here.")
+        raise InputError("These kernels are measured on an NVIDIA GPU, but torch sees none here.")
     if obstacle := fused.why_not(device, dtype, HEAD_DIM):
         raise InputError(f"These kernels do not run here: {obstacle}.")
     copy, products = copy_bandwidth(device), product_rate(device, dtype)

@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what `apb check` finds for the default configuration of every family named here."""
+"""Writes docs/models.md: the result of `apb check` on the default configuration of every family listed here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FAMILIES = (
 
 TITLE = """# Models
 
-Written by `python docs/table.py`; a test keeps it true. For every family: its default configuration in transformers,
-made small and given random weights, and read by every strategy. *Yes*: `full` gives transformers' own logits, `ring`,
-`ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and
-through decode. `apb check --model PATH [--ranks R]` says the same of any checkpoint, and prints the figures.
+Written by `python docs/table.py`; a test checks that it is up to date. For every family, its default configuration in
+transformers is shrunk, given random weights, and read by every strategy. *Yes*: `full` gives transformers' own logits,
+and `ring`, `ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the
+prompt and during decode. `apb check --model PATH [--ranks R]` does the same for any checkpoint, and prints the figures.
 
-Layers with a sliding window are exact in every strategy: a row sees what the model's window gives it, fetched from the
-rank that holds it, and nothing is selected there. Latent attention caches latents, attends to keys and values expanded
-from them, and reads in one round.
+Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
+ranks that hold them, without selection. Latent attention caches latents, attends to keys and values expanded from them,
+and reads in one round.
 
 | model type | supported | layers, or the reason |
 |---|---|---|

@@ -1,8 +1,8 @@
-"""Ask a question of a long document, with apb and with full attention: what `make demo` runs.
+"""Ask a question about a long document, with apb and with full attention; run by `make demo`.
 
     python examples/demo.py [--document FILE --query TEXT] [--out FILE.json]
 
-Without a document one is generated: running text in which many facts of one kind are hidden, of which one is asked.
+Without a document one is generated: running text with many hidden facts of one kind, and a question about one of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from apb.evaluation.tasks import generate
 from apb.hf.loading import shipped_model
 
 DOCUMENT_TOKENS = 33_000
-# On one device smaller blocks and fewer passed pairs mean less to compute.
+# On one device smaller blocks and fewer passed pairs mean less computation.
 BLOCKS = 16
 PASSING_LENGTH = 64
 SEED = 2025

@@ -65,5 +65,5 @@ def test_what_cannot_be_shared_is_refused() -> None:
     gpt2 = families.make("GPT2LMHeadModel", {"n_embd": 64, "n_layer": 1, "n_head": 4}).config
     with pytest.raises(apb.InputError, match="'gpt2' models have no plan"):
         check_shards(gpt2, 2)
-    with pytest.raises(apb.InputError, match=r"1 processes cannot be shared out to ranks of 2"):
+    with pytest.raises(apb.InputError, match=r"1 processes cannot be divided into ranks of 2"):
         Mesh.join(torch.device("cpu"), 2)

@@ -354,7 +354,7 @@ def test_a_model_that_cannot_be_made() -> None:
     """Values that a model's own code trips over are the configuration's fault, and said in one sentence."""
     config = LlamaConfig(hidden_size=64, num_attention_heads=4, intermediate_size=96, num_hidden_layers=2)
     config.hidden_act = "no such thing"
-    with pytest.raises(apb.InputError, match=r"No 'llama' model can be made of this configuration: .*; correct it"):
+    with pytest.raises(apb.InputError, match=r"No 'llama' model can be built from this configuration: .*; correct it"):
         model_shape(config)
 
 

@@ -64,5 +64,5 @@ def test_without_a_gpu_the_benchmark_refuses() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "small_kernels.py: These kernels are measured on an NVIDIA GPU, and torch sees none here."
+        "small_kernels.py: These kernels are measured on an NVIDIA GPU, but torch sees none here."
     ]

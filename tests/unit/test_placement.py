@@ -120,7 +120,7 @@ def test_models_that_do_not_say_what_is_a_layer(monkeypatch: pytest.MonkeyPatch)
     """A layer that was cut in two would add numbers of two devices."""
     model = on_meta(small_llama(2))
     monkeypatch.setattr(model, "_no_split_modules", None)
-    with pytest.raises(InputError, match="does not say which of its modules"):
+    with pytest.raises(InputError, match="does not declare which of its modules"):
         placement.balanced(model, 2, torch.bfloat16)
 
 
@@ -284,7 +284,9 @@ def test_ranks_take_gpus_one_after_the_other(checkpoint: Path, monkeypatch: pyte
 def test_more_gpus_than_there_are() -> None:
     """One sentence, before anything is started or loaded."""
     assert launch.ranks_to_use(2, CUDA, gpus=2) == 2
-    with pytest.raises(InputError, match=r"--gpus-per-rank 2 on 3 ranks takes 6 GPUs, and this machine has 4\."):
+    with pytest.raises(
+        InputError, match=r"--gpus-per-rank 2 on 3 ranks takes 6 GPUs, and this machine has 4; use fewer\."
+    ):
         launch.ranks_to_use(3, CUDA, gpus=2)
     with pytest.raises(InputError, match="on 1 rank takes 5 GPUs"):
         launch.join(CUDA, gpus=5)

@@ -117,16 +117,16 @@ def test_reports_that_cannot_be_made(cli: Cli, files: list[Path], tmp_path: Path
     other = tmp_path / "other.json"
     for text in ("{", "[1]", '{"rows": []}', json.dumps(json.loads(files[0].read_text()) | {"rows": [{"a": 1}]})):
         other.write_text(text)
-        cli("report", other, "--out", out).refused("other.json", "no result of apb bench")
+        cli("report", other, "--out", out).refused("other.json", "not a result file of apb bench")
     whole = json.loads(files[0].read_text())
     senseless = ({"seconds": "fast"}, {"parts": {"mlp": "x"}}, {"plan": None}, {"length": "long"})
     reports = [whole | {"rows": [whole["rows"][0] | wrong]} for wrong in senseless]
     for report in (*reports, whole | {"layers": 0}, whole | {"ranks": "two"}, whole | {"fingerprint": "H1"}):
         other.write_text(json.dumps(report))
-        cli("report", other, "--out", out).refused("other.json", "no result of apb bench")
+        cli("report", other, "--out", out).refused("other.json", "not a result file of apb bench")
     written(other, row("full", 1024, 1.0), model="another")
     cli("report", files[0], other, "--out", out).refused("several models", "m and another")
-    cli("report", files[0], tmp_path / "answers.jsonl", "--out", out).refused("not of both")
+    cli("report", files[0], tmp_path / "answers.jsonl", "--out", out).refused("not both")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     cli("report", files[0], "--out", tmp_path / "page.html").refused("matplotlib", "apb[report]")
     done = cli("report", files[0], "--out", out)

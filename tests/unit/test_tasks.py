@@ -309,7 +309,7 @@ def test_passages_that_cannot_be_used(tmp_path):
     for items, fragment in (
         (["{"], "Line 1"),
         ([PASSAGES[0], {"question": "Who?", "answers": [], "passages": ["A"]}], "Line 2"),
-        ([PASSAGES[0], {"question": "Who?", "answers": "Maud", "passages": ["A"]}], "Line 2.*are lists"),
+        ([PASSAGES[0], {"question": "Who?", "answers": "Maud", "passages": ["A"]}], "Line 2.*must be lists"),
         ([PASSAGES[0], {"question": "Who?"}], "Line 2.*there is no 'answers'"),
         ([PASSAGES[0]], "no question"),
         ([ASKED[0]], "no passage of id 'A'"),

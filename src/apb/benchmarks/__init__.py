@@ -1,1 +1,1 @@
-"""Figures: every one with its baseline from the same run, and the floor beside it."""
+"""Benchmarks: every figure comes with a baseline and a lower bound from the same run."""

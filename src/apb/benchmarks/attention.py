@@ -1,10 +1,10 @@
-"""Attention of a block over [anchor | passed pairs | itself] by several kernels, each with its time and its error.
+"""Attention of a block over [anchor | passing block | block] by several kernels: times and errors.
 
-The work is what APB gives one rank in one layer. What a competitor needs concatenated is concatenated before the clock
-starts. FLOPs are those of unmasked query/key pairs; errors are against fp64, on a sample of rows and heads. The kernels
-of a shape take turns: a GPU's clock follows its power and heat, and all of them should meet the same. A turn is long
-enough for the clock to settle where the kernel's own power puts it, as it does in a prefill; what comes before that is
-not timed.
+The work is that of one rank in one layer of APB. Inputs that a competitor needs concatenated are concatenated before
+the clock starts. FLOPs count unmasked query/key pairs; errors are against fp64, on a sample of rows and heads. The
+kernels of a shape take turns, so that all of them run under the same power and thermal conditions. A turn is long
+enough for the GPU clock to settle at the kernel's own power draw, as it does in a prefill; calls before that are not
+timed.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..hardware import synchronize
 from ..kernels.segment import Segment
 from .attention_kernels import KERNELS, Result
 
-# A turn is as many calls as fill this time, at least two; those of its first quarter, at least one, are not timed.
+# A turn is as many calls as fill this many seconds, at least two; the first quarter of them, at least one, is untimed.
 _TURN_S, _UNTIMED = 0.2, 0.25
 _SAMPLED_ROWS, _SAMPLED_HEADS = 256, 3
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Query heads, KV heads and head dim; rows of the block, of the anchor and of the passing block."""
+    """Query heads, KV heads and head dim; lengths, in rows, of the block, the anchor and the passing block."""
 
     heads: int
     kv_heads: int
@@ -41,7 +41,7 @@ class Shape:
 
     @classmethod
     def parse(cls, text: str) -> Shape:
-        """From "32/8,128,16384,4096,14336"."""
+        """Parse a shape such as "32/8,128,16384,4096,14336"; InputError if ``text`` is none."""
         try:
             heads, *rest = text.split(",")
             numbers = [int(x) for x in (*heads.split("/"), *rest)]
@@ -60,16 +60,16 @@ class Shape:
 
     @property
     def flops(self) -> int:
-        """Of QK and PV over the pairs that are not masked."""
+        """FLOPs of QK and PV over the unmasked query/key pairs."""
         pairs = self.block * (self.anchor + self.passing) + self.block * (self.block + 1) // 2
         return 4 * self.heads * self.head_dim * pairs
 
     def kv_bytes(self, element_bytes: int) -> int:
-        """Of all keys and values."""
+        """Bytes of all keys and values."""
         return 2 * (self.block + self.anchor + self.passing) * self.kv_heads * self.head_dim * element_bytes
 
 
-# Local rows of APB at 128K, 64K and 512K tokens; the first with ragged lengths; and one step of decode.
+# A rank's rows under APB at 128K, 64K and 512K tokens; the first of these with ragged lengths; and one decode step.
 GPU_SHAPES = [
     Shape(32, 8, 128, 16384, 4096, 14336),
     Shape(32, 8, 128, 8192, 2048, 1024),
@@ -84,13 +84,14 @@ CPU_SHAPES = [Shape(8, 2, 64, 512, 128, 448)]
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel on one shape; ``note`` says why there are no figures, where there are none.
+    """One kernel on one shape.
 
     Attributes:
         seconds: median over ``all_seconds``, a call's time in each turn; turn i of all kernels of a shape is one round.
         of_fastest: median over the rounds of the fastest kernel's time over this one's; 1 for the fastest itself.
         error: norm of the difference to fp64 over the norm of fp64, on the sample; ``lse_error``: largest difference.
-        kv_bytes_per_s: bytes of keys and values over seconds: what counts in decode.
+        kv_bytes_per_s: bytes of keys and values per second, the relevant rate in decode.
+        note: the reason for missing figures; None if there are figures.
     """
 
     shape: str
@@ -112,7 +113,7 @@ class Row:
 def bench_attention(
     shapes: Sequence[Shape], device: torch.device, dtype: torch.dtype, repeat: int, kernels: Sequence[str] = ()
 ) -> Iterator[Row]:
-    """Yield a row for every shape and kernel (all that there are, if none is named), on fresh random inputs."""
+    """Yield a row for every shape and kernel (all kernels if none is named), on random inputs seeded by shape."""
     for name in kernels:
         if name not in KERNELS:
             raise InputError(f"Unknown kernel {name!r}; choose from {', '.join(KERNELS)}.")
@@ -128,7 +129,7 @@ def bench_attention(
                 call = KERNELS[name](q, segments)
                 rows[name] = _checked(shape, name, call, q, sample, expected)
                 calls[name] = call
-            except Exception as error:  # whatever stops one kernel, the others are still compared
+            except Exception as error:  # if one kernel fails, the others are still compared
                 rows[name] = Row(str(shape), name, note=str(error).splitlines()[0][:200])
         seconds = _in_turns(calls, device, repeat)
         fastest = min(seconds.values(), key=statistics.median, default=[])
@@ -141,7 +142,7 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ten
         return torch.randn(rows, heads, shape.head_dim, device=device).to(dtype)
 
     lengths = [(shape.anchor, False), (shape.passing, False), (shape.block, True)]
-    if shape.block == 1:  # a step of decode: one run of keys, the last of them its own
+    if shape.block == 1:  # a decode step: one segment, whose last key is the row's own
         lengths = [(shape.anchor + shape.passing + 1, True)]
     segments = [
         Segment(draw(rows, shape.kv_heads), draw(rows, shape.kv_heads), causal) for rows, causal in lengths if rows
@@ -150,7 +151,7 @@ def _inputs(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 
 def _sample(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows and heads, the first and the last among them."""
+    """Sampled rows and heads, both with the first and the last."""
     rows = torch.randperm(shape.block, device=device)[:_SAMPLED_ROWS]
     rows[0], rows[-1] = 0, shape.block - 1
     heads = torch.linspace(0, shape.heads - 1, min(_SAMPLED_HEADS, shape.heads), device=device).round().long()
@@ -158,7 +159,7 @@ def _sample(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _dense(q: Tensor, segments: list[Segment], rows: Tensor, heads: Tensor) -> Result:
-    """One masked softmax in fp64 for some rows and heads: (rows, heads, head_dim) and (heads, rows)."""
+    """Masked softmax attention in fp64 for some rows and heads: out (rows, heads, head_dim) and lse (heads, rows)."""
     outs, lses = [], []
     for head in heads.tolist():
         scores, values = [], []
@@ -180,9 +181,9 @@ def _dense(q: Tensor, segments: list[Segment], rows: Tensor, heads: Tensor) -> R
 def _checked(
     shape: Shape, name: str, call: Callable[[], Result], q: Tensor, sample: tuple[Tensor, Tensor], expected: Result
 ) -> Row:
-    """A row with the errors of one call."""
+    """Result row with the errors of one call."""
     rows, heads = sample
-    poison = torch.full_like(q, float("nan"))  # freed again: what the call allocates and leaves unwritten shows
+    poison = torch.full_like(q, float("nan"))  # freed again, so that output the call leaves unwritten is nan
     del poison
     out, lse = call()
     error = (out[rows][:, heads].double() - expected[0]).norm() / expected[0].norm()
@@ -193,7 +194,7 @@ def _checked(
 
 
 def _in_turns(calls: dict[str, Callable[[], Result]], device: torch.device, repeat: int) -> dict[str, list[float]]:
-    """Seconds a call of every kernel, ``repeat`` times: all take one turn, then all take the next."""
+    """Seconds per call of every kernel, ``repeat`` times: all take one turn, then all take the next."""
     counts = {}
     for name, call in calls.items():
         fit = _TURN_S / _turn(call, device, 1, 1)
@@ -206,7 +207,7 @@ def _in_turns(calls: dict[str, Callable[[], Result]], device: torch.device, repe
 
 
 def _turn(call: Callable[[], Result], device: torch.device, untimed: int, timed: int) -> float:
-    """Seconds a call, the mean of ``timed`` after ``untimed``; a GPU computes these while the others are launched."""
+    """Mean seconds of ``timed`` calls after ``untimed`` ones, which keep a GPU busy while the timed are launched."""
     synchronize(device)
     for _ in range(untimed):
         call()

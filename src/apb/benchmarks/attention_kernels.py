@@ -1,4 +1,4 @@
-"""The kernels that ``apb bench attention`` compares: each makes a call from q and segments, or says why it cannot."""
+"""The kernels that ``apb bench attention`` compares: each builds a call from q and segments, or raises the reason."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..kernels.fused import Part, Task
 from ..kernels.merge import merge
 from ..kernels.segment import Segment
 
-# (out, lse) as apb.attention gives them.
+# (out, lse) as returned by apb.attention.
 Result = tuple[Tensor, Tensor]
 
 
@@ -61,7 +61,7 @@ def _flash2(q: Tensor, segments: list[Segment]) -> Callable[[], Result]:
     if q.device.type != "cuda":
         raise InputError("FlashAttention 2 needs an NVIDIA GPU")
     if len(segments) == 1 and len(q) == 1:
-        segments = [Segment(segments[0].k, segments[0].v)]  # one row sees all: no mask
+        segments = [Segment(segments[0].k, segments[0].v)]  # a single row sees every key: no mask
 
     def one(segment: Segment) -> Result:
         q4, k4, v4 = (x.transpose(0, 1).unsqueeze(0) for x in (q, segment.k, segment.v))
@@ -123,7 +123,7 @@ def _flash3(q: Tensor, segments: list[Segment]) -> Callable[[], Result]:
 
 @cache
 def _load_flash3() -> Any:
-    """FlashAttention 3 as xformers' wheel carries it; it wants the CUDA 12 runtime, of nvidia-cuda-runtime-cu12."""
+    """FlashAttention 3 from xformers' wheel; it needs the CUDA 12 runtime of nvidia-cuda-runtime-cu12."""
     library = _inside("xformers", "flash_attn_3/_C.so")
     ctypes.CDLL(str(_inside("nvidia", "cuda_runtime/lib/libcudart.so.12")), mode=ctypes.RTLD_GLOBAL)
     torch.ops.load_library(str(library))
@@ -146,7 +146,7 @@ def _reference(q: Tensor, segments: list[Segment]) -> Callable[[], Result]:
 
 
 def _context_first(segments: list[Segment]) -> list[Segment]:
-    """Everything but the causal segment as one, so that two calls do."""
+    """Concatenate all segments but the causal one, so that two calls suffice."""
     *others, own = segments
     if not others:
         return [own]

@@ -1,4 +1,4 @@
-"""What the hardware reaches at best, measured at the start of a benchmark: the rates its floor is computed from."""
+"""Hardware ceilings, measured at the start of a benchmark: the rates that its floor is computed from."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..hardware import Stopwatch
 from ..kernels.attention import Segment, attention
 from ..planning.cost import Ceilings
 
-# A prefill takes seconds. After some tens of milliseconds of matrix products a GPU at its power limit lowers its clock.
+# A prefill takes seconds, but after some tens of ms of matrix products a GPU at its power limit lowers its clock.
 _SUSTAINED_S = 0.4
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> Ceilings:
     """Rates of a large matrix product, causal attention (32 heads over 8 KV heads of 128), an all-gather and a copy.
 
-    Products and attention at the rate that the device keeps up, not at that of its first call. The sizes fill a GPU; on
-    the CPU they are smaller. The link is 0 for a single rank.
+    Products and attention are measured at the sustained rate, not at that of the first call. The sizes fill a GPU; on
+    the CPU they are smaller. The link rate is 0 for a single rank.
     """
     linear, products = product_rate(device, dtype), attention_rate(device, dtype)
     link = 0.0
@@ -32,7 +32,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, group: Group) -> 
 
 
 def attention_rate(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> float:
-    """FLOPs per second of causal attention, at the rate that the device keeps up: what is masked is not counted."""
+    """Sustained FLOPs per second of causal attention, counting unmasked pairs only."""
     rows = 32768 if device.type == "cuda" else 2048
     q, k, v = (torch.randn(rows, heads, 128, device=device, dtype=dtype) for heads in (32, 8, 8))
     pairs = rows * (rows + 1) // 2
@@ -41,21 +41,21 @@ def attention_rate(device: torch.device, dtype: torch.dtype, backend: str = "aut
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs per second of a large matrix product, at the rate that the device keeps up."""
+    """Sustained FLOPs per second of a large matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / sustained_seconds(lambda: a @ b, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a large copy on the device."""
+    """Bytes per second, read plus written, of a large copy on the device."""
     source = torch.randn(1 << 30 if device.type == "cuda" else 1 << 25, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), device)
 
 
 def sustained_seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call when calls have followed each other for a while, and go on to; on the CPU, of a few calls."""
+    """Seconds per call in a long run of back-to-back calls after an equally long warm-up; on the CPU three calls."""
     once = median_seconds(function, device, repeat=3)
     calls = math.ceil(_SUSTAINED_S / once) if device.type == "cuda" else 3
     for _ in range(calls):
@@ -67,7 +67,7 @@ def sustained_seconds(function: Callable[[], object], device: torch.device) -> f
 
 
 def median_seconds(function: Callable[[], object], device: torch.device, warm_up: int = 2, repeat: int = 5) -> float:
-    """Median time of a call, after some that are not counted."""
+    """Median seconds of ``repeat`` calls after ``warm_up`` untimed ones."""
     for _ in range(warm_up):
         function()
     seconds = []

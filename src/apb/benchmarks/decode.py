@@ -1,4 +1,4 @@
-"""Decode after a long prompt: seconds a token beside the time it takes to read weights and cache once."""
+"""Decode after a long prompt: seconds per token, and the time it takes to read weights and cache once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Not counted: the first ones compile kernels, and the second token captures the graph.
+# Untimed steps: the first ones compile kernels, and the second one captures the graph.
 WARM_UP = 4
 
 
@@ -26,12 +26,13 @@ class Row:
     """Decode at one length.
 
     Attributes:
-        graph: whether steps were replayed as a CUDA graph.
+        graph: True if steps were replayed as a CUDA graph.
         seconds: median of a step on the slowest rank; ``tokens_per_s`` is its inverse.
-        weight_bytes, cache_bytes: what a rank reads for a token: all weights but the embedding table, and its shard.
-        limit_seconds: those bytes at the copy bandwidth measured in the same run, on the rank with most of them.
+        weight_bytes, cache_bytes: bytes that a rank reads per token: all weights but an untied embedding table, and the
+            largest shard of the cache.
+        limit_seconds: time to read those bytes at the copy bandwidth measured in the same run.
         of_limit: limit_seconds / seconds.
-        same_tokens: whether greedy decoding chose what it chose without the graph; None for the row without.
+        same_tokens: True if greedy decoding chose the same tokens as without the graph; None in the row without it.
     """
 
     length: int
@@ -53,9 +54,10 @@ class Row:
 def bench_decode(
     model: PreTrainedModel, shape: ModelShape, lengths: Sequence[int], tokens: int, bandwidth: float, **reading: Any
 ) -> Iterator[Row]:
-    """Yield for every length a row without and, where they can be had, one with CUDA graphs. Every rank must run it.
+    """Yield a row for every length, and on GPUs a second one with CUDA graphs if they can be captured.
 
-    The prompt is random tokens, read as ``reading`` says; ``tokens`` steps are counted, each by itself.
+    The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
+    ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
     """
     for length in lengths:
         plain: list[int] | None = None
@@ -85,7 +87,7 @@ def _measure(
     width = engine.dtype.itemsize
     tied = tied_embeddings(engine.model.config)
     weights = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
-    # Of the ranks, the one with the largest shard.
+    # On the rank with the largest shard.
     cache = int(slowest(engine.group, engine.device, session.cache_bytes()))
     limit = (weights + cache) / bandwidth
     median = statistics.median(seconds)

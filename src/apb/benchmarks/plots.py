@@ -1,4 +1,4 @@
-"""The plots of ``apb bench prefill`` as SVG text: seconds against length, and where they go."""
+"""Plots of ``apb bench prefill`` as SVG text: seconds against length, and seconds by part."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ COLUMNS = 3
 
 
 def plots(results: Results) -> dict[str, tuple[str, str]]:
-    """(caption, SVG) of the plots that the results allow, by a short name.
+    """(caption, SVG) of each plot that the results allow, by a short name.
 
-    InputError where matplotlib is not installed.
+    Raises:
+        InputError: matplotlib is not installed.
     """
     drawn: dict[str, tuple[str, str]] = {}
     with drawing() as new_figure:
@@ -37,7 +38,7 @@ def plots(results: Results) -> dict[str, tuple[str, str]]:
 
 
 def write_plots(results: Results, beside: Path) -> list[tuple[str, Path]]:
-    """Write every plot beside a file as ``<stem>_<name>.svg``; (caption, path) of each."""
+    """Write every plot beside a file as ``<stem>_<name>.svg``; returns (caption, path) of each."""
     written = []
     for name, (caption, text) in plots(results).items():
         path = beside.with_name(f"{beside.stem}_{name}.svg")
@@ -47,12 +48,12 @@ def write_plots(results: Results, beside: Path) -> list[tuple[str, Path]]:
 
 
 def clocked(results: Results, length: int) -> list[Point]:
-    """Points of a length whose parts were clocked, all layers run."""
+    """Points of a length that ran all layers and whose parts were timed."""
     return [point for point in results.prefill if point.length == length and point.row["parts"] and point.scale == 1]
 
 
 def by_length(figure: Figure, results: Results) -> None:
-    """A line for every way to read, both axes logarithmic."""
+    """Draw a line for every reading, both axes logarithmic."""
     axes = figure.subplots()
     for number, name in enumerate(results.names):
         points = [(p.length, p.seconds) for p in results.prefill if p.name == name and p.seconds]
@@ -67,7 +68,7 @@ def by_length(figure: Figure, results: Results) -> None:
 
 
 def by_part(figure: Figure, results: Results, lengths: list[int]) -> None:
-    """A field for every length with a bar for every way to read, its parts stacked."""
+    """Draw axes for every length with a bar for every reading, its parts stacked."""
     lines = -(-len(lengths) // COLUMNS)
     fields = figure.subplots(lines, min(len(lengths), COLUMNS), squeeze=False).flatten()
     for axes in fields[len(lengths) :]:
@@ -77,7 +78,7 @@ def by_part(figure: Figure, results: Results, lengths: list[int]) -> None:
         below = [0.0] * len(points)
         for number, part in enumerate(points[0].row["parts"]):
             heights = [max(point.row["parts"][part], 0.0) for point in points]
-            # One legend for all fields: they have the same parts.
+            # One legend for all axes, which have the same parts.
             label = part if axes is fields[0] else None
             axes.bar(range(len(points)), heights, 0.7, below, label=label, color=COLOURS[number % len(COLOURS)])
             below = [low + height for low, height in zip(below, heights, strict=True)]

@@ -1,4 +1,4 @@
-"""Prefill of random tokens by several strategies and lengths in one run, beside the floor of each plan."""
+"""Prefill of random tokens by several strategies and lengths in one run, each compared with its plan's floor."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 QUERY_TOKENS = 32
 # The columns of the paper's tables 14 and 16, in the order of a layer.
 PARTS = ("qkv", "scoring", "selection", "communication", "attention", "output", "mlp")
-# What families call the map behind attention.
+# Names of the output projection in the model families.
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
@@ -44,14 +44,14 @@ class Row:
     Attributes:
         backend: the attention back-end.
         seconds: median over the repeats of the slowest rank's time; ``all_seconds`` are the repeats.
-        floor_seconds: what the plan's FLOPs alone take at the ceilings measured in the same run.
-        attention_rate: FLOPs per second that the back-end reached at the start of the same run.
-        predicted_seconds: with the bytes that are sent and moved, nothing overlapped, attention at that rate;
-            ``prediction_error`` is how much longer that is than what was measured (0.1: 10 % longer).
-        speedup: the first strategy's seconds at this length over these; None for the first itself.
-        parts: seconds by part on the first rank in one more prefill, whose clocks cost little; they sum to that
-            prefill's time. "communication" is what is waited for, not what is hidden.
-        note: why there are no figures, where there are none; no plan either where the request does not fit.
+        floor_seconds: time of the plan's FLOPs alone at the ceilings measured in the same run.
+        attention_rate: FLOPs per second of the back-end, measured at the start of the same run.
+        predicted_seconds: FLOPs plus bytes sent and moved, without overlap, with attention at that rate;
+            ``prediction_error`` is its relative error (0.1: the prediction is 10 % above the measurement).
+        speedup: the first strategy's seconds at this length over this row's; None for the first strategy.
+        parts: seconds by part on the first rank in one more prefill, with little overhead from the clocks; they sum to
+            that prefill's time. "communication" is the time spent waiting, without the overlapped part.
+        note: the reason for missing figures; if the request does not fit, ``plan`` is empty too.
     """
 
     strategy: str
@@ -94,12 +94,12 @@ def bench_prefill(
 ) -> Iterator[Row]:
     """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
 
-    One prefill of each is not counted, and one more, clocked by part, follows those that are. What does not fit into
-    ``max_seconds``, by its floor, or into memory, by its plan, is left out, with a note; what does is repeated as often
-    as it fits. Out of memory after all, one rank alone goes on with what follows; of several the others could not know,
-    and the error is raised.
-    ``baseline_backend`` is the attention back-end of the first strategy, "torch" for the kernels that others have.
-    ``options`` are those of strategies, each given to all strategies that know it. Every rank must run it.
+    Each runs one untimed prefill, up to ``repeat`` timed ones, and one more timed by part. A case that does not fit
+    into ``max_seconds``, by its floor, or into memory, by its plan, is left out with a note; the others are repeated as
+    often as ``max_seconds`` allows. If memory runs out nevertheless, a single rank notes it and goes on, and several
+    ranks raise torch.OutOfMemoryError, since the other ranks could not know.
+    ``baseline_backend`` is the attention back-end of the first strategy, for instance "torch" for torch's own kernels.
+    ``options`` are those of strategies, each given to all strategies that have it. Every rank must iterate over it.
     """
     rates: dict[str, float] = {}
     for length in lengths:
@@ -191,7 +191,7 @@ def _measure(
 
 
 def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:
-    """Seconds by part of one prefill on this rank; what no part covers is "other"."""
+    """Seconds by part of one prefill on this rank; the remainder is "other"."""
     with clocked(engine.device) as clock, _clocked_modules(engine.model, clock):
         total = engine.prefill(prompt).timing["prefill_s"]
         seconds = clock.seconds()
@@ -200,7 +200,7 @@ def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:
 
 @contextmanager
 def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
-    """Clock linear maps of attention and the MLPs, by hooks: transformers' code stays as it is."""
+    """Time the linear layers of attention and the MLPs with hooks, without changing transformers' code."""
     open_parts: list[AbstractContextManager[None]] = []
     handles: list[Any] = []
 
@@ -214,7 +214,7 @@ def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
 
         handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
 
-    whole = ""  # the module last clocked as a whole, in front of its own children
+    whole = ""  # path prefix of the module last timed as a whole; its children come right after it
     for path, module in model.named_modules():
         kind = type(module).__name__
         if hasattr(module, "layer_idx") and kind.endswith("Attention"):
@@ -232,15 +232,17 @@ def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
 
 
 def random_prompt(engine: Engine, length: int) -> Prompt:
-    """``length`` random tokens in all, the same on every rank."""
+    """A prompt of ``length`` random tokens in all, the same on every rank."""
     if length <= 1 + QUERY_TOKENS:
-        raise InputError(f"A length of {length} leaves no document beside the query of {QUERY_TOKENS} tokens.")
+        raise InputError(
+            f"A length of {length} leaves no document beside the {QUERY_TOKENS} query tokens; use a larger one."
+        )
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(vocabulary(engine.model.config), (length,), generator=generator).tolist()
     return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])
 
 
 def slowest(group: Group, device: torch.device, figure: float) -> float:
-    """The largest of all ranks' figures."""
+    """Maximum of ``figure`` over all ranks."""
     mine = torch.tensor([figure], dtype=torch.float64, device=device)
     return float(group.all_gather(mine).wait().max())

@@ -1,4 +1,4 @@
-"""A report of ``apb bench prefill`` and ``decode``: the layout of the paper's tables 14, 16 and 18, and plots."""
+"""Reports of ``apb bench prefill`` and ``decode``: tables in the layout of the paper's 14, 16 and 18, and plots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTES = (
 
 
 def html(results: Results, drawn: dict[str, tuple[str, str]]) -> str:
-    """The report as one HTML page, with plots (caption, SVG) inside."""
+    """The report as one HTML page, with plots (caption, SVG) inlined."""
     parts = [f"<h1>{escape(TITLE)}</h1>", *(f"<p>{escape(line)}</p>" for line in about(results))]
     for title, content in tables(results):
         parts += [f"<h2>{escape(title)}</h2>", html_table(*content)]
@@ -29,7 +29,7 @@ def html(results: Results, drawn: dict[str, tuple[str, str]]) -> str:
 
 
 def markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
-    """The report as Markdown, with plots (caption, file) beside it."""
+    """The report as Markdown, with links to plots (caption, file)."""
     parts = [f"# {TITLE}", *about(results)]
     for title, content in tables(results):
         parts += [f"## {title}", markdown_table(*content)]
@@ -38,7 +38,7 @@ def markdown(results: Results, pictures: list[tuple[str, str]]) -> str:
 
 
 def about(results: Results) -> list[str]:
-    """What was run, where, and by which commands."""
+    """Model, devices, versions and source files of the results."""
     devices = dict.fromkeys(
         f"{report['ranks'] * report.get('tensor_parallel', 1)} x {report['fingerprint']['device']}, "
         f"{report['fingerprint']['dtype']}, torch {report['fingerprint']['torch']}, "
@@ -50,14 +50,14 @@ def about(results: Results) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-    """What is not in the tables, and why; what is scaled."""
+    """Missing figures with their reasons, and figures that are scaled."""
     missing = [f"{point.name} at {point.length:,}: {point.note}." for point in results.prefill if point.note]
     scaled = {f"{p.name}: seconds of {p.layers} layers times {p.scale:g}." for p in results.prefill if p.scale > 1}
     return [*missing, *sorted(scaled)]
 
 
 def tables(results: Results) -> list[tuple[str, Content]]:
-    """(title, content) of every table that there are figures for."""
+    """(title, content) of every table that has figures."""
     found: list[tuple[str, Content]] = []
     if results.prefill:
         found = [
@@ -81,7 +81,7 @@ def tables(results: Results) -> list[tuple[str, Content]]:
 
 
 def by_length(results: Results, figure: Callable[[Point], str]) -> Content:
-    """A row for every way to read, a column for every length; a dash where there are no figures."""
+    """A row for every reading and a column for every length, with a dash for missing figures."""
 
     def cell(name: str, length: int) -> tuple[str, str]:
         point = results.point(name, length)
@@ -92,24 +92,24 @@ def by_length(results: Results, figure: Callable[[Point], str]) -> Content:
 
 
 def speedup(results: Results, point: Point) -> str:
-    """How many times as fast as full attention at the same length."""
+    """Speed-up over full attention at the same length."""
     baseline = results.baseline(point.length)
     return "-" if baseline is None or not point.seconds else f"{baseline / point.seconds:.2f}"
 
 
 def of_floor(point: Point) -> str:
-    """The floor's share, and the prediction's error."""
+    """The floor as a share of the seconds, and the prediction's relative error."""
     seconds = point.row["seconds"]
     return f"{point.row['floor_seconds'] / seconds:.0%} ({point.row['predicted_seconds'] / seconds - 1:+.0%})"
 
 
 def peak(point: Point) -> str:
-    """Peak memory, of prefills that ran all layers."""
+    """Peak memory of a rank in GiB, or a dash if not all layers were run."""
     return f"{point.row['peak_bytes'] / 2**30:.1f}" if point.scale == 1 else "-"
 
 
 def parts(point: Point) -> list[tuple[str, str]]:
-    """Milliseconds of a layer by part and in all; empty where they were not clocked."""
+    """Milliseconds of a layer by part and in total; empty if parts were not timed."""
     seconds = point.row["parts"]
     if not seconds:
         return []

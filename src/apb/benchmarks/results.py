@@ -1,4 +1,4 @@
-"""Result files of ``apb bench prefill`` and ``decode``, put together: every way to read by length, under one name."""
+"""Combining result files of ``apb bench prefill`` and ``decode``: one point per reading and length."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 from ..errors import InputError
 from ..planning.methods import METHODS
 
-# What a row is asked for by the tables; a file without it is not one of ours.
+# Fields of a row that the tables need; a file without them is no result file.
 PREFILL = set("strategy length plan backend seconds floor_seconds predicted_seconds peak_bytes parts note".split())
 DECODE = set("length graph seconds tokens_per_s limit_seconds of_limit peak_bytes".split())
 
 
 @dataclass(frozen=True)
 class Point:
-    """One way to read at one length.
+    """One reading at one length.
 
     Attributes:
-        name: the strategy, and what sets it apart from others of the same strategy.
+        name: the strategy, with what distinguishes it from other readings by the same strategy.
         length: tokens of the prompt.
-        seconds: of a prefill; None where ``note`` says why there are none.
-        layers: how many layers were run.
-        scale: what the seconds of those layers were multiplied with to stand for all; 1 where all were run.
-        row: as in the file; its seconds are not scaled.
+        seconds: seconds of a prefill; None if there are none, with the reason in ``note``.
+        layers: number of layers run.
+        scale: factor that scales the seconds of those layers up to all layers; 1 if all were run.
+        row: the row of the file; its seconds are not scaled.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Point:
 
     @property
     def note(self) -> str | None:
-        """Why there are no figures; None where there are."""
+        """Reason for missing figures; None if there are figures."""
         return None if self.seconds is not None else self.row["note"] or "stopped before it was measured"
 
 
 @dataclass(frozen=True)
 class Results:
-    """What files hold together.
+    """The combined contents of result files.
 
     Attributes:
-        model: what was run.
+        model: name of the model.
         runs: (file name, its report) in the order given.
-        prefill: points; of a name and length the last one.
+        prefill: one point per name and length, the last one given.
         decode: (ranks, row) in the order given.
     """
 
@@ -60,7 +60,7 @@ class Results:
 
     @property
     def names(self) -> list[str]:
-        """Ways to read, in the order of their first appearance."""
+        """Names of the readings, in order of first appearance."""
         return list(dict.fromkeys(point.name for point in self.prefill))
 
     @property
@@ -69,22 +69,26 @@ class Results:
         return sorted({point.length for point in self.prefill})
 
     def point(self, name: str, length: int) -> Point | None:
-        """What there is of a way to read at a length."""
+        """The point of a reading at a length; None if there is none."""
         return next((point for point in self.prefill if (point.name, point.length) == (name, length)), None)
 
     def baseline(self, length: int) -> float | None:
-        """Seconds of full attention on one device at a length; None where there are none."""
+        """Seconds of full attention on one device at a length; None if it was not measured."""
         found = (p.seconds for p in self.prefill if (p.row["strategy"], p.length) == (BASELINE, length))
         return next((seconds for seconds in found if seconds), None)
 
 
 def read_results(paths: Iterable[Path]) -> Results:
-    """Files of one model, put together; InputError where one is something else."""
+    """Read and combine result files of one model.
+
+    Raises:
+        InputError: a file cannot be read, is no result file, or is of another model.
+    """
     return combine([(path.name, _read(path)) for path in paths])
 
 
 def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
-    """Reports of one model, each under its file's name, put together; InputError for several models."""
+    """Combine reports of one model, given as (file name, report); InputError for several models."""
     models = list(dict.fromkeys(report["model"] for _, report in runs))
     if len(models) > 1:
         raise InputError(f"These results are of several models, {' and '.join(models)}; report each by itself.")
@@ -121,7 +125,7 @@ def _uses_ranks(strategy: str) -> bool:
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Whether a row has what the tables ask for, in numbers where they reckon with it."""
+    """True if a row has the fields that the tables need, with numbers where they calculate."""
     if "strategy" not in row:
         return row.keys() >= DECODE and all(row[name] >= 0 for name in DECODE - {"graph"})
     reckoned = [row[name] for name in ("seconds", "floor_seconds", "predicted_seconds", "peak_bytes")]
@@ -131,7 +135,7 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """One report."""
+    """Read one report; InputError if the file is none."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         known = "model" in report and isinstance(report["fingerprint"], dict)
@@ -141,5 +145,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError):
         known = False
     if not known:
-        raise InputError(f"{str(path)!r} is no result of apb bench prefill or decode (written by --out).")
+        raise InputError(f"{str(path)!r} is not a result file of apb bench prefill or decode (written with --out).")
     return dict(report)

@@ -1,4 +1,4 @@
-"""Results of ``apb bench`` as tables, and a line of each as it comes."""
+"""Output of ``apb bench``: result tables, and a line for each result as it arrives."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 
 def attention_line(row: dict[str, Any]) -> str:
-    """One kernel on one shape."""
+    """Progress line of one kernel on one shape."""
     figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
     return f"apb: {row['kernel']} on {row['shape']}: {figure}"
 
 
 def print_attention(report: dict[str, Any]) -> None:
-    """Every kernel on every shape, and why those that are missing were left out."""
+    """Print every kernel on every shape, and the reason for each one left out."""
     from rich.table import Table
 
     facts = report["fingerprint"]
@@ -33,7 +33,7 @@ def print_attention(report: dict[str, Any]) -> None:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One prefill, or one length of decode."""
+    """Progress line of one prefill, or of decode at one length."""
     figure = row.get("note") or f"{row['seconds']:.4g} s"
     name = row.get("strategy") or ("decode by graph" if row["graph"] else "decode")
     return f"apb: {name} at {row['length']:,} tokens: {figure}"
@@ -43,7 +43,7 @@ def _console() -> Any:
     from rich.console import Console
 
     console = Console()
-    # A file or a log has no edge; rich takes 80 columns for one.
+    # Files and logs have no width; rich would assume 80 columns.
     return console if console.is_terminal else Console(width=120)
 
 
@@ -58,7 +58,7 @@ def _versions(report: dict[str, Any]) -> str:
 
 
 def print_decode(report: dict[str, Any]) -> None:
-    """A row for each length, with and without a graph."""
+    """Print a row for each length, with and without CUDA graphs."""
     from rich.table import Table
 
     columns = ("tokens", "graph", "ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
@@ -83,7 +83,7 @@ def print_decode(report: dict[str, Any]) -> None:
 
 
 def print_prefill(report: dict[str, Any]) -> None:
-    """A row for each length and strategy, then where the seconds go."""
+    """Print a row for each length and strategy, then the seconds by part."""
     from rich.table import Table
 
     ceilings = report["ceilings"]

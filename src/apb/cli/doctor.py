@@ -1,4 +1,4 @@
-"""``apb doctor``: what this machine can run, with which back-ends, and why not the others."""
+"""``apb doctor``: the back-ends that this machine can run, and why not the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import options
 
 
 def doctor(as_json: options.AsJson = False) -> None:
-    """What this machine can run, which attention back-ends it uses, and why not the others."""
+    """Show what this machine can run, which attention back-ends it uses, and why not the others."""
     report = examine()
     if as_json:
         print(json.dumps(report))

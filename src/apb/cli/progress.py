@@ -9,14 +9,14 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-# Seconds between lines where there is no terminal: a log is read later, and by nobody who waits.
+# Seconds between lines without a terminal.
 _SECONDS = 30.0
 
 
 class Bar:
-    """A bar with the time left. ``update`` is what :meth:`apb.Engine.prefill` takes as ``progress``.
+    """A progress bar with the time left; ``update`` can be passed to :meth:`apb.Engine.prefill` as ``progress``.
 
-    Where standard error is no terminal, a line now and then instead, and one at the end.
+    If standard error is no terminal, it prints a line every 30 seconds and one at the end instead.
     """
 
     def __init__(self, title: str, unit: str, shown: bool = True) -> None:
@@ -39,7 +39,7 @@ class Bar:
         return self
 
     def update(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` are."""
+        """Show that ``done`` of ``total`` units are done."""
         if not self._open:
             self._open = True
             self._bar.start()
@@ -50,7 +50,7 @@ class Bar:
             print(f"{self._title}: {self._unit} {done} of {total}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Stop drawing; what is drawn stays."""
+        """Stop the bar and leave it on the screen."""
         if self._open and not self._closed:
             self._closed = True
             self._bar.stop()

@@ -1,4 +1,4 @@
-"""Keeps the libraries below from writing between the lines of the command line's own output."""
+"""Keeping libraries from writing into the command line's own output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """No log lines and no progress bars but our own: what matters of theirs reaches the user as an exception."""
+    """Turn off log lines and progress bars of libraries: their errors reach the user as exceptions."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

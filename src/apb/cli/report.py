@@ -1,4 +1,4 @@
-"""``apb report``: tables and plots of what ``apb eval`` or ``apb bench`` wrote."""
+"""``apb report``: tables and plots from result files of ``apb eval`` or ``apb bench``."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def report(
     ],
     out: Annotated[list[Path], typer.Option(help="Where to write: a page (.html) or Markdown (.md); repeatable.")],
 ) -> None:
-    """Tables in the paper's layout and plots, from result files of accuracy or of speed, as one HTML page."""
+    """Write tables in the paper's layout and plots, from result files of accuracy or of speed."""
     for path in out:
         if path.suffix not in FORMS:
             raise InputError(f"A report is written as .html or .md, not as {str(path)!r}.")
         options.check_out(path)
     of_speed = {path.suffix == ".json" for path in results}
     if len(of_speed) > 1:
-        raise InputError("A report is of what apb eval wrote (.jsonl) or of what apb bench wrote (.json), not of both.")
+        raise InputError("A report takes files of apb eval (.jsonl) or of apb bench (.json), not both; write two.")
     text = _speed(results) if of_speed == {True} else _accuracy(results)
     for path in out:
         try:
@@ -42,7 +42,7 @@ def report(
 
 
 def _accuracy(results: list[Path]) -> Callable[[Path], str]:
-    """The report of answers, by the file it is for."""
+    """Function from an output path to the text of an accuracy report."""
     from ..evaluation.records import read_records
     from ..evaluation.report import html, markdown
     from ..evaluation.summary import summarize
@@ -56,7 +56,7 @@ def _accuracy(results: list[Path]) -> Callable[[Path], str]:
 
 
 def _speed(results: list[Path]) -> Callable[[Path], str]:
-    """The report of seconds, by the file it is for; Markdown's plots are written beside it."""
+    """Function from an output path to the text of a speed report; for Markdown it writes the plots beside it."""
     from ..benchmarks.plots import plots, write_plots
     from ..benchmarks.report import html, markdown
     from ..benchmarks.results import read_results

@@ -1,4 +1,4 @@
-"""Results of ``apb eval`` as a table or as JSON."""
+"""Output of ``apb eval``: results as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], skipped: int) -> None:
-    """Scores with their intervals, and what every way to read gains or loses on the same samples beside a baseline."""
+    """Print scores with their intervals, and the difference of every reading to a baseline on the same samples."""
     from ..evaluation.statistics import cell, compare, grouped
 
     cells = [cell(group).to_dict() for group in grouped(records, lambda record: record.group).values()]

@@ -1,4 +1,4 @@
-"""Ablation: the last tokens of a block, whatever they say."""
+"""Ablation: the last tokens of a block, regardless of content."""
 
 from __future__ import annotations
 

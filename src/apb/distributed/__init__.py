@@ -1,1 +1,1 @@
-"""Processes and what they say to each other: starting or joining them, and the collectives."""
+"""Processes and their communication: starting or joining ranks, and collectives."""

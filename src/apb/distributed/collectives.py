@@ -1,4 +1,4 @@
-"""The few collectives that strategies need, with a group of one process as the ordinary case."""
+"""The few collectives that strategies need; a group of one process is the ordinary case."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed it and warns of the old name; 2.11 knows only that.
+# torch 2.13 renamed it and warns about the old name; 2.11 has only the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending:
-    """A collective that has been started; ``wait`` gives its result."""
+    """A collective in flight; ``wait`` returns its result."""
 
     def __init__(self, result: Tensor, *works: dist.Work) -> None:
         self._result = result
         self._works = list(works)
 
     def wait(self) -> Tensor:
-        """Block (on a GPU: make the current stream wait) until the result is there."""
+        """Block (on a GPU: make the current stream wait) until the result has arrived, and return it."""
         while self._works:
             self._works.pop().wait()
         return self._result
@@ -31,7 +31,7 @@ class Pending:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that share a prompt. ``Group()`` is a single process that talks to nobody."""
+    """The processes that share a prompt; ``Group()`` is a single process without communication."""
 
     rank: int = 0
     size: int = 1
@@ -39,15 +39,15 @@ class Group:
 
     @classmethod
     def of_world(cls) -> Group:
-        """All processes of torch.distributed where it is initialised, else a single one."""
+        """All processes of torch.distributed if it is initialised, else a single one."""
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
-        """Start to gather same-shaped ``x`` of all ranks; the result is (size, *x.shape) in rank order.
+        """Start an all-gather of ``x``, of the same shape on every rank; the result is (size, *x.shape) in rank order.
 
-        ``into``: contiguous, of that shape, to write it to.
+        ``into``: contiguous output tensor of the result's shape; allocated if None.
         """
         if self.size == 1:
             return Pending(x.unsqueeze(0))
@@ -57,7 +57,7 @@ class Group:
         return Pending(result, work)
 
     def shift(self, x: Tensor) -> Pending:
-        """Start to send ``x`` to the next rank round the ring; the result is the previous rank's, of the same shape."""
+        """Start sending ``x`` to the next rank of the ring; the result is the previous rank's ``x``, of equal shape."""
         if self.size == 1:
             return Pending(x)
         result = torch.empty_like(x)
@@ -71,7 +71,7 @@ class Group:
         return Pending(result, *works)
 
     def all_to_all(self, parts: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Send ``parts[r]`` to rank r; the result's part r, of shape ``shapes[r]``, is what rank r sent here."""
+        """Send ``parts[r]`` to rank r; the result's item r, of shape ``shapes[r]``, was received from rank r."""
         if self.size == 1:
             return list(parts)
         received = parts[0].new_empty(sum(math.prod(shape) for shape in shapes))
@@ -86,7 +86,7 @@ class Group:
         return [piece.view(*shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     def gather(self, x: Tensor) -> list[Tensor] | None:
-        """Same-shaped ``x`` of all ranks on rank 0, in rank order; None on the others."""
+        """Gather ``x``, of the same shape on every rank, on rank 0 in rank order; None on the other ranks."""
         if self.size == 1:
             return [x]
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
@@ -100,16 +100,16 @@ class Group:
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """Overwrite ``x`` with the sum of all ranks' on every rank, and return it."""
+        """All-reduce ``x`` in place by summation, and return it."""
         if self.size > 1:
             dist.all_reduce(x, group=self.process_group)
         return x
 
     def barrier(self) -> None:
-        """Return once every rank is here."""
+        """Wait until every rank has called this."""
         if self.size == 1:
             return
         group: Any = self.process_group or dist.group.WORLD
-        # A group that is bound to no GPU, since its ranks have several, must be told where to wait.
+        # A group without a bound GPU, because its ranks have several, needs to be given the device to wait on.
         unbound = dist.get_backend(group) == "nccl" and group.bound_device_id is None
         dist.barrier(group=group, device_ids=[torch.cuda.current_device()] if unbound else None)

@@ -1,4 +1,4 @@
-"""Starting processes on this machine, or joining those that torchrun started."""
+"""Starting ranks on this machine, or joining those that torchrun started."""
 
 from __future__ import annotations
 
@@ -19,42 +19,45 @@ import torch.distributed as dist
 from ..errors import InputError, RankError, at_least
 from .collectives import Group
 
-# How long a rank waits in a collective for one that is slow (not dead: those are noticed at once).
+# Time that a rank waits in a collective for a slow one; a dead one is noticed at once.
 _PATIENCE = timedelta(minutes=30)
-# Seconds that a rank which failed because another one did leaves the launcher to see that.
+# Seconds that a rank waits before it exits because of another one's failure, so that the launcher sees that one first.
 _GRACE = 5.0
-# The status of a rank that found the request wrong, which only it could see.
+# Exit status of a rank that raised InputError.
 _WRONG_INPUT = 2
 
 
 def under_torchrun() -> bool:
-    """Whether this process was started as one of several ranks."""
+    """True if torchrun or :func:`launch` started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
 
 
 def world_size() -> int:
-    """Number of ranks this process belongs to; 1 outside torchrun."""
+    """Number of processes started together; 1 for a process started on its own."""
     return int(os.environ["WORLD_SIZE"]) if under_torchrun() else 1
 
 
 def local_device(device: torch.device, gpus: int = 1) -> torch.device:
-    """This rank's own device, or the first of its ``gpus``: ranks take a machine's GPUs in their order."""
+    """This rank's device, or the first of its ``gpus``: ranks take a machine's GPUs in order of local rank."""
     if device.type != "cuda" or device.index is not None or not under_torchrun():
         return device
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) * gpus)
 
 
 def join(device: torch.device, gpus: int = 1) -> Group:
-    """The group of all ranks: initialises torch.distributed (NCCL on GPUs, else gloo) where torchrun asks for it.
+    """The group of all ranks; initialises torch.distributed (NCCL on GPUs, else gloo) under torchrun.
 
-    NCCL makes a communicator for each device that it sees tensors of, unless it is bound to one: with several ``gpus``
-    a rank, of which ``device`` is the first, it is not.
+    With one GPU per rank, NCCL is bound to ``device``. With several ``gpus`` per rank, ``device`` being the first, it
+    is not: an unbound group creates a communicator for each device whose tensors it is given.
+
+    Raises:
+        InputError: fewer GPUs than the ranks need, or an existing group bound to one of a rank's several GPUs.
     """
     if dist.is_available() and dist.is_initialized():
         group: Any = dist.group.WORLD
         if gpus > 1 and group.bound_device_id is not None:
             raise InputError(
-                f"torch.distributed was initialised for {group.bound_device_id} alone, and the layers of this rank lie "
+                f"torch.distributed was initialised for {group.bound_device_id} alone, but the layers of this rank are "
                 f"on {gpus} GPUs; leave device_id out of init_process_group."
             )
         return Group.of_world()
@@ -67,26 +70,26 @@ def join(device: torch.device, gpus: int = 1) -> Group:
         dist.init_process_group("nccl", timeout=_PATIENCE, device_id=device if gpus == 1 else None)
     else:
         dist.init_process_group("gloo", timeout=_PATIENCE)
-    # A process that ends with its threads of communication still running is aborted, and torchrun calls that a failure.
+    # A process that exits with its communication threads still running is aborted, which torchrun counts as a failure.
     atexit.register(_leave_at_exit)
     return Group.of_world()
 
 
 def leave() -> None:
-    """Take torch.distributed down, where it is up."""
+    """Destroy the process group of torch.distributed, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _leave_at_exit() -> None:
-    if not (_waits_for_others() and hasattr(sys, "last_value")):  # an error that nobody caught
+    if not (_waits_for_others() and hasattr(sys, "last_value")):  # an uncaught error
         leave()
 
 
 def end(status: int) -> None:
-    """End this process, which failed, at once where leaving in good order would wait for ranks that are still at work.
+    """Exit this failed process at once if an orderly exit would wait for the other ranks; return otherwise.
 
-    They are ended by torchrun once it sees that this one has.
+    torchrun ends the other ranks once this one has exited.
     """
     if _waits_for_others():
         sys.stdout.flush()
@@ -95,33 +98,35 @@ def end(status: int) -> None:
 
 
 def _waits_for_others() -> bool:
-    """NCCL is taken down by all ranks together."""
+    """True with NCCL, whose groups are destroyed by all ranks together."""
     return dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl"
 
 
 def check_split(device: torch.device, gpus: int, tensor_parallel: int = 1) -> None:
-    """InputError where the layers of a rank cannot be split over so many GPUs, wherever that runs."""
+    """Raise InputError if ``gpus`` per rank conflict with the device or with tensor parallelism."""
     at_least("GPUs per rank", gpus, 1)
     if gpus > 1 and device.type != "cuda":
-        raise InputError(f"--gpus-per-rank {gpus} splits layers over GPUs, and this runs on the CPU; leave it out.")
+        raise InputError(f"--gpus-per-rank {gpus} splits layers over GPUs, but the device is the CPU; leave it out.")
     if gpus > 1 and tensor_parallel > 1:
         raise InputError(
-            f"--gpus-per-rank {gpus} and --tensor-parallel {tensor_parallel} are two ways to spread weights; use one."
+            f"--gpus-per-rank {gpus} and --tensor-parallel {tensor_parallel} both spread the weights; use one of them."
         )
 
 
 def check_gpus(processes: int, gpus: int = 1) -> None:
-    """InputError where this machine has fewer GPUs than so many processes take, each of them ``gpus``."""
+    """Raise InputError if this machine has fewer than ``processes * gpus`` GPUs."""
     needed, there = processes * gpus, torch.cuda.device_count()
     if needed > there:
         ranks = f"{processes} rank{'s' * (processes > 1)}"
         if gpus > 1:
-            raise InputError(f"--gpus-per-rank {gpus} on {ranks} takes {needed} GPUs, and this machine has {there}.")
+            raise InputError(
+                f"--gpus-per-rank {gpus} on {ranks} takes {needed} GPUs, and this machine has {there}; use fewer."
+            )
         raise InputError(f"{ranks} need {needed} GPUs and this machine has {there}; use fewer ranks or --device cpu.")
 
 
 def check_ranks(ranks: int, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> None:
-    """InputError where this machine cannot start that many processes."""
+    """Raise InputError if this machine cannot run that many ranks, each of ``tensor_parallel`` processes."""
     if ranks < 1:
         raise InputError(f"Ranks must be at least 1, not {ranks}.")
     ranks *= tensor_parallel
@@ -129,20 +134,23 @@ def check_ranks(ranks: int, device: torch.device, tensor_parallel: int = 1, gpus
         check_gpus(ranks, gpus)
     cores = os.cpu_count() or 1
     if device.type == "cpu" and ranks > max(8 * cores, 16):
-        raise InputError(f"{ranks} ranks on {cores} CPU cores would not run; use at most {max(8 * cores, 16)}.")
+        raise InputError(f"{ranks} ranks are too many for {cores} CPU cores; use at most {max(8 * cores, 16)}.")
 
 
 def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> int:
-    """Under torchrun the ranks that are there, else those asked for, by default 1; InputError if they cannot be had.
+    """Number of ranks: those that torchrun started, else ``asked``, else 1.
 
-    A rank is ``tensor_parallel`` processes, or one whose layers lie on ``gpus`` GPUs.
+    A rank is ``tensor_parallel`` processes, or one process whose layers are on ``gpus`` GPUs.
+
+    Raises:
+        InputError: torchrun started another number of ranks, or this machine cannot run them.
     """
     check_split(device, gpus, tensor_parallel)
     if under_torchrun():
         ranks, rest = divmod(world_size(), tensor_parallel)
         if rest:
             raise InputError(
-                f"torchrun started {world_size()} processes, which make no whole ranks of {tensor_parallel} "
+                f"torchrun started {world_size()} processes, which do not divide into ranks of {tensor_parallel} "
                 "(--tensor-parallel); start a multiple of that."
             )
         if asked not in (None, ranks):
@@ -154,7 +162,7 @@ def ranks_to_use(asked: int | None, device: torch.device, tensor_parallel: int =
 
 
 def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
-    """Run ``function(*args)`` on so many ranks: in this process where it is one of them, else in started ones."""
+    """Run ``function(*args)`` on every rank: in this process for a single rank or under torchrun, else in new ones."""
     if under_torchrun() or ranks == 1:
         function(*args)
     else:
@@ -164,8 +172,11 @@ def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
 def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
 
-    When one of them dies or fails the others are ended within seconds; raises RankError that says which and why, or
-    the InputError that a rank raised.
+    If one of them dies or fails, the others are ended within seconds.
+
+    Raises:
+        RankError: a rank died or failed; the message names it and the reason.
+        InputError: a rank raised it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -188,7 +199,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode == _WRONG_INPUT:
-                raise InputError(_message(failure).split(": ", 1)[-1]) from None  # behind the error's name
+                raise InputError(_message(failure).split(": ", 1)[-1]) from None  # without the error's class name
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
@@ -197,7 +208,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
 
 
 def _run_rank(function: Callable[..., None], *args: Any) -> None:
-    """What a started process does: the function, with failures told to the launcher instead of to the terminal."""
+    """Entry point of a started process: run the function, and report failures to the launcher, not the terminal."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     # Python's own handler waits for the main thread to return from a collective, which it may never do.
@@ -208,8 +219,8 @@ def _run_rank(function: Callable[..., None], *args: Any) -> None:
         if os.environ.get("APB_TRACEBACK"):
             raise
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            # It lost another rank, which is the one to name: the launcher, which names the first one that it finds
-            # dead, has time to find that one, and then ends this one.
+            # This rank lost another one, which is the one to report. The launcher reports the first dead rank that it
+            # finds: leave it time to find that one.
             time.sleep(_GRACE)
         os._exit(_WRONG_INPUT if isinstance(error, InputError) else 1)
 
@@ -222,17 +233,17 @@ def _reason(failure: Any) -> str:
 
 
 def _message(failure: Any) -> str:
-    """The name of a failed rank's error and what it says; of several lines, as torch's often have, the first."""
+    """Class name and first line of a failed rank's error; torch's messages often have several lines."""
     message = failure.message
     recorded = isinstance(message, dict)
-    text = message.get("message", "") if recorded else message  # a traceback, which ends with that
+    text = message.get("message", "") if recorded else message  # a traceback, which ends with the message
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]
     return lines[0 if recorded else -1] if lines else ""
 
 
 @contextmanager
 def _threads_shared(ranks: int) -> Iterator[None]:
-    """Share the cores out between the processes, unless the user said how many threads each gets."""
+    """Divide the CPU cores among the processes, unless the user has set OMP_NUM_THREADS."""
     if "OMP_NUM_THREADS" in os.environ:
         yield
         return

@@ -1,4 +1,4 @@
-"""Processes in two dimensions: ranks that share the sequence, each of several processes that share the weights."""
+"""Two-dimensional process mesh: ranks share the sequence, and the processes of a rank share the weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .launch import join
 
 @dataclass(frozen=True)
 class Mesh:
-    """Who this process works with.
+    """The groups that this process belongs to.
 
     Attributes:
-        sequence: the processes with this one's share of the weights, one a rank: they share the prompt.
-        tensor: the processes of this rank, which share the weights; neighbours, so on the fastest links.
-        everyone: all of them.
-        devices: torch's mesh of the tensor group; None where the weights are whole.
+        sequence: the processes that hold the same share of the weights, one per rank: they share the prompt.
+        tensor: the processes of this rank, which share the weights; consecutive ranks, so on the fastest links.
+        everyone: all processes.
+        devices: torch's mesh of the tensor group; None without tensor parallelism.
     """
 
     sequence: Group
@@ -36,16 +36,19 @@ class Mesh:
 
     @classmethod
     def join(cls, device: torch.device, tensor_parallel: int = 1, gpus: int = 1) -> Mesh:
-        """The mesh of all processes there are, ``tensor_parallel`` of them a rank; InputError where that cannot be.
+        """The mesh of all processes, ``tensor_parallel`` of them per rank.
 
         ``gpus``: as in :func:`apb.distributed.launch.join`.
+
+        Raises:
+            InputError: the number of processes is no multiple of ``tensor_parallel``.
         """
         everyone = join(device, gpus)
         if tensor_parallel == 1:
             return cls.of(everyone)
         if tensor_parallel < 1 or everyone.size % tensor_parallel:
             raise InputError(
-                f"{everyone.size} processes cannot be shared out to ranks of {tensor_parallel} (--tensor-parallel); "
+                f"{everyone.size} processes cannot be divided into ranks of {tensor_parallel} (--tensor-parallel); "
                 f"start a multiple of {tensor_parallel}."
             )
         shape = (everyone.size // tensor_parallel, tensor_parallel)

@@ -1,1 +1,1 @@
-"""Measuring answers: generated tasks, and the official long-context collections."""
+"""Evaluation of answers: generated tasks, and the official long-context benchmarks."""

@@ -1,8 +1,8 @@
-"""InfiniteBench's own data files (arXiv 2402.13718): ten of its tasks with its scoring; the prompts' words are ours.
+"""InfiniteBench's own data files (arXiv 2402.13718): ten of its tasks with its scoring, and prompts of our own wording.
 
-A file is JSONL with ``id``, ``context``, ``input``, ``answer`` and ``options``. A longer context than fits is cut in
-the middle, as InfiniteBench does; the question is never cut. Its Math.Calc and Code.Run, which nothing answers, are
-left out, as in the paper of APB.
+A file is JSONL with ``id``, ``context``, ``input``, ``answer`` and ``options``. A context that is too long is truncated
+in the middle, as in InfiniteBench; the question never is. Math.Calc and Code.Run, which no model solves, are left out,
+as in the APB paper.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Words = Callable[[Mapping[str, Any]], str]
 
 @dataclass(frozen=True)
 class Task:
-    """How a task is asked and judged.
+    """Prompt and scoring of a task.
 
     Attributes:
-        query: from a line's fields to the question.
-        metric: a name of scoring.METRICS.
+        query: function from a line's fields to the question.
+        metric: a name in scoring.METRICS.
         max_new_tokens: as in InfiniteBench's scripts.
-        before: words that stand before the context.
-        options: whether the answer is one of four options, told by its text and its letter.
+        before: function from a line's fields to the text before the context.
+        options: True if the answer is one of four options, given by its text and its letter.
     """
 
     query: Words
@@ -45,14 +45,14 @@ def _input(fields: Mapping[str, Any]) -> str:
 def _four(fields: Mapping[str, Any]) -> str:
     options = field(fields, "options")
     if not isinstance(options, list) or len(options) != 4:
-        raise ValueError("has no four texts in field 'options'")
+        raise ValueError("does not have four options in field 'options'")
     return "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", options, strict=True))
 
 
 def _number(fields: Mapping[str, Any]) -> str:
     asked = re.search(r"[Tt]he (.+?) of", _input(fields))
     if asked is None:
-        raise ValueError("asks for no number of a list in field 'input'")
+        raise ValueError("does not ask for a number of the list in field 'input'")
     return f"Look for the {asked[1]} in this list:\n\n"
 
 
@@ -89,7 +89,11 @@ TASKS = {
 
 
 def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """The data file ``TASK.jsonl`` of each task in the folder; without names all that are there."""
+    """Paths of the data files ``TASK.jsonl`` by task; with ``tasks`` empty, of all that exist in the folder.
+
+    Raises:
+        InputError: an unknown task, a missing file, or a folder without any.
+    """
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
@@ -99,14 +103,14 @@ def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     found = {task: folder / f"{task}.jsonl" for task in tasks or TASKS if (folder / f"{task}.jsonl").is_file()}
     if not found:
         raise InputError(
-            f"No data of InfiniteBench is in {str(folder)!r}: its files are expected there by their own names, such as "
-            "passkey.jsonl."
+            f"There is no InfiniteBench data in {str(folder)!r}: its files are expected there under their own names, "
+            "such as passkey.jsonl."
         )
     return found
 
 
 def items(path: Path, task: str, skipped: Skipped, limit: int, count: int | None = None) -> Iterator[Item]:
-    """The first ``count`` samples of a file, cut to ``limit`` tokens; bad lines go to ``skipped``."""
+    """Yield the first ``count`` samples of a file, truncated to ``limit`` tokens; bad lines go to ``skipped``."""
     how, made = TASKS[task], 0
     for number, fields in skipped.lines(path):
         if made == count:
@@ -132,11 +136,11 @@ def items(path: Path, task: str, skipped: Skipped, limit: int, count: int | None
 
 
 def option(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """The right option's text and letter, from either form in which the files give them."""
+    """Text and letter of the right option, from either of the two forms in the files; ValueError if it is neither."""
     answers = answers_field(fields, "answer")
     if len(answers) == 2 and answers[1] in "ABCD":
         return answers[0], answers[1]
     options = [str(text) for text in field(fields, "options")]
     if len(answers) != 1 or answers[0] not in options:
-        raise ValueError("has no option in field 'answer'")
+        raise ValueError("does not have one of its options in field 'answer'")
     return answers[0], "ABCD"[options.index(answers[0])]

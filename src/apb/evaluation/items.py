@@ -1,4 +1,4 @@
-"""What is evaluated: one question of one document, its answers, and how an answer is judged."""
+"""Evaluation samples: one question about one document, its right answers and the metric that scores a prediction."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Item:
     """A sample of a suite.
 
     Attributes:
-        suite, task: where it belongs.
-        length: the length it is listed under, in tokens.
+        suite, task: the suite and its task.
+        length: nominal length in tokens, under which results are listed.
         sample: its name within the task.
         document, query: the text and the question.
-        answers: what is right; what several mean is the metric's affair.
-        metric: a name of scoring.METRICS.
-        max_new_tokens: the longest answer.
-        answer_prefix: how the answer is made to begin; the model reads it after the question.
-        limit: tokens that prompt and answer may have together: of a longer document the middle is left out.
+        answers: the right answers; the metric defines the meaning of several.
+        metric: a name in scoring.METRICS.
+        max_new_tokens: limit on the answer's tokens.
+        answer_prefix: forced beginning of the answer, appended to the question.
+        limit: maximum tokens of prompt and answer together; a longer document is truncated in the middle.
     """
 
     suite: str
@@ -46,7 +46,11 @@ class Item:
     limit: int | None = None
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-        """The prompt that a model reads: chat template where there is one, the document cut to the limit."""
+        """The model's prompt, with the chat template if there is one and the document truncated to the limit.
+
+        Raises:
+            InputError: question and answer alone exceed the limit.
+        """
         prompt = Prompt.for_model(tokenizer, self.document, self.query)
         if self.answer_prefix:
             opening = tokenizer(self.answer_prefix, add_special_tokens=False)["input_ids"]
@@ -63,26 +67,30 @@ class Item:
 
 
 def without_middle(tokens: tuple[int, ...], room: int) -> tuple[int, ...]:
-    """The first half of `room` tokens and the last one, as InfiniteBench truncates; all of them where they fit."""
+    """The first and the last ``room / 2`` tokens, as InfiniteBench truncates; all of them if they fit."""
     if len(tokens) <= room:
         return tokens
     return tokens[: room // 2] + tokens[len(tokens) - (room - room // 2) :]
 
 
 def prompt_hash(prompt: Prompt) -> str:
-    """16 hex digits that tell prompts apart: of their tokens and of where the three parts end."""
+    """Hash, in 16 hex digits, of a prompt's tokens and of the boundaries of its three parts."""
     parts = ";".join(",".join(map(str, part)) for part in (prompt.prefix, prompt.document, prompt.query))
     return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
 
 class Skipped:
-    """Lines of data files that could not be used, with the reasons, in sentences."""
+    """Unusable lines of data files, each with its reason as a sentence."""
 
     def __init__(self) -> None:
         self.reasons: list[str] = []
 
     def lines(self, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Numbers and objects of a JSONL file's lines; what is no JSON object is noted, and the rest goes on."""
+        """Yield (line number, object) of a JSONL file; lines that hold no JSON object are recorded and skipped.
+
+        Raises:
+            InputError: the file cannot be read.
+        """
         try:
             with open(path, "rb") as file:
                 for number, line in enumerate(file, 1):
@@ -99,17 +107,17 @@ class Skipped:
                     if isinstance(fields, dict):
                         yield number, fields
                     else:
-                        self.add(path, number, f"is not an object but {type(fields).__name__}")
+                        self.add(path, number, f"is not an object but of type {type(fields).__name__}")
         except OSError as error:
             raise InputError(f"The file {str(path)!r} cannot be read: {error.strerror}.") from error
 
     def add(self, path: Path, number: int, reason: str) -> None:
-        """Note a line that cannot be used."""
-        self.reasons.append(f"line {number} of {path} {reason}, and was left out")
+        """Record an unusable line."""
+        self.reasons.append(f"line {number} of {path} {reason}, and was skipped")
 
 
 def field(fields: Mapping[str, Any], name: str) -> Any:
-    """A field of a line; ValueError that names it where it is missing or empty."""
+    """A field of a line; ValueError if it is missing or empty."""
     value = fields.get(name)
     if value is None or value in ("", [], {}):
         raise ValueError(f"has no field {name!r}")
@@ -117,7 +125,7 @@ def field(fields: Mapping[str, Any], name: str) -> Any:
 
 
 def text_field(fields: Mapping[str, Any], name: str) -> str:
-    """A field that is text."""
+    """A text field; ValueError if it is not text."""
     value = field(fields, name)
     if not isinstance(value, str):
         raise ValueError(f"has no text in field {name!r}")
@@ -126,7 +134,7 @@ def text_field(fields: Mapping[str, Any], name: str) -> str:
 
 
 def answers_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A field that is an answer or a list of them, as texts."""
+    """A field with an answer or a list of answers, as strings; ValueError for empty ones and for other types."""
     value = field(fields, name)
     given = value if isinstance(value, list) else [value]
     if not all(isinstance(answer, (str, int, float)) for answer in given):
@@ -139,8 +147,8 @@ def answers_field(fields: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 
 def _check_characters(name: str, text: str) -> None:
-    """ValueError where a text holds half of a surrogate pair, which JSON can spell and nothing can encode."""
+    """Raise ValueError if a text has a lone surrogate, which JSON can express but UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"has half a character in field {name!r}") from error
+        raise ValueError(f"has a lone surrogate in field {name!r}") from error

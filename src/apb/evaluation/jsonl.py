@@ -1,4 +1,4 @@
-"""A user's own questions: any JSONL file of ``document``, ``query`` and ``answers``."""
+"""User-supplied questions: any JSONL file with ``document``, ``query`` and ``answers``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def items(
     count: int | None = None,
     limit: int | None = None,
 ) -> Iterator[Item]:
-    """The first ``count`` lines; what is wrong with others goes to ``skipped``.
+    """Yield the samples of the first ``count`` usable lines; the others go to ``skipped``.
 
-    The score is the share of the answers that stand in the prediction as whole words. A sample is listed under the
-    length of its prompt, rounded up to a power of two, or under ``limit``, to which it is cut in the middle.
+    The score is the share of the answers that occur in the prediction as whole words. A sample is listed under the
+    length of its document, rounded up to a power of two, or under ``limit``, to which it is truncated in the middle.
     """
     made = 0
     for number, fields in skipped.lines(path):
@@ -34,7 +34,7 @@ def items(
             document, query = text_field(fields, "document"), text_field(fields, "query")
             answers = answers_field(fields, "answers")
             if not document.strip() or not query.strip():
-                raise ValueError("has no words in its document or query")
+                raise ValueError("has a blank document or query")
         except ValueError as error:
             skipped.add(path, number, str(error))
             continue

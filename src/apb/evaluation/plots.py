@@ -1,4 +1,4 @@
-"""The plots of a report as SVG text, drawn by matplotlib: accuracy by task, by length, and against speed."""
+"""Plots of a report as SVG text, by matplotlib: accuracy by task, by length, and against speed."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that differ for most colour-blind readers too (Okabe and Ito), then repeated with another mark.
+# Colours that are safe for most colour-blind readers (Okabe and Ito); after eight they repeat with another mark.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a", "#000000")
 MARKS = "osD^vP*X"
 
 
 @contextmanager
 def drawing() -> Iterator[type[Figure]]:
-    """What figures are made of, their style set; InputError where matplotlib is not installed."""
+    """Context with the plots' style; yields matplotlib's Figure class. InputError if matplotlib is not installed."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "Plots need matplotlib, which is not installed; install apb[report]. Tables as Markdown do without."
+            "Plots need matplotlib, which is not installed; install apb[report]. Markdown tables do not need it."
         ) from error
 
-    # Letters as shapes: a page looks the same wherever fonts differ.
+    # Text as paths: a page looks the same whatever fonts are installed.
     with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 9, "font.family": "sans-serif"}):
         yield Figure
 
 
 def plots(summary: Summary) -> list[tuple[str, str]]:
-    """(caption, SVG) of every plot that the results allow. InputError where matplotlib is not installed."""
+    """(caption, SVG) of every plot that the results allow; InputError if matplotlib is not installed."""
     with drawing() as new_figure:
         drawn: list[tuple[str, Figure]] = []
         for table in summary.tables:
@@ -57,18 +57,18 @@ def plots(summary: Summary) -> list[tuple[str, str]]:
 
 
 def place(table: Table) -> str:
-    """Suite and length in words."""
+    """Suite and length as text."""
     return f"{table.suite}, {table.length:,} tokens"
 
 
 def look(summary: Summary, reading: str) -> tuple[str, str]:
-    """Colour and mark of a way to read: the same in every plot."""
+    """Colour and mark of a reading, the same in every plot."""
     number = summary.readings.index(reading)
     return COLOURS[number % len(COLOURS)], MARKS[number // len(COLOURS) % len(MARKS)]
 
 
 def by_task(figure: Figure, table: Table, summary: Summary) -> None:
-    """Bars of every task, side by side for the ways to read, with their intervals."""
+    """Draw a group of bars per task, one bar per reading, with their intervals."""
     axes = figure.subplots()
     width = 0.8 / len(table.cells)
     for number, (reading, row) in enumerate(table.cells.items()):
@@ -86,7 +86,7 @@ def by_task(figure: Figure, table: Table, summary: Summary) -> None:
 
 
 def by_length(figure: Figure, tables: list[Table], summary: Summary) -> None:
-    """A line for every way to read over the lengths at which it answered all tasks."""
+    """Draw a line per reading over the lengths at which it answered all tasks."""
     axes = figure.subplots()
     for reading in summary.readings:
         points = [(table.length, table.average(reading)) for table in tables if reading in table.cells]
@@ -101,7 +101,7 @@ def by_length(figure: Figure, tables: list[Table], summary: Summary) -> None:
 
 
 def by_speed(figure: Figure, table: Table, summary: Summary) -> bool:
-    """A point for every way to read whose speed is known; whether there was one."""
+    """Draw a point per reading with a known speed; returns True if there was one."""
     axes = figure.subplots()
     drawn = False
     for speed in summary.speeds:
@@ -117,7 +117,7 @@ def by_speed(figure: Figure, table: Table, summary: Summary) -> bool:
 
 
 def mark_lengths(axes: Axes, lengths: list[int]) -> None:
-    """Lengths in tokens across, each doubling as wide as the one before."""
+    """Label the x axis with lengths in tokens, on a base-2 logarithmic scale."""
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
@@ -125,7 +125,7 @@ def mark_lengths(axes: Axes, lengths: list[int]) -> None:
 
 
 def finish(figure: Figure, axes: Axes) -> None:
-    """Grid, frame and legend, alike in all plots."""
+    """Add grid, frame and legend, the same for all plots."""
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -134,11 +134,11 @@ def finish(figure: Figure, axes: Axes) -> None:
 
 
 def svg(figure: Figure, caption: str) -> str:
-    """The figure as an SVG element that can stand inside a page."""
+    """The figure as an SVG element to embed in an HTML page."""
     import matplotlib
 
     buffer = io.StringIO()
-    # Ids of different plots on one page must differ: their hashes start from the caption.
+    # Ids of different plots on one page must differ: salt their hashes with the caption.
     with matplotlib.rc_context({"svg.hashsalt": caption}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()

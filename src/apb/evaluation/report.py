@@ -1,4 +1,4 @@
-"""A report of evaluation results: one HTML page that needs nothing else, or Markdown."""
+"""Reports of evaluation results: one self-contained HTML page, or Markdown."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NOTES = (
 
 
 def html(summary: Summary, sources: list[str]) -> str:
-    """The report as one HTML page, plots inside."""
+    """The report as one HTML page, with plots inlined."""
     parts = [f"<h1>{escape(TITLE)}</h1>", *(f"<p>{escape(line)}</p>" for line in about(summary, sources))]
     drawn = plots(summary)
     for table in summary.tables:
@@ -58,7 +58,7 @@ def html(summary: Summary, sources: list[str]) -> str:
 
 
 def page(title: str, parts: list[str]) -> str:
-    """A page of HTML, its style inside."""
+    """An HTML page with inlined style."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     body = "\n".join(parts)
     return (
@@ -79,7 +79,7 @@ def markdown(summary: Summary, sources: list[str]) -> str:
 
 
 def about(summary: Summary, sources: list[str]) -> list[str]:
-    """What the figures are of."""
+    """Answers, models, devices and source files of the results."""
     devices = ", ".join(summary.devices)
     return [
         f"{summary.answers:,} answers of {'; '.join(summary.models)}, on {devices}, from {', '.join(sources)}.",
@@ -87,11 +87,11 @@ def about(summary: Summary, sources: list[str]) -> list[str]:
 
 
 Content = tuple[list[str], list[tuple[str, list[tuple[str, str]]]]]
-"""Column heads, then rows: a name, and (figure, remark) for every column."""
+"""Column heads, then rows: a name, and (figure, remark) per column."""
 
 
 def scores(table: Table) -> Content:
-    """Scores with their intervals, and the number of samples where it is not the same everywhere."""
+    """Scores with their intervals, and the number of samples if it differs between cells."""
     counts = {cell.samples for row in table.cells.values() for cell in row.values()}
     rows = []
     for reading, row in table.cells.items():
@@ -111,7 +111,7 @@ def score(cell: Cell | None, with_count: bool) -> tuple[str, str]:
 
 
 def differences(table: Table) -> Content:
-    """Differences to the baseline, per task and over all."""
+    """Differences to the baseline, per task and over all tasks."""
     rows = []
     for reading, whole in table.differences.items():
         found = [table.by_task[reading].get(task) for task in table.tasks]
@@ -128,7 +128,7 @@ def points(one: Difference | None) -> tuple[str, str]:
 
 
 def speeds(summary: Summary) -> Content:
-    """Median tokens per second, a column for every length."""
+    """Median tokens per second, one column per suite and length."""
     columns = sorted({(speed.suite, speed.length) for speed in summary.speeds})
     known = {(speed.reading, speed.suite, speed.length): speed for speed in summary.speeds}
     rows = []
@@ -142,7 +142,7 @@ Mark = Callable[[int, int], str]
 
 
 def best_marks(table: Table) -> Mark:
-    """The best score of a column is marked, unless all are the same."""
+    """Mark the best score of a column, unless all scores are equal."""
     readings = list(table.cells)
 
     def mark(row: int, column: int) -> str:
@@ -158,7 +158,7 @@ def best_marks(table: Table) -> Mark:
 
 
 def sign_marks(table: Table) -> Mark:
-    """A difference is marked where its interval does not hold 0."""
+    """Mark a difference if its interval does not contain 0."""
     readings = list(table.differences)
 
     def mark(row: int, column: int) -> str:
@@ -173,7 +173,7 @@ def sign_marks(table: Table) -> Mark:
 
 
 def html_table(heads: list[str], rows: list[tuple[str, list[tuple[str, str]]]], mark: Mark | None = None) -> str:
-    """A table of HTML."""
+    """An HTML table; ``mark`` gives the CSS class of the cell at (row, column)."""
     lines = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     for row, (name, figures) in enumerate(rows):
         cells = [f"<td>{escape(name)}</td>"]
@@ -186,7 +186,7 @@ def html_table(heads: list[str], rows: list[tuple[str, list[tuple[str, str]]]], 
 
 
 def markdown_table(heads: list[str], rows: list[tuple[str, list[tuple[str, str]]]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, figures in rows:
         cells = (f"{figure} ({remark})" if remark else figure for figure, remark in figures)

@@ -1,10 +1,10 @@
-"""NVIDIA RULER's own data files (arXiv 2404.06654): its samples, its metrics.
+"""NVIDIA RULER's own data files (arXiv 2404.06654), with its samples and metrics.
 
 A file is JSONL with ``index``, ``input``, ``outputs``, ``length`` and, in newer versions, ``answer_prefix``. RULER
-hands a model ``input`` and, after what opens the answer, ``answer_prefix``. Here the question is a part of its own, and
-is cut off ``input`` by rule: from the last place where the task's question begins (:data:`QUESTIONS`) to the end. What
-stands before it is the document. Every task ends with its question, and the last place counts, because some samples
-begin with an example that has one too.
+gives a model ``input`` and, at the beginning of the answer, ``answer_prefix``. Here the query is separate: it is the
+part of ``input`` from the last match of the task's question (:data:`QUESTIONS`) to the end, and the text before it is
+the document. Every task ends with its question, and the last match counts because some samples begin with an example
+that has a question too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NIAH = re.compile(r"What (?:is|are all) the special magic ")
 QUESTION = re.compile(r"Question: ")
 GIVEN = re.compile(r"Answer the question based on the given documents")
 
-# Kind of task -> where its question begins, its metric, the longest answer in tokens (RULER's constants).
+# Kind of task -> beginning of its question, metric, answer limit in tokens (RULER's constants).
 QUESTIONS = {
     "niah": (NIAH, "ruler_all", 128),
     "vt": (QUESTION, "ruler_all", 30),
@@ -44,9 +44,12 @@ TASKS = (
 
 
 def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
-    """The data file of each task: ``TASK/validation.jsonl``, ``TASK/test.jsonl`` or ``TASK.jsonl`` in the folder.
+    """Paths of the data files by task; with ``tasks`` empty, of all that exist in the folder.
 
-    Without names all that are there.
+    A file is ``TASK/validation.jsonl``, ``TASK/test.jsonl`` or ``TASK.jsonl``.
+
+    Raises:
+        InputError: an unknown task, a missing file, or a folder without any.
     """
     for task in tasks:
         if task not in TASKS:
@@ -61,31 +64,31 @@ def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
             raise InputError(f"RULER's file for {task!r} is missing: it is expected at {str(places[0])!r}.")
     if not found:
         raise InputError(
-            f"No data of RULER is in {str(folder)!r}: files are expected as "
+            f"There is no RULER data in {str(folder)!r}: files are expected as "
             f"{str(folder / TASKS[0] / 'validation.jsonl')!r}, as its scripts/data/prepare.py writes them."
         )
     return found
 
 
 def split(kind: str, text: str) -> tuple[str, str]:
-    """Document and question of an ``input``; ValueError where the task's question is not in it."""
+    """(document, question) of an ``input``; ValueError if it lacks the task's question or a document before it."""
     begins = QUESTIONS[kind][0]
     last = None
-    for last in begins.finditer(text):  # noqa: B007 - the last one is what is wanted
+    for last in begins.finditer(text):  # noqa: B007 - the last match is the result
         pass
     document = text[: last.start()].strip() if last else ""
     if last is None or not document:
-        raise ValueError(f"has no question of the kind {kind!r} after a text in field 'input'")
+        raise ValueError(f"has no text with a question of the kind {kind!r} after it in field 'input'")
     return document, text[last.start() :].strip()
 
 
 def items(
     path: Path, task: str, skipped: Skipped, count: int | None = None, limit: int | None = None
 ) -> Iterator[Item]:
-    """The first ``count`` samples of a file; lines that are not as they should be go to ``skipped``.
+    """Yield the first ``count`` samples of a file; bad lines go to ``skipped``.
 
-    All are listed under one length: the longest one's, rounded up to 1024 tokens, as RULER fills every sample up to the
-    length that was asked of it; or under ``limit``, to which longer ones are cut in the middle.
+    All are listed under one length: that of the longest sample, rounded up to a multiple of 1024 tokens, since RULER
+    fills samples up to the requested length; or under ``limit``, to which longer ones are truncated in the middle.
     """
     lines: list[tuple[int, tuple[str, str, tuple[str, ...], str, int]]] = []
     for number, fields in skipped.lines(path):
@@ -114,9 +117,9 @@ def items(
 
 
 def parse(fields: Mapping[str, Any], task: str) -> tuple[str, str, tuple[str, ...], str, int]:
-    """Document, question, answers, answer prefix and length of a line; ValueError for what is wrong with it."""
+    """(document, question, answers, answer prefix, length) of a line; ValueError with the reason if it is bad."""
     document, query = split(task.split("_")[0], text_field(fields, "input"))
     length = field(fields, "length")
     if not isinstance(length, int):
-        raise ValueError("has no whole number in field 'length'")
+        raise ValueError("has no integer in field 'length'")
     return document, query, answers_field(fields, "outputs"), str(fields.get("answer_prefix") or ""), length

@@ -1,4 +1,4 @@
-"""Means with their uncertainty: intervals of one score, and of the difference of two ways to read the same samples."""
+"""Means with their uncertainty: intervals of a score, and of the paired difference of two readings."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ RESAMPLES = 10_000
 def interval(mean: float, samples: int) -> tuple[float, float]:
     """Wilson's 95 % interval of a mean score, 0 to 100.
 
-    Exact in spirit for scores of 0 and 100 alone, and on the safe side for shares between (they vary less). Unlike a
-    bootstrap it says something where all scores are the same.
+    It is meant for scores of either 0 or 100, and conservative for scores in between, which vary less. Unlike a
+    bootstrap interval it has a width even if all scores are equal.
     """
     share = mean / 100
     denominator = 1 + _Z**2 / samples
     middle = (share + _Z**2 / (2 * samples)) / denominator
     half = _Z / denominator * math.sqrt(share * (1 - share) / samples + _Z**2 / (4 * samples**2))
-    # The mean lies inside; rounding must not put it outside.
+    # The mean lies inside the interval, also after rounding.
     return min(mean, 100 * (middle - half)), max(mean, 100 * (middle + half))
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table: the mean score, 0 to 100, of samples read in one way, by the plan."""
+    """One cell of the table: the mean score, 0 to 100, of one task, length and reading, with the plan's numbers."""
 
     suite: str
     task: str
@@ -56,7 +56,7 @@ class Cell:
 
 
 def cell(records: Sequence[Record]) -> Cell:
-    """The cell of records of one task, length and way to read."""
+    """The cell of records of one task, length and reading."""
     first, count = records[0], len(records)
     mean = sum(record.score for record in records) / count
     return Cell(
@@ -80,13 +80,13 @@ def cell(records: Sequence[Record]) -> Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better than a baseline, on the same samples: the mean of the tasks' mean differences.
+    """Paired difference to a baseline on the same samples: the mean of the tasks' mean differences.
 
     Attributes:
-        tasks, samples: over how many, and how many samples were answered in both ways.
-        difference: in points of 0 to 100.
-        interval: 95 %, from a bootstrap over samples within each task.
-        differing: samples with another score. At 0 the bootstrap's interval has no width; then at most
+        tasks, samples: number of tasks, and of samples answered by both readings.
+        difference: in points, on the scale of 0 to 100.
+        interval: 95 % interval from a bootstrap over samples within each task.
+        differing: number of samples with different scores. At 0 the bootstrap interval has no width; then at most
             ``100 (1 - 0.05^(1 / samples))`` percent of all samples differ, with 95 % confidence.
     """
 
@@ -102,9 +102,9 @@ class Difference:
 
 
 def difference(records: Iterable[Record], baseline: Iterable[Record]) -> Difference | None:
-    """Paired difference of records and a baseline's; None where no sample was answered in both ways.
+    """Paired difference of records to a baseline's records; None if they have no sample in common.
 
-    The resamples are drawn with a fixed seed: the same records give the same interval.
+    Resampling uses a fixed seed, so the same records give the same interval.
     """
     known = {_sample(record): record.score for record in baseline}
     tasks: dict[str, list[float]] = {}
@@ -129,7 +129,7 @@ def _sample(record: Record) -> tuple[Any, ...]:
 
 
 def grouped(records: Iterable[Record], by: Callable[[Record], Any]) -> dict[Any, list[Record]]:
-    """The records by a property of theirs, groups in the order of their first ones."""
+    """Records grouped by ``by``, with groups in order of first appearance."""
     groups: dict[Any, list[Record]] = {}
     for record in records:
         groups.setdefault(by(record), []).append(record)
@@ -137,15 +137,15 @@ def grouped(records: Iterable[Record], by: Callable[[Record], Any]) -> dict[Any,
 
 
 def baseline_of(readings: Iterable[str]) -> str:
-    """The way to read that others are compared with, of their names: full attention if it is there, else the first."""
+    """Name of the reading that the others are compared with: full attention if present, else the first."""
     names = list(readings)
     return next((name for name in names if name.startswith("full")), names[0])
 
 
 def compare(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Differences to a baseline (:func:`baseline_of`) per suite, length and way to read.
+    """Differences to a baseline (:func:`baseline_of`) per suite, length and reading.
 
-    Each is a :class:`Difference` as plain values with ``suite``, ``length``, ``reading`` and ``baseline``.
+    Each is a :class:`Difference` as plain values, plus ``suite``, ``length``, ``reading`` and ``baseline``.
     """
     rows = []
     for (suite, length), part in grouped(records, lambda record: (record.suite, record.length)).items():

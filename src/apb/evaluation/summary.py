@@ -1,4 +1,4 @@
-"""What a report says, before it has a form: tables in the paper's layout, differences, and series to plot."""
+"""Contents of a report, independent of its format: tables in the paper's layout, differences, and speeds."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BASELINE = next(iter(METHODS))
 
 @dataclass(frozen=True)
 class Table:
-    """Scores of one suite at one length: a row for every way to read, a column for every task, then their mean.
+    """Scores of one suite at one length: a row per reading, a column per task, then their mean.
 
     Attributes:
-        suite, length: of which samples.
+        suite, length: suite and nominal length of the samples.
         tasks: the columns.
         cells: reading -> task -> cell.
-        baseline: the reading that differences are to.
+        baseline: the reading that the others are compared with.
         differences: reading -> difference over all tasks.
         by_task: reading -> task -> difference.
     """
@@ -35,14 +35,14 @@ class Table:
     by_task: dict[str, dict[str, Difference]] = field(default_factory=dict)
 
     def average(self, reading: str) -> float | None:
-        """The mean of a reading's tasks; None where a task is missing, which would make it another mean."""
+        """Mean score of a reading over all tasks; None if a task is missing, as means would not be comparable."""
         row = self.cells[reading]
         return sum(row[task].score for task in self.tasks) / len(self.tasks) if len(row) == len(self.tasks) else None
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a way to read is where it had the machine to itself: the median of prompt tokens per second."""
+    """Prefill speed of a reading in runs that had the machine to themselves: median prompt tokens per second."""
 
     suite: str
     length: int
@@ -53,7 +53,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Summary:
-    """Everything that a report is made of."""
+    """The contents of a report."""
 
     models: list[str]
     devices: list[str]
@@ -63,14 +63,14 @@ class Summary:
 
     @property
     def readings(self) -> list[str]:
-        """All ways to read, full attention first."""
+        """Names of all readings, full attention first."""
         return list(dict.fromkeys(reading for table in self.tables for reading in table.cells))
 
 
 def summarize(records: Sequence[Record]) -> Summary:
-    """The summary of the records of one or several runs; of the same sample read twice in one way the first counts.
+    """Summarize the records of one or several runs; of duplicate records the first one counts.
 
-    Times count only where one run had the machine; scores count wherever they were made.
+    Times count only if the run had the machine to itself; scores always count.
     """
     unique = list({record.key: record for record in reversed(records)}.values())[::-1]
     # Full attention first, then strategy by strategy.

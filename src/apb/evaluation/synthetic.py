@@ -1,4 +1,4 @@
-"""The generated tasks as a suite: the same samples for every strategy, answered by the engine as a user's would be."""
+"""The generated tasks as a suite: the same samples for every strategy, answered through the public engine."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from .tasks.passages import Passages
 
 __all__ = ["Setting", "check", "check_lengths", "evaluate", "items", "settings"]
 
-# Tokens beyond the expected answer that a model may spend before it is cut off.
+# Tokens that a model may generate beyond the length of the expected answer.
 _SPARE_TOKENS = 8
-# Samples of different base seeds do not overlap as long as fewer than this are drawn.
+# Samples of different base seeds do not overlap if fewer than this many are drawn.
 _SEED_STRIDE = 1_000_000
 
 
 def check(tasks: Sequence[str], count: int, passages: Passages | None = None) -> None:
-    """InputError where such samples cannot be drawn."""
+    """Raise InputError for an unknown task, no samples, or more samples than the passages have questions."""
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
     if count < 1:
         raise InputError(f"Samples must be at least 1, not {count}.")
     if "qa" in tasks and passages is None:
-        raise InputError("The task 'qa' asks questions of passages of yours; name their file with --passages.")
+        raise InputError("The task 'qa' asks questions about your own passages; name their file with --passages.")
     if "qa" in tasks and passages is not None and count > len(passages.asked):
         raise InputError(
-            f"{count} samples were asked for but the passages come with {len(passages.asked)} questions; "
+            f"{count} samples were requested, but the passages have only {len(passages.asked)} questions; "
             "ask for at most as many samples."
         )
 
 
 def check_lengths(lengths: Sequence[int], config: Any) -> None:
-    """InputError where samples are too short to be made, or longer than the positions of a configuration's model."""
+    """Raise InputError if samples are too short for a task, or longer than the model's maximum position."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     for length in lengths:
         if length < SHORTEST:
@@ -65,9 +65,9 @@ def items(
     passages: Passages | None = None,
     first: int = 0,
 ) -> Iterator[Item]:
-    """Samples ``first`` to ``first + count - 1`` of a task, of ``length`` tokens with their answers' room.
+    """Yield samples ``first`` to ``first + count - 1`` of a task, of ``length`` tokens including room for the answer.
 
-    The same for the same arguments, on every machine.
+    The same arguments give the same samples on every machine.
     """
     for number in range(first, first + count):
         options: dict[str, Any] = {"passages": passages, "number": number} if task == "qa" else {}
@@ -95,7 +95,7 @@ def evaluate(
     seed: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Cell]:
-    """Yield a cell for every task, length and setting; all settings of a task and length see the same samples."""
+    """Yield a cell per task, length and setting; all settings of a task and length read the same samples."""
     check(tasks, count)
     runner = Runner(engine, "model", chosen, Store())
     done, total = 0, len(tasks) * len(lengths) * len(chosen) * count

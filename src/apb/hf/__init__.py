@@ -1,1 +1,1 @@
-"""All that knows transformers: taking over a model's attention, its cache, its RoPE, loading."""
+"""Everything specific to transformers: loading a model, replacing its attention, its cache, its RoPE."""

@@ -1,4 +1,4 @@
-"""q, k and v before RoPE, which trained heads score with: caught on their way through the attention module."""
+"""q, k and v before RoPE, the input of trained heads, captured by hooks in the attention module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from ..errors import InputError
 
 
 class BeforeRope:
-    """Hooks that keep the outputs of q, k and v projections (after q_norm and k_norm where a model has them)."""
+    """Hooks that keep the outputs of the q, k and v projections (after q_norm and k_norm if the model has them).
+
+    Raises:
+        InputError: an attention module without such projections.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._caught: dict[int, dict[str, Tensor]] = {}
@@ -28,18 +32,18 @@ class BeforeRope:
         return hook
 
     def pop(self, layer: int) -> Tensor:
-        """(rows, (heads + 2 kv_heads) * head_dim): q, k, v of the layer side by side; forgotten afterwards."""
+        """q, k and v of the layer, concatenated: (rows, (heads + 2 kv_heads) * head_dim); released afterwards."""
         caught = self._caught.pop(layer)
         return torch.cat([caught[part][0].flatten(1) for part in ("q", "k", "v")], -1)
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def _sources(module: nn.Module) -> dict[str, nn.Module]:
-    """The submodules whose outputs are q, k and v before RoPE. Norms of q and k stand before RoPE where they exist."""
+    """Submodules whose outputs are q, k and v before RoPE; norms of q and k, where they exist, precede RoPE."""
     sources = {}
     for part, names in {"q": ("q_norm", "q_proj"), "k": ("k_norm", "k_proj"), "v": ("v_proj",)}.items():
         source = next(
@@ -47,8 +51,8 @@ def _sources(module: nn.Module) -> dict[str, nn.Module]:
         )
         if source is None:
             raise InputError(
-                f"Trained heads need {' or '.join(names)} in the attention layer, and {type(module).__name__} has "
-                "neither; use the compressor 'query-edge'."
+                f"Trained heads need {' or '.join(names)} in the attention layer, but {type(module).__name__} has "
+                "none; use the compressor 'query-edge'."
             )
         sources[part] = source
     return sources

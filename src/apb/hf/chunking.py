@@ -1,4 +1,4 @@
-"""Running the MLPs over long inputs in chunks of rows: less memory, and on the CPU fewer trips to it."""
+"""Running the MLPs over long inputs in chunks of rows: lower peak memory, and less memory traffic on the CPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..planning.memory import CPU_ROWS, GPU_ROWS
 
 
 def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
-    """Make every dense MLP work on chunks of rows, with the same numbers out; returns what undoes it.
+    """Make every dense MLP work on chunks of rows, with the same results; returns a function that undoes it.
 
-    An MLP treats every row alike, and is the widest point of a layer: of an 8B model at 136K rows chunks take the peak
-    from 16 to 8.5 GiB. Mixtures of experts, which look at all rows together, are left alone.
+    An MLP is row-wise, and the widest point of a layer: for an 8B model at 136K rows, chunks lower the peak from 16 to
+    8.5 GiB. Mixtures of experts, which route all rows together, are left unchanged.
     """
     changed = [module for module in model.modules() if is_dense_mlp(module)]
-    before = [vars(module).get("forward") for module in changed]  # a compiled one, or what other libraries put there
+    before = [vars(module).get("forward") for module in changed]  # a compiled one, or another library's
     for module in changed:
         module.forward = _chunked(module.forward)
 
@@ -33,7 +33,7 @@ def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
 
 
 def is_dense_mlp(module: nn.Module) -> bool:
-    """Whether a module is an MLP without experts in it."""
+    """True if a module is an MLP without experts."""
     named_so = type(module).__name__.endswith("MLP")
     return named_so and not any(type(part).__name__.endswith("Experts") for part in module.modules())
 

@@ -1,4 +1,4 @@
-"""Counting what costs depend on: a model's numbers, from its configuration and its modules without weights."""
+"""Model sizes for the cost model, counted on the configuration and on modules without weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from ..planning.shape import ModelShape
 from . import placement
 from .attach import attention_modules
 
-# Counted once for each configuration.
+# Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
 
 
 def model_shape(config: Any, gpus: int = 1) -> ModelShape:
-    """The numbers of a model that costs depend on, counted on its modules without making any weight.
+    """The :class:`ModelShape` of a configuration, counted on modules on the meta device: no weights are allocated.
 
-    With several ``gpus`` also how its layers are split over them.
+    With several ``gpus`` it includes the split of the layers over them.
+
+    Raises:
+        InputError: transformers cannot build a model from this configuration.
     """
     known = config.to_json_string(use_diff=False), gpus
     if known not in _SHAPES:
@@ -33,9 +36,9 @@ def _count(config: Any, gpus: int) -> ModelShape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever the model's code makes of values that it was not written for
+    except Exception as error:  # the model's code may raise anything on values it was not written for
         raise InputError(
-            f"No {config.model_type!r} model can be made of this configuration: {first_line(error)}; correct it."
+            f"No {config.model_type!r} model can be built from this configuration: {first_line(error)}; correct it."
         ) from error
     latent = getattr(text, "kv_lora_rank", None)
     split: tuple[tuple[int, int], ...] = ()
@@ -60,7 +63,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
 
 
 def head_dim(config: Any) -> int:
-    """The width of a query and key head."""
+    """Head dim of queries and keys."""
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
@@ -72,7 +75,7 @@ def _kv_heads(text: Any) -> int:
 
 
 def windows(text: Any) -> list[int]:
-    """The sliding window of every layer that has one."""
+    """Window lengths, in tokens, of the layers with a sliding window."""
     window = getattr(text, "sliding_window", None)
     types = getattr(text, "layer_types", None)
     if window is None or not getattr(text, "use_sliding_window", True):
@@ -81,7 +84,7 @@ def windows(text: Any) -> list[int]:
 
 
 def _expert_row(model: PreTrainedModel, text: Any) -> int:
-    """Numbers that a layer of experts holds for a token: its copies, and each expert's gate, up, product and output."""
+    """Elements per token in a layer of experts: the token's copies, and each expert's gate, up, product and output."""
     if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
         return 0
     width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
@@ -89,12 +92,12 @@ def _expert_row(model: PreTrainedModel, text: Any) -> int:
 
 
 def _experts_used(text: Any) -> int:
-    """How many experts a token is sent to."""
+    """Number of experts per token."""
     return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
 
 
 def _multiplied(module: torch.nn.Module, text: Any) -> int:
-    """Weights of a module, without its submodules, that each row multiplies with."""
+    """Number of weights of a module, without its submodules, that each row is multiplied with."""
     if isinstance(module, (torch.nn.Linear, Conv1D)):
         return module.weight.numel()
     stacked = [weight for weight in module.parameters(recurse=False) if weight.ndim == 3]

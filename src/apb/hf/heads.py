@@ -22,7 +22,7 @@ _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 
 @dataclass(frozen=True)
 class HeadShape:
-    """The numbers of a model that its heads depend on."""
+    """The model sizes that the shapes of retaining heads depend on."""
 
     layers: int
     heads: int
@@ -31,7 +31,7 @@ class HeadShape:
 
     @classmethod
     def of(cls, config: Any) -> HeadShape:
-        """The shape of the heads for a model's configuration."""
+        """The sizes in a model's configuration."""
         text = config.get_text_config()
         heads = text.num_attention_heads
         return cls(
@@ -43,7 +43,7 @@ class HeadShape:
 
     @property
     def features(self) -> int:
-        """Length of [q; k; v] of a token."""
+        """Width of a token's [q; k; v]."""
         return (self.heads + 2 * self.kv_heads) * self.head_dim
 
 
@@ -57,10 +57,14 @@ def load_heads(
     dtype: torch.dtype = torch.float32,
     devices: Sequence[torch.device] | None = None,
 ) -> list[Head]:
-    """One :class:`Head` a layer from keys ``...layers.{i}.self_attn.fc1.weight`` and ``fc2.weight``; others ignored.
+    """Read one :class:`Head` per layer from keys ``...layers.{i}.self_attn.fc1.weight`` and ``...fc2.weight``.
 
-    fc1 is (hidden, (heads + 2 kv_heads) * head_dim) for any hidden size, fc2 (kv_heads, hidden). ``devices``: one a
-    layer; by default the CPU. Raises InputError with the layer and the expected shape where the file does not fit.
+    fc1 is (hidden, (heads + 2 kv_heads) * head_dim) for any hidden size, fc2 (kv_heads, hidden); other keys are
+    ignored. ``devices``: one per layer; the CPU if None.
+
+    Raises:
+        InputError: the file cannot be read, or a layer's tensors are missing or do not fit the model; names the layer
+            and the expected shape.
     """
     found = _read(Path(path))
     features = (heads + 2 * kv_heads) * head_dim
@@ -69,7 +73,7 @@ def load_heads(
         fc1, fc2 = found.get((layer, 1)), found.get((layer, 2))
         if fc1 is None or fc2 is None:
             raise InputError(
-                f"The heads file {path} has no fc1 and fc2 for layer {layer}; the model needs them for {layers} layers."
+                f"The heads file {path} lacks fc1 or fc2 for layer {layer}; the model needs both for {layers} layers."
             )
         if fc1.dim() != 2 or fc1.shape[1] != features:
             raise InputError(
@@ -86,7 +90,7 @@ def load_heads(
 
 
 def save_heads(path: str | Path, heads: Sequence[Head]) -> None:
-    """Write heads as safetensors under the names that :func:`load_heads` reads; a file there is replaced at once."""
+    """Write heads as safetensors under the keys that :func:`load_heads` reads, replacing an old file atomically."""
     tensors = {
         f"model.layers.{layer}.self_attn.{name}.weight": weight.detach().cpu().contiguous()
         for layer, head in enumerate(heads)
@@ -98,7 +102,7 @@ def save_heads(path: str | Path, heads: Sequence[Head]) -> None:
 
 
 def _read(path: Path) -> dict[tuple[int, int], Tensor]:
-    """The heads' tensors of a file by (layer, 1 or 2); no other tensor of a safetensors file is read."""
+    """Tensors of the heads by (layer, 1 or 2); other tensors of a safetensors file are not read."""
     if not path.is_file():
         raise InputError(f"The heads file {path} {'is a folder' if path.is_dir() else 'does not exist'}.")
     try:
@@ -107,8 +111,8 @@ def _read(path: Path) -> dict[tuple[int, int], Tensor]:
                 loaded: Any = {key: file.get_tensor(key) for key in file.keys() if _KEY.search(key)}  # noqa: SIM118
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers of both formats raise whatever the bytes lead them to
-        # torch's own words would have the reader load the file without weights_only, which runs code from it.
+    except Exception as error:  # both readers may raise anything on malformed bytes
+        # torch's own message advises loading the file without weights_only, which runs code from it.
         reason = first_line(error) if path.suffix == ".safetensors" else "it holds more, or less, than tensors"
         raise InputError(f"The heads file {path} cannot be read as safetensors or torch weights: {reason}.") from error
     if not isinstance(loaded, dict):

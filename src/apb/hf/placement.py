@@ -1,7 +1,7 @@
-"""Layers of one rank on several GPUs, for models too large for one: accelerate's map of them, and what it means here.
+"""Layers of one rank on several GPUs, for models too large for one, by accelerate's device map.
 
-accelerate chooses which layers lie where, and its hooks carry the rows from a layer's GPU to the next one's; attention,
-cache and collectives work where the layer they are given lies. The GPUs of a rank work one after the other.
+accelerate assigns the layers to GPUs, and its hooks move the rows from one layer's GPU to the next one's; attention,
+cache and collectives run on the GPU of their layer. The GPUs of a rank work one after the other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from ..errors import DoesNotFit, InputError
 
 
 def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
-    """accelerate's balanced map, for a model of that configuration: from modules' names to GPUs 0 .. gpus - 1.
+    """accelerate's balanced device map for a configuration, from module names to GPUs 0 .. gpus - 1.
 
-    Made without any weight. InputError for models that do not say which modules stay whole, and where the weights, in
-    ``dtype``, do not fit into ``memory`` bytes a GPU: nothing is left to the CPU or to a disk. None: any do.
+    Built on the meta device: no weights are allocated. ``memory``: bytes per GPU; None for no limit.
+
+    Raises:
+        InputError: the model does not declare which of its modules cannot be split.
+        DoesNotFit: the weights, in ``dtype``, exceed ``memory``: nothing is offloaded to the CPU or to disk.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -33,11 +36,11 @@ def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = 
 
 
 def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
-    """:func:`device_map` for a model that is there, on whatever device."""
+    """:func:`device_map` for an existing model, on any device."""
     whole: Any = model._no_split_modules
     if not whole:
         raise InputError(
-            f"{type(model).__name__} does not say which of its modules must stay on one GPU: "
+            f"{type(model).__name__} does not declare which of its modules must stay on one GPU: "
             "its layers cannot be split over several."
         )
     room: Any = dict.fromkeys(range(gpus), sys.maxsize if memory is None else memory)
@@ -47,15 +50,15 @@ def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int 
         size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
         raise DoesNotFit(
             f"The weights of {type(model).__name__} take {size / 2**30:.1f} GiB and do not fit {gpus} GPUs of "
-            f"{room[0] / 2**30:.1f} GiB, whole layers on each; use more GPUs a rank (--gpus-per-rank)."
+            f"{room[0] / 2**30:.1f} GiB, whole layers on each; use more GPUs per rank (--gpus-per-rank)."
         )
-    # Of a model that is small beside its embeddings accelerate leaves the first GPUs empty: a rank starts at its own.
+    # For a model smaller than its embeddings accelerate leaves the first GPUs empty: renumber from a rank's first GPU.
     used = sorted(set(places.values()))
     return {name: used.index(place) for name, place in places.items()}
 
 
 def check_map(model: nn.Module) -> None:
-    """InputError where accelerate keeps some of a model's weights off the device that computes with them."""
+    """Raise InputError if accelerate has offloaded some of a model's weights."""
     places = {name: str(place) for name, place in getattr(model, "hf_device_map", {}).items()}
     everywhere = set(places.values())
     away = {"disk"} if everywhere <= {"cpu", "disk"} else {"cpu", "disk"}
@@ -63,27 +66,27 @@ def check_map(model: nn.Module) -> None:
     if offloaded:
         raise InputError(
             f"accelerate has put {offloaded[0]!r}{' and others' * (len(offloaded) > 1)} on the {places[offloaded[0]]} "
-            "(hf_device_map), from where every pass would fetch the weights anew; use more GPUs, or a smaller model."
+            "(hf_device_map), from where every pass would copy the weights again; use more GPUs, or a smaller model."
         )
 
 
 def devices(model: PreTrainedModel) -> list[torch.device]:
-    """Where a model's weights lie; first the device that takes the token ids."""
+    """Devices of a model's weights; the first one takes the token ids."""
     first = next(model.get_input_embeddings().parameters()).device
     return list(dict.fromkeys([first, *(parameter.device for parameter in model.parameters())]))
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights lie; quantizers make buffers of them."""
+    """Device of a module's weights, which quantizers store as buffers."""
     return next(chain(module.parameters(), module.buffers())).device
 
 
 def split(
     model: nn.Module, attention: Sequence[nn.Module], places: dict[str, int] | None = None
 ) -> tuple[tuple[int, int], ...]:
-    """(layers, weights) that each device holds; ``attention``: the layers' modules.
+    """(layers, weights) on each device, by the map ``places`` of :func:`device_map`, or by the weights' own devices.
 
-    By a map of :func:`device_map`, or as the weights lie.
+    ``attention``: the attention modules of the layers.
     """
     layers: Counter[Any] = Counter()
     weights: Counter[Any] = Counter()
@@ -96,5 +99,5 @@ def split(
 
 
 def _place(name: str, places: dict[str, int]) -> int:
-    """Where a map puts a parameter or a module: it names that, or a module around it."""
+    """Device of a parameter or module in a map, which names it or a module that contains it."""
     return next(place for part, place in places.items() if part in ("", name) or name.startswith(part + "."))

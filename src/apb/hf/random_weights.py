@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights: for benchmarks, where what the model says does not matter."""
+"""Models of well-known shapes with random weights, for benchmarks, where the output does not matter."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _FOLDER = Path(__file__).parent / "configs"
 
 
 def shapes() -> list[str]:
-    """Names of the shapes that come with the package."""
+    """Names of the shapes shipped with the package."""
     return sorted(path.stem for path in _FOLDER.glob("*.json"))
 
 
 def shape_config(name: str, layers: int | None = None) -> Any:
-    """The configuration of a shape, with fewer layers if asked; InputError for an unknown name."""
+    """The configuration of a shape, with ``layers`` layers if given; InputError for an unknown name."""
     if name not in shapes():
         raise InputError(f"Unknown model shape {name!r}; choose one of {', '.join(shapes())}.")
     values = json.loads((_FOLDER / f"{name}.json").read_text())
@@ -32,14 +32,14 @@ def shape_config(name: str, layers: int | None = None) -> Any:
 
 
 def config_of(model: str | None, shape: str | None) -> Any:
-    """The configuration of a checkpoint or of a shape's name, or of the shipped model; InputError for both."""
+    """The configuration of a checkpoint, a named shape or, with neither, the shipped model; InputError for both."""
     if model and shape:
         raise InputError("Give a model or a shape with random weights, not both.")
     return shape_config(shape) if shape else load_config(model or shipped_model())
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:
-    """A model of that configuration with transformers' random initialisation, made on the device itself."""
+    """A model with transformers' random initialisation, created directly on the device."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)

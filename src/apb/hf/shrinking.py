@@ -1,4 +1,4 @@
-"""A small configuration of the same kind: what makes a model's layers different stays, what makes them large goes."""
+"""Shrinking a configuration: it keeps every kind of layer that a model has, at small sizes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 HEADS = 4
 WINDOW = 24
-# Settings that are made small wherever a configuration has them; lists are matched one for one.
+# Settings that are lowered to these values wherever a configuration has larger ones.
 _SMALL = {
     "vocab_size": 503,
     "intermediate_size": 96,
@@ -39,10 +39,10 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def shrink(config: Any) -> Any:
-    """A copy with few layers, heads and experts, of fp32 and eager attention, whose head width is the original's.
+    """A copy with few layers, heads and experts and the original head dim, in fp32 with eager attention.
 
-    The layers kept are one of each kind there is (full or sliding attention, dense or with experts) and at least three;
-    sliding windows become 24 tokens long, so that a short prompt is longer.
+    It keeps the first three layers and one of every other layer type; sliding windows become 24 tokens, so that a short
+    prompt is longer than a window.
     """
     text = config.get_text_config()
     small = copy.deepcopy(text)
@@ -57,7 +57,7 @@ def shrink(config: Any) -> Any:
     kv_heads = _first(text, _KV_HEADS) or heads
     _set(small, _HEADS, HEADS)
     for name in _KV_HEADS:
-        if hasattr(text, name):  # None may stand for: as many as heads
+        if hasattr(text, name):  # None may mean: as many as heads
             setattr(small, name, max(HEADS * kv_heads // heads, 1))
     if hasattr(text, "head_dim") and not _latent(text):
         small.head_dim = width
@@ -82,7 +82,7 @@ def _latent(text: Any) -> bool:
 
 
 def _kept_layers(text: Any) -> list[int]:
-    """The first three layers, and the first of every kind that is not among them."""
+    """Indices of the first three layers, and of the first layer of every other type."""
     count = _first(text, _LAYERS)
     kinds = getattr(text, "layer_types", None) or [None] * count
     kept = set(range(min(3, count)))

@@ -1,7 +1,7 @@
-"""Handing transformers' own tensor parallelism a part of the processes: its mesh would take all of them.
+"""Restricting transformers' tensor parallelism to a sub-mesh; left alone, it would use all processes.
 
-Which layer is cut how is each model's own plan in transformers; this module only says among whom. What differs between
-versions of transformers is what its two classmethods around loading take and give.
+The sharding of each layer is the model's own plan in transformers; this module only sets the mesh. Versions of
+transformers differ in the arguments and results of its two classmethods around loading.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _PREPARE = "prepare_distribute_model"
 
 
 def check_shards(config: Any, size: int) -> None:
-    """InputError where a model cannot be shared by so many processes."""
+    """Raise InputError if a model's weights cannot be sharded over ``size`` processes."""
     text = config.get_text_config()
     plan = getattr(text, "base_model_tp_plan", None)
     if size > 1 and not plan:
@@ -34,7 +34,7 @@ def check_shards(config: Any, size: int) -> None:
 
 
 def shared(kind: type[PreTrainedModel], mesh: DeviceMesh) -> type[PreTrainedModel]:
-    """The model class, whose ``from_pretrained`` with :func:`settings` shares the weights over ``mesh``."""
+    """Subclass of a model class whose ``from_pretrained`` with :func:`settings` shards the weights over ``mesh``."""
 
     def prepare(cls: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         return distributed_config, _device(mesh), _as_taken(mesh)
@@ -43,20 +43,20 @@ def shared(kind: type[PreTrainedModel], mesh: DeviceMesh) -> type[PreTrainedMode
 
 
 def settings(mesh: DeviceMesh) -> dict[str, Any]:
-    """What ``from_pretrained`` must be given."""
+    """Keyword arguments for ``from_pretrained``."""
     return {"distributed_config": DistributedConfig(tp_size=mesh.size(), tp_plan="auto")}
 
 
 def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
-    """Cut the weights of a model that every process of the mesh holds alike; each keeps its share."""
+    """Shard the weights of a model that every process of the mesh holds in full; each keeps its own shard."""
     head: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:  # each is cut in its own way
+    if head is not None and head.weight is embedding.weight:  # they are sharded differently
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model = type(model).maybe_distribute_model(model, settings(mesh)["distributed_config"], _as_taken(mesh))
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
-            if isinstance(weight, DTensor):  # its share is a view, which would keep the whole alive
+            if isinstance(weight, DTensor):  # its shard is a view, which would keep the full weight alive
                 share = DTensor.from_local(
                     weight.to_local().detach().clone(),
                     weight.device_mesh,
@@ -70,18 +70,18 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
 
 
 class _Meshes:
-    """Stands for transformers' holder of meshes: of those it asks for, there is one."""
+    """Replaces transformers' holder of meshes; there is only one mesh."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self._mesh = mesh
 
     def get_mesh(self, dims: str | tuple[str, ...]) -> DeviceMesh:
-        """The tensor mesh, whatever the dimensions are called."""
+        """The tensor mesh, whatever dimensions are requested."""
         return self._mesh
 
 
 def _as_taken(mesh: DeviceMesh) -> Any:
-    """The mesh as this version of transformers takes it: from 5.20 on in a holder."""
+    """The mesh as this version of transformers expects it: from 5.20 on in a holder."""
     try:
         from transformers.distributed.utils import TransformersDeviceMesh  # noqa: F401
     except ImportError:

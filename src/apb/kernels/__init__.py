@@ -1,1 +1,1 @@
-"""The arithmetic: attention of some rows over several key/value segments, and the merge of partial results."""
+"""Attention of query rows over several key/value segments, the merge of partial results, and selection."""

@@ -1,7 +1,7 @@
-"""A linear layer of one row: all of it is reading the weights, and libraries' matrix products are slow at that.
+"""A linear layer of one row, the bulk of a decode step: bound by reading the weights, where GEMM libraries are slow.
 
-A step of decode is made of these. At 4096 x 4096 in bf16 cuBLAS reads 2.5 TB/s of an H200's 4.3, and 1.1 where there
-are 1024 outputs; this kernel reads 3.2 and 1.8. It has nothing to tune, and compiles once for each width.
+At 4096 x 4096 in bf16 cuBLAS reads 2.5 TB/s of an H200's 4.3, and 1.1 with 1024 outputs; this kernel reads 3.2 and
+1.8. It has nothing to tune, and compiles once per width.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-# Weights of a program's tile, and of a row of it: few rows to a program keep the most loads in flight.
+# Weights in a program's tile, and at most in one row of it: few rows per program keep the most loads in flight.
 _TILE, _WIDEST = 4096, 2048
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear`` of a single row, summed up in fp32.
+    """``torch.nn.functional.linear`` of a single row, accumulated in fp32.
 
     Args:
-        x: (..., width), of ``width`` numbers in all.
+        x: (..., width), a single row: all leading dimensions are 1.
         weight: (outputs, width), rows contiguous, in x's dtype: fp32, bf16 or fp16.
         bias: (outputs,) or None.
 
     Returns:
         (..., outputs) in x's dtype.
     """
-    # Compilers take it as it is; without one, calling it as an operator would only cost time.
+    # Compilers need an opaque operator; without one, going through the dispatcher would only cost time.
     call = torch.ops.apb.matvec if torch.compiler.is_compiling() else _launch
     out: Tensor = call(x.reshape(-1), weight, bias)
     return out.view(*x.shape[:-1], -1)
@@ -59,10 +59,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _matvec(
     x, weight, bias, out, outputs, stride, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr
 ):
-    """Some outputs: their rows of weights times x."""
+    """BN outputs: their rows of weights times x."""
     output = tl.program_id(0) * BN + tl.arange(0, BN)
     cols = tl.arange(0, BK)
-    # Rows behind the last are those of the last again: there is no mask to wait for.
+    # Rows past the end read the last row again, which saves a mask.
     row = weight + tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * stride + cols[None, :]
     acc = tl.zeros([BN, BK], tl.float32)
     for k in tl.static_range(0, K, BK):

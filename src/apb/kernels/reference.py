@@ -1,4 +1,4 @@
-"""Attention in plain fp32 torch: what every other back-end is compared with, and what serves where no other can."""
+"""Attention in plain fp32 torch: the reference for every other back-end, and the fallback where none of them runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .segment import Segment
 
-# Numbers of a (heads, rows, keys) matrix held at a time: longer inputs are computed in chunks of rows.
+# Largest (heads, rows, keys) score matrix, in elements: longer inputs are computed in chunks of rows.
 MOST_SCORES = 1 << 27
 
 
@@ -21,7 +21,7 @@ def attention(q: Tensor, segments: list[Segment], scale: float, softcap: float |
         part = q[start : start + chunk].float()
         scores = [part.new_zeros(heads, len(part), 0)]
         for k, causal in ((segment.k, segment.causal) for segment in segments):
-            # A product for all heads that share keys: (rows, heads, d) to (kv_heads, group * rows, d).
+            # One product for all heads that share keys: (rows, heads, d) to (kv_heads, group * rows, d).
             grouped = part.unflatten(1, (k.shape[1], -1)).permute(1, 2, 0, 3).flatten(1, 2)
             score = (grouped @ k.permute(1, 2, 0)).view(heads, len(part), len(k)) * scale
             score = capped(score, softcap)
@@ -32,7 +32,7 @@ def attention(q: Tensor, segments: list[Segment], scale: float, softcap: float |
             scores.append(score)
         score = torch.cat(scores, -1)
         total = score.logsumexp(-1)
-        # A row that sees no key has lse -inf; its weights must come out 0, not nan.
+        # A row that sees no key has lse -inf; its weights must be 0, not nan.
         weights = (score - total.masked_fill(total.isneginf(), 0.0)[..., None]).exp()
         mixed = part.new_zeros(heads, len(part), head_dim)
         shares = weights.split([len(segment.v) for segment in segments], -1) if segments else ()
@@ -46,5 +46,5 @@ def attention(q: Tensor, segments: list[Segment], scale: float, softcap: float |
 
 
 def capped(scores: Tensor, softcap: float | None) -> Tensor:
-    """Logits kept within ``softcap``, smoothly; as they are with None."""
+    """softcap * tanh(scores / softcap), or ``scores`` unchanged if ``softcap`` is None."""
     return scores if softcap is None else torch.tanh(scores / softcap) * softcap

@@ -1,6 +1,6 @@
 """Attention through torch's own fused kernels.
 
-Flash on the CPU; on GPUs cuDNN from Hopper on and flash before, and the memory-efficient kernel for fp32.
+Flash on the CPU; on GPUs cuDNN from Hopper on, flash before Hopper, and the memory-efficient kernel for fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _aten = torch.ops.aten
 
 
 def attention(q: Tensor, segments: list[Segment], scale: float) -> tuple[Tensor, Tensor]:
-    """See :func:`apb.attention`. One kernel call a segment (two where a causal one has more keys than rows)."""
+    """:func:`apb.attention` with one kernel call per segment, or two for a causal one with more keys than rows."""
     rows, heads, head_dim = q.shape
     outs, lses = [], []
     for segment in segments:
@@ -35,9 +35,9 @@ def attention(q: Tensor, segments: list[Segment], scale: float) -> tuple[Tensor,
 
 
 def _square(rows: int, segment: Segment) -> list[tuple[int, Tensor, Tensor, bool]]:
-    """Cut a segment into calls the kernels know: unmasked, or causal with as many rows as keys.
+    """Split a segment into calls the kernels support: unmasked, or causal with as many rows as keys.
 
-    Each item is (first row that takes part, k, v, causal). Empty ones are left out: the kernels refuse zero keys.
+    Each item is (first row of the call, k, v, causal). Empty calls are left out: the kernels refuse zero keys.
     """
     k, v, keys = segment.k, segment.v, segment.k.shape[0]
     if not keys or not rows:
@@ -51,14 +51,14 @@ def _square(rows: int, segment: Segment) -> list[tuple[int, Tensor, Tensor, bool
 
 
 def _call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    # The kernels take (1, heads, rows, head_dim), KV heads may be fewer than query heads; strides are free but for the
-    # last: it must be 1, and not all of them check that. Some give the lse of padding rows too, or as a column:
+    # The kernels take (1, heads, rows, head_dim), with possibly fewer KV heads than query heads, and any strides but
+    # the last, which must be 1; not all of them check that. Some also return the lse of padding rows, or as a column:
     # (1, heads, >= rows[, 1]).
     q4, k4, v4 = ((x if x.stride(-1) == 1 else x.contiguous()).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     if q.device.type == "cpu":
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q4, k4, v4, 0.0, causal, scale=scale)
     elif q.dtype == torch.float32:
-        # This kernel knows no grouped heads: its keys and values are repeated.
+        # This kernel does not support grouped heads: repeat keys and values.
         k4, v4 = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k4, v4))
         out, lse = _aten._scaled_dot_product_efficient_attention(q4, k4, v4, None, True, 0.0, causal, scale=scale)[:2]
     elif _cudnn(q):
@@ -73,7 +73,7 @@ def _cudnn(q: Tensor) -> bool:
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this back-end cannot serve such tensors; None where it can."""
+    """Reason this back-end cannot serve such tensors, or None if it can."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":

@@ -1,4 +1,4 @@
-"""Attention over chosen columns and diagonals; what is not chosen is, tile by tile, not computed."""
+"""Attention over chosen columns and diagonals; tiles without a chosen one are not computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .merge import merge
 from .reference import capped
 
 TILE = 128
-# Shapes that FlexAttention may be compiled for: those of some dozen lengths.
+# Number of shapes that FlexAttention may be compiled for: enough for some dozen lengths.
 _SHAPES = 64
 
 
@@ -27,14 +27,14 @@ def vertical_slash(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Row i sees key j <= i where column j or diagonal i - j is chosen for its head.
+    """Row i sees key j <= i if column j or diagonal i - j is chosen for its head.
 
     Block-sparse FlexAttention on GPUs, plain torch elsewhere.
 
     Args:
         q: (rows, heads, head_dim).
         k, v: (rows, kv_heads, head_dim), the same rows' keys and values.
-        columns, diagonals: (heads, >= rows) bool; diagonal 0 is chosen for every head, so that every row sees a key.
+        columns, diagonals: (heads, >= rows) bool; diagonal 0 must be chosen for every head: every row sees a key.
         scale, softcap: as in :func:`apb.attention`.
 
     Returns:
@@ -47,7 +47,7 @@ def vertical_slash(
 def by_tiles(
     q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`vertical_slash`: a head and a tile of rows at a time."""
+    """:func:`vertical_slash`, one head and one tile of rows at a time."""
     rows, heads, _ = q.shape
     group = heads // k.shape[1]
     out, lse = torch.empty_like(q), q.new_empty(heads, rows, dtype=torch.float32)
@@ -77,15 +77,16 @@ def by_tiles(
 def by_flex(
     q: Tensor, k: Tensor, v: Tensor, columns: Tensor, diagonals: Tensor, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`vertical_slash`: the tiles that diagonals run through, then the gathered columns beside those.
+    """:func:`vertical_slash` in two parts: the tiles that diagonals cross, then the gathered columns.
 
-    Both in block-sparse FlexAttention, merged by log-sum-exp; no key counts twice.
+    Both run in block-sparse FlexAttention and are merged by log-sum-exp. Columns skip keys on chosen diagonals, so no
+    key counts twice.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
     asked, heads, _ = q.shape
     group = heads // k.shape[1]
-    # Every shape is compiled anew: rows of zeros at the end, which no other row sees, leave few of them.
+    # Every shape is compiled separately: padding with rows of zeros, which no other row sees, leaves few shapes.
     rows = _rounded(asked)
     q, k, v = (pad(x, (0, 0, 0, 0, 0, rows - asked)) for x in (q, k, v))
     columns, diagonals = (pad(x[:, :asked], (0, rows - asked)) for x in (columns, diagonals))
@@ -111,11 +112,12 @@ def by_flex(
     flex = _flex(q.device.type, softcap)
     slashes = flex(q4, k4, v4, blocks, scale)
 
-    # Heads may have chosen different columns, never a different number but for those past the document's end.
+    # Heads may choose different columns, but equally many, except for columns past the document's end.
     width = min(_rounded(int(columns.sum(1).max())), rows)
     order = columns.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     position = torch.where(columns.gather(1, order), order, rows)  # past the end: seen by no row
-    # Row tiles before a head's c-th column never see it: as many tiles as begin at or before the row tile's last row.
+    # Row tiles before a head's c-th column never see it: a row tile visits the column tiles that begin at or before
+    # its last row.
     first = position[:, ::TILE]
     last_row = (tile + 1) * TILE - 1
     reached = (first[:, None] <= last_row[:, None]).sum(2, dtype=torch.int32)
@@ -142,15 +144,15 @@ def by_flex(
 
 
 def _rounded(count: int) -> int:
-    """The next of the numbers of which there are eight between a power of two and the next, and no fraction of TILE."""
+    """``count`` rounded up to a multiple of TILE, with at most eight values between consecutive powers of two."""
     step = max(TILE, 1 << max(0, (count - 1).bit_length() - 4))
     return max(1, -(-count // step)) * step
 
 
 def _tiles_back(diagonals: Tensor) -> Tensor:
-    """From (heads, rows) chosen diagonals to (heads, tiles): whether a tile of rows reaches so many tiles back.
+    """From (heads, rows) chosen diagonals to (heads, tiles) bool: entry b is True if row tile t sees key tile t - b.
 
-    Rows [s, s + TILE) reach along a diagonal into two tiles of keys, or, where it is a multiple of TILE, one.
+    Along a diagonal, rows [s, s + TILE) see two tiles of keys, or one if the diagonal is a multiple of TILE.
     """
     heads, rows = diagonals.shape
     tiles = -(-rows // TILE)
@@ -164,7 +166,7 @@ def _tiles_back(diagonals: Tensor) -> Tensor:
 
 @cache
 def _flex(device: str, softcap: float | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(q, k, v, block mask, scale) -> (out, natural log-sum-exp fp32), compiled where it is to be fast."""
+    """(q, k, v, block mask, scale) -> (out, natural log-sum-exp fp32), compiled on GPUs."""
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _flex(device: str, softcap: float | None) -> Callable[..., tuple[Tensor, Ten
     compiled = torch.compile(call, dynamic=False)
 
     def run(*args: Any) -> tuple[Tensor, Tensor]:
-        # Beyond its limit of shapes dynamo would not compile, and FlexAttention would hold the whole score matrix.
+        # Past dynamo's recompile limit FlexAttention would run eagerly and materialize the whole score matrix.
         with torch._dynamo.config.patch(recompile_limit=_SHAPES):
             return compiled(*args)
 

@@ -1,8 +1,8 @@
-"""Attention within a sliding window, made of calls of the one attention operation: no mask, and no work that one hides.
+"""Sliding-window attention out of calls of the one attention operation: no mask, and no masked work.
 
-Rows are taken in chunks no longer than the window. The keys that a chunk sees are then of three kinds: those at and
-before its own rows, seen causally; those that all of its rows see; and those that leave the window one by one, which
-are seen causally when rows and keys are both read backwards.
+Rows are processed in chunks no longer than the window. The keys that a chunk sees are then of three kinds: those at and
+just before its own rows, seen causally; those that all of its rows see; and those that leave the window one by one,
+which are causal once rows and keys are both reversed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from .merge import merge
 from .segment import Segment
 
-# Chunks computed in one call stand side by side as heads; kernels bound the number of those.
+# Chunks computed in one call become heads, whose number kernels limit.
 MOST_HEADS = 16384
 
 # (q, segments) -> (out, lse), as apb.attention with its other arguments filled in.
@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, list[Segment]], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Run:
-    """Keys and values (keys, kv_heads, head_dim) at consecutive positions, the first of them at ``first``."""
+    """Keys and values (keys, kv_heads, head_dim) at consecutive positions that start at ``first``."""
 
     k: Tensor
     v: Tensor
@@ -33,11 +33,11 @@ class Run:
 
     @property
     def stop(self) -> int:
-        """The position after the last key's."""
+        """Position after the last key."""
         return self.first + self.k.shape[0]
 
     def between(self, start: int, stop: int, causal: bool = False, backwards: bool = False) -> Segment:
-        """The keys at positions [start, stop) as a segment."""
+        """Segment of the keys at positions [start, stop), in reverse order if ``backwards``."""
         k, v = self.k[start - self.first : stop - self.first], self.v[start - self.first : stop - self.first]
         return Segment(k.flip(0), v.flip(0), causal) if backwards else Segment(k, v, causal)
 
@@ -48,9 +48,9 @@ def window_attention(attend: Attend, q: Tensor, first: int, runs: Sequence[Run],
     Args:
         attend: the attention operation.
         q: (rows, heads, head_dim), at consecutive positions.
-        runs: keys at and before the rows' positions, disjoint; a run that holds keys of the rows' own positions holds
-            those of all rows. What lies outside the window is not looked at.
-        window: keys that a row sees at most, its own included.
+        runs: disjoint runs of keys at and before the rows' positions; a run that holds the key of any row's own
+            position holds those of all rows. Keys outside the window are ignored.
+        window: maximum number of keys that a row sees, its own included.
 
     Returns:
         out (rows, heads, head_dim) in fp32 or q's dtype, and lse (heads, rows) fp32, as :func:`apb.attention`.
@@ -75,14 +75,14 @@ def window_attention(attend: Attend, q: Tensor, first: int, runs: Sequence[Run],
 
 
 def _whole_chunks(q: Tensor, first: int, row: int, runs: Sequence[Run], window: int) -> int:
-    """How many full chunks from this row on have all keys they see in the only run."""
+    """Number of full chunks from ``row`` on whose keys all lie in a single run; 0 with several runs."""
     if len(runs) != 1 or window < 2 or runs[0].first > first + row - window + 1 or runs[0].stop < first + q.shape[0]:
         return 0
     return min((q.shape[0] - row) // window, max(MOST_HEADS // q.shape[1], 1))
 
 
 def _side_by_side(attend: Attend, q: Tensor, start: int, run: Run, window: int) -> tuple[Tensor, Tensor]:
-    """Chunks of exactly ``window`` rows, each at the same place in its own pair of key chunks: they become heads."""
+    """Attend chunks of exactly ``window`` rows in two calls, with the chunks laid out as heads."""
     rows, heads, _ = q.shape
     chunks = rows // window
     at = start - run.first
@@ -105,23 +105,23 @@ def _beside(x: Tensor, chunks: int) -> Tensor:
 
 
 def _stepping(x: Tensor, window: int) -> Tensor:
-    """Runs of ``window`` - 1 keys that begin ``window`` apart: (keys, heads, d) to (window - 1, chunks * heads, d)."""
+    """Runs of ``window`` - 1 keys, one every ``window``: (keys, heads, d) to (window - 1, chunks * heads, d)."""
     return x.unfold(0, window - 1, window).permute(3, 0, 1, 2).flatten(1, 2)
 
 
 def _chunk(attend: Attend, q: Tensor, start: int, runs: Sequence[Run], window: int) -> tuple[Tensor, Tensor]:
-    """At most ``window`` rows over any runs."""
+    """Attend at most ``window`` rows over any number of runs."""
     stop = start + q.shape[0]
     seen: list[Segment] = []
     parts: list[tuple[int, Tensor, Tensor]] = []
     for run in runs:
-        since = max(run.first, stop - window)  # from here on all rows see all keys that stand before them
+        since = max(run.first, stop - window)  # from here on every row sees all keys before it
         if run.stop >= stop:
             seen.append(run.between(since, stop, causal=True))
         elif run.stop > since:
             seen.append(run.between(since, run.stop))
         x, y = max(run.first, start - window + 1), min(run.stop, stop - window)
-        if x < y:  # keys that leave the window while the rows go by: row x + window - 1 is the last that sees key x
+        if x < y:  # keys that leave the window within the chunk: the row at x + window - 1 is the last that sees key x
             whole, part = x + window - 1 - start, y + window - 1 - start
             if whole:
                 parts.append((0, *attend(q[:whole], [run.between(x, y)])))
@@ -134,7 +134,7 @@ def _chunk(attend: Attend, q: Tensor, start: int, runs: Sequence[Run], window: i
 
 
 def _add(out: Tensor, lse: Tensor, row: int, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge what some rows, from ``row`` on, saw beside the rest."""
+    """Merge a partial result of the rows from ``row`` on into ``out`` and ``lse``."""
     stop = row + part.shape[0]
     out = out.float()
     out[row:stop], lse[:, row:stop] = merge((out[row:stop], part), (lse[:, row:stop], part_lse))

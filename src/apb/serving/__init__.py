@@ -1,1 +1,1 @@
-"""Answering questions over HTTP, as clients of the OpenAI API ask them: one prompt after the other, on all ranks."""
+"""An HTTP server for clients of the OpenAI API: one prompt at a time, on all ranks."""

@@ -1,4 +1,4 @@
-"""The server's addresses: chat completions, models, health and metrics."""
+"""The server's endpoints: chat completions, models, health and metrics."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ..prompt import Prompt
 from .schema import ChatRequest
 from .worker import Event, Job, Progress, Worker
 
-# Seconds between looks at whether a client that waits is still there, and between signs of life to one that streams.
+# Seconds between checks that a waiting client is still connected, and between keep-alive comments to a streaming one.
 _PULSE_S = 1.0
-# Bounds of what seconds are counted by.
+# Bucket bounds of the histograms, in seconds.
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 
 
 class Refusal(Exception):
-    """What a client is told instead of an answer."""
+    """An error response: HTTP status and an error object in OpenAI's format."""
 
     def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
         super().__init__(message)
@@ -40,20 +40,20 @@ class Refusal(Exception):
 
 
 class Metrics:
-    """What is counted, for Prometheus."""
+    """Counters and histograms for Prometheus."""
 
     def __init__(self, worker: Worker) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("apb_requests", "Requests by HTTP status.", ["status"], registry=registry)
         self.prompt = Counter("apb_prompt_tokens", "Tokens of answered prompts.", registry=registry)
         self.answer = Counter("apb_answer_tokens", "Tokens of answers.", registry=registry)
-        self.prefill = Histogram("apb_prefill_seconds", "To read a prompt.", buckets=_SECONDS, registry=registry)
-        self.decode = Histogram("apb_decode_seconds", "To answer after that.", buckets=_SECONDS, registry=registry)
-        waiting = Gauge("apb_waiting_requests", "Requests not begun.", registry=registry)
+        self.prefill = Histogram("apb_prefill_seconds", "Seconds of prefill.", buckets=_SECONDS, registry=registry)
+        self.decode = Histogram("apb_decode_seconds", "Seconds of decode.", buckets=_SECONDS, registry=registry)
+        waiting = Gauge("apb_waiting_requests", "Requests in the queue.", registry=registry)
         waiting.set_function(lambda: worker.waiting)
 
     def count(self, prompt: Prompt, result: Generation) -> None:
-        """Count an answer."""
+        """Record an answered request."""
         self.prompt.inc(len(prompt))
         self.answer.inc(len(result.token_ids))
         self.prefill.observe(result.timing["prefill_s"])
@@ -61,7 +61,7 @@ class Metrics:
 
 
 class Counted:
-    """Counts what the API answers, by status. Plain ASGI: what wraps responses hides clients that go away."""
+    """Middleware that counts API responses by status; plain ASGI, since response wrappers hide client disconnects."""
 
     def __init__(self, app: ASGIApp, requests: Counter) -> None:
         self._app = app
@@ -77,25 +77,25 @@ class Counted:
 
 
 def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
-    """The server of one model.
+    """The server application for one model.
 
     Args:
-        worker: rank 0's; its :meth:`~apb.serving.worker.Worker.run` must be running on another thread.
-        name: what clients call the model.
-        max_new_tokens: an answer's longest length where a request names none.
+        worker: rank 0's worker; its :meth:`~apb.serving.worker.Worker.run` must be running on another thread.
+        name: the model's name in the API.
+        max_new_tokens: limit on an answer's tokens for requests that set none.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None)
     metrics = Metrics(worker)
     app.add_middleware(Counted, requests=metrics.requests)
     served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
-    tokenizing = threading.Lock()  # fast tokenizers are not made for several threads
+    tokenizing = threading.Lock()  # fast tokenizers are not thread-safe
 
     def check_name(asked: str) -> None:
         if asked != name:
             raise Refusal(404, f"The model {asked!r} is not served here; ask for {name!r}.", code="model_not_found")
 
     def make_prompt(body: ChatRequest) -> tuple[Prompt, dict[str, Any]]:
-        """What to read and how to answer; InputError where that cannot be done."""
+        """Prompt and sampling options of a request; InputError if they are invalid or do not fit."""
         document, query, system = body.parts()
         sampling = body.sampling(max_new_tokens)
         Sampling(**sampling)
@@ -165,30 +165,30 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
 
 
 class Reply:
-    """The bodies of one answer."""
+    """Response bodies of one answer."""
 
     def __init__(self, model: str, prompt: Prompt) -> None:
         self._prompt = prompt
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, result: Generation) -> dict[str, Any]:
-        """All of it."""
+        """Body of a whole answer."""
         message = {"role": "assistant", "content": result.text}
         choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": None}
         return {**self._head, "object": "chat.completion", "choices": [choice], **self.figures(result)}
 
     def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
-        """A piece of a streamed one."""
+        """Server-sent event with a piece of a streamed answer."""
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
         return _sse({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
     def usage(self, result: Generation) -> str:
-        """The last piece of a streamed one, where it was asked for."""
+        """Server-sent event with the token usage, the last of a streamed answer if requested."""
         figures = {"usage": self.figures(result)["usage"]}
         return _sse({**self._head, "object": "chat.completion.chunk", "choices": [], **figures})
 
     def figures(self, result: Generation) -> dict[str, Any]:
-        """Tokens, and under "apb" how the prompt was read: whether exactly, by which plan, in what time."""
+        """Token usage, and under "apb" the strategy, exactness, plan and timing of the prefill."""
         read, written = len(self._prompt), len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         kept = ("strategy", "exact", "plan", "timing", "choice")
@@ -196,19 +196,19 @@ class Reply:
 
 
 def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    """From the worker's thread to the server's, which may have gone."""
+    """Hand an event from the worker's thread to the server's event loop, which may be closed."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(events.put_nowait, event)
 
 
 async def _result(events: asyncio.Queue[Event], request: Request) -> Generation:
-    """The end of a job; Refusal where it failed, or the client went away."""
+    """Wait for a job's result; Refusal if it failed or the client disconnected."""
     while True:
         try:
             event = await asyncio.wait_for(events.get(), _PULSE_S)
         except TimeoutError:
             if await request.is_disconnected():
-                raise Refusal(499, "The client went away.", code="cancelled") from None
+                raise Refusal(499, "The client disconnected.", code="cancelled") from None
             continue
         if isinstance(event, Generation):
             return event
@@ -219,7 +219,7 @@ async def _result(events: asyncio.Queue[Event], request: Request) -> Generation:
 async def _streamed(
     job: Job, events: asyncio.Queue[Event], reply: Reply, metrics: Metrics, usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events; while nothing can be said yet, comments that tell how far reading is."""
+    """Server-sent events of a job; until the first token, comments with the progress of prefill."""
     read = "waiting"
     told = 0.0
     try:
@@ -247,12 +247,12 @@ async def _streamed(
                 yield _sse(_failure(event).body)
                 break
         yield "data: [DONE]\n\n"
-    finally:  # the client may have gone
+    finally:  # the client may have disconnected
         job.cancelled.set()
 
 
 def _failure(error: Exception) -> Refusal:
-    """What a client is told of a job that went wrong after it had been taken."""
+    """The error response for a job that failed after it was accepted."""
     if isinstance(error, InputError):
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):
@@ -261,9 +261,9 @@ def _failure(error: Exception) -> Refusal:
 
 
 def _sentence(error: RequestValidationError) -> str:
-    """What is wrong with a body, in the deepest place: what is no text may be pieces of text, one of them wrong."""
+    """One sentence for the most deeply nested validation error: a union reports one for each of its types."""
     first = max(error.errors(), key=lambda found: len(found["loc"]))
-    # Beside names of fields and places in lists these are the types that a value might have been.
+    # Besides field names and list indices, locations contain the types of a union.
     parts = [part for part in first["loc"][1:] if part not in ("str", "int") and "[" not in str(part)]
     where = ".".join(map(str, parts))
     if first["type"] == "json_invalid":

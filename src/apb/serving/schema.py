@@ -1,4 +1,4 @@
-"""What clients may ask, in the words of the OpenAI chat API, and the parts of a prompt that it means."""
+"""Requests in the format of the OpenAI chat API, and the parts of the prompt that they contain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import InputError
 
-# Fields that clients send although they change nothing so.
+# Values of fields that clients send although they have no effect.
 _CHANGES_NOTHING = {
     "stop": ([],),
     "frequency_penalty": (0,),
@@ -23,19 +23,19 @@ _CHANGES_NOTHING = {
 
 
 class _Strict(BaseModel):
-    # What is not known cannot be heeded, and leaving it out would be another answer than the one asked for.
+    # Ignoring an unknown field would give another answer than the one requested.
     model_config = ConfigDict(extra="forbid")
 
 
 class Text(_Strict):
-    """A piece of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class Message(_Strict):
-    """One message; the text in pieces or whole."""
+    """One message, its text whole or in parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Text], Field(min_length=1)]
@@ -43,7 +43,7 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
 
@@ -52,8 +52,8 @@ class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions.
 
     Attributes:
-        document: this package's addition: the text to read; the user's message is then the question alone.
-        user, metadata, store: taken, and not looked at.
+        document: extension of this package: the text to read; the user's message is then the question alone.
+        user, metadata, store: accepted and ignored.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -75,7 +75,7 @@ class ChatRequest(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _said(cls, body: Any) -> Any:
-        """Without what says nothing: null is as good as left out."""
+        """Drop nulls and fields without effect."""
         if not isinstance(body, dict):
             return body
         return {
@@ -85,18 +85,21 @@ class ChatRequest(_Strict):
         }
 
     def parts(self) -> tuple[str, str, str | None]:
-        """(document, query, system text or None); InputError where the messages do not name them.
+        """(document, query, system text or None).
 
-        The document is ``document``, else all pieces of the user's message but the last, else what stands before the
-        message's last blank line. The order of the text is the same each time: what differs is which of it counts as
-        the question, whose rows decide what blocks pass on.
+        The document is the field ``document``, else all parts of the user's message but the last, else the text before
+        the message's last blank line. The prompt is the same text in each case; they differ in which part of it counts
+        as the query, whose rows decide what blocks pass on.
+
+        Raises:
+            InputError: the messages hold more than one question, or no document.
         """
         system = [message for message in self.messages if message.role in ("system", "developer")]
         others = [message for message in self.messages if message not in system]
         if len(others) != 1 or others[0].role != "user" or len(system) > 1:
             raise InputError(
                 "A request is one question: a system message, if any, and one user message; "
-                "put what was said before into the document."
+                "put earlier messages into the document."
             )
         told = _whole(system[0].content) if system else None
         content = others[0].content
@@ -107,13 +110,13 @@ class ChatRequest(_Strict):
         document, blank, query = _whole(content).rstrip().rpartition("\n\n")
         if not blank:
             raise InputError(
-                "There is no document: give it as 'document', as a piece of the message in front of the question, "
+                "There is no document: give it as 'document', as a text part of the message before the question, "
                 "or end the message with a blank line and the question."
             )
         return document, query, told
 
     def sampling(self, longest: int) -> dict[str, Any]:
-        """What :class:`apb.generation.Sampling` takes; ``longest`` is the answer's length where none is asked for."""
+        """Arguments of :class:`apb.generation.Sampling`; ``longest`` is the token limit if the request sets none."""
         asked = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
         return {
             "max_new_tokens": longest if asked is None else asked,

@@ -1,4 +1,4 @@
-"""The engine's side of a server: requests one after the other, each read and answered by all ranks together."""
+"""The server's worker: it answers requests one at a time, each on all ranks together."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from ..errors import Cancelled, InputError
 from ..generation import Generation
 from ..prompt import Prompt
 
-# More than these are turned away: who asks next would wait for minutes at best.
+# Length of the queue; further requests are refused, as they would wait for minutes at best.
 MOST_WAITING = 64
-# Tokens of documents and questions that are read before the first request: kernels are compiled for short blocks and
-# for long ones, for few rows of a question and for many, for lengths that are multiples of 16 and for others.
+# (document, query) tokens of the warm-up prompts: kernels are compiled for short and long blocks, for few and many
+# query rows, for lengths that are multiples of 16 and for others.
 _WARM_UP = ((32000, 64), (31001, 16), (8001, 9))
-# Other ranks hear from rank 0 at least that often, so that waiting for work is not taken for its end.
+# Rank 0 sends a heartbeat at least this often, so that idle ranks do not time out.
 _HEARTBEAT_S = 60.0
 
 
 @dataclass(frozen=True)
 class Progress:
-    """So many tokens of the prompt have been read."""
+    """``done`` of the prompt's ``total`` tokens have been read."""
 
     done: int
     total: int
 
 
-# What happens to a job: progress, pieces of text, and at last its result or what went wrong.
+# Events of a job: progress, pieces of text, and at last its result or the error.
 Event = Progress | str | Generation | Exception
 
 
 @dataclass
 class Job:
-    """A prompt to answer. ``tell`` is called with every event, from the worker's thread."""
+    """A prompt to answer; ``tell`` is called with every event, on the worker's thread."""
 
     prompt: Prompt
     sampling: dict[str, Any]
@@ -48,17 +48,17 @@ class Job:
 
 
 class Worker:
-    """Runs jobs on this rank's engine. Every rank has one and calls :meth:`run`; jobs come in on rank 0."""
+    """Runs jobs on this rank's engine; every rank has one and calls :meth:`run`, and jobs are submitted on rank 0."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._jobs: queue.Queue[Job] = queue.Queue(MOST_WAITING)
         self._everyone = engine.mesh.everyone
-        # Waiting by NCCL would keep the GPUs busy.
+        # Waiting in an NCCL collective would keep the GPUs busy.
         self._control = dist.new_group(backend="gloo") if self._everyone.size > 1 else None
 
     def submit(self, job: Job) -> bool:
-        """Put a job behind those that wait; False where too many do."""
+        """Queue a job; False if the queue is full."""
         try:
             self._jobs.put_nowait(job)
         except queue.Full:
@@ -67,17 +67,17 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Jobs that have not been begun."""
+        """Number of queued jobs."""
         return self._jobs.qsize()
 
     def warm_up(self) -> None:
-        """Read and answer nonsense: what is compiled when it first runs should not keep a request waiting."""
+        """Answer dummy prompts, so that no request waits for kernels to be compiled."""
         for document, query in _WARM_UP:
             with suppress(InputError):  # too long for the model, or too short for its blocks
                 self.engine.generate(Prompt((), (0,) * document, (0,) * query), max_new_tokens=3)
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Answer what comes, until rank 0's ``stopped``, asked between jobs and now and then, says so."""
+        """Answer jobs until ``stopped`` returns True on rank 0, where it is polled between jobs and while idle."""
         while True:
             job, over = self._next(stopped) if self._everyone.rank == 0 else (None, False)
             asked, over = self._shared(None if job is None else (job.prompt, job.sampling), over)
@@ -88,7 +88,7 @@ class Worker:
                 self._answer(prompt, sampling, job)
 
     def _next(self, stopped: Callable[[], bool]) -> tuple[Job | None, bool]:
-        """(the next job that somebody still waits for, whether it is over); neither where none comes for a while."""
+        """(next job that is not cancelled, False), (None, True) once stopped, or (None, False) after a heartbeat."""
         pause = 0.2
         for _ in range(round(_HEARTBEAT_S / pause)):
             if stopped():
@@ -102,16 +102,16 @@ class Worker:
         return None, False
 
     def _shared(self, asked: Any, over: bool) -> Any:
-        """Rank 0's on every rank."""
+        """Broadcast ``[asked, over]`` from rank 0."""
         box = [asked, over]
         if self._control is not None:
             dist.broadcast_object_list(box, src=0, group=self._control)
         return box
 
     def _answer(self, prompt: Prompt, sampling: dict[str, Any], job: Job | None) -> None:
-        """This rank's part of an answer; the job is rank 0's to tell."""
+        """Answer a prompt together with the other ranks; ``job`` is given on rank 0, which reports its events."""
         tell: Callable[[Event], None] = job.tell if job else lambda event: None
-        # Every rank has to have one, for rank 0's word to be passed on.
+        # Every rank passes a callback: the engine broadcasts rank 0's answer.
         cancelled = job.cancelled.is_set if job else lambda: False
         try:
             pieces = self.engine.stream(
@@ -130,5 +130,5 @@ class Worker:
             tell(error)
         except Exception as error:
             tell(error)
-            if self._everyone.size > 1:  # the other ranks may be anywhere by now
+            if self._everyone.size > 1:  # the ranks are out of step by now
                 raise

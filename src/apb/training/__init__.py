@@ -1,1 +1,1 @@
-"""Training: the retaining heads of a compressor, and the small model that ships with the package."""
+"""Training of retaining heads, and of the small model shipped with the package."""

@@ -1,4 +1,4 @@
-"""Generated long-context tasks: documents of any length, questions about them, and what is right."""
+"""Generated long-context tasks: documents of any length, questions about them and the right answers."""
 
 from .base import QUERY_START, SHORTEST, TASKS, TAUGHT, Sample, generate, score
 from .filler import FILLERS

@@ -1,4 +1,4 @@
-"""Samples of the tasks: `generate` makes one of an exact length, `score` judges what a model answers."""
+"""Samples of the tasks: `generate` makes one of a given length, `score` scores a prediction."""
 
 from __future__ import annotations
 
@@ -36,7 +36,10 @@ TAUGHT: dict[str, Builder] = {
     "common_words": common_words,
     "frequent_words": frequent_words,
 }
-"""The kinds that the shipped model was taught, by name. Their texts never change: its figures rest on them."""
+"""Builders of the task kinds that the shipped model was trained on, by name.
+
+Their texts must not change, since its figures depend on them.
+"""
 
 TASKS: dict[str, Builder] = {
     **TAUGHT,
@@ -53,18 +56,18 @@ TASKS: dict[str, Builder] = {
     "extreme_number": extreme_number,
     "qa": qa,
 }
-"""All kinds of tasks by name; `qa` needs the option `passages`."""
+"""Builders of all task kinds by name; `qa` needs the option `passages`."""
 
 QUERY_START = "\n\n"
-"""Stands between the document and the question."""
+"""Separator between the document and the question."""
 
 SHORTEST = 192
-"""Fewer tokens than this leave no room for a task."""
+"""Shortest sample, in tokens; fewer leave no room for a task."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document, a question about it and the answers; `length` is the number of tokens with room for the answer."""
+    """A document, a question about it and the answers; `length` is in tokens and includes room for the answer."""
 
     task: str
     document: str
@@ -75,28 +78,28 @@ class Sample:
 
     @property
     def answer(self) -> str:
-        """The answers as the shipped model was taught to give them."""
+        """The answers in the format that the shipped model was trained on."""
         return ", ".join(self.answers)
 
 
 def size(text: str, tokenizer: Tokenizer) -> int:
-    """Number of tokens of a text, tokenized in pieces: some tokenizers are slow on one very long text."""
+    """Number of tokens of a text."""
     return len(tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
 
 def size_of_ends(question: Question, tokenizer: Tokenizer) -> int:
-    """Number of tokens of a question, of its answers and of the end."""
+    """Number of tokens of a question, its answers and EOS."""
     return size(QUERY_START + question.text, tokenizer) + size(" " + ", ".join(question.answers), tokenizer) + 1
 
 
 @lru_cache(maxsize=4)
 def encoder_of(tokenizer: Any) -> Encoder:
-    """The encoder of a tokenizer, kept with what it has tokenized."""
+    """The encoder of a tokenizer, kept with its cache of segments."""
     return Encoder(tokenizer)
 
 
 def arrange(material: Material, rng: Random, room: int, encoder: Encoder) -> str:
-    """The document of a material, of at most `room` tokens by the encoder's count."""
+    """The document built from a material, of at most `room` tokens by the encoder's count."""
     if material.body is not None:
         return "".join(material.body)
     filler = material.filler or "prose"
@@ -105,16 +108,19 @@ def arrange(material: Material, rng: Random, room: int, encoder: Encoder) -> str
 
 
 def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options: Any) -> Sample:
-    """One sample of `length` tokens: prefix (BOS), document, query, and room for the answer and its end.
+    """Generate a sample of `length` tokens: prefix (BOS), document, query, and room for the answer and EOS.
 
     The sample never has more tokens than that, and at most about one percent fewer. It depends on the arguments alone.
 
     Args:
         task: a name in `TASKS`.
         tokenizer: anything with `encode(text, add_special_tokens=False)`.
-        length: number of tokens in all.
+        length: total number of tokens.
         seed: the same seed gives the same sample.
-        options: what the task's builder takes, e.g. `distractor_needles`, `hops`, `haystack`.
+        options: options of the task's builder, e.g. `distractor_needles`, `hops`, `haystack`.
+
+    Raises:
+        TaskError: an unknown task or haystack, or a length into which the task does not fit.
     """
     if task not in TASKS:
         raise TaskError(f"There is no task {task!r}: choose one of {', '.join(TASKS)}.")
@@ -126,7 +132,7 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
     prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
     goal, made = length, None
     for _ in range(8):
-        # Counts by segments are exact for word-level tokenizers; for others the goal is corrected by the true count.
+        # Counts by segment are exact for word-level tokenizers; for others the goal is corrected by the true count.
         rng = Random(f"{task} {seed}")
         material = TASKS[task](rng, goal - 64, encoder, **options)
         question = material.questions[0]
@@ -148,7 +154,7 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
 
 
 def score(sample: Sample, prediction: str) -> float:
-    """Share of the answers, from 0 to 100, that stand in the prediction as whole words, whatever their case."""
+    """Share of the answers, from 0 to 100, that occur in the prediction as whole words, ignoring case."""
     text = prediction.lower()
     found = [re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text) is not None for answer in sample.answers]
     return 100.0 * sum(found) / len(found)

@@ -1,4 +1,4 @@
-"""Variable tracking: a value is given to a variable, and other variables are set from it, one after the other."""
+"""Variable tracking: a variable gets a value, and further variables copy it in a chain."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .material import Encoder, Fact, Material, Question, number, pick
 VARIABLES = spaced(TITLES)
 QUESTIONS = ("Which variables hold the value", "Which variables are equal to", "Which variables have the value")
 STATEMENT_SIZE = 8
-"""About the number of tokens of a statement."""
+"""Approximate number of tokens of a statement."""
 
 
 def chains(rng: Random, lengths: list[int]) -> Material:
-    """Chains of the given numbers of names, one question each; the names are distinct over all chains."""
+    """Chains of `lengths` names each, with one question per chain; names are distinct across chains."""
     names = rng.sample(VARIABLES, sum(lengths))
     facts: list[Fact] = []
     questions: list[Question] = []
@@ -39,7 +39,7 @@ def variable_tracking(
     distractor_chains: int = 3,
     haystack: str | None = None,
 ) -> Material:
-    """`VAR a = 123456`, then `VAR b = VAR a` and so on; which variables hold the value: the names in order."""
+    """`VAR a = 123456`, `VAR b = VAR a` and so on; the answer lists the variables with the value, in text order."""
     fitting = room * 9 // 10 // (STATEMENT_SIZE * (hops + 1)) - 1
     material = chains(rng, [hops + 1] * (1 + max(0, min(distractor_chains, fitting))))
     material.questions = material.questions[:1]

@@ -1,4 +1,4 @@
-"""Headings: chapters with notes in them; a note belongs to the latest heading before it."""
+"""Headings: chapters with notes; a note belongs to the last heading before it."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ QUESTIONS = (
 )
 PARSED_REMARKS = tuple(parse(remark) for remark in REMARKS)
 NOTE_SIZE = 17
-"""About the number of tokens of a note."""
+"""Approximate number of tokens of a note."""
 
 
 def heading(title: str) -> Sentence:
-    """A chapter's heading, a paragraph of its own start."""
+    """A chapter heading, which starts a new paragraph."""
     return ["\n\nChapter", title, "."]
 
 
 def note(rng: Random, topic: Pair) -> Sentence:
-    """A note on a topic: a mark of its subject and a remark that says nothing else that is asked for."""
+    """A note on a topic: an opening that names the topic, and a remark that no question is about."""
     remark = [item if isinstance(item, str) else pick(rng, item) for item in pick(rng, PARSED_REMARKS)]
     return [*fill(pick(rng, NOTES), topic), *(segment for segment in remark if segment.strip())]
 
 
 def chapters(rng: Random, count: int, notes: int) -> Material:
-    """`count` headings, the first at the start, and `notes` notes, one question each."""
+    """`count` headings, the first at the start, and `notes` notes with one question each."""
     titles = rng.sample(CHAPTERS, count)
     starts = [0.0, *sorted(rng.random() for _ in range(count - 1))]
     facts = [Fact(start, heading(title)) for start, title in zip(starts, titles, strict=True)]
@@ -64,7 +64,7 @@ def headings(
     notes: int = 16,
     haystack: str | None = None,
 ) -> Material:
-    """`headings` chapter headings and up to `notes` notes, anywhere in the text; in which chapter is one of them?"""
+    """`headings` chapter headings and up to `notes` notes at random places; the question asks for a note's chapter."""
     fitting = (room * 9 // 10 - 5 * headings) // NOTE_SIZE
     material = chapters(rng, headings, max(1, min(notes, fitting)))
     material.questions = material.questions[:1]

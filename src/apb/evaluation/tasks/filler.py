@@ -1,7 +1,7 @@
-"""Haystacks: sentences that say nothing a question asks about.
+"""Haystacks: filler sentences that no question is about.
 
-A sentence is a list of segments: strings that begin with a space, a line break or a punctuation mark, so that a
-word-level tokenizer gives the tokens of the joined text as the joined tokens of the segments.
+A sentence is a list of segments: strings that begin with a space, a line break or a punctuation mark, so that with a
+word-level tokenizer the tokens of the text are the concatenated tokens of its segments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Template = tuple[str | tuple[str, ...], ...]
 
 
 def spaced(words: tuple[str, ...]) -> tuple[str, ...]:
-    """The words, each with the space before it."""
+    """The words, each with a space before it."""
     return tuple(" " + word for word in words)
 
 
@@ -79,7 +79,7 @@ NOISE = (
 
 
 def parse(shape: str) -> Template:
-    """Cut a shape into literals and slots; the first literal gets the space that joins it to the text before."""
+    """Split a shape into literals and slots; the first literal gets a leading space."""
     items: list[str | tuple[str, ...]] = []
     for part in re.split(r"(\{\w+\})", shape.strip()):
         if part.startswith("{"):
@@ -95,7 +95,7 @@ SOUP_WORDS = spaced(WORDS)
 
 
 def paragraph(sentence: Sentence) -> Sentence:
-    """The sentence as the first one of a new paragraph."""
+    """The sentence as the first of a new paragraph."""
     return ["\n\n" + sentence[0].lstrip(), *sentence[1:]]
 
 
@@ -117,7 +117,7 @@ def prose(rng: Random) -> Callable[[], Sentence]:
 
 
 def noise(rng: Random) -> Callable[[], Sentence]:
-    """The same few sentences over and over."""
+    """The same few sentences, repeated."""
     index = int(rng.random() * len(NOISE_SENTENCES)) - 1
 
     def sentence() -> Sentence:
@@ -129,7 +129,7 @@ def noise(rng: Random) -> Callable[[], Sentence]:
 
 
 def soup(rng: Random) -> Callable[[], Sentence]:
-    """Random words without grammar, six to fifteen to a sentence."""
+    """Random words without grammar, six to fifteen per sentence."""
     draw, count = rng.random, len(SOUP_WORDS)
 
     def sentence() -> Sentence:
@@ -139,4 +139,4 @@ def soup(rng: Random) -> Callable[[], Sentence]:
 
 
 FILLERS: dict[str, Callable[[Random], Filler]] = {"prose": prose, "noise": noise, "soup": soup}
-"""Kinds of haystack: each gives, for a random generator, a function that makes the next sentence."""
+"""Kinds of haystack: each maps a random generator to a function that returns the next sentence."""

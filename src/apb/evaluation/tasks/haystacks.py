@@ -1,4 +1,4 @@
-"""Needles among nothing but needles, and needles of codes: kinds that the shipped model was not taught."""
+"""Needles among other needles only, and needles of codes: kinds that the shipped model was not trained on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLACED = (
 )
 CODED = ("The record of {key} is {value}.", "For {key} the register shows {value}.", "Ask {key} and hear {value}.")
 CODE_QUESTIONS = ("What is the record of {key}?", "What does the register show for {key}?")
-# Beyond this share of all keys, drawing an unused one by chance takes too long.
+# Beyond this share of all keys, rejection sampling of an unused one takes too long.
 _MOST_KEYS = 0.9
 
 
@@ -28,20 +28,20 @@ def code(rng: Random) -> str:
 
 
 def coded(rng: Random, forms: tuple[str, ...], key: str, value: str = "") -> Sentence:
-    """A statement or question about a code, in segments."""
+    """A statement or question about a code, as segments."""
     head, _, tail = pick(rng, forms).partition(" {key}")
     tail, _, end = tail.partition(" {value}")
     return [" " + head, " " + key, tail, " " + value, end] if value else [" " + head, " " + key, tail]
 
 
 def keys_beside(taken: Pair, rng: Random) -> Callable[[], Pair]:
-    """Draws keys of two words: none twice, and never the one that is taken."""
+    """Function that draws two-word keys, without repetition and never `taken`; TaskError once they run out."""
     used = {taken}
     most = int(_MOST_KEYS * len(KEY_ADJECTIVES) * len(KEY_NOUNS))
 
     def draw() -> Pair:
         if len(used) >= most:
-            raise TaskError(f"So long a text needs more keys than the {most:,} there are: ask for a shorter one.")
+            raise TaskError(f"A text this long needs more keys than the {most:,} available; ask for a shorter one.")
         while True:
             key = (pick(rng, KEY_ADJECTIVES), pick(rng, KEY_NOUNS))
             if key not in used:
@@ -52,7 +52,7 @@ def keys_beside(taken: Pair, rng: Random) -> Callable[[], Pair]:
 
 
 def one_among(rng: Random, task: str, sentence: Callable[[Random, Pair], Sentence]) -> Material:
-    """A needle with a number in a text of sentences about other keys."""
+    """A needle with a number in a text of `sentence`s about other keys."""
     (key,) = draw_keys(rng, 1)
     value = number(rng)
 
@@ -64,7 +64,7 @@ def one_among(rng: Random, task: str, sentence: Callable[[Random, Pair], Sentenc
 
 
 def single_noise(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One needle in a few sentences that come again and again."""
+    """One needle in a few repeated sentences."""
     return multikey(rng, room, encoder, distractor_needles=0, haystack="noise", task="single_noise")
 
 
@@ -74,7 +74,7 @@ def single_prose(rng: Random, room: int, encoder: Encoder) -> Material:
 
 
 def single_needles(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One number among needles that give places: the needle's form is everywhere, a number only in it."""
+    """One needle with a number among needles with places: all have its form, none has another number."""
     return one_among(rng, "single_needles", lambda rng, key: fill(pick(rng, PLACED), key, pick(rng, PLACES)))
 
 
@@ -87,17 +87,17 @@ def single_code(rng: Random, room: int, encoder: Encoder) -> Material:
 
 
 def multikey_few(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One needle of four in running text."""
+    """One of four needles in running text."""
     return multikey(rng, room, encoder, distractor_needles=3, haystack="prose", task="multikey_few")
 
 
 def multikey_all(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One needle in a text of nothing but needles; keys have words in common."""
+    """One needle in a text of needles only, whose keys share words."""
     return one_among(rng, "multikey_all", lambda rng, key: statement(rng, key, number(rng)))
 
 
 def multikey_codes(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One needle in a text of nothing but needles, keys and values being codes."""
+    """One needle in a text of needles only, with codes as keys and values."""
     key, value = code(rng), code(rng)
 
     def filler(rng: Random) -> Filler:

@@ -1,4 +1,4 @@
-"""The generated kinds of InfiniteBench (arXiv 2402.13718), worded anew: pass key, digits, key-value pairs, numbers."""
+"""The generated kinds of InfiniteBench (arXiv 2402.13718), reworded: pass key, digits, key-value pairs, numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RANKS = ("largest", "second largest", "third largest", "smallest", "second small
 
 
 def passkey(rng: Random, room: int, encoder: Encoder) -> Material:
-    """Five digits, named twice in one place of a text that repeats itself."""
+    """A five-digit number, given twice in one place of a repetitive text."""
     value = str(rng.randrange(10_000, 100_000))
     fact = [" The pass key is", " " + value, ".", " Keep it in mind:", " " + value, " is the pass key."]
     question = Question([" What is the pass key?"], (value,), "passkey")
@@ -20,7 +20,7 @@ def passkey(rng: Random, room: int, encoder: Encoder) -> Material:
 
 
 def number_string(rng: Random, room: int, encoder: Encoder) -> Material:
-    """Ten digits of which half are repeats of their neighbours, named twice in a text that repeats itself."""
+    """A ten-digit number, half of its digits repeats of their neighbours, given twice in a repetitive text."""
     digits = [pick(rng, "0123456789") for _ in range(5)]
     for _ in range(5):
         place = rng.randrange(len(digits))
@@ -32,7 +32,7 @@ def number_string(rng: Random, room: int, encoder: Encoder) -> Material:
 
 
 def kv_retrieval(rng: Random, room: int, encoder: Encoder) -> Material:
-    """One value of a JSON object whose keys and values are codes; words after it fill what no pair fits into."""
+    """One value of a JSON object whose keys and values are codes; words after it fill the rest of the room."""
     start, end = "{", "}"
     pairs: list[tuple[str, str]] = []
     left = room - encoder.count([start, end])
@@ -52,7 +52,7 @@ def kv_retrieval(rng: Random, room: int, encoder: Encoder) -> Material:
 
 
 def extreme_number(rng: Random, room: int, encoder: Encoder) -> Material:
-    """The largest or smallest, second or third of either, of a long list of numbers; equal ones count once."""
+    """The largest, smallest, or second or third of either, in a long list of numbers; duplicates count once."""
     place, low, high = rng.randrange(len(RANKS)), rng.randrange(1000, 2000), rng.randrange(8000, 10_000)
     numbers: list[int] = []
     body: Sentence = []

@@ -79,7 +79,7 @@ PLACES: tuple[str, ...] = tuple(
     """.split()
 )
 
-# Reserved words: names of variables and of chapters. No other list holds them, so filler never does.
+# Reserved words: names of variables and of chapters. No other list contains them, so filler never does.
 TITLES: tuple[str, ...] = tuple(
     """
     acorn agate alder algae almond anvil ash aspen atlas aurora badger bamboo basil beacon beaver birch bison blossom
@@ -97,4 +97,4 @@ TITLES: tuple[str, ...] = tuple(
 )
 
 WORDS: tuple[str, ...] = NOUNS + ADJECTIVES + VERBS + PLACES
-"""Every common word: what word soup, word lists and Zipf texts draw from (names and titles excluded)."""
+"""All common words (names and titles excluded), from which word soup, word lists and Zipf texts are drawn."""

@@ -1,4 +1,4 @@
-"""What a task is made of: facts placed in a document, questions about them, and the filler between."""
+"""Material of a task: facts placed in a document, questions about them, and the filler between."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Pair = tuple[str, str]
 
 
 class Tokenizer(Protocol):
-    """The part of a tokenizer that tasks need."""
+    """The interface of a tokenizer that tasks need."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text."""
 
     def __hash__(self) -> int:
-        """Tokenizers are told apart by identity."""
+        """Hash by identity."""
 
 
 class Encoder:
@@ -48,7 +48,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Fact:
-    """A piece of text that a question may ask for, at a place in the document between 0 (start) and 1 (end)."""
+    """A piece of text that a question may be about, at a place in the document between 0 (start) and 1 (end)."""
 
     place: float
     segments: Sentence
@@ -56,7 +56,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Question:
-    """A question in segments, and its answers in the order in which they are given."""
+    """A question as segments, and its answers in the order expected."""
 
     segments: Sentence
     answers: tuple[str, ...]
@@ -70,9 +70,9 @@ class Question:
 
 @dataclass
 class Material:
-    """Facts to be hidden in filler (or a whole `body` that needs none) and questions about them.
+    """Facts to be hidden in filler (or a complete `body` without filler) and questions about them.
 
-    `filler` is a name of `filler.FILLERS`, or makes one for a random generator.
+    `filler` is a name in `filler.FILLERS`, or a function from a random generator to a filler.
     """
 
     facts: list[Fact] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Material:
 
 
 Builder = Callable[..., Material]
-"""(rng, room, encoder, **options) -> Material; `room` is about the number of tokens that the document may have."""
+"""(rng, room, encoder, **options) -> Material; `room` is the approximate number of tokens for the document."""
 
 
 class TaskError(InputError):
@@ -90,7 +90,7 @@ class TaskError(InputError):
 
 
 def pick(rng: Random, items: Sequence[Any]) -> Any:
-    """One of the items (faster than rng.choice)."""
+    """A random item (faster than rng.choice)."""
     return items[int(rng.random() * len(items))]
 
 
@@ -103,7 +103,7 @@ PADDING = spaced(NOUNS)
 
 
 def padding(rng: Random, tokens: int, encoder: Encoder) -> Sentence:
-    """A list of nouns that fills what is left when no further sentence fits: about `tokens` tokens, never more."""
+    """A list of nouns for the rest of a document once no further sentence fits: about `tokens` tokens, never more."""
     words: Sentence = []
     left = tokens - len(encoder.ids("."))
     while left > 0:
@@ -115,7 +115,7 @@ def padding(rng: Random, tokens: int, encoder: Encoder) -> Sentence:
 
 
 def weave(facts: list[Fact], filler: Callable[[], Sentence], rng: Random, room: int, encoder: Encoder) -> list[str]:
-    """Put the facts, at their places, into as much filler as makes a document of at most `room` tokens."""
+    """Insert the facts at their places into filler, for a document of at most `room` tokens; TaskError if too many."""
     facts = sorted(facts, key=lambda fact: fact.place)
     left = room - sum([encoder.count(fact.segments) for fact in facts])
     if left < 0:

@@ -1,4 +1,4 @@
-"""Needles: sentences that give a key (adjective and noun) a six-digit number, hidden in filler."""
+"""Needles: sentences that assign a six-digit number to a key (adjective and noun), hidden in filler."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ QUESTIONS = (
 SEVERAL = ("What are all the numbers of the{adj}{noun}?", "Which numbers belong to the{adj}{noun}?")
 LIST_STARTS = ("What are the numbers of", "Which numbers belong to")
 STATEMENT_SIZE = 16
-"""About the number of tokens of a statement."""
+"""Approximate number of tokens of a statement."""
 
 
 def fill(template: str, key: Pair, value: str = "") -> Sentence:
-    """The segments of a statement or a question about a key."""
+    """A statement (with `value`) or question about a key, as segments."""
     head, _, tail = template.partition("{adj}{noun}")
     tail, marked, rest = tail.partition("{value}")
     start = [" " + head] if head else []
@@ -38,14 +38,14 @@ def fill(template: str, key: Pair, value: str = "") -> Sentence:
 
 
 def statement(rng: Random, key: Pair, value: str, forms: tuple[str, ...] = STATEMENTS) -> Sentence:
-    """A needle."""
+    """A needle, in one of `forms`."""
     return fill(pick(rng, forms), key, value)
 
 
 def draw_keys(rng: Random, count: int, shared_words: bool = False) -> list[Pair]:
-    """Distinct keys of two words, each with the space before it.
+    """Distinct keys of two words, each word with a space before it.
 
-    Unless `shared_words`, no word belongs to two keys: either word alone tells a key from the others.
+    Unless `shared_words`, no two keys share a word, so that either word alone identifies a key.
     """
     if shared_words:
         pairs: dict[Pair, None] = {}
@@ -54,22 +54,22 @@ def draw_keys(rng: Random, count: int, shared_words: bool = False) -> list[Pair]
         return list(pairs)
     most = min(len(KEY_ADJECTIVES), len(KEY_NOUNS))
     if count > most:
-        raise TaskError(f"{count} keys were asked for, but there are words for {most}.")
+        raise TaskError(f"{count} keys were requested, but there are words for only {most}.")
     return list(zip(rng.sample(KEY_ADJECTIVES, count), rng.sample(KEY_NOUNS, count), strict=True))
 
 
 def ask_one(rng: Random, key: Pair, value: str, task: str) -> Question:
-    """A question for the one number of a key."""
+    """A question for the only number of a key."""
     return Question(fill(pick(rng, QUESTIONS), key), (value,), task)
 
 
 def ask_all(rng: Random, key: Pair, values: tuple[str, ...]) -> Question:
-    """A question for all numbers of one key, in the order of the text."""
+    """A question for all numbers of one key, answered in text order."""
     return Question(fill(pick(rng, SEVERAL), key), values, "multivalue")
 
 
 def ask_list(rng: Random, keys: list[Pair], values: tuple[str, ...]) -> Question:
-    """One question for the numbers of several keys, in the order of the question."""
+    """One question for the numbers of several keys, answered in the question's order."""
     segments = [" " + pick(rng, LIST_STARTS)]
     for index, key in enumerate(keys):
         segments += [" and the" if index and index == len(keys) - 1 else ", the" if index else " the", *key]
@@ -77,13 +77,13 @@ def ask_list(rng: Random, keys: list[Pair], values: tuple[str, ...]) -> Question
 
 
 def distractors(rng: Random, count: int, room: int, used: int, keys: list[Pair]) -> list[Fact]:
-    """Needles with other keys: `count`, or as many as fit beside `used` tokens in nine tenths of the room."""
+    """Needles with other keys: `count`, or as many as fit next to `used` tokens into nine tenths of the room."""
     count = max(0, min(count, (room * 9 // 10 - used) // STATEMENT_SIZE, len(keys)))
     return [Fact(rng.random(), statement(rng, key, number(rng))) for key in keys[:count]]
 
 
 def single(rng: Random, room: int, encoder: Encoder, haystack: str | None = None) -> Material:
-    """One needle in filler; `haystack` names the kind of filler (drawn when not given)."""
+    """One needle in filler; `haystack` names the kind of filler, random if None."""
     return multikey(rng, room, encoder, distractor_needles=0, haystack=haystack, task="single")
 
 
@@ -96,9 +96,9 @@ def multikey(
     task: str = "multikey",
     shared_words: bool = False,
 ) -> Material:
-    """One needle that is asked for among `distractor_needles` with other keys (as many as fit).
+    """One needle with a question, among `distractor_needles` with other keys (as many as fit).
 
-    With `shared_words` a key may have its adjective or its noun in common with others, which is harder.
+    With `shared_words` keys may share their adjective or noun, which is harder.
     """
     key, *others = draw_keys(rng, 1 + distractor_needles, shared_words)
     value = number(rng)
@@ -115,7 +115,7 @@ def multivalue(
     distractor_needles: int = 16,
     haystack: str | None = None,
 ) -> Material:
-    """One key with several values at different places, and needles with other keys; all values, in text order."""
+    """One key with several values at different places, among needles with other keys; the answer lists all values."""
     key, *others = draw_keys(rng, 1 + distractor_needles)
     numbers = tuple(dict.fromkeys(number(rng) for _ in range(values)))
     places = sorted(rng.random() for _ in numbers)

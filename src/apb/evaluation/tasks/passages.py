@@ -1,4 +1,4 @@
-"""Questions over passages of the user's own: the passages that answer one, among others, in random order."""
+"""Questions about user-supplied passages: the passages that answer a question, shuffled among others."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...errors import InputError, first_line
 from .filler import Sentence
 from .material import Encoder, Material, Question, TaskError
 
-# What stands before a passage; its number is longer only in texts of more than a thousand.
+# Header of a passage, used to count tokens; numbers are longer only with a thousand passages or more.
 _HEAD = "\n\nPassage 999:\n"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question, its answers (any one of them is right) and the passages that one must have read."""
+    """A question, its answers (any one of them is right) and the ids of the passages that answer it."""
 
     question: str
     answers: tuple[str, ...]
@@ -27,7 +27,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Passages:
-    """Passages by name, and questions over them."""
+    """Passages by id, and questions about them."""
 
     texts: dict[str, str]
     asked: tuple[Asked, ...]
@@ -38,6 +38,9 @@ def load_passages(path: Path) -> Passages:
 
     ``{"id": NAME, "text": TEXT}`` is a passage; ``{"question": TEXT, "answers": [TEXT, ...], "passages": [NAME, ...]}``
     is a question and the passages that answer it.
+
+    Raises:
+        InputError: the file cannot be read, has no question, or a line is invalid or names an unknown passage.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -56,7 +59,7 @@ def load_passages(path: Path) -> Passages:
                 texts[str(fields["id"])] = str(fields["text"]).strip()
             else:
                 if not isinstance(fields["answers"], list) or not isinstance(fields["passages"], list):
-                    raise ValueError("answers and passages are lists")
+                    raise ValueError("answers and passages must be lists")
                 names = tuple(str(name) for name in fields["passages"])
                 asked.append(Asked(str(fields["question"]), tuple(map(str, fields["answers"])), names))
                 if not asked[-1].answers or not names:
@@ -77,12 +80,12 @@ def load_passages(path: Path) -> Passages:
 def qa(
     rng: Random, room: int, encoder: Encoder, passages: Passages | None = None, number: int | None = None
 ) -> Material:
-    """Question ``number`` of the user's, among as many passages as fit; the last one that does not fit is cut.
+    """Question ``number`` with the passages that answer it and as many others as fit; the last of these is truncated.
 
-    Passages that answer the question are never cut. With fewer passages than fit, the others come again.
+    Passages that answer the question are never truncated. If all passages do not fill the room, the others repeat.
     """
     if passages is None or number is None:
-        raise TaskError("The task 'qa' asks questions of passages of yours: name their file with --passages.")
+        raise TaskError("The task 'qa' asks questions about your own passages; name their file with --passages.")
     if number >= len(passages.asked):
         raise TaskError(f"There are {len(passages.asked)} questions: ask for at most as many samples.")
     item = passages.asked[number]
@@ -90,7 +93,7 @@ def qa(
     others = [text for name, text in passages.texts.items() if name not in item.passages]
     left = room - sum(size_of(text, encoder) for text in needed)
     if left < 0:
-        raise TaskError(f"The passages of question {number + 1} need {room - left} tokens, and there are {room}.")
+        raise TaskError(f"The passages of question {number + 1} need {room - left} tokens, but only {room} fit.")
     chosen = [*needed, *fill_up(rng, others, left, encoder)]
     rng.shuffle(chosen)
     body = [f"{'' if index == 1 else chr(10) * 2}Passage {index}:\n{text}" for index, text in enumerate(chosen, 1)]
@@ -98,7 +101,7 @@ def qa(
 
 
 def fill_up(rng: Random, others: Sequence[str], left: int, encoder: Encoder) -> list[str]:
-    """Passages in random order until `left` tokens are full; the last is cut at a word."""
+    """Passages in random order that fill `left` tokens; the last one is truncated at a word."""
     chosen: list[str] = []
     order: list[str] = []
     frame = encoder.count([_HEAD])
@@ -117,7 +120,7 @@ def fill_up(rng: Random, others: Sequence[str], left: int, encoder: Encoder) -> 
 
 
 def cut(text: str, room: int, encoder: Encoder) -> str:
-    """The text's first words, as many as have at most `room` tokens."""
+    """The first words of a text, up to `room` tokens."""
     words: Sentence = []
     for index, word in enumerate(text.split()):
         room -= encoder.count([" " + word if index else word])
@@ -128,5 +131,5 @@ def cut(text: str, room: int, encoder: Encoder) -> str:
 
 
 def size_of(text: str, encoder: Encoder) -> int:
-    """About the number of tokens of a passage with its number and line breaks."""
+    """Approximate number of tokens of a passage with its header."""
     return encoder.count([_HEAD, text])

@@ -1,4 +1,4 @@
-"""Counting: the most common words of a long list, and of a text of code words that follow Zipf's law."""
+"""Counting: the most common words of a long list, and of a text of code words with Zipf frequencies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FREQUENT_QUESTION = "Which three code words are the most frequent in the text?"
 
 
 def shuffled(rng: Random, counts: dict[str, int]) -> Sentence:
-    """Every word as often as it is counted, in random order, as segments of a document."""
+    """Every word `counts[word]` times, in random order, as segments of a document."""
     words = [word for word, count in counts.items() for _ in range(count)]
     rng.shuffle(words)
     return [words[0].lstrip(), *words[1:]] if words else []
@@ -26,7 +26,10 @@ def mean_size(encoder: Encoder) -> float:
 
 
 def trim(counts: dict[str, int], free: list[str], room: int, encoder: Encoder) -> None:
-    """Take words of `free` away, one of each in turn, until the text fits (2 tokens are kept for its first word)."""
+    """Lower the counts of the words in `free`, one of each in turn, until the text fits into `room` tokens.
+
+    Two tokens are reserved for the first word. TaskError if it does not fit without any of them.
+    """
     sizes = {word: len(encoder.ids(word)) for word in counts}
     total = sum(sizes[word] * count for word, count in counts.items()) + 2
     while total > room:
@@ -42,9 +45,9 @@ def trim(counts: dict[str, int], free: list[str], room: int, encoder: Encoder) -
 def common_words(
     rng: Random, room: int, encoder: Encoder, common: int = 10, ratio: int = 10, distinct: int = 400
 ) -> Material:
-    """A long list of words in random order: `common` of them stand in it `ratio` times as often as the others."""
+    """A long list of words in random order, in which `common` words are `ratio` times as frequent as the others."""
     slots = room / mean_size(encoder)
-    # A short list has fewer distinct words; the count of the others is then chosen so that the list is full.
+    # A short list has fewer distinct words; the number of the others is then chosen to fill the list.
     planned = max(common, min(distinct, int(slots / 3) - common * ratio))
     often = max(1, int(slots / (common * ratio + planned)))
     others = max(common, min(int(slots / often) - common * ratio, len(CODES) - common))
@@ -62,7 +65,7 @@ def common_words(
 def frequent_words(
     rng: Random, room: int, encoder: Encoder, answers: int = 3, distinct: int = 300, alpha: float = 1.5
 ) -> Material:
-    """A text of code words whose frequencies fall as rank ** -alpha: the `answers` most frequent, in that order."""
+    """A text of code words with frequencies rank ** -alpha; the answer lists the `answers` most frequent, in order."""
     slots = room / mean_size(encoder)
     words = rng.sample(CODES, min(distinct, max(answers + 4, int(slots / 6))))
     weights = [(rank + 1) ** -alpha for rank in range(len(words))]

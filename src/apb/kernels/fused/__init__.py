@@ -1,4 +1,4 @@
-"""Attention of several tasks over up to three key/value sources in one launch, nothing concatenated, nothing copied.
+"""Attention of several tasks over up to three key/value sources in one launch, without concatenating them.
 
 Two kernels share the schedule: :mod:`.hopper` in Gluon for sm_90, :mod:`.portable` in plain Triton for other GPUs.
 """
@@ -27,9 +27,15 @@ __all__ = ["Part", "Task", "attention", "launch", "why_not", "why_not_hopper"]
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and what goes with them: the fastest of those tried on one H200.
+    """Tuning parameters of the Hopper kernel: the fastest of those tried on one H200.
 
-    ``groups`` consumer warpgroups of 64 rows each, with ``registers`` a thread, and the kernel's cap on registers.
+    Attributes:
+        block_n: keys of a tile.
+        groups: consumer warpgroups, of 64 query rows each.
+        stages: key/value tiles in flight.
+        registers: registers per consumer thread.
+        cap: the compiler's limit on registers per thread.
+        ping_pong: consumers take turns at issuing their matrix products.
     """
 
     block_n: int
@@ -52,14 +58,14 @@ HOPPER = {
 }
 # Versions of Triton whose Gluon the kernel was compiled with.
 GLUON_FROM, GLUON_BEFORE = (3, 6), (3, 10)
-# So few rows make too few tiles for a GPU: their keys are split instead.
+# Up to this many rows make too few tiles to fill a GPU: their keys are split instead.
 FEW_ROWS = 64
 # (block_m, block_n, warps, stages) of the plain Triton kernel, by head dim rounded up to a power of two.
 PORTABLE = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)}
 
 
 def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why these kernels cannot serve such tensors; None where they can."""
+    """Reason these kernels cannot serve such tensors, or None if they can."""
     if device.type != "cuda" and not (_interpreted() and find_spec("triton")):
         return "the fused kernels run on NVIDIA GPUs"
     if device.type == "cuda" and (obstacle := why_no_triton()):
@@ -76,7 +82,7 @@ def why_not(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | No
 
 
 def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the kernel for Hopper cannot serve such tensors; None where it can."""
+    """Reason the kernel for Hopper cannot serve such tensors, or None if it can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return "the kernel for Hopper needs a GPU of compute capability 9.0"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -89,10 +95,10 @@ def why_not_hopper(device: torch.device, dtype: torch.dtype, head_dim: int) -> s
 def attention(
     q: Tensor, segments: Sequence[Segment], scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`apb.attention`, for a positive scale. One launch for up to three segments, one more for each three
-    more, merged.
+    """:func:`apb.attention` for a positive scale, in one launch per three segments.
 
-    Few rows go to :mod:`apb.kernels.decode`, segment by segment.
+    Partial results of several launches are merged by log-sum-exp. Up to ``FEW_ROWS`` rows go to
+    :mod:`apb.kernels.decode`, segment by segment.
     """
     rows, heads, head_dim = q.shape
     segments = [segment for segment in segments if len(segment.k)]
@@ -132,18 +138,18 @@ def launch(
     softcap: float | None = None,
     kernel: str | None = None,
 ) -> None:
-    """Compute all tasks in one launch; rows of no task are left alone.
+    """Compute all tasks in one launch; rows that belong to no task are left unchanged.
 
     Args:
         q: (rows, heads, head_dim), bf16, fp16 or fp32, any strides.
-        sources: up to three pairs k, v (keys, kv_heads, head_dim) of q's dtype and device, any strides. Keys beside
-            those a task names may be read; what they hold does not matter as long as it is finite.
-        tasks: which rows see which keys of which source.
+        sources: up to three pairs k, v (keys, kv_heads, head_dim) of q's dtype and device, any strides. Keys outside
+            a task's parts may be read; their values do not matter as long as they are finite.
+        tasks: the rows, and the keys of each source that they see.
         scale: positive factor on q.k.
         out: (rows, heads, head_dim), written in place; contiguous in its last dimension.
         lse: (heads, rows) fp32, contiguous, written in place.
         softcap: logits x become softcap * tanh(x / softcap).
-        kernel: "hopper" or "portable"; by default the first that can serve.
+        kernel: "hopper" or "portable"; by default "hopper" if it can serve these tensors, else "portable".
     """
     if not any(task.stop > task.start for task in tasks):
         return
@@ -151,10 +157,10 @@ def launch(
     if kernel is None:
         kernel = "portable" if why_not_hopper(q.device, q.dtype, head_dim) else "hopper"
     kv_heads = next((k.shape[1] for k, _ in sources if len(k)), q.shape[1])
-    # What is missing or empty is not read, but the kernels want an address.
+    # Missing and empty sources are not read, but the kernels need a valid address.
     sources = [source if len(source[0]) else (q[:1], q[:1]) for source in sources]
     sources += [(q[:1], q[:1])] * (SOURCES - len(sources))
-    # The kernels compute powers of two: of scale * s, or of scale * tanh, which is written with 2 ** (cap * s).
+    # The kernels work in base 2: 2 ** (scale * s), or 2 ** (scale * tanh), where tanh comes from 2 ** (cap * s).
     log2e = 1 / math.log(2)
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     run = _launch_hopper if kernel == "hopper" else _launch_portable
@@ -183,7 +189,7 @@ def _launch_hopper(
     def descriptor(x: Tensor, rows: int) -> Any:
         x = _copyable(x)
         length, count, _ = x.shape
-        # A dimension of one element may have any stride; the copy engine wants multiples of 16 bytes.
+        # A dimension of one element may have any stride; TMA requires multiples of 16 bytes.
         strides = [x.stride(1) if count > 1 else head_dim, x.stride(0) if length > 1 else head_dim, 1]
         return TensorDescriptor(x, [count, length, head_dim], strides, [1, rows, head_dim], layout)
 
@@ -217,7 +223,7 @@ def _launch_hopper(
 
 
 def _copyable(x: Tensor) -> Tensor:
-    """``x``, or a copy of it where the copy engine cannot read its strides or address."""
+    """``x``, or a contiguous copy if TMA cannot read its strides or address."""
     aligned = x.stride(2) == 1 and x.data_ptr() % 16 == 0
     for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True):
         aligned = aligned and (size == 1 or (stride > 0 and stride % 8 == 0))
@@ -242,7 +248,7 @@ def _launch_portable(
     if q.dtype == torch.float32:
         block_m, block_n, stages = block_m // 2, block_n // 2, 2
     elif q.is_cuda and _shared_memory(q.device) < 128 << 10:
-        stages = 2  # GPUs with 99 KiB a program: a third stage does not fit at head dim 128
+        stages = 2  # GPUs with 99 KiB per program: a third stage does not fit at head dim 128
     plan = schedule(tasks, heads, kv_heads, head_dim * q.element_size(), block_m, block_n, 1, q.device)
     q, *pairs = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(x for source in sources for x in source)))
     used = 1 + max((part.source for task in tasks for part in task.parts), default=0)
@@ -273,14 +279,14 @@ def _launch_portable(
 
 
 def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
+    """Maximum shared memory of a program, in bytes."""
     properties: Any = torch.cuda.get_device_properties(device)  # torch's type stubs do not know the field
     return int(properties.shared_memory_per_block_optin)
 
 
 @cache
 def why_no_triton() -> str | None:
-    """Why Triton cannot compile kernels here; None where it can."""
+    """Reason Triton cannot compile kernels here, or None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if not any(shutil.which(compiler) for compiler in ("cc", "gcc", "clang")):
@@ -290,7 +296,7 @@ def why_no_triton() -> str | None:
 
 @cache
 def _no_gluon() -> str | None:
-    """Why Gluon cannot be used: it is experimental, and every version may ask for other words."""
+    """Reason Gluon cannot be used, or None if it can: it is experimental, and its API may change with every version."""
     import triton
 
     found = tuple(int(x) for x in triton.__version__.split(".")[:2])
@@ -301,5 +307,5 @@ def _no_gluon() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton's interpreter stands in for a GPU."""
+    """True if Triton's interpreter replaces the GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"

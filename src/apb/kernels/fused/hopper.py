@@ -1,11 +1,10 @@
 """The fused kernel for Hopper (sm_90), in Triton's Gluon: one producer warp, two or three consumer warpgroups.
 
-The producer brings query tiles and key/value tiles in with the bulk copy engine; every consumer owns 64 query rows. A
-consumer issues QK of a tile and PV of the tile before it, and computes the softmax of the former while the latter runs
-(FlashAttention 3, arXiv 2407.08608); with ``PING_PONG`` consumers also take turns in issuing their products. What was
-summed up is rescaled a step late, beside QK, and only where a maximum has grown. What the tiles are and in which order
-they come is :mod:`.schedule`'s; a consumer only knows how many of them need a mask. What it does with numbers in its
-registers is in :mod:`.registers`.
+The producer loads query tiles and key/value tiles with TMA; every consumer owns 64 query rows. A consumer issues QK of
+a tile and PV of the tile before it, and computes the softmax of the former while the latter runs (FlashAttention 3,
+arXiv 2407.08608); with ``PING_PONG`` consumers also take turns at issuing their products. The accumulator is rescaled
+one step late, while QK runs, and only if a row maximum has grown. :mod:`.schedule` defines the tiles and their order;
+a consumer only knows how many of them need a mask. :mod:`.registers` holds the arithmetic in registers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .registers import capped, in_fours, pack, rescaled, row_sums, softmax, unpack
 
-# Triton 3.9 has only the first of these names, 3.6 only the second.
+# Triton 3.9 has only the first of these two names, Triton 3.6 only the second.
 _fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 LN2 = gl.constexpr(0.6931471805599453)
 FIELDS = gl.constexpr(20)  # as in schedule.py
@@ -30,7 +29,7 @@ FIELDS = gl.constexpr(20)  # as in schedule.py
 
 @gluon.jit
 def _slot(count, STAGES: gl.constexpr):
-    """Where tile ``count`` lies, and the parity of its round."""
+    """Buffer of tile ``count``, and the parity of its pass through the buffers."""
     if STAGES == 4:
         return count & 3, (count >> 2) & 1
     elif STAGES == 2:
@@ -41,7 +40,7 @@ def _slot(count, STAGES: gl.constexpr):
 
 @gluon.jit
 def _send(k_desc, v_desc, head, row, tiles, count, bars, bufs, BN: gl.constexpr, STAGES: gl.constexpr):
-    """Bring ``tiles`` tiles of one source in; ``count`` tiles came before."""
+    """Load ``tiles`` tiles of one source, after ``count`` earlier tiles; returns the new count."""
     k_full, k_free, v_full, v_free = bars
     k_bufs, v_bufs = bufs
     for tile in range(tiles):
@@ -61,7 +60,7 @@ def _produce(
     descs, work, storage,
     H: gl.constexpr, GROUP: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Everything the consumers of this program read, item by item: query tiles, masked tiles, whole tiles."""
+    """Load the tiles of this program's items, item by item: query tiles, masked tiles, then unmasked tiles."""
     q_desc, k0, v0, k1, v1, k2, v2 = descs
     table, items, first, last = work
     q_bars, bars, _, q_bufs, bufs = storage
@@ -90,7 +89,7 @@ def _produce(
 
 @gluon.jit
 def _mask(s, strip, index, masked, rows, cols, BN: gl.constexpr):
-    """Hide what the rows do not see of masked tile ``index`` of ``masked``; a tile after those is seen whole."""
+    """Mask the logits of tile ``index``; tiles from ``masked`` on are left unmasked."""
     full0, masked0, keys0, diag0 = gl.load(strip + 3), gl.load(strip + 4), gl.load(strip + 5), gl.load(strip + 6)
     full1, masked1, keys1, diag1 = gl.load(strip + 8), gl.load(strip + 9), gl.load(strip + 10), gl.load(strip + 11)
     full2, keys2, diag2 = gl.load(strip + 13), gl.load(strip + 15), gl.load(strip + 16)
@@ -125,7 +124,7 @@ def _step(
     bars, turns, q, bufs, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, CAPPED: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """QK of ``tile`` and PV of the tile before; the softmax of the one runs while the other is computed."""
+    """QK of ``tile`` and PV of the tile before it; the softmax of ``tile`` runs while PV is computed."""
     M: gl.constexpr = 64
     dtype: gl.constexpr = bufs[0].dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -139,7 +138,7 @@ def _step(
     if PING_PONG:
         mbarrier.wait(turns.index(g), turn & 1)
     token = _scores(q, k_bufs, stage, M, D, BN, s_layout)
-    acc = rescaled(acc, alpha)  # by the step before's factor: here the tensor cores are busy with QK
+    acc = rescaled(acc, alpha)  # by the previous step's factor: here the tensor cores are busy with QK
     mbarrier.wait(v_full.index(before), phase)
     operand = gl.convert_layout(unpack(pairs, M, BN, dtype), gl.DotOperandLayout(0, o_layout, 2))
     o_token = warpgroup_mma(operand, v_bufs.index(before).reshape([BN, D]), acc, is_async=True)
@@ -152,20 +151,20 @@ def _step(
         s = _mask(s, strip, tile, masked, rows, gl.arange(0, BN, gl.SliceLayout(0, s_layout)), BN)
     p, m, alpha = softmax(s, m, scale, M, BN, MASKED)
     sums = sums * gl.convert_layout(alpha, sum_rows)[:, None] + row_sums(p, M, BN)
-    # The keys of the next step are waited for here, not there: the branch in it keeps the assembler from moving the
-    # softmax behind the wait for PV, where nothing would run beside it.
+    # Wait for the next step's keys here rather than there: the branch in the wait keeps the assembler from moving the
+    # softmax behind the wait for PV, where it would overlap with nothing.
     mbarrier.wait(k_full.index(after), after_phase, pred=tile + 1 < tiles)
     acc = warpgroup_mma_wait(0, deps=[o_token])
     mbarrier.arrive(v_free.index(before), count=1)
-    pairs = pack(p, M, BN, dtype)  # not before: the registers of the pairs before are PV's until now
+    pairs = pack(p, M, BN, dtype)  # only now: until here PV reads the registers of the previous pairs
     return acc, m, sums, pairs, alpha, count + 1, turn + 1
 
 
 @gluon.jit
 def _write(acc, row_lse, target, head, row, end, M: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr):
-    """64 rows of one head, those before ``end``, 16 bytes a store where the strides of ``out`` are multiples of that.
+    """Store the rows before ``end`` of 64 rows of one head, 16 bytes at a time if the strides of ``out`` allow it.
 
-    Addresses are made here: the loops need all registers.
+    Addresses are computed here because the loops need all registers.
     """
     out, lse, out_row, out_head, lse_head = target
     rows = row + gl.arange(0, M, row_lse.type.layout)
@@ -183,7 +182,7 @@ def _consume(
     H: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     PING_PONG: gl.constexpr, CAPPED: gl.constexpr,
 ):  # fmt: skip
-    """One consumer: 64 rows of every strip of this program's items."""
+    """Consumer ``g``: 64 rows of the strip of each of this program's items."""
     M: gl.constexpr = 64
     table, items, first, last = work
     scale, cap = factors
@@ -263,7 +262,7 @@ def forward(
     H: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, PING_PONG: gl.constexpr, CAPPED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """See :func:`apb.kernels.fused.launch`. A program computes the items that ``bounds`` gives it, in their order."""
+    """Kernel of :func:`apb.kernels.fused.launch`: a program computes its items, delimited by ``bounds``, in order."""
     q_bufs = gl.allocate_shared_memory(q.dtype, [GROUPS, 1, 64, D], q.layout)
     k_bufs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BN, D], k0.layout)
     v_bufs = gl.allocate_shared_memory(q.dtype, [STAGES, 1, BN, D], k0.layout)
@@ -276,8 +275,8 @@ def forward(
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
-    # Only where they are used: Triton gives the memory of barriers that nobody uses to something else, and what lies
-    # over a barrier that was not invalidated is lost when another program on the GPU gets its turn.
+    # Allocated only if used: Triton reuses the memory of unused barriers, and data stored over a barrier that was not
+    # invalidated is lost when the GPU switches to another process.
     turns = q_free
     if PING_PONG:
         turns = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], mbarrier.MBarrierLayout())

@@ -1,4 +1,4 @@
-"""The fused kernel in plain Triton: any NVIDIA GPU that Triton serves, and Triton's interpreter without one."""
+"""The fused kernel in plain Triton, for any NVIDIA GPU that Triton supports and for Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _part(
     acc, sums, m, q, k_ptr, v_ptr, k_row, v_row, first, tiles, keys, diagonal, rows, scale, cap,
     D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [first, first + tiles) of one source, whose pointers stand at its first key."""
+    """Accumulate tiles [first, first + tiles) of one source; the pointers point at its first key."""
     cols = tl.arange(0, BN)
     dims = tl.arange(0, BD)
     for tile in range(first, first + tiles):
@@ -30,7 +30,7 @@ def _part(
             seen = tl.minimum(keys - key, rows + (diagonal + 1 - key))
             s = tl.where(cols[None, :] < seen[:, None], s, float("-inf"))
         new = tl.maximum(m, tl.max(s, 1) * scale)
-        # A row may have seen nothing yet: (-inf) - (-inf) would be nan.
+        # A row may have seen no key yet: (-inf) - (-inf) would be nan.
         shift = tl.where(new == float("-inf"), 0.0, new) if MASKED else new
         p = tl.exp2(s * scale - shift[:, None])
         alpha = tl.exp2(m - shift)
@@ -68,7 +68,7 @@ def forward(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     SOURCES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """See :func:`apb.kernels.fused.attention`. One program an item, in the order of the schedule."""
+    """Kernel of :func:`apb.kernels.fused.launch`: one program per item, in the order of the schedule."""
     item = tl.load(items + tl.program_id(0))
     head = item % H
     kv_head = head // GROUP

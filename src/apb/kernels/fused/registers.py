@@ -1,6 +1,7 @@
-"""What a consumer of the kernel for Hopper does with the numbers in its registers: softmax, rounding, rescaling.
+"""Register arithmetic of the Hopper kernel's consumers: softmax, rounding, rescaling.
 
-Written for what a thread holds of a warpgroup's product: of 64 rows two, of a row two neighbours in every eight.
+Written for the layout of a warpgroup's product: of its 64 rows a thread holds two, and two neighbouring columns in
+every eight of each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 
 def _scaling(count):
-    """Assembly that multiplies ``count`` registers, of two rows by turns, unless all factors of the warp are 1."""
+    """PTX that scales ``count`` registers, two of each row by turns, and skips it if all factors of the warp are 1."""
     first, second = 2 * count, 2 * count + 2
     lines = [
         "{ .reg .pred p, r;",
@@ -28,7 +29,7 @@ _SCALED = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"
 
 @gluon.jit
 def capped(s, cap, CAPPED: gl.constexpr):
-    """tanh of ``s``, of which ``cap`` makes twice the argument, to base 2; what follows it is folded into the scale."""
+    """tanh for soft-capped logits: ``s * cap`` is twice its argument in base 2; the scale includes the outer factor."""
     if CAPPED:
         return 1.0 - 2.0 / (gl.exp2(s * cap) + 1.0)
     else:
@@ -37,13 +38,13 @@ def capped(s, cap, CAPPED: gl.constexpr):
 
 @gluon.jit
 def row_sums(p, M: gl.constexpr, BN: gl.constexpr):
-    """(M, 8): what a thread holds of a row is added up, the rest is left for the end."""
+    """Partial row sums (M, 8): each thread adds up its own columns; the rest is summed at the end."""
     return gl.sum(gl.reshape(p, [M, BN // 8, 8]), 1)
 
 
 @gluon.jit
 def pack(p, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
-    """Two neighbours in one int32, (M, BN / 2): halves of registers that cross a loop would be taken apart there."""
+    """Round pairs of neighbours into one int32 each, (M, BN / 2): 16-bit values carried through a loop get unpacked."""
     low, high = gl.split(gl.reshape(p, [M, BN // 2, 2]))
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
@@ -57,7 +58,7 @@ def pack(p, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
-    """(M, BN): what :func:`pack` rounded to ``dtype``."""
+    """(M, BN) values of ``dtype`` from the pairs of :func:`pack`."""
     low, high = gl.inline_asm_elementwise(
         "mov.b32 {$0, $1}, $2;", "=h,=h,r", [pairs], dtype=(gl.int16, gl.int16), is_pure=True, pack=1
     )
@@ -66,16 +67,16 @@ def unpack(pairs, M: gl.constexpr, BN: gl.constexpr, dtype: gl.constexpr):
 
 @gluon.jit
 def _row_max(s, M: gl.constexpr, BN: gl.constexpr):
-    """In four chains rather than in one."""
+    """Row maxima (M,), in four dependency chains instead of one."""
     return gl.max(gl.max(gl.reshape(s, [M, BN // 16, 16]), 1), 1)
 
 
 @gluon.jit
 def softmax(s, m, scale, M: gl.constexpr, BN: gl.constexpr, MASKED: gl.constexpr):
-    """exp2(scale s - new maximum), that maximum, and the factor of what was summed up under the old one."""
+    """exp2(scale * s - new maximum), the new maximum, and the factor that rescales the previous sums."""
     new = gl.maximum(m, gl.convert_layout(_row_max(s, M, BN), m.type.layout) * scale)
     shift = new
-    if MASKED:  # a row may have seen nothing yet: (-inf) - (-inf) would be nan
+    if MASKED:  # a row may have seen no key yet: (-inf) - (-inf) would be nan
         shift = gl.where(new == float("-inf"), 0.0, new)
     return gl.exp2(s * scale - shift[:, None]), new, gl.exp2(m - shift)
 
@@ -88,9 +89,9 @@ def rescaled(acc, alpha):
 
 @gluon.constexpr_function
 def in_fours(D):
-    """Layout of (64, D / 2) pairs in which a thread holds four neighbours: 16 bytes, where a product leaves it 4.
+    """Layout of (64, D / 2) pairs with four neighbours per thread: 16 bytes, against 4 in a product's layout.
 
-    A row stays with the four threads that a product leaves it to: what they exchange stays within a warp.
+    A row stays with the same four threads as in the product's layout, so the exchange stays within a warp.
     """
     columns = [[0, step] for step in (16, 32, 64) if step < D // 2]
     lanes = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]

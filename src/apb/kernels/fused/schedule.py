@@ -1,9 +1,9 @@
-"""What the fused kernels compute, tile by tile, in which order and on which program: tables of integers.
+"""The fused kernels' schedule: integer tables of the tiles, their order and the program that computes each.
 
 A strip is up to ``block_m`` query rows of one task; an item is a strip and a head. A row of the table is a strip: its
-first row, the row after its last, then five numbers for each of three sources: the key at which its part of the source
-starts, how many tiles of ``block_n`` keys all rows see whole, how many tiles after those need a mask, the keys there
-are, and the diagonal: row r of q sees key j where j < min(keys, r + diagonal + 1).
+first row, the row after its last, then five numbers for each of three sources: the first key of its part of the
+source, the number of tiles of ``block_n`` keys that need no mask, the number of tiles after those that need one, the
+number of keys, and the diagonal: row r of q sees key j if j < min(keys, r + diagonal + 1).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 SOURCES = 3
 FIELDS = 20
 _NO_DIAGONAL = 1 << 30
-# Keys and values that are read at the same time should stay in a GPU's L2 cache.
+# Keys and values read at the same time should fit in a GPU's L2 cache.
 _TOGETHER_BYTES = 24 << 20
-# What an item costs beside its tiles, in tiles: its first product, its last one and its output overlap with nothing.
+# Fixed cost of an item, in tiles: its first product, its last product and its output overlap with nothing.
 _ITEM_COST = 2
 
 
 @dataclass(frozen=True)
 class Part:
-    """``keys`` keys of a source from ``first`` on, seen by all rows or causally, aligned at the bottom right."""
+    """``keys`` keys of a source from ``first`` on, seen by all rows or causally with bottom-right alignment."""
 
     source: int
     first: int
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Task:
-    """Rows [start, stop) of q and what they see: at most one part of each source."""
+    """Rows [start, stop) of q and the parts they see, at most one of each source."""
 
     start: int
     stop: int
@@ -45,7 +45,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Tables on the device, int32: (strips, FIELDS), (items,) as strip * heads + head, (programs + 1,) bounds in it."""
+    """int32 tables on the device.
+
+    Attributes:
+        table: (strips, FIELDS).
+        items: (items,), each strip * heads + head, grouped by program.
+        bounds: (programs + 1,), program p computes items [bounds[p], bounds[p + 1]).
+    """
 
     table: Tensor
     items: Tensor
@@ -63,11 +69,11 @@ def schedule(
     programs: int,
     device: torch.device,
 ) -> Schedule:
-    """Share the items out over at most ``programs`` programs, each to the one that is free first.
+    """Distribute the items over at most ``programs`` programs, each item to the program that is free first.
 
-    Heads that read the same keys come together, as many KV heads at a time as fit in the cache, and among them task by
-    task. The longest items of a task come first, so that all programs end at about the same time. ``head_bytes``: of
-    one key of one head.
+    Heads that read the same keys run together, as many KV heads at a time as fit in the L2 cache, and within them task
+    by task. The longest items of a task come first, so that all programs finish at about the same time.
+    ``head_bytes`` is the size of one key of one head.
     """
     runs = [
         sorted(_strips(task, block_m, block_n), key=_tiles, reverse=True) for task in tasks if task.stop > task.start

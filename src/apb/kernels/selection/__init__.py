@@ -1,6 +1,6 @@
-"""From a block's keys to the pairs it passes on: scores by the query's rows, the best tokens, what is sent of them.
+"""Selection of the pairs that a block passes on: scores by the query rows, top tokens, packing for the all-gather.
 
-On NVIDIA GPUs each step takes a launch or two (:mod:`.portable`), elsewhere torch computes it: of the same scores the
+On NVIDIA GPUs each step takes a launch or two (:mod:`.portable`), elsewhere torch computes it. Equal scores give the
 same tokens either way, down to ties. Nothing is read back to the host.
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from ..fused import why_not
 from ..reference import capped
 
-# Tokens a program looks at together, at most, and its warps: the fastest of those tried on one H200.
+# Most tokens that a program handles at a time, and its warps: the fastest of those tried on one H200.
 _CHUNK, _WARPS = 4096, 16
-# Pairs of one KV head that a program copies.
+# Pairs of one KV head copied by a program.
 _PAIRS = 32
 # Query rows that torch scores at a time: bounds the (heads, rows, tokens) matrix for long questions.
 _ROWS = 64
@@ -36,10 +36,10 @@ def attention_received(
         k: (tokens, kv_heads, head_dim) of the same dtype, any strides.
         scale: factor on q.k.
         softcap: as in :func:`apb.attention`.
-        triton: as for :func:`choose`. The kernels keep logits in fp32 and hold no matrix of them.
+        triton: as for :func:`choose`. The kernels keep logits in fp32 and never materialize their matrix.
 
     Returns:
-        (kv_heads, tokens) fp32; a KV head's sum to 1.
+        (kv_heads, tokens) fp32; each KV head's row sums to 1.
     """
     rows, heads, head_dim = query.shape
     tokens, kv_heads, _ = k.shape
@@ -78,21 +78,20 @@ def attention_received(
 
 
 def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton: bool | None = None) -> Tensor:
-    """The best of a block's last ``selectable`` tokens, for every KV head; those before stand in the anchor.
+    """Top tokens, per KV head, of a block's last ``selectable`` tokens; the tokens before those are in the anchor.
 
-    Of equal scores (pooling makes many) the earlier token is taken, so that the choice depends on neither device nor
-    kernel; not-a-number counts as more than any number, and -0 as 0.
+    Ties (max-pooling makes many) go to the earlier token, so that the choice depends on neither device nor kernel; nan
+    ranks above every number, and -0 equals 0.
 
     Args:
         scores: (kv_heads, tokens) fp32, any strides.
-        count: how many are chosen; all that may be where there are fewer.
-        selectable: tokens that may be chosen.
-        pooled: whether a token takes its neighbours along: scores are max-pooled first (:func:`pool`), also over the
-            neighbours that stand in the anchor.
-        triton: whether the kernel chooses; by default on GPUs where :func:`apb.kernels.fused.why_not` has no objection.
+        count: number of tokens to choose, at most ``selectable``.
+        selectable: number of tokens at the block's end that may be chosen.
+        pooled: max-pool the scores first (:func:`pool`), also over neighbours that are in the anchor.
+        triton: choose with the kernel; by default on GPUs where :func:`apb.kernels.fused.why_not` returns None.
 
     Returns:
-        Indices (kv_heads, count) int64, ascending.
+        Indices (kv_heads, min(count, selectable)) int64, ascending.
     """
     kv_heads, tokens = scores.shape
     first = tokens - selectable
@@ -119,9 +118,9 @@ def pack(k: Tensor, v: Tensor, chosen: Tensor, out: Tensor, *, triton: bool | No
 
     Args:
         k, v: (tokens, kv_heads, head_dim), any strides.
-        chosen: (kv_heads, count) int64, contiguous, as :func:`choose` gives them.
-        out: (2, count, kv_heads, head_dim) of the same dtype: keys, then values. Contiguous in its last dimension;
-            otherwise any strides, so that it may be a part of what is sent.
+        chosen: (kv_heads, count) int64, contiguous, as :func:`choose` returns it.
+        out: (2, count, kv_heads, head_dim) of the same dtype: keys, then values. Contiguous in its last dimension,
+            otherwise any strides, so that it may be a view of the send buffer.
         triton: as for :func:`choose`.
     """
     kv_heads, count = chosen.shape
@@ -141,9 +140,9 @@ def pack(k: Tensor, v: Tensor, chosen: Tensor, out: Tensor, *, triton: bool | No
 
 
 def pool(scores: Tensor) -> Tensor:
-    """Max-pool (kernel 5, stride 1, padding 2) over the tokens of one block: a good token takes its neighbours along.
+    """Max-pool (kernel 5, stride 1, padding 2) over a block's tokens, so that a high score raises its neighbours.
 
-    In the reference code, not in the paper. ``scores`` and the result: (kv_heads, tokens).
+    From the reference code, not the paper. ``scores`` and the result are (kv_heads, tokens).
     """
     return F.max_pool1d(scores.unsqueeze(0), kernel_size=5, stride=1, padding=2).squeeze(0)
 

@@ -1,17 +1,17 @@
-"""Selection in plain Triton: two launches that score by the query's rows, one that chooses, one that copies."""
+"""Selection in plain Triton: two launches to score by the query rows, one to choose, one to copy."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# What no score has: below the rank of minus infinity.
+# Rank of padding: below that of minus infinity, so that no score has it.
 _NOTHING = tl.constexpr(0)
 
 
 @triton.jit
 def _queries(q, packed, rows, kv_head, q_row, q_head, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """A tile of the rows of a group's heads, (BM, BD): row i is of head i % GROUP."""
+    """A tile (BM, BD) of the query rows of a group's heads: packed row i is row i // GROUP of head i % GROUP."""
     row = packed // GROUP
     dims = tl.arange(0, BD)
     at = row.to(tl.int64)[:, None] * q_row + (kv_head * GROUP + packed % GROUP).to(tl.int64)[:, None] * q_head
@@ -20,7 +20,7 @@ def _queries(q, packed, rows, kv_head, q_row, q_head, GROUP: tl.constexpr, D: tl
 
 @triton.jit
 def _keys(k, token, tokens, k_row, D: tl.constexpr, BD: tl.constexpr):
-    """A tile of keys, (BD, BN)."""
+    """A tile of keys, transposed: (BD, BN)."""
     dims = tl.arange(0, BD)
     at = token.to(tl.int64)[None, :] * k_row + dims[:, None]
     return tl.load(k + at, mask=(dims < D)[:, None] & (token < tokens)[None, :], other=0.0)
@@ -28,7 +28,7 @@ def _keys(k, token, tokens, k_row, D: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def _logits(query, keys, scale, cap, CAPPED: tl.constexpr):
-    """Of a tile of rows over a tile of keys, (BM, BN), in base 2."""
+    """Logits (BM, BN), in base 2, of a tile of rows over a tile of keys."""
     s = tl.dot(query, keys, input_precision="ieee")
     if CAPPED:
         s = 1.0 - 2.0 / (tl.exp2(s * cap) + 1.0)  # tanh
@@ -40,7 +40,7 @@ def sum_exponentials(
     q, k, sums, rows, tokens, q_row, q_head, k_row, k_head, scale, cap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One run of keys of one KV head, for some rows: the log2-sum-exp2 of their logits."""
+    """log2-sum-exp2 of the logits of a tile of rows over one split of one KV head's keys."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     packed = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -57,7 +57,7 @@ def sum_exponentials(
         total = total * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
         m = new
     at = (split * kv_heads + kv_head).to(tl.int64) * (rows * GROUP) + packed
-    # The last runs may have no tile.
+    # The last splits may have no tile.
     some = total > 0.0
     found = tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     tl.store(sums + at, found, mask=packed < rows * GROUP)
@@ -69,7 +69,7 @@ def attention_received(
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one KV head: the mean over all rows of what they give it."""
+    """Attention that one tile of keys of one KV head receives, averaged over all rows."""
     kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
     token = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.arange(0, BS)
@@ -83,7 +83,7 @@ def attention_received(
         top = tl.max(each, 0)
         top = tl.where(there, top, 0.0)
         each = tl.sum(tl.exp2(each - top[None, :]), 0)
-        # A row that is not there gives nothing: 2 ** (s - inf) = 0.
+        # Padding rows contribute nothing: 2 ** (s - inf) = 0.
         lse = tl.where(there, top + tl.log2(tl.where(there, each, 1.0)), float("inf"))
         s = _logits(_queries(q, packed, rows, kv_head, q_row, q_head, GROUP, D, BD), keys, scale, cap, CAPPED)
         total += tl.sum(tl.exp2(s - lse[:, None]), 0)
@@ -93,7 +93,7 @@ def attention_received(
 
 @triton.jit
 def _rank(scores, token, tokens, stride):
-    """Numbers without sign that are ordered as the scores are; the highest for not-a-number, as torch sorts it."""
+    """uint32 numbers in the order of the scores, with nan highest, as torch sorts it."""
     x = tl.load(scores + token.to(tl.int64) * stride, mask=(token >= 0) & (token < tokens), other=float("-inf"))
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     rank = tl.where(bits >> 31 == 1, bits ^ 0xFFFFFFFF, bits ^ 0x80000000)
@@ -104,10 +104,10 @@ def _rank(scores, token, tokens, stride):
 def choose(
     scores, ranks, chosen, tokens, first, count, score_head, score_token, POOLED: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """One KV head. See :func:`apb.kernels.selection.choose`; ``ranks``, whole chunks a KV head, is room to work in.
+    """Kernel of :func:`apb.kernels.selection.choose` for one KV head; ``ranks`` is scratch, whole chunks per KV head.
 
-    The rank of the last token that is chosen is found bit by bit, from the highest: it is the largest that ``count``
-    tokens reach.
+    The rank of the last chosen token is found bit by bit, from the highest: it is the largest rank that at least
+    ``count`` tokens reach.
     """
     head = tl.program_id(0).to(tl.int64)
     selectable = tokens - first
@@ -125,7 +125,7 @@ def choose(
         tl.store(ranks + start + lanes, tl.where(token < tokens, rank, _NOTHING))
     tl.debug_barrier()  # other threads of the program read them
     last = tl.full([], 0, tl.uint32)
-    above = 0  # tokens of a higher rank than the last
+    above = 0  # number of tokens ranked above `last`
     for bit in range(32):
         candidate = last | (tl.full([], 1 << 31, tl.uint32) >> bit)
         reach = tl.zeros([CHUNK], tl.int32)
@@ -135,7 +135,7 @@ def choose(
         total = tl.sum(reach, 0)
         last = tl.where(total >= count, candidate, last)
         above = tl.where(total >= count, above, total)
-    # `above` is the last count that fell short, which is that of `last` + 1: what fails narrows the search from above.
+    # `above` is the last count that fell short, which is that of `last` + 1: failed candidates bound it from above.
     tied = 0
     taken = 0
     for start in range(0, selectable, CHUNK):
@@ -153,7 +153,7 @@ def pack(
     k, v, chosen, out, count, k_row, k_head, v_row, v_head, out_pair, out_row, out_head,
     D: tl.constexpr, BD: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Some pairs of one KV head. See :func:`apb.kernels.selection.pack`."""
+    """Kernel of :func:`apb.kernels.selection.pack`: PAIRS pairs of one KV head."""
     head = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     token = tl.load(chosen + head * count + place, mask=place < count, other=0)

@@ -1,4 +1,4 @@
-"""Training data of retaining heads: JSONL with one question and answer a line, read and tokenized when it is needed."""
+"""Training data of retaining heads: JSONL with one question and answer per line, read and tokenized lazily."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ _ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one prompt and its answer, as the model reads them one after the other."""
+    """Token ids of a prompt and of the answer that follows it."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
 
 
 class Samples:
-    """The lines of a JSONL file. All are checked at the start; each is read from the file again when its turn comes.
+    """The samples of a JSONL file: all lines are validated at the start, and each is read again when indexed.
 
-    A line is an object of one of three shapes: ``document``, ``query`` and ``answer`` (``prompt`` is taken for
-    ``document``); ``prompt`` and ``answer`` alone, a prompt that holds its question; or ``messages``, a chat whose last
-    message is the assistant's. Empty lines do not count.
+    A line is an object with one of three sets of fields: ``document``, ``query`` and ``answer`` (``prompt`` is accepted
+    for ``document``); ``prompt`` and ``answer`` alone, for a prompt that includes its question; or ``messages``, a chat
+    whose last message is the assistant's. Empty lines are skipped.
 
     Attributes:
         digest: SHA-256 of the file.
+
+    Raises:
+        InputError: the file cannot be read or has no samples, or a line is invalid; names the line.
     """
 
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
@@ -61,7 +64,7 @@ class Samples:
         except OSError as error:
             raise InputError(f"The data file {str(path)!r} cannot be read: {error.strerror}.") from error
         if not self._starts:
-            raise InputError(f"The data file {str(path)!r} has no samples; give one JSON object a line.")
+            raise InputError(f"The data file {str(path)!r} has no samples; give one JSON object per line.")
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -82,7 +85,7 @@ class Samples:
 
     def _tokens(self, fields: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         tokenizer = self.tokenizer
-        # After a chat template the answer begins at once; after a plain question it is the next word.
+        # After a chat template the answer begins without a space; after a plain question it is the next word.
         chat = tokenizer.chat_template is not None
         if "messages" in fields:
             *asked, last = fields["messages"]
@@ -107,7 +110,7 @@ class Samples:
         return prompt, _encode(tokenizer, answer)
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        """The fields of a line; InputError with its number where it is none of the shapes."""
+        """The fields of a line; InputError with its number if it is invalid."""
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -127,7 +130,7 @@ class Samples:
 
     def _check_messages(self, messages: Any, number: int) -> None:
         if self.tokenizer.chat_template is None:
-            raise self._wrong(number, "it holds chat messages, and this model's tokenizer has no chat template")
+            raise self._wrong(number, "it holds chat messages, but this model's tokenizer has no chat template")
         if not isinstance(messages, list) or len(messages) < 2:
             raise self._wrong(number, "its messages must be a list of at least a question and an answer")
         for message in messages:
@@ -139,7 +142,7 @@ class Samples:
 
     def _check_text(self, text: Any, name: str, number: int) -> None:
         if not isinstance(text, str) or not text.strip():
-            raise self._wrong(number, f"its {name!r} must be a text that is not empty")
+            raise self._wrong(number, f"its {name!r} must be a non-empty text")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -150,7 +153,7 @@ class Samples:
 
 
 def cut(example: Example, most: int) -> Example:
-    """At most ``most`` tokens: the answer keeps its first half of them at most, the prompt loses its middle."""
+    """Truncate to ``most`` tokens: the answer to its first ``most // 2``, the prompt by its middle."""
     answer = example.answer[: max(1, most // 2)]
     room = most - len(answer)
     prompt = example.prompt
@@ -161,7 +164,7 @@ def cut(example: Example, most: int) -> Example:
 
 
 def order(size: int, seed: int, first: int) -> Iterator[int]:
-    """Indices of the samples from the ``first``-th on: every epoch takes all ``size`` once, in an order of its own."""
+    """Endless sample indices from position ``first`` on; every epoch is its own permutation of all ``size`` samples."""
     for epoch in count(first // size):
         indices = list(range(size))
         Random(f"heads {seed} {epoch}").shuffle(indices)
@@ -169,7 +172,7 @@ def order(size: int, seed: int, first: int) -> Iterator[int]:
 
 
 def ahead(samples: Samples, indices: Iterator[int], lookahead: int = 4) -> Iterator[Example]:
-    """The samples at those indices, tokenized by a thread a little before they are asked for."""
+    """Yield the samples at ``indices``, tokenized ahead of time by a thread."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(samples.__getitem__, index) for index in islice(indices, lookahead)]
         while waiting:

@@ -16,18 +16,18 @@ from ...evaluation.tasks import generate
 from ...hf.loading import load_tokenizer, shipped_model
 
 TASKS = ("headings", "multikey", "multiquery", "multivalue", "single", "variable_tracking")
-# Evaluation draws from 0 on, a million apart for each --seed; this is far from all of those.
+# Evaluation uses seeds from 0 on, a million apart for each --seed; this is far above all of them.
 FIRST_SEED = 10**12
 
 
 @lru_cache
 def tokenizer_of(model: str) -> PreTrainedTokenizerBase:
-    """A checkpoint's tokenizer, loaded once a process."""
+    """A checkpoint's tokenizer, loaded once per process."""
     return load_tokenizer(model)
 
 
 def line(index: int, model: str, length: int) -> str:
-    """Sample ``index`` as a line of JSON; in every second one the question also stands in front, as in APB's anchor."""
+    """Sample ``index`` as a line of JSON; half of the samples have the question in front too, as in APB's anchor."""
     tokenizer = tokenizer_of(model)
     task, room = TASKS[index % len(TASKS)], length - 32
     sample = generate(task, tokenizer, room, FIRST_SEED + index)
@@ -37,7 +37,7 @@ def line(index: int, model: str, length: int) -> str:
 
 
 def main() -> None:
-    """Write the file with as many processes as asked for."""
+    """Write the file, with ``--jobs`` processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--samples", type=int, default=3000)

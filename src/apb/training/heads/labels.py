@@ -1,4 +1,4 @@
-"""What a retaining head is taught: the strongest attention that the answer pays to each token of the prompt."""
+"""Labels and loss of retaining heads: the largest attention logit of the answer on each token of the prompt."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMOOTHNESS = 0.0025
-"""Weight of the squared difference of neighbouring predictions (Locret, equation of the training loss)."""
+"""Weight of the squared difference of neighbouring predictions (Locret's training loss)."""
 TOP = 0.1
-"""Share of the tokens that the overlap of prediction and label looks at."""
-# Logits held at a time, fp32: 64 MiB.
+"""Share of the tokens whose overlap between prediction and label is measured."""
+# Logits held at a time: 64 MiB in fp32.
 _LOGITS = 2**24
 
 
 def answer_attention(q: Tensor, k: Tensor, scale: float, most: int = _LOGITS) -> Tensor:
-    """The largest logit that any answer token and any query head of the group gives each token, per KV head.
+    """Largest logit of each token over all answer tokens and the query heads of a group, per KV head.
 
-    The logits are those before the softmax, ``scale * q.k`` after RoPE; only a piece of them exists at a time.
+    Logits are ``scale * q.k`` after RoPE, before the softmax, computed in chunks of tokens.
 
     Args:
         q: (answer tokens, heads, head_dim), after RoPE.
         k: (tokens, kv_heads, head_dim), after RoPE.
         scale: the layer's factor on q.k.
-        most: logits to hold at a time.
+        most: number of logits held at a time.
 
     Returns:
         (kv_heads, tokens) fp32.
@@ -37,13 +37,13 @@ def answer_attention(q: Tensor, k: Tensor, scale: float, most: int = _LOGITS) ->
 
 
 def head_loss(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Smooth L1 distance + ``SMOOTHNESS`` times the mean squared difference of neighbours; both (kv_heads, tokens)."""
+    """Smooth L1 + ``SMOOTHNESS`` x mean squared difference of neighbouring predictions; inputs (kv_heads, tokens)."""
     steps = predicted.diff(dim=1)
     return F.smooth_l1_loss(predicted, labels) + SMOOTHNESS * steps.square().sum() / max(1, steps.numel())
 
 
 def top_overlap(predicted: Tensor, labels: Tensor) -> Tensor:
-    """Share of the top tenth of tokens by label that is in the top tenth by prediction, mean over KV heads: scalar."""
+    """Share of the top tenth of tokens by label that is also the top tenth by prediction, averaged over KV heads."""
     count = max(1, round(TOP * labels.shape[1]))
     found, wanted = (
         torch.zeros_like(x, dtype=torch.bool).scatter_(1, x.topk(count).indices, True) for x in (predicted, labels)

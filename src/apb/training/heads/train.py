@@ -1,4 +1,4 @@
-"""Training of retaining heads: the model frozen, each layer's head learning while the model reads one sample."""
+"""Training of retaining heads: the model is frozen, and each layer's head learns during one forward of a sample."""
 
 from __future__ import annotations
 
@@ -28,22 +28,25 @@ from .labels import answer_attention, head_loss, top_overlap
 
 REPORT_EVERY = 20
 CLIP = 0.5
-"""Largest absolute value of a gradient's entry."""
+"""Gradients are clipped to this absolute value, element by element."""
 WARMUP = 300
-"""Steps over which the learning rate rises, or a tenth of all where that is less."""
+"""Steps of learning-rate warm-up, but at most a tenth of all steps."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The recipe; what is set here is Locret's, as APB uses it.
+    """The training recipe; the defaults are Locret's, as APB uses it.
 
     Attributes:
         hidden: width of a head's hidden layer.
-        steps: updates; the learning rate rises over the first ``WARMUP`` of them and then falls to 0.
-        batch_size: samples of an update, over all ranks.
-        max_length: tokens of a sample; longer ones lose the middle of their prompt.
-        learning_rate: the highest of AdamW (betas 0.9 and 0.95, no decay).
-        seed: of the first weights and of the samples' order.
+        steps: number of updates; the learning rate warms up over ``WARMUP`` steps, then falls linearly to 0.
+        batch_size: samples per update, over all ranks.
+        max_length: maximum tokens of a sample; longer ones lose the middle of their prompt.
+        learning_rate: peak learning rate of AdamW (betas 0.9 and 0.95, no weight decay).
+        seed: seed of the initial weights and of the order of the samples.
+
+    Raises:
+        InputError: a value is out of range.
     """
 
     hidden: int = 1024
@@ -61,14 +64,14 @@ class Settings:
         check_seed(self.seed)
 
     def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Learning rate of ``step``, counted from 0."""
         warmup = min(WARMUP, max(1, self.steps // 10))
         return self.learning_rate * min((step + 1) / warmup, (self.steps - step) / max(1, self.steps - warmup))
 
 
 @dataclass(frozen=True)
 class Report:
-    """Means since the last report: the loss, and the share of each label's top tenth that the prediction finds."""
+    """Progress: mean loss and mean :func:`top_overlap` since the last report, and seconds since the start."""
 
     step: int
     steps: int
@@ -78,11 +81,14 @@ class Report:
 
 
 class HeadTrainer:
-    """Heads of one model in training; every rank holds the same ones and reads its share of each batch.
+    """Trains the heads of one model; every rank holds all heads and reads its share of each batch.
 
-    A checkpoint (weights, optimizer, step) stands beside the file that is to be made, ``OUT.checkpoint``, until it is.
-    Made again with the same options, a trainer goes on from there; on the same device and number of ranks the result
-    is bit for bit that of a run that was never interrupted.
+    A checkpoint (weights, optimizer, step) is kept as ``OUT.checkpoint`` until ``OUT`` is written. A trainer with the
+    same options resumes from it; on the same device and number of ranks the result is bit for bit that of an
+    uninterrupted run.
+
+    Raises:
+        InputError: the batch does not divide by the ranks, or the model is not supported or has too few positions.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class HeadTrainer:
     ) -> None:
         if settings.batch_size % group.size:
             raise InputError(
-                f"A batch of {settings.batch_size} samples cannot be shared out evenly over {group.size} ranks; "
+                f"A batch of {settings.batch_size} samples cannot be divided evenly among {group.size} ranks; "
                 f"make it a multiple of {group.size}."
             )
         check_supported(model.config)
@@ -119,6 +125,10 @@ class HeadTrainer:
         Args:
             report: called every ``REPORT_EVERY`` steps and at the end.
             checkpoint_every: steps between checkpoints.
+
+        Raises:
+            InputError: the checkpoint is unreadable, of another training, or not the same on all ranks; a sample is
+                invalid; or a layer has a sliding window, capped logits or sinks.
         """
         self._resume()
         examples = self._examples()
@@ -157,15 +167,15 @@ class HeadTrainer:
         self.done += 1
 
     def _learn(self, example: Example) -> None:
-        """Read a sample with full attention, and add every head's gradient while its layer is at work."""
+        """Forward a sample with full attention, and accumulate every head's gradient within its layer."""
         prompt = len(example.prompt)
         ids = torch.tensor([example.prompt + example.answer], device=self.device)
         positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
 
         def attend(layer: AttentionInput) -> Tensor:
-            assert layer.before_rope is not None, "asked for below"
+            assert layer.before_rope is not None, "requested below"
             if not layer.plain:
-                raise InputError("Heads are trained for plain attention: no sliding windows, capped logits or sinks.")
+                raise InputError("Heads need plain attention to train: no sliding windows, capped logits or sinks.")
             labels = answer_attention(layer.q[prompt:], layer.k[:prompt], layer.scale)
             with torch.enable_grad():
                 predicted = self._head(layer.index)(layer.before_rope[:prompt])
@@ -180,18 +190,18 @@ class HeadTrainer:
             self.attachment.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
 
     def _head(self, layer: int) -> Head:
-        """A layer's head in the model's dtype; its gradients reach the fp32 weights."""
+        """A layer's head cast to the model's dtype; gradients flow back to the fp32 weights."""
         return Head(*(self.weights[f"{layer}.{name}"].to(self.dtype) for name in ("fc1", "fc2")))
 
     def _examples(self) -> Iterator[Example]:
-        """This rank's samples, from where the training stands."""
+        """This rank's samples from the current step on."""
         batch, share = self.settings.batch_size, self.settings.batch_size // self.group.size
         indices = order(len(self.samples), self.settings.seed, self.done * batch)
         mine = (index for place, index in enumerate(indices) if place % batch // share == self.group.rank)
         return ahead(self.samples, mine)
 
     def _save(self) -> None:
-        """Write the checkpoint; at any moment the file is either the old one or the new one."""
+        """Write the checkpoint atomically, on rank 0."""
         if self.group.rank != 0:
             return
         state = {
@@ -208,7 +218,7 @@ class HeadTrainer:
         part.replace(self.path)
 
     def _resume(self) -> None:
-        """Go on from the checkpoint where there is one; InputError where it is another training's."""
+        """Resume from the checkpoint if there is one; InputError if it is of another training."""
         state = self._load() if self.path.is_file() else None
         step = torch.tensor(0 if state is None else state["step"], device=self.device)
         steps = self.group.all_gather(step.unsqueeze(0)).wait().flatten().tolist()
@@ -229,24 +239,24 @@ class HeadTrainer:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             found = state["identity"]
-        except Exception as error:  # whatever the bytes lead the reader to
-            raise InputError(f"The checkpoint {str(self.path)!r} cannot be read; delete it to start anew.") from error
+        except Exception as error:  # the reader may raise anything on malformed bytes
+            raise InputError(f"The checkpoint {str(self.path)!r} cannot be read; delete it to start over.") from error
         for name, value in self._identity.items():
             if found.get(name) != value:
                 raise InputError(
                     f"The checkpoint {str(self.path)!r} is of another training: its {name.replace('_', ' ')} was "
-                    f"{found.get(name)} and is now {value}; give the same options, or delete it to start anew."
+                    f"{found.get(name)} and is now {value}; give the same options, or delete it to start over."
                 )
         return state
 
 
 def positions(config: Any) -> int:
-    """How many tokens a model was made for."""
+    """Maximum number of positions of a model; sys.maxsize if its configuration sets none."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
 
 
 def check_positions(config: Any, settings: Settings) -> None:
-    """InputError where samples may be longer than the model's positions."""
+    """Raise InputError if samples may be longer than the model's positions."""
     if settings.max_length > positions(config):
         raise InputError(
             f"Samples of up to {settings.max_length} tokens are longer than the model's {positions(config)} positions; "
@@ -255,7 +265,7 @@ def check_positions(config: Any, settings: Settings) -> None:
 
 
 def first_weights(shape: HeadShape, settings: Settings, device: torch.device) -> dict[str, nn.Parameter]:
-    """fc1 and fc2 of every layer as ``torch.nn.Linear`` draws them, fp32; the same on every device."""
+    """fc1 and fc2 of every layer in fp32, initialised like ``torch.nn.Linear``; the same on every device."""
     weights = {}
     generator = torch.Generator().manual_seed(settings.seed)
     for layer in range(shape.layers):

@@ -1,1 +1,1 @@
-"""The small model that ships with the package: tokenizer, data, training, accuracy."""
+"""The small model shipped with the package: tokenizer, data, training, accuracy."""

@@ -11,7 +11,7 @@ USAGE = "python -m apb.training.needle OUT SECONDS [DEVICE] [SEED] [INIT]"
 
 
 def main(arguments: list[str]) -> None:
-    """Train with arguments by position."""
+    """Train with positional arguments."""
     if not 2 <= len(arguments) <= 5:
         raise SystemExit(f"usage: {USAGE}")
     out, seconds, device, seed, init = (*arguments, *["", "", "", "", ""][len(arguments) :])

@@ -1,4 +1,4 @@
-"""Accuracy of the small model with full attention, per kind and length, on samples that training never saw.
+"""Accuracy of the small model with full attention, per kind and length, on samples outside the training data.
 
 `python -m apb.training.needle.evaluate MODEL OUT.json [DEVICE] [SAMPLES] [LENGTHS,COMMA,SEPARATED]`
 """
@@ -27,16 +27,16 @@ from .data import BATCH, LENGTHS
 from .model import Network, load
 
 SEEDS = 1_000_000
-"""Seed of the first sample; training draws from other streams."""
+"""Seed of the first sample; training uses other random streams."""
 ONCE = ("common_words", "frequent_words")
-"""Kinds without a target: half the samples, and not asked with the query also in front."""
+"""Kinds without an accuracy target: half the samples, and only without the query in front."""
 PARTIAL = ("multivalue", "multiquery", "variable_tracking", "common_words", "frequent_words")
-"""Kinds of several answers, of which a part may be right: scored by what greedy decoding gives."""
+"""Kinds with several answers and partial credit: scored on greedily decoded text."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A sample in tokens (its document as tokens only)."""
+    """A tokenized sample; the document is kept as tokens only."""
 
     sample: Sample
     document: numpy.ndarray
@@ -44,7 +44,7 @@ class Item:
     answer: list[int]
 
     def prompt(self, bos: int, front: bool) -> Tensor:
-        """BOS, the query also in front or not, document, query."""
+        """Token ids (tokens,) int64: BOS, the query too if `front`, document, query."""
         start = [bos, *self.query] if front else [bos]
         return torch.from_numpy(numpy.concatenate((start, self.document, self.query)).astype(numpy.int64))
 
@@ -59,7 +59,7 @@ def _start(path: str) -> None:
 
 
 def make_item(work: tuple[str, int, int]) -> Item:
-    """The sample of (task, length, seed), in a worker process."""
+    """Generate and tokenize the sample (task, length, seed), in a worker process."""
     task, length, seed = work
     sample = generate(task, _tokenizer, length, seed)
     parts = (sample.document, QUERY_START + sample.query, " " + sample.answer)
@@ -69,13 +69,13 @@ def make_item(work: tuple[str, int, int]) -> Item:
 
 
 def rows(items: list[Item], size: int) -> Iterator[list[Item]]:
-    """Groups of `size` items."""
+    """Yield groups of up to `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def forced(network: Network, items: list[Item], bos: int, front: bool, tokens: int) -> list[bool]:
-    """Whether greedy decoding gives the whole answer: every answer token is the likeliest after the right ones."""
+    """True per item if greedy decoding yields the whole answer, checked in one forward by teacher forcing."""
     longest = max(1 + len(item.document) + 2 * len(item.query) + len(item.answer) for item in items)
     length = min(size for size in (*LENGTHS, 2 * LENGTHS[-1]) if size >= longest)
     result: list[bool] = []
@@ -99,7 +99,7 @@ def forced(network: Network, items: list[Item], bos: int, front: bool, tokens: i
 
 @torch.inference_mode()
 def decode(model: LlamaForCausalLM, prompts: list[Tensor], steps: int) -> list[list[int]]:
-    """Greedy decoding of several prompts at once with the plain model: padded on the right, pads masked."""
+    """Greedy decoding of a batch of prompts with the plain model, padded on the right with the padding masked."""
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
@@ -128,7 +128,7 @@ def decode(model: LlamaForCausalLM, prompts: list[Tensor], steps: int) -> list[l
 
 
 def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict[str, Any]:
-    """Accuracy by kind, length, and with the query also in front; in percent."""
+    """Accuracy in percent by kind and length, without and with the query in front."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer = AutoTokenizer.from_pretrained(model)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -185,7 +185,7 @@ def evaluate(model: Path, device: str, samples: int, lengths: list[int]) -> dict
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate with arguments by position."""
+    """Evaluate with positional arguments."""
     if not 2 <= len(arguments) <= 5:
         raise SystemExit(f"usage: {(__doc__ or '').strip().splitlines()[-1]}")
     model, out, device, samples, lengths = (*arguments, *["", "", "", "", ""][len(arguments) :])

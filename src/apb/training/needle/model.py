@@ -1,4 +1,4 @@
-"""The small model's shape, and a fast forward over packed rows that computes what LlamaForCausalLM computes."""
+"""The small model's configuration, and a fast forward over packed rows, equivalent to LlamaForCausalLM's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPS = 1e-5
 
 
 def config(vocabulary: int, bos: int, eos: int) -> LlamaConfig:
-    """About 11 million parameters, in the Llama architecture."""
+    """A Llama configuration of about 11 million parameters."""
     return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=WIDTH,
@@ -38,18 +38,18 @@ def config(vocabulary: int, bos: int, eos: int) -> LlamaConfig:
 
 
 def low(x: Tensor) -> Tensor:
-    """In the precision of matrix products: bf16 on a GPU."""
+    """Cast to the precision of matrix products: bf16 on a GPU."""
     return x.bfloat16() if x.is_cuda else x
 
 
 def normalize(x: Tensor, weight: Tensor) -> Tensor:
-    """RMS norm in fp32, result in the precision of products."""
+    """RMSNorm in fp32, with the result in the precision of matrix products."""
     x = x.float()
     return low(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Matrix product."""
+    """Linear layer without bias, in the precision of matrix products."""
     return functional.linear(x, low(weight))
 
 
@@ -62,7 +62,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def project(
     x: Tensor, norm: Tensor, query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What precedes attention in a layer: (tokens, width) -> q, k, v of (tokens, heads, head_dim)."""
+    """Part of a layer before attention: (tokens, width) -> q, k, v (tokens, heads, head_dim) after RoPE."""
     h = normalize(x, norm)
     q = linear(h, query).unflatten(-1, (HEADS, HEAD_DIM))
     k = linear(h, key).unflatten(-1, (KV_HEADS, HEAD_DIM))
@@ -71,23 +71,23 @@ def project(
 
 
 def finish(x: Tensor, attended: Tensor, out: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """What follows attention in a layer; the residual stream stays in fp32."""
+    """Part of a layer after attention; the residual stream stays in fp32."""
     x = x + linear(attended, out)
     h = normalize(x, norm)
     return x + linear(functional.silu(linear(h, gate)) * linear(h, up), down)
 
 
 def judge(x: Tensor, norm: Tensor, vocabulary: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log likelihood of the targets, and whether each is the most likely token."""
+    """Negative log-likelihood of each target (tokens,), and True where it is the most likely token (tokens,)."""
     logits = linear(normalize(x, norm), vocabulary).float()
     nll = logits.logsumexp(-1) - logits.gather(-1, target[:, None]).squeeze(-1)
     return nll, logits.argmax(-1) == target
 
 
 class Network:
-    """Runs the weights of a LlamaForCausalLM on flat tokens (rows of one length laid end to end).
+    """Runs a LlamaForCausalLM on packed tokens (rows of equal length, end to end).
 
-    Only attention knows the length of a row, so everything else is compiled once for all lengths.
+    Only attention depends on the length of a row, so everything else is compiled once for all lengths.
     """
 
     def __init__(self, model: LlamaForCausalLM, compiled: bool) -> None:
@@ -111,7 +111,7 @@ class Network:
         return out.transpose(1, 2).flatten(0, 1).flatten(-2)
 
     def choose(self, tokens: int, length: int) -> tuple[SDPBackend, bool]:
-        """The fastest back-end for a length, measured once, forward and backward."""
+        """The fastest back-end for a length, and whether to repeat KV heads; timed once, forward and backward."""
         if self.device.type != "cuda":
             return SDPBackend.MATH, True
         if length not in self.backends:
@@ -141,7 +141,7 @@ class Network:
         return self.backends[length]
 
     def rope(self, tokens: int, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of (tokens, head_dim), positions starting anew in each row; rounded as inference rounds them."""
+        """cos and sin (tokens, head_dim) with positions from 0 in each row, rounded as in inference."""
         if (tokens, length) not in self.angles:
             inverse = THETA ** -(torch.arange(0, HEAD_DIM, 2, device=self.device).float() / HEAD_DIM)
             angles = torch.arange(length, device=self.device).float()[:, None] * inverse
@@ -172,7 +172,7 @@ class Network:
         return x
 
     def __call__(self, tokens: Tensor, length: int, places: Tensor) -> tuple[Tensor, Tensor]:
-        """For some places: nll of the token that follows, and whether it is the most likely one."""
+        """Negative log-likelihood of the token after each place, and True where it is the most likely one."""
         x = self.hidden(tokens, length).index_select(0, places)
         return self.judge(x, self.model.model.norm.weight, self.model.lm_head.weight, tokens[places + 1])
 
@@ -190,6 +190,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def load(path: Path, device: str, **options: Any) -> LlamaForCausalLM:
-    """A saved model with fp32 weights."""
+    """Load a saved model with fp32 weights."""
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32, **options)
     return model.to(device)  # type: ignore[arg-type]

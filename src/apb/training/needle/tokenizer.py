@@ -1,4 +1,4 @@
-"""The small model's tokenizer: byte-level BPE learned from generated text, digits in groups of up to three."""
+"""The small model's tokenizer: byte-level BPE trained on generated text, with digits in groups of up to three."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...evaluation.tasks.needles import LIST_STARTS, QUESTIONS, SEVERAL, STATEME
 
 VOCABULARY = 4096
 BOS, EOS = "<s>", "</s>"
-# A word takes the space before it along; a number does not. Line breaks end what stands before them.
+# A word includes the space before it; a number does not. Line breaks include whitespace before them.
 PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Bytes:
-    """Stands in for a tokenizer while there is none: one id per byte."""
+    """Placeholder for the tokenizer before it is trained: one id per byte."""
 
     bos_token_id = 0
 
@@ -32,7 +32,7 @@ class Bytes:
 
 
 def corpus(seed: int = 0) -> Iterator[str]:
-    """Every group of digits and every word of the lists often, and text of every task and filler."""
+    """Training text: every digit group and every word of the lists many times, and text of every task and filler."""
     rng = Random(f"tokenizer {seed}")
     for _ in range(40):
         yield " ".join(f"{n:0{width}}" for width in (1, 2, 3) for n in range(10**width))
@@ -51,12 +51,12 @@ def corpus(seed: int = 0) -> Iterator[str]:
             for question in material.questions:
                 yield "\n\n" + question.text + " " + ", ".join(question.answers)
     yield "".join("".join(heading(" " + title)) for title in TITLES)
-    # Letters and pairs of letters of words that no list holds: names, capitals, endings.
+    # Letters and letter pairs of words outside the lists: names, capitals, endings.
     yield " ".join(word.capitalize() for word in (*WORDS, *NAMES))
 
 
 def train_tokenizer(seed: int = 0) -> PreTrainedTokenizerFast:
-    """Learn the vocabulary; adds no special tokens by itself when it encodes, and has no chat template."""
+    """Train the tokenizer; encoding adds no special tokens, and there is no chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

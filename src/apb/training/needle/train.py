@@ -1,4 +1,4 @@
-"""Training of the small model: a curriculum of lengths and kinds, scheduled by wall time."""
+"""Training of the small model: a curriculum of lengths and kinds, scheduled by wall-clock time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EASY = [KINDS.index("single"), KINDS.index("multikey")]
 
 @dataclass(frozen=True)
 class Settings:
-    """What may be changed for a trial run on a small machine."""
+    """Training settings; smaller ones allow a trial run on a small machine."""
 
     tokens: int = BATCH
     selected: int = SELECTED
@@ -35,20 +35,20 @@ class Settings:
     rate: float = 1e-3
     warmup: int = 200
     decay: float = 0.35
-    """Share of the time at the end over which the learning rate falls to `floor` of itself."""
+    """Share of the time, at the end, over which the learning rate falls to `floor` times its peak."""
     floor: float = 0.02
     language: float = 0.1
-    """Weight of language modelling beside the answers."""
+    """Loss weight of language modelling; answers have weight 1."""
     shortest: tuple[float, ...] = (0.0, 0.02, 0.07, 0.08, 0.08, 0.09, 0.18, 0.0)
     longest: tuple[float, ...] = (0.16, 0.07, 0.10, 0.10, 0.09, 0.09, 0.18, 1.0)
-    """Shares of the time that a length gets, whatever the accuracy: at least, at most."""
+    """`shortest` and `longest`: minimum and maximum share of the time per length, regardless of accuracy."""
     pass_mark: float = 0.97
     checkpoint: float = 110.0
     """Seconds between checkpoints."""
 
 
 class Curriculum:
-    """Moves on to the next length when the easy retrieval kinds are learned, or their time is up."""
+    """Advances to the next length once the easy retrieval kinds are learned or the length's time is up."""
 
     def __init__(self, settings: Settings, seconds: float, last: int) -> None:
         self.settings, self.seconds, self.last = settings, seconds, last
@@ -58,12 +58,12 @@ class Curriculum:
         self.recent: deque[tuple[float, float]] = deque(maxlen=2)
 
     def accuracy(self) -> float:
-        """Share of right answers of the easy kinds at the current length, over about 20 steps."""
+        """Share of right answers for the easy kinds at the current length, over about 20 steps."""
         right, total = (sum(pair[i] for pair in self.recent) for i in (0, 1))
         return right / total if len(self.recent) == 2 and total else 0.0
 
     def update(self, elapsed: float, right: float, total: float) -> str | None:
-        """Take in ten steps' answers; says what changed."""
+        """Add the answers of ten steps; returns a description of the change, or None."""
         self.recent.append((right, total))
         stage = self.stage.value
         spent = (elapsed - self.since) / self.seconds
@@ -81,13 +81,13 @@ class Curriculum:
 
 
 def learning_rate(settings: Settings, step: int, share: float) -> float:
-    """Warm-up by steps, then constant, then a linear fall over the last part of the time."""
+    """Warm-up by steps, then constant, then linear decay over the last part of the time."""
     fall = max(0.0, (share - (1 - settings.decay)) / settings.decay)
     return settings.rate * min(1.0, (step + 1) / settings.warmup) * max(settings.floor, 1 - (1 - settings.floor) * fall)
 
 
 def optimizer_of(model: LlamaForCausalLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW with decay on matrices, not on embeddings and norms."""
+    """AdamW with weight decay on matrices, but not on embeddings and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -95,7 +95,7 @@ def optimizer_of(model: LlamaForCausalLM, settings: Settings) -> torch.optim.Ada
 
 
 class Trainer:
-    """The state of a run: network, optimizer, curriculum, counts of right answers, log."""
+    """State of a training run: network, optimizer, curriculum, counts of right answers, log."""
 
     def __init__(
         self, out: Path, seconds: float, device: str, seed: int, init: Path | None, settings: Settings
@@ -123,7 +123,7 @@ class Trainer:
         self.waited = 0.0
 
     def step(self, number: int, share: float) -> torch.Tensor:
-        """One update; the loss stays on the device."""
+        """One update; returns the losses of answers and of language modelling (2,), on the device."""
         start = time.perf_counter()
         batch = next(self.batches)
         self.waited += time.perf_counter() - start
@@ -149,7 +149,7 @@ class Trainer:
         return torch.stack((known.detach(), rest.detach()))
 
     def checkpoint(self, name: str | None = None) -> None:
-        """Write the model under a new name, keeping the last two."""
+        """Save the model as `name` or as a numbered checkpoint, and keep the last two of those."""
         self.saved += 1
         target = self.out / (name or f"checkpoint-{self.saved:03}")
         save(self.model, self.tokenizer, target.with_suffix(".part"))
@@ -159,14 +159,14 @@ class Trainer:
             shutil.rmtree(old, ignore_errors=True)
 
     def note(self, entry: dict[str, Any]) -> None:
-        """Append to the log and show it."""
+        """Append an entry to the log and print it."""
         self.log.append(entry)
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
         print(json.dumps(entry), flush=True)
 
     def run(self) -> None:
-        """Train until the time is over or the process is asked to stop."""
+        """Train until the time is up or SIGTERM arrives."""
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stopped", True))
         start = time.perf_counter()
         number, saved, mark = 0, start, (start, 0)
@@ -219,14 +219,14 @@ class Trainer:
 def train_needle(
     out: Path, seconds: float, device: str, seed: int, init: Path | None, settings: Settings | None = None
 ) -> None:
-    """Train the small model for so many seconds and write it to `out/final` (checkpoints and log beside it).
+    """Train the small model for `seconds` seconds and write it to `out/final`, with checkpoints and log beside it.
 
     Args:
         out: folder for checkpoints, log and the final model.
         seconds: wall time of the training loop; all schedules are shares of it.
         device: "cuda" or "cpu".
-        seed: of weights and data.
-        init: folder of a saved model to go on from (its tokenizer is kept), or None.
+        seed: seed of weights and data.
+        init: folder of a saved model to continue from (its tokenizer is kept), or None.
         settings: batch, rates and curriculum.
     """
     trainer = Trainer(Path(out), seconds, device, seed, init, settings or Settings())
