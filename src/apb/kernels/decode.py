@@ -8,6 +8,7 @@ is read on the device, so that a CUDA graph captured once serves every length.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -48,32 +49,91 @@ def attention(
     Returns:
         out (rows, heads, head_dim) in q's dtype, or fp32, and lse (heads, rows) fp32, as :func:`apb.attention`.
     """
-    rows, heads, head_dim = q.shape
+    rows = q.shape[0]
     capacity, kv_heads, _ = k.shape
-    group = heads // kv_heads
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     if length is None:
         length = torch.full((1,), capacity, dtype=torch.int32, device=q.device)
-    padded = max(16, 1 << (head_dim - 1).bit_length())
+    log2e = 1 / math.log(2)
+    factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
+
+    def split(grid: tuple[int, int, int], parts: Tensor, sums: Tensor, **options: int) -> None:
+        _split[grid](
+            q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, grid[0], *factors,
+            CAUSAL=causal, CAPPED=softcap is not None, **options,
+        )  # fmt: skip
+
+    # The number of splits depends on the capacity alone: a graph must not change with the length.
+    return _in_parts(q, kv_heads, capacity, partial, split)
+
+
+def cached_attention(
+    q: Tensor, table: Tensor, layer: int, kv_heads: int, scale: float, length: Tensor, *, partial: bool = False
+) -> tuple[Tensor, Tensor]:
+    """A single row over the first ``length`` keys of a layer, wherever they lie when the kernel runs.
+
+    A CUDA graph that was captured once serves every cache, of any capacity: write its addresses to the table.
+
+    Args:
+        q: (1, heads, head_dim), bf16, fp16 or fp32, any strides.
+        table: (layers, 3) int64 on the device: of each layer the addresses of its keys and its values, which are
+            contiguous (kv_heads, capacity, head_dim) of q's dtype and begin at multiples of 16 bytes, and the capacity.
+        layer: which row of the table.
+        kv_heads: heads of the keys and values.
+        scale: positive factor on q.k.
+        length: (1,) int32 on the device, at most the capacity.
+        partial: leave out in fp32, to be merged with that over other keys.
+
+    Returns:
+        As :func:`attention`.
+    """
+    q = q if q.stride(2) == 1 else q.contiguous()
+
+    def split(grid: tuple[int, int, int], parts: Tensor, sums: Tensor, **options: int) -> None:
+        _split_cached[grid](q, table, layer, parts, sums, length, q.stride(1), grid[0], scale / math.log(2), **options)
+
+    return _in_parts(q, kv_heads, None, partial, split)
+
+
+def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> None:
+    """Write a token's keys and values to a slot of a layer, wherever its storage lies when the kernel runs.
+
+    Args:
+        k, v: (kv_heads, head_dim) of the storage's dtype, any strides.
+        table, layer: as in :func:`cached_attention`.
+        slot: (1,) int64 on the device, less than the capacity.
+    """
+    kv_heads, head_dim = k.shape
+    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
+    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+        _append[(kv_heads,)](
+            k, v, table, layer, slot, k.stride(0), v.stride(0), D=head_dim, BD=_padded(head_dim), num_warps=1
+        )
+
+
+def _in_parts(
+    q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
+    """Have the keys of q's rows split over programs, as many as fill the GPU, or the capacity, and merge the parts."""
+    rows, heads, head_dim = q.shape
+    group = heads // kv_heads
+    padded = _padded(head_dim)
     packed = min(max(16, 1 << (rows * group - 1).bit_length()), _MOST_ROWS)
     blocks = triton.cdiv(rows * group, packed)
     block_n = 64 if padded * q.element_size() <= 256 else 32
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    # The number of splits depends on the capacity alone: a graph must not change with the length.
-    splits = max(
-        1, min(triton.cdiv(capacity, 4 * block_n), processors * _PROGRAMS_PER_PROCESSOR // (kv_heads * blocks))
-    )
+    splits = processors * _PROGRAMS_PER_PROCESSOR // (kv_heads * blocks)
+    if capacity is not None:
+        splits = min(splits, triton.cdiv(capacity, 4 * block_n))
+    splits = max(1, splits)
     parts = q.new_empty(splits, rows, heads, head_dim, dtype=torch.float32)
     sums = q.new_empty(splits, heads, rows, dtype=torch.float32)
     out = q.new_empty(rows, heads, head_dim, dtype=torch.float32 if partial else q.dtype)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
-    log2e = 1 / math.log(2)
-    factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        _split[(splits, kv_heads, blocks)](
-            q, k, v, parts, sums, length, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rows, splits, *factors,
-            H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed, BN=block_n, CAUSAL=causal,
-            CAPPED=softcap is not None, num_warps=4, num_stages=_STAGES,
+        split(
+            (splits, kv_heads, blocks), parts, sums, H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed,
+            BN=block_n, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
         _merge[(rows, heads)](
             parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,
@@ -82,13 +142,67 @@ def attention(
     return out, lse
 
 
+def _padded(head_dim: int) -> int:
+    """Columns of a tile: products want a power of two, and at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _split(
     q, k, v, parts, sums, length, q_row, q_head, k_row, k_head, v_row, v_head, rows, splits, scale, cap,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One run of keys of one KV head, for the rows of all heads of its group: row i is of head i % GROUP."""
+    """One run of keys of one KV head, at addresses that the launch knows."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    _attend(
+        q, k + kv_head * k_head, v + kv_head * v_head, parts, sums, length, q_row, q_head, k_row, v_row, rows, splits,
+        scale, cap, H, GROUP, D, BD, BM, BN, CAUSAL, CAPPED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["layer", "splits"])
+def _split_cached(
+    q, table, layer, parts, sums, length, q_head, splits, scale,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """The same, at addresses from the table."""
+    k, v, capacity = _storage(table, layer, q.dtype.element_ty)
+    head = tl.program_id(1).to(tl.int64) * capacity * D
+    _attend(
+        q, k + head, v + head, parts, sums, length, 0, q_head, D, D, 1, splits,
+        scale, 1.0, H, GROUP, D, BD, BM, BN, False, False,
+    )  # fmt: skip
+
+
+@triton.jit
+def _storage(table, layer, dtype: tl.constexpr):
+    """Where a layer's keys and values lie, and their capacity."""
+    row = table + 3 * layer
+    # Only of the pointer itself the compiler keeps in mind that it is a multiple: that makes loads 16 bytes wide.
+    k = tl.multiple_of(tl.load(row).to(tl.pointer_type(dtype)), 16)
+    v = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
+    return k, v, tl.load(row + 2)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _append(k, v, table, layer, slot, k_head, v_head, D: tl.constexpr, BD: tl.constexpr):
+    """One KV head's key and value."""
+    kv_head = tl.program_id(0).to(tl.int64)
+    keys, values, capacity = _storage(table, layer, k.dtype.element_ty)
+    at = (kv_head * capacity + tl.load(slot)) * D
+    dims = tl.arange(0, BD)
+    tl.store(keys + at + dims, tl.load(k + kv_head * k_head + dims, mask=dims < D), mask=dims < D)
+    tl.store(values + at + dims, tl.load(v + kv_head * v_head + dims, mask=dims < D), mask=dims < D)
+
+
+@triton.jit
+def _attend(
+    q, k, v, parts, sums, length, q_row, q_head, k_row, v_row, rows, splits, scale, cap,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """One run of keys of the KV head at k and v, for the rows of all heads of its group: row i is of head i % GROUP."""
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
     packed = tl.program_id(2) * BM + tl.arange(0, BM)
@@ -103,8 +217,6 @@ def _split(
     seen = keys + row * 0
     if CAUSAL:
         seen = keys - rows + row + 1
-    k += kv_head.to(tl.int64) * k_head
-    v += kv_head.to(tl.int64) * v_head
     acc = tl.zeros([BM, BD], tl.float32)
     total = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
