@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
+from .graph import Stepper
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
 from .hf.attach import CLOSED, Attachment, attention_modules
@@ -28,7 +30,7 @@ from .plan import Plan
 from .prefill import Progress
 from .prompt import Prompt, check_tokens
 from .reading import Reading
-from .session import Session, Stopwatch
+from .session import Session, Stopwatch, next_logits
 from .strategies import Layer, OnSelection, Strategy, make_strategy
 
 
@@ -78,6 +80,7 @@ class Engine:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
         self._attachment = Attachment.of(model, self.fused)
+        self._stepper = Stepper(self._attachment, partial(next_logits, self._attachment), self.graphs)
         self._closed = False
 
     @classmethod
@@ -144,6 +147,7 @@ class Engine:
         """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
         if not self._closed:
             self._closed = True
+            self._stepper.close()
             self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
@@ -204,7 +208,7 @@ class Engine:
             prompt.token_ids,
             self.backend,
             max_new_tokens,
-            self.graphs,
+            self._stepper,
             self.mesh.tensor,
             None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from .distributed.collectives import Group
 from .errors import InputError
-from .graph import Step, why_not
+from .graph import Stepper
 from .hardware import synchronize
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
@@ -46,7 +46,7 @@ class Session:
         token_ids: Sequence[int],
         backend: str,
         new_tokens: int,
-        graphs: bool,
+        stepper: Stepper,
         tensor: Group | None = None,
         limit: int | None = None,
     ) -> None:
@@ -60,9 +60,10 @@ class Session:
         self._backend = backend
         self._tensor = tensor or Group()
         self._new_tokens = new_tokens  # that the cache has room for
-        self._graphs = graphs
+        self._stepper = stepper
         self._limit = limit  # positions that may be read; None: any number
-        self._step: Step | None = None
+        self._by_steps: bool | None = None  # None: not known yet
+        self._captured = False
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
@@ -78,9 +79,10 @@ class Session:
                 f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
                 f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
             )
-        step = self._next_step() if len(token_ids) == 1 else None
-        if step is not None:
-            self.logits = step.step(token_ids[0])
+        if len(token_ids) == 1 and self._steps():
+            worth = self._new_tokens >= SHORTEST_CAPTURED
+            self.logits = self._stepper.step(self._cache, token_ids[0], self._group, capture=worth)
+            self._captured = self._stepper.captured(self._cache, self._group)
         else:
             self.logits = self._pass(token_ids)
         self.token_ids.extend(token_ids)
@@ -89,21 +91,13 @@ class Session:
     @property
     def captured(self) -> bool:
         """Whether tokens are read by CUDA graphs, as they are from the first on for which that can be."""
-        return self._step is not None and self._step.captured
+        return self._captured
 
-    def _next_step(self) -> Step | None:
-        """What reads the next token, where that is not an ordinary pass. All ranks say the same."""
-        if len(self.token_ids) - self.plan.total >= self._new_tokens or self._backend not in ("auto", "fused"):
-            return None
-        if self._step is None:
-            keys, _ = self._cache.shard(0)
-            if why_not(self._attachment, keys.device, keys.dtype, keys.shape[2]):
-                return None
-
-            run = partial(next_logits, self._attachment, cache=self._cache)
-            capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
-            self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
-        return self._step
+    def _steps(self) -> bool:
+        """Whether single tokens are read by other means than an ordinary pass. All ranks say the same."""
+        if self._by_steps is None:
+            self._by_steps = self._backend in ("auto", "fused") and self._stepper.why_not(self._cache) is None
+        return self._by_steps
 
     def _pass(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens in one ordinary pass."""
@@ -194,7 +188,7 @@ def forward(attachment: Attachment, ids: Tensor, positions: Tensor, cache: Shard
     return group.broadcast(next_logits(attachment, ids, positions, cache))
 
 
-def next_logits(attachment: Attachment, ids: Tensor, positions: Tensor, cache: ShardCache) -> Tensor:
+def next_logits(attachment: Attachment, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
     """One pass of the model over this rank's rows (1, rows); its own logits (vocab,) fp32 of the last row."""
     output = attachment.model(
         input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1

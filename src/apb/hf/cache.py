@@ -1,8 +1,11 @@
-"""A transformers cache that holds one rank's shard, in storage made once."""
+"""A transformers cache that holds one rank's shard, in storage made once, and what stands in for it in decode steps."""
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,8 +36,7 @@ class ShardLayer(CacheLayerMixin):
 
         In prefill the states come back as they are (attention also needs the anchor's, which are not kept); in decode
         the whole shard comes back, with the new tokens at its end where this rank keeps them. A shard that holds
-        nothing comes back with one row of no meaning: not all models can work on none. With a slot the new token is
-        written there and the whole storage comes back: how much of it counts is known on the device alone.
+        nothing comes back with one row of no meaning: not all models can work on none.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -42,12 +44,6 @@ class ShardLayer(CacheLayerMixin):
         if kept is not None:
             self._append(key_states[:, :, kept], value_states[:, :, kept])
             return key_states, value_states
-        if self._shard.slot is not None:
-            assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-            if self._shard.keeps_new:
-                self.keys.index_copy_(2, self._shard.slot, key_states)
-                self.values.index_copy_(2, self._shard.slot, value_states)
-            return self.keys, self.values
         if self._shard.keeps_new:
             self._append(key_states, value_states)
         return self.view(at_least=1)
@@ -58,12 +54,18 @@ class ShardLayer(CacheLayerMixin):
         length = max(self.length, at_least)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
+    def make_room(self, tokens: int) -> None:
+        """Have storage for so many tokens more: where there is not, it grows, at the price of a copy."""
+        assert self.keys is not None and self.values is not None
+        capacity = self.keys.shape[2]
+        if self.length + tokens > capacity:
+            grown = max(self.length + tokens, capacity + self._shard.growth)
+            self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
+
     def _append(self, keys: Tensor, values: Tensor) -> None:
+        self.make_room(keys.shape[2])
         assert self.keys is not None and self.values is not None
         stop = self.length + keys.shape[2]
-        if stop > self.keys.shape[2]:
-            grown = max(stop, self.keys.shape[2] + self._shard.growth)
-            self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
         self.keys[:, :, self.length : stop] = keys
         self.values[:, :, self.length : stop] = values
         self.length = stop
@@ -81,6 +83,22 @@ class ShardLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What decode steps know of a cache beforehand: caches that are alike in it are stepped by the same graphs.
+
+    Attributes:
+        keeps_new: whether the tokens that are generated are kept in it.
+        device, dtype: of all keys and values.
+        heads: (kv_heads, head_dim) of every layer; None for a layer that has no keys and values.
+    """
+
+    keeps_new: bool
+    device: torch.device
+    dtype: torch.dtype
+    heads: tuple[tuple[int, int] | None, ...]
+
+
 class ShardCache(Cache):
     """One rank's shard of all layers.
 
@@ -88,7 +106,6 @@ class ShardCache(Cache):
         capacity: tokens a layer's storage is made for; it grows by ``growth`` when that is not enough.
         keeps_new: whether this rank keeps the tokens that are generated.
         prefill_rows: which rows of a prefill pass stay; None in decode.
-        slot: while a decode step is captured or replayed, the index (1,) on the device where its token is written.
         total: tokens seen so far by all ranks together.
     """
 
@@ -98,22 +115,47 @@ class ShardCache(Cache):
         self.capacity = capacity
         self.keeps_new = keeps_new
         self.prefill_rows: slice | None = prefill_rows
-        self.slot: Tensor | None = None
         self.total = 0
         super().__init__(layers=[ShardLayer(self) for _ in range(layers)])
+
+    @cached_property
+    def layout(self) -> Layout:
+        """What kind of cache this is; asked for once it has been written."""
+        kept = list(self._kept())
+        assert all(x is not None and x.is_contiguous() for layer in kept for x in (layer.keys, layer.values))
+        keys = [layer.keys if isinstance(layer, ShardLayer) else None for layer in self.layers]
+        first = next(x for x in keys if x is not None)
+        heads = tuple(None if x is None else (x.shape[1], x.shape[3]) for x in keys)
+        return Layout(self.keeps_new, first.device, first.dtype, heads)
 
     @property
     def held(self) -> int:
         """Tokens that this rank holds, of every layer."""
-        layer = self.layers[0]
-        assert isinstance(layer, ShardLayer)
-        return layer.length
+        return next(self._kept()).length
+
+    def make_room(self) -> None:
+        """Have storage for one token more, where this rank keeps it."""
+        first = next(self._kept())
+        if self.keeps_new and first.keys is not None and first.length == first.keys.shape[2]:  # as all the others
+            for layer in self._kept():
+                layer.make_room(1)
 
     def advance(self) -> None:
-        """Count one token more in every layer: it was written to the slot behind the last."""
+        """Count one token more, which was written behind the last one where this rank keeps it."""
+        self.total += 1
+        if self.keeps_new:
+            for layer in self._kept():
+                layer.length += 1
+
+    def addresses(self) -> list[tuple[int, int, int]]:
+        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros where there is none."""
+        places = []
         for layer in self.layers:
-            assert isinstance(layer, ShardLayer)
-            layer.length += 1
+            if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
+                places.append((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape[2]))
+            else:
+                places.append((0, 0, 0))
+        return places
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that this rank holds of a layer: two (tokens, kv_heads, head_dim) views."""
@@ -122,8 +164,65 @@ class ShardCache(Cache):
         keys, values = held.view()
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
 
+    def _kept(self) -> Iterator[ShardLayer]:
+        """The layers that have keys and values."""
+        return (layer for layer in self.layers if isinstance(layer, ShardLayer))
+
 
 def _grow(x: Tensor, capacity: int) -> Tensor:
     grown = torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=x.device)
     grown[:, :, : x.shape[2]] = x
     return grown
+
+
+# Called with a layer's index and a token's keys and values, (1, kv_heads, 1, head_dim) each.
+Append = Callable[[int, Tensor, Tensor], None]
+
+
+class StepLayer(CacheLayerMixin):
+    """A layer of a :class:`StepCache`."""
+
+    is_sliding = False
+
+    def __init__(self, step: StepCache, index: int) -> None:
+        super().__init__()
+        self._step: StepCache = weakref.proxy(step)
+        self._index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """There is no storage here."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Have the states appended; they come back as they are."""
+        self._step.append(self._index, key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens so far, over all ranks."""
+        self._step.asked = True
+        return self._step.total
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As :meth:`ShardLayer.get_mask_sizes`."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+class StepCache(Cache):
+    """Stands in for any cache of a layout while the model reads one token, in a way that does not know which it is.
+
+    Attributes:
+        append: what keeps a layer's new keys and values.
+        total: tokens seen so far by all ranks together.
+        asked: whether the model has asked for ``total``: then what it does depends on a number on the host, which a
+            graph would take for a constant.
+    """
+
+    def __init__(self, layers: int, append: Append) -> None:
+        self.append = append
+        self.total = 0
+        self.asked = False
+        super().__init__(layers=[StepLayer(self, index) for index in range(layers)])
