@@ -1,4 +1,4 @@
-"""Compiles the kernel for Hopper for sm_90, which needs no GPU, and prints as JSON what the machine code holds.
+"""Compiles the kernels for Hopper and for decode for sm_90, which needs no GPU, and prints as JSON what the code holds.
 
 Run by tests/unit/test_fused.py in a process of its own, where Triton does not interpret.
 """
@@ -16,11 +16,14 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
+from apb.kernels import decode
 from apb.kernels.fused import HOPPER, Config, hopper
 
+TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 LAYOUT = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
@@ -46,7 +49,7 @@ def compile_forward(head_dim: int, config: Config, dtype: str, *, heads: int = 3
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
     options = {"num_warps": 4, "maxnreg": config.cap}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def examine(kernel: Any) -> dict[str, Any]:
@@ -99,6 +102,30 @@ def _spills(line: str) -> bool:
     return re.search(r"\b(?:LDL|STL)\b", line) is not None
 
 
+def compile_decode(kernel: Any, head_dim: int) -> Any:
+    """A kernel of decode, for a row of 32 heads over 8 KV heads in bf16, with the arguments of its launch."""
+    constants = {"H": 32, "GROUP": 4, "D": head_dim, "BD": 1 << (head_dim - 1).bit_length(), "BM": 16, "BN": 64}
+    constants |= {"CAUSAL": False, "CAPPED": False}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v"), "*bf16") | {"table": "*i64"}
+    types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"length": "*i32", "scale": "fp32", "cap": "fp32"}
+    types |= dict.fromkeys(constants, "constexpr")
+    unknown = ("rows", "splits", "layer", "scale", "cap", *constants)  # all others are multiples of 16
+    source = ASTSource(
+        kernel,
+        {name: types[name] for name in kernel.arg_names},
+        {(at,): constants[name] for at, name in enumerate(kernel.arg_names) if name in constants},
+        {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name not in unknown},
+    )
+    return triton.compile(source, target=TARGET, options={"num_warps": 4, "num_stages": decode._STAGES})
+
+
+def accesses(kernel: Any) -> dict[str, int]:
+    """How often the code reads global memory, by how wide: copies to shared memory by bytes, and loads."""
+    ptx = kernel.asm["ptx"]
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+)", ptx)
+    return dict(Counter([*copies, *re.findall(r"\bld\.global\.(\S+)", ptx)]))
+
+
 def main() -> None:
     """Every configuration in use, and one in the other dtype."""
     cases = [(head_dim, "bf16") for head_dim in HOPPER] + [(128, "fp16")]
@@ -106,7 +133,11 @@ def main() -> None:
         {"head_dim": head_dim, "dtype": dtype} | examine(compile_forward(head_dim, HOPPER[head_dim], dtype))
         for head_dim, dtype in cases
     ]
-    json.dump(reports, sys.stdout)
+    decoding = {
+        name: {head_dim: accesses(compile_decode(kernel, head_dim)) for head_dim in (64, 128)}
+        for name, kernel in (("plain", decode._split), ("cached", decode._split_cached))
+    }
+    json.dump({"hopper": reports, "decode": decoding}, sys.stdout)
 
 
 if __name__ == "__main__":

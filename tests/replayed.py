@@ -1,10 +1,16 @@
-"""CUDA graphs without a GPU: what is captured is noted, operation by operation, and run again at every replay."""
+"""CUDA graphs without a GPU: what is captured is noted, operation by operation, and run again at every replay.
+
+Kernels of Triton, which its interpreter runs here, are noted with their arguments: tensors by address, numbers as they
+were.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import MagicMock, patch
 
@@ -16,31 +22,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Graph(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph. Until it is replayed, what was captured holds not-a-number."""
 
+    capturing: Graph | None = None
+
     def capture_begin(self, pool: Any) -> None:
         """What follows is captured."""
-        self._calls: list[tuple[Any, Any, Any, Tensor]] = []
+        self.calls: list[Callable[[], Any]] = []
+        Graph.capturing = self
         self.__enter__()
 
     def capture_end(self) -> None:
         """No longer."""
         self.__exit__(None, None, None)
+        Graph.capturing = None
 
     def replay(self) -> None:
         """Every operation again, from the same tensors to the same tensors."""
-        for operation, arguments, options, result in self._calls:
-            result.copy_(operation(*arguments, **options))
+        for call in self.calls:
+            call()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note an operation that makes a tensor; views need no replay, and others are not known here."""
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func.is_view or func is torch.ops.aten._unsafe_view.default:
+            return result
         assert isinstance(result, Tensor), f"{func} is not one tensor"
         given = [x for part in args for x in (part if isinstance(part, list) else [part]) if isinstance(x, Tensor)]
-        if all(x.untyped_storage().data_ptr() != result.untyped_storage().data_ptr() for x in given):
-            if given:  # others are memory that nothing was written to yet
-                self._calls.append((func, args, kwargs or {}, result))
+        assert all(x.untyped_storage().data_ptr() != result.untyped_storage().data_ptr() for x in given), (
+            f"{func} writes where it reads"
+        )
+        if "empty" not in str(func):  # that is memory that nothing was written to yet
+            self.calls.append(lambda: result.copy_(func(*args, **kwargs)))
+        if result.is_floating_point():
             result.fill_(math.nan)
-        else:
-            assert func.is_view, f"{func} writes where it reads"
         return result
 
 
@@ -51,4 +65,16 @@ def standing_in() -> Iterator[None]:
         stack.enter_context(patch.object(torch.cuda, "CUDAGraph", Graph))
         for name in ("Stream", "stream", "current_stream", "synchronize", "empty_cache", "graph_pool_handle"):
             stack.enter_context(patch.object(torch.cuda, name, MagicMock()))
+        if find_spec("triton"):
+            from triton.runtime.interpreter import GridExecutor
+
+            launch = GridExecutor.__call__
+
+            def launch_or_note(executor: Any, *args: Any, **kwargs: Any) -> None:
+                if Graph.capturing is None:
+                    launch(executor, *args, **kwargs)
+                else:
+                    Graph.capturing.calls.append(partial(launch, executor, *args, **kwargs))
+
+            stack.enter_context(patch.object(GridExecutor, "__call__", launch_or_note))
         yield

@@ -165,7 +165,7 @@ class ShardCache(Cache):
     def layout(self) -> Layout:
         """The layout, once the cache has been written."""
         assert all(x is not None and x.is_contiguous() for layer in self._kept() for x in (layer.keys, layer.values))
-        keys = [self._layer(index).keys for index in range(len(self.layers))]
+        keys = [layer.keys if isinstance(layer, ShardLayer) else None for layer in self.layers]
         first = next(x for x in keys if x is not None)
         heads = tuple(None if x is None else (x.shape[1], x.shape[3]) for x in keys)
         return Layout(self.keeps_new, first.device, first.dtype, heads)
@@ -193,8 +193,8 @@ class ShardCache(Cache):
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros where there is none."""
         places = []
-        for layer in map(self._layer, range(len(self.layers))):
-            if layer.keys is not None and layer.values is not None:
+        for layer in self.layers:
+            if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
                 places.append((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape[2]))
             else:
                 places.append((0, 0, 0))
@@ -207,7 +207,7 @@ class ShardCache(Cache):
 
     def _kept(self) -> Iterator[ShardLayer]:
         """The layers that have keys and values."""
-        return (layer for layer in map(self._layer, range(len(self.layers))) if layer.keys is not None)
+        return (layer for layer in self.layers if isinstance(layer, ShardLayer) and layer.keys is not None)
 
     def _layer(self, index: int) -> ShardLayer:
         layer = self.layers[index]

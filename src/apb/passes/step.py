@@ -48,6 +48,8 @@ class Stepper:
         layout, attachment = cache.layout, self._attachment
         if self._reader is None:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
+        if None in layout.heads:
+            return "some layers keep no keys and values"
         if layout.device.type != "cuda":
             return f"device type {layout.device.type} has no graphs"
         if len(attachment.devices) > 1:
@@ -56,8 +58,6 @@ class Stepper:
             return f"layers have {', '.join(sorted(attachment.peculiar))}"
         if attachment.length_dependent:
             return f"RoPE of type {' and '.join(attachment.length_dependent)} depends on the length"
-        if None in layout.heads:
-            return "some layers keep no keys and values"
         head_dim = max(heads[1] for heads in layout.heads if heads is not None)
         return fused.why_not(layout.device, layout.dtype, head_dim)
 

@@ -1,0 +1,69 @@
+"""Kernels of decode that find keys and values by a table of addresses, interpreted, beside those that are told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytestmark = pytest.mark.triton
+
+
+def storages(kv_heads: int, head_dim: int, dtype: torch.dtype, *capacities: int) -> tuple[list[list[Tensor]], Tensor]:
+    """Keys and values (kv_heads, capacity, head_dim) of layers, all not-a-number, and the table of where they lie."""
+    layers = [
+        [torch.full((kv_heads, capacity, head_dim), math.nan, dtype=dtype) for _ in "kv"] for capacity in capacities
+    ]
+    return layers, torch.tensor([[k.data_ptr(), v.data_ptr(), k.shape[1]] for k, v in layers])
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [(4, 2, 16, torch.float32), (8, 1, 64, torch.float16), (3, 3, 20, torch.float32)],
+)
+@pytest.mark.parametrize(("length", "splits"), [(0, 3), (1, 1), (157, 1), (157, 3)])
+def test_attention_by_the_table(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    length: int,
+    splits: int,
+) -> None:
+    """Every layer, whatever its capacity, gives what attention over the tensors themselves gives; in one split, to the
+    bit. What lies behind the length is not read."""
+    from apb.kernels import decode
+
+    monkeypatch.setattr(decode, "_PROGRAMS_PER_PROCESSOR", splits * kv_heads)
+    torch.manual_seed(0)
+    q = torch.randn(heads, 1, head_dim).to(dtype).transpose(0, 1)
+    held = torch.tensor([length], dtype=torch.int32)
+    layers, table = storages(kv_heads, head_dim, dtype, 157, 200)
+    for layer, (k, v) in enumerate(layers):
+        k[:, :length], v[:, :length] = torch.randn(2, kv_heads, length, head_dim)
+        plain = decode.attention(q, k.transpose(0, 1), v.transpose(0, 1), 0.3, length=held, partial=layer == 1)
+        found = decode.cached_attention(q, table, layer, kv_heads, 0.3, held, partial=layer == 1)
+        for x, wanted in zip(found, plain, strict=True):
+            assert x.dtype == wanted.dtype
+            tolerance = 0.0 if splits == 1 else 1e-3 if x.dtype == torch.float16 else 1e-5
+            torch.testing.assert_close(x, wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (3, 20)])
+def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """One row of every head, in the layer that was named, and nothing beside it; from states of any strides."""
+    from apb.kernels import decode
+
+    layers, table = storages(kv_heads, head_dim, dtype, 9, 31, 7)
+    for slot in (0, 30):
+        k, v = torch.randn(head_dim, kv_heads).to(dtype).T, torch.randn(kv_heads, 2 * head_dim).to(dtype)[:, ::2]
+        before = [[x.clone() for x in layer] for layer in layers]
+        decode.append(k, v, table, 1, torch.tensor([slot]))
+        for x, new in zip(before[1], (k, v), strict=True):
+            x[:, slot] = new
+        for layer, wanted in zip(layers, before, strict=True):
+            torch.testing.assert_close(layer, wanted, rtol=0, atol=0, equal_nan=True)

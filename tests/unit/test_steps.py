@@ -1,0 +1,213 @@
+"""Decode steps by graphs that were captured once for all sessions of an engine.
+
+Kernels are interpreted; what stands in for graphs replays every operation from the same tensors to the same tensors.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+import apb
+from apb.hf.cache import Arrival, ShardCache
+from apb.passes import step
+from apb.session import Session
+from models import tiny_model, without_eos
+from replayed import Graph, standing_in
+
+pytestmark = pytest.mark.triton
+
+
+TOKENS = (3, 60, 41)
+BLOCKS = {"strategy": "apb", "blocks": 3, "anchor_length": 9, "passing_length": 4}
+
+
+def prompt(document: int, seed: int = 37) -> apb.Prompt:
+    return apb.Prompt.from_tokens([1, 2], [(seed * i * i + 11 * i) % 97 for i in range(document)], [5, 6, 7])
+
+
+def engine(**options: Any) -> apb.Engine:
+    model = tiny_model("llama", heads=2, kv_heads=1, head_dim=16, layers=2)
+    return apb.Engine.from_model(without_eos(model), **{**BLOCKS, **options})
+
+
+def read(session: Session, tokens: tuple[int, ...] = TOKENS) -> Tensor:
+    """Logits (tokens, vocabulary) after each of the tokens, read one by one."""
+    return torch.stack([session.extend([token]) for token in tokens])
+
+
+@cache
+def passes(asked: apb.Prompt) -> Tensor:
+    """What an engine of its own gives by ordinary passes."""
+    return read(engine(backend="torch").prefill(asked))
+
+
+def close_to(actual: Tensor, wanted: Tensor) -> bool:
+    return (actual - wanted).abs().max().item() < 1e-4
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.device]]:
+    """Steps and graphs on the CPU; one entry for every capture."""
+    made: list[torch.device] = []
+    capture = step.captured
+
+    def counted(run: Any, group: Any, device: torch.device) -> Any:
+        made.append(device)
+        return capture(run, group, device)
+
+    monkeypatch.setattr(step, "captured", counted)
+    monkeypatch.setattr(step.Stepper, "why_not", lambda *_: None)
+    with standing_in():
+        yield made
+
+
+def test_one_capture_serves_all_sessions(captures: list[torch.device]) -> None:
+    """Sessions one after the other and in turns, of other lengths and capacities, give what engines of their own give
+    by ordinary passes, and to the bit what steps without graphs give."""
+    asked = [prompt(90), prompt(61, 29), prompt(3)]
+    plain = engine(graphs=False)
+    without = [read(plain.prefill(each, max_new_tokens=8)) for each in asked]
+    assert captures == []
+    plain.close()
+    ours = engine()
+    for each, wanted in zip(asked, without, strict=True):
+        session = ours.prefill(each, max_new_tokens=8)
+        assert not session.captured
+        assert torch.equal(read(session), wanted)
+        assert close_to(wanted, passes(each))
+        assert session.captured
+    sessions = [ours.prefill(each, max_new_tokens=8 + room) for room, each in enumerate(asked)]
+    turns = [[session.extend([token]) for session in sessions] for token in TOKENS]
+    for logits, wanted in zip(zip(*turns, strict=True), without, strict=True):
+        assert torch.equal(torch.stack(logits), wanted)
+    assert len(captures) == 1
+
+
+def test_a_full_cache_grows(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens beyond the room, and several read at once in between, by the same graph; the cache is the one of ordinary
+    passes."""
+    monkeypatch.setattr(ShardCache, "growth", 2)
+    asked, tokens = prompt(25), tuple(range(20, 31))
+    ours, alone = engine(), engine(backend="torch")
+    session, wanted = ours.prefill(asked, max_new_tokens=8), alone.prefill(asked)
+    assert close_to(read(session, tokens), read(wanted, tokens))
+    grown = session._cache.layers[0].keys.shape[2]
+    assert grown > len(asked) + 8
+    several = list(range(40, 46))  # more than there is room for
+    assert close_to(session.extend(several), wanted.extend(several))
+    assert session._cache.layers[0].keys.shape[2] > grown
+    assert close_to(read(session), read(wanted))
+    assert len(captures) == 1
+    for layer in range(2):
+        for x, y in zip(session.gather_kv(layer), wanted.gather_kv(layer), strict=True):
+            assert x is not None
+            assert y is not None
+            assert x.shape[1] == len(asked) + len(tokens) + len(several) + len(TOKENS)
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_short_answers_do_not_capture(captures: list[torch.device]) -> None:
+    """They use the graph that a longer one has captured."""
+    ours, wanted = engine(), passes(prompt(25))
+    for new_tokens, by_graph, made in ((7, False, 0), (8, True, 1), (1, True, 1)):
+        session = ours.prefill(prompt(25), max_new_tokens=new_tokens)
+        assert close_to(read(session), wanted)
+        assert session.captured == by_graph
+        assert len(captures) == made
+
+
+def test_models_whose_code_asks_for_the_length(captures: list[torch.device]) -> None:
+    """What depends on a number on the host is not captured; it is told the right one at every step."""
+    ours, told = engine(), []
+    first = ours.model.model.layers[0].self_attn
+    first.register_forward_pre_hook(
+        lambda module, args, options: told.append(options["past_key_values"].get_seq_length(0)), with_kwargs=True
+    )
+    asked = prompt(25)
+    session = ours.prefill(asked, max_new_tokens=8)
+    told.clear()
+    assert close_to(read(session), passes(asked))
+    assert not session.captured
+    assert len(captures) == 1
+    assert told[-2:] == [len(asked) + 1, len(asked) + 2]
+    assert close_to(read(ours.prefill(prompt(40), max_new_tokens=8)), passes(prompt(40)))
+    assert len(captures) == 1
+
+
+def test_nothing_is_kept_alive(captures: list[torch.device]) -> None:
+    """A session's cache goes with the session, its graph with the engine, at once. What is left says it was closed."""
+    ours = engine()
+    gc.collect()
+    gc.disable()
+    try:
+        with patch.object(torch.cuda, "CUDAGraph", Remembered):
+            other = ours.prefill(prompt(40), max_new_tokens=8)
+            other.extend([3])
+            session = ours.prefill(prompt(25), max_new_tokens=8)
+            session.extend([3])
+        assert len(captures) == len(Remembered.made) == 1
+        cached = [weakref.ref(x) for layer in session._cache.layers for x in (layer.keys, layer.values)]
+        assert all(x() is not None for x in cached)
+        del session
+        assert all(x() is None for x in cached)
+        assert Remembered.made[0]() is not None
+        ours.close()
+        assert Remembered.made[0]() is None
+    finally:
+        gc.enable()
+    with pytest.raises(RuntimeError, match="The engine was closed"):
+        other.extend([3])
+
+
+class Remembered(Graph):
+    """Graphs that were made, weakly."""
+
+    made: list[weakref.ref[Graph]] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        Remembered.made.append(weakref.ref(self))
+
+
+def test_a_closed_engine_captures_no_more(captures: list[torch.device]) -> None:
+    """Another engine still holds the model: a session of the closed one goes on, without graphs."""
+    first = engine()
+    second = apb.Engine.from_model(first.model, **BLOCKS)
+    session = first.prefill(prompt(25), max_new_tokens=8)
+    logits = [session.extend([TOKENS[0]])]
+    first.close()
+    logits += [session.extend([token]) for token in TOKENS[1:]]
+    assert close_to(torch.stack(logits), passes(prompt(25)))
+    assert not session.captured
+    assert len(captures) == 1
+    second.close()
+
+
+def test_layers_without_keys() -> None:
+    """Layers are known by their index, whether or not those before them have keys and values."""
+    shard = ShardCache(3, capacity=9, keeps_new=True, total=5)
+    shard.arrival = lambda layer: Arrival(slice(0, 5), (range(5),))
+    shard.layers[0] = LinearAttentionLayer()
+    for layer in (1, 2):
+        shard.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), layer)
+    shard.advance()
+    assert shard.held == shard.total == 6
+    assert shard.indices == [1, 2]
+    assert shard.positions(2) == [range(6)]
+    assert shard.layout.heads == (None, (2, 16), (2, 16))
+    keys, values = shard.layers[2].keys, shard.layers[2].values
+    assert shard.addresses()[0] == (0, 0, 0)
+    assert shard.addresses()[2] == (keys.data_ptr(), values.data_ptr(), 9)
+    ours = engine()
+    assert ours._decoder.stepper.why_not(shard) == "some layers keep no keys and values"
+    ours.close()
