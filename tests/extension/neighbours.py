@@ -79,3 +79,10 @@ class NeighboursAttention(Strategy):
             return causal(kv_head, heads, rows, keys) & (torch.arange(keys) >= first[:, None])
 
         return visible
+
+
+class SilentAttention(NeighboursAttention):
+    """The same, which does not say what its rows see."""
+
+    def visible(self, layer: AttentionInput) -> Visible:
+        return Strategy.visible(self, layer)
