@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .compressors import OPTIONS as COMPRESSOR_OPTIONS
 from .compressors import Compressor, make_compressor
-from .errors import InputError
+from .errors import InputError, at_least
 from .planning.cost import Ceilings, Cost, predict
 from .planning.fitting import check_memory, peak
 from .planning.methods import METHODS, OPTIONS, SHORTEST_WORTH_CUTTING, Full, Method, make_method
@@ -65,6 +65,8 @@ class Reading:
             seed: of the compressor "random".
             options: of strategies (``blocks``, ``anchor_length``, ...) and compressors (``heads``, ...) given by name.
         """
+        if rounds is not None:
+            at_least("rounds", rounds, 1)
         scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
         scorer = make_compressor(compressor, scoring, seed)
         if strategy != AUTO:

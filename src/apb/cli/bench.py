@@ -6,15 +6,17 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..compressors import Compressor
 from ..errors import InputError, at_least
 from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
+from .groups import expanded, values
 
 app = typer.Typer(help="How fast, beside a baseline of the same run and the floor.")
 
@@ -24,41 +26,62 @@ def _group() -> None:
     """How fast, beside a baseline of the same run and the floor."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """Everything a rank needs; plain values, so that it travels."""
-
-    what: str
-    tensor_parallel: int
-    model: str | None
-    random_weights: str | None
-    layers: int | None
-    lengths: list[int]
-    options: dict[str, Any]
-    dtype: str | None
-    device: str
-    out: str | None
-    as_json: bool
-    command: str
-
-
-Length = Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
-Layers = Annotated[int | None, typer.Option(help="With random weights: only so many layers.")]
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
 PlottedOut = Annotated[
     Path | None, typer.Option(help="Also write the figures there, as JSON, and plots beside it (apb[report]).")
 ]
 
 
+@dataclass(frozen=True)
+class Subject(options.Model):
+    """A checkpoint, or a shape with random weights."""
+
+    random_weights: options.RandomWeights = None
+    layers: Annotated[int | None, typer.Option(help="With random weights: only so many layers.")] = None
+
+    def config(self) -> Any:
+        """See :meth:`apb.cli.options.Model.config`."""
+        from ..hf.random_weights import config_of
+
+        if self.layers is not None and not self.random_weights:
+            raise InputError("--layers goes with --random-weights: a checkpoint's model is run with all of its layers.")
+        return config_of(self.model, self.random_weights, self.layers)
+
+
+@dataclass(frozen=True)
+class Common:
+    """What both benchmarks of a model take."""
+
+    length: Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
+    subject: Subject
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything a rank needs; plain values, so that it travels."""
+
+    what: str
+    subject: Subject
+    tensor_parallel: int
+    lengths: list[int]
+    options: dict[str, Any]
+    out: str | None
+    as_json: bool
+    command: str
+
+
 @app.command()
+@expanded
 def prefill(
-    length: Length,
+    *,
+    common: Common,
     strategy: Annotated[
         list[str] | None, typer.Option(help="Strategies, the baseline first; repeatable. By default full and apb.")
     ] = None,
-    model: options.Model = None,
-    random_weights: options.RandomWeights = None,
-    layers: Layers = None,
+    chosen: options.Options,
+    rounds: options.Rounds = None,
+    ranks: options.RankCount = None,
+    tensor_parallel: options.TensorParallel = 1,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
     max_seconds: Annotated[
         float | None, typer.Option(help="Leave out what takes longer, for each strategy and length in all.")
@@ -66,122 +89,90 @@ def prefill(
     baseline_backend: Annotated[
         str, typer.Option(help="Attention of the first strategy: torch for the kernels that torch brings.")
     ] = "auto",
-    blocks: options.Blocks = None,
-    rounds: options.Rounds = None,
-    ranks: options.Ranks = None,
-    tensor_parallel: options.TensorParallel = 1,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    compressor: options.Compressor = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
     out: PlottedOut = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
     from ..compressors import make_compressor
-    from ..kernels.attention import BACKENDS
-    from ..planning.methods import method_named
+    from ..planning.methods import make_method
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]
     for name in names:
-        method_named(name)
-    reading = {
-        "blocks": blocks,
-        "rounds": rounds,
-        "anchor_length": anchor_length,
-        "passing_length": passing_length,
-        "compressor": compressor,
-    }
+        make_method(name, chosen.method, compared=True)
+    compressor = make_compressor(chosen.compressor, chosen.scoring)
     limit = math.inf if max_seconds is None else max_seconds
     if not limit > 0:
         raise InputError(f"--max-seconds takes a number above 0, not {limit:g}.")
+
+    from ..kernels.attention import BACKENDS
+
     if baseline_backend not in ("auto", *BACKENDS):
         known = ", ".join(("auto", *BACKENDS))
         raise InputError(f"Unknown attention back-end {baseline_backend!r}; choose one of {known}.")
-    if compressor is not None:
-        make_compressor(compressor)
-    chosen = {
+    asked = {
         "strategies": names,
         "repeat": repeat,
         "max_seconds": limit,
         "baseline_backend": baseline_backend,
-        **reading,
+        "compressor": compressor,
+        "rounds": rounds,
+        **chosen.method,
     }
-    at_least("tensor-parallel", tensor_parallel, 1)
-    _launch(
-        "prefill", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json, tensor_parallel
-    )
+    _launch("prefill", common, options.Ranks(ranks, tensor_parallel), asked, compressor, out, as_json)
 
 
 @app.command()
+@expanded
 def decode(
-    length: Length,
+    *,
+    common: Common,
     strategy: options.Strategy = "apb",
-    model: options.Model = None,
-    random_weights: options.RandomWeights = None,
-    layers: Layers = None,
+    chosen: options.Options,
+    ranks: options.RankCount = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
-    blocks: options.Blocks = None,
-    ranks: options.Ranks = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
     out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
+    from ..reading import Reading
 
     at_least("tokens", tokens, 1)
-    chosen = {"tokens": tokens, "strategy": strategy, "blocks": blocks}
-    _launch("decode", model, random_weights, layers, length, chosen, ranks, dtype, device, out, as_json)
+    reading = Reading.of(strategy, **values(chosen))
+    asked = {"tokens": tokens, "strategy": strategy, **values(chosen)}
+    _launch("decode", common, options.Ranks(ranks), asked, reading.compressor, out, as_json)
 
 
 def _launch(
     what: str,
-    model: str | None,
-    random_weights: str | None,
-    layers: int | None,
-    lengths: list[int],
-    chosen: dict[str, Any],
-    ranks: int | None,
-    dtype: str | None,
-    device: str | None,
+    common: Common,
+    ranks: options.Ranks,
+    asked: dict[str, Any],
+    compressor: Compressor,
     out: Path | None,
     as_json: bool,
-    tensor_parallel: int = 1,
 ) -> None:
     from ..benchmarks.prefill import QUERY_TOKENS
     from ..distributed import launch
-    from ..hf import loading
-    from ..hf.random_weights import config_of
-    from ..hf.tensor_parallel import check_shards
-    from .quiet import quiet_libraries
+    from .checks import check
 
-    quiet_libraries()
-    for length in lengths:
+    for length in common.length:
         at_least("length", length, QUERY_TOKENS + 1)
-    if layers is not None and not random_weights:
-        raise InputError("--layers goes with --random-weights: a checkpoint's model is run with all of its layers.")
     if out is not None:
         options.check_out(out)
-    check_shards(config_of(model, random_weights), tensor_parallel)
-    place = loading.pick_device(device)
+    # Not what the strategies ask of the model: those that cannot read it are left out, with a note.
+    place = check(common.subject, ranks, compressors=[compressor])
     request = Request(
         what=what,
-        tensor_parallel=tensor_parallel,
-        model=None if random_weights else str(model or loading.shipped_model()),
-        random_weights=random_weights,
-        layers=layers,
-        lengths=lengths,
-        options=chosen,
-        dtype=dtype,
-        device=place.type,
+        subject=replace(common.subject, device=place.device.type),
+        tensor_parallel=place.tensor_parallel,
+        lengths=common.length,
+        options=asked,
         out=None if out is None else str(out),
         as_json=as_json,
         command="apb " + " ".join(sys.argv[1:]),
     )
-    launch.run(run, launch.ranks_to_use(ranks, place, tensor_parallel) * tensor_parallel, request)
+    launch.run(run, place.processes, request)
 
 
 @app.command()
@@ -196,7 +187,7 @@ def attention(
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 7,
     dtype: options.Dtype = None,
     device: options.Device = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")] = None,
+    out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
     """A block's attention over [anchor | passed pairs | itself]: every kernel that runs here, time and error."""
@@ -238,28 +229,27 @@ def run(request: Request) -> None:
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import counting, loading
-    from ..hf.random_weights import random_model, shape_config
+    from ..hf.random_weights import random_model
     from ..hf.tensor_parallel import share
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    device = launch.local_device(loading.pick_device(request.device))
-    dtype = loading.pick_dtype(request.dtype, device)
+    subject = request.subject
+    device = launch.local_device(loading.pick_device(subject.device))
+    dtype = loading.pick_dtype(subject.dtype, device)
     mesh = Mesh.join(device, request.tensor_parallel)
     group = mesh.everyone
-    if request.random_weights:
-        config = shape_config(request.random_weights, request.layers)
+    config = subject.config()
+    if subject.random_weights:
         model = random_model(config, dtype, device)
         if mesh.devices is not None:
             model = share(model, mesh.devices)
     else:
-        assert request.model is not None
-        config = loading.load_config(request.model)
-        model = loading.load_model(request.model, dtype, device, mesh=mesh.devices)
+        model = loading.load_model(subject.name, dtype, device, mesh=mesh.devices)
     shape = counting.model_shape(config).shared(request.tensor_parallel)
     report = {
         "command": request.command,
-        "model": request.random_weights or request.model,
+        "model": subject.random_weights or subject.name,
         "layers": config.get_text_config().num_hidden_layers,
         "ranks": mesh.sequence.size,
         "tensor_parallel": request.tensor_parallel,

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def check(
-    model: options.Model = None,
-    ranks: options.Ranks = None,
+    model: options.ModelName = None,
+    ranks: options.RankCount = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:

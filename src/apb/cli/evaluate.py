@@ -11,6 +11,7 @@ import typer
 
 from ..errors import InputError, at_least
 from . import options
+from .groups import expanded
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -26,21 +27,25 @@ Limit = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
 Count = Annotated[int | None, typer.Option("--samples", help="Only the first so many of each task.")]
-Strategy = Annotated[
-    list[str] | None,
-    typer.Option(help="full, ring, ulysses, star, minference or apb (the default); repeatable."),
-]
-Blocks = Annotated[list[int] | None, typer.Option(help="Blocks of the document; repeatable.")]
-Compressor = Annotated[list[str] | None, typer.Option(help="Compressor of apb; repeatable.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Append every answer to this JSONL file; what is in it already is not answered again."),
-]
 
 
 @app.callback()
 def _group() -> None:
     """How well the model answers, strategy by strategy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every suite takes: the ways to read, the model, the ranks, and where results go."""
+
+    readings: options.Readings
+    model: options.Model
+    ranks: options.RankCount = None
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Append every answer to this JSONL file; what is in it already is not answered again."),
+    ] = None
+    as_json: options.AsJson = False
 
 
 @dataclass(frozen=True)
@@ -50,33 +55,22 @@ class Request:
     suite: str
     samples: dict[str, Any]
     readings: dict[str, Any]
-    model: str
-    dtype: str | None
-    device: str
+    loading: dict[str, Any]
     out: str | None
     as_json: bool
     notes: dict[str, Any] = field(default_factory=dict)
 
 
 @app.command()
+@expanded
 def synthetic(
+    *,
     task: Task,
     length: Length,
     samples: Annotated[int, typer.Option(help="Samples of each task and length.")] = 100,
     seed: Seed = 0,
     passages: Annotated[Path | None, typer.Option(help="JSONL of passages and questions, for the task qa.")] = None,
-    strategy: Strategy = None,
-    blocks: Blocks = None,
-    compressor: Compressor = None,
-    heads: options.Heads = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    ranks: options.Ranks = None,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
+    common: Common,
 ) -> None:
     """Generated long-context tasks: every strategy answers the same samples."""
     from ..evaluation.synthetic import check
@@ -84,79 +78,52 @@ def synthetic(
 
     check(task, samples, None if passages is None else load_passages(passages))
     chosen = {"tasks": task, "lengths": length, "count": samples, "seed": seed, "passages": _path(passages)}
-    _start("synthetic", chosen, locals(), {"seed": seed})
+    _start("synthetic", chosen, common, {"seed": seed})
 
 
 @app.command()
+@expanded
 def ruler(
+    *,
     data: Annotated[Path, typer.Option(help="Folder with TASK/validation.jsonl, as RULER's own scripts write them.")],
     task: Tasks = None,
     samples: Count = None,
     length: Limit = None,
-    strategy: Strategy = None,
-    blocks: Blocks = None,
-    compressor: Compressor = None,
-    heads: options.Heads = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    ranks: options.Ranks = None,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
+    common: Common,
 ) -> None:
     """NVIDIA RULER's own data files, with its metrics."""
     from ..evaluation.ruler import find
 
     find(data, task or [])
-    _start("ruler", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, locals())
+    _start("ruler", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, common)
 
 
 @app.command()
+@expanded
 def infinitebench(
+    *,
     data: Annotated[Path, typer.Option(help="Folder with InfiniteBench's own files, TASK.jsonl.")],
     length: Annotated[int, typer.Option(help="Most tokens of prompt and answer: longer contexts lose their middle.")],
     task: Tasks = None,
     samples: Count = None,
-    strategy: Strategy = None,
-    blocks: Blocks = None,
-    compressor: Compressor = None,
-    heads: options.Heads = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    ranks: options.Ranks = None,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
+    common: Common,
 ) -> None:
     """InfiniteBench's own data files, with its scoring."""
     from ..evaluation.infinitebench import find
 
     find(data, task or [])
-    _start("infinitebench", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, locals())
+    _start("infinitebench", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, common)
 
 
 @app.command()
+@expanded
 def jsonl(
+    *,
     data: Annotated[Path, typer.Option(help="JSONL file of document, query and answers.")],
     samples: Count = None,
     length: Limit = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    strategy: Strategy = None,
-    blocks: Blocks = None,
-    compressor: Compressor = None,
-    heads: options.Heads = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    ranks: options.Ranks = None,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    out: Out = None,
-    as_json: options.AsJson = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    common: Common,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
 
@@ -164,53 +131,31 @@ def jsonl(
     if not data.is_file():
         raise InputError(f"The file {str(data)!r} does not exist; name a JSONL file of document, query and answers.")
     chosen = {"data": str(data), "count": samples, "limit": length, "max_new_tokens": max_new_tokens}
-    _start("jsonl", chosen, locals())
+    _start("jsonl", chosen, common)
 
 
 def _path(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _start(suite: str, samples: dict[str, Any], given: dict[str, Any], notes: dict[str, Any] | None = None) -> None:
+def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str, Any] | None = None) -> None:
     """Check what all suites have in common, and run the ranks."""
     from ..distributed import launch
     from ..evaluation.records import Store
-    from ..evaluation.settings import settings
     from ..evaluation.synthetic import check_lengths
-    from ..hf import loading
-    from .quiet import quiet_libraries
+    from .checks import check_readings
 
-    quiet_libraries()
-    for name in ("samples", "length"):
-        if isinstance(given[name], int):
-            at_least(name, given[name], 1)
-    readings = {
-        "strategies": given["strategy"] or ["apb"],
-        "compressors": given["compressor"] or [],
-        "blocks": given["blocks"] or [],
-        "anchor_length": given["anchor_length"],
-        "passing_length": given["passing_length"],
-        "heads": _path(given["heads"]),
-    }
-    settings(**readings)
-    if given["out"] is not None:
-        Store(given["out"]).close()  # says what is wrong with the file before anything is loaded
-    place = loading.pick_device(given["device"])
-    name = str(given["model"] or loading.shipped_model())
+    for name, number in (("samples", samples["count"]), ("length", samples.get("limit"))):
+        if number is not None:
+            at_least(name, number, 1)
+    place, _ = check_readings(common.model, options.Ranks(common.ranks), common.readings)
+    if common.out is not None:
+        Store(common.out).close()  # says what is wrong with the file before anything is loaded
     if suite == "synthetic":  # before hours are spent on the shorter ones
-        check_lengths(samples["lengths"], loading.load_config(name))
-    request = Request(
-        suite,
-        samples,
-        readings,
-        name,
-        given["dtype"],
-        place.type,
-        _path(given["out"]),
-        given["as_json"],
-        notes or {},
-    )
-    launch.run(run, launch.ranks_to_use(given["ranks"], place), request)
+        check_lengths(samples["lengths"], place.config)
+    readings = common.readings.arguments()
+    request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
+    launch.run(run, place.processes, request)
 
 
 def run(request: Request) -> None:
@@ -225,7 +170,7 @@ def run(request: Request) -> None:
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(request.model, dtype=request.dtype, device=request.device)
+    engine = Engine.from_pretrained(**request.loading)
     first = engine.group.rank == 0
     skipped = Skipped()
     items, total = samples_of(request, engine, skipped)
@@ -233,7 +178,7 @@ def run(request: Request) -> None:
         print(f"apb: {reason}", file=sys.stderr)
     readings = settings(**request.readings)
     store = Store(Path(request.out) if request.out and first else None)
-    runner = Runner(engine, model_name(engine.model, request.model), readings, store)
+    runner = Runner(engine, model_name(engine.model, request.loading["model"]), readings, store)
     done = 0
     records = []
     with Bar("Answering", "sample", shown=first) as bar:

@@ -11,52 +11,40 @@ import typer
 from ..errors import at_least
 from . import options
 from .generate import read_document
+from .groups import expanded, values
 
 
+@expanded
 def explain(
-    document: Annotated[str, typer.Option(help="Text file to read, or - for standard input.")],
-    query: Annotated[str, typer.Option(help="The question.")],
+    *,
+    document: options.Document,
+    query: options.Query,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("explain.html"),
-    model: options.Model = None,
+    model: options.Model,
     strategy: Annotated[
         str, typer.Option(help="How the document is read: apb, the one in which blocks pass tokens on.")
     ] = "apb",
-    blocks: options.Blocks = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    compressor: options.Compressor = None,
-    heads: options.Heads = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
+    chosen: options.Options,
+    max_new_tokens: options.MaxNewTokens = 64,
 ) -> None:
     """Read a document for a question and write a page (HTML) that shows which passages the blocks passed on."""
     text = read_document(document)
+    at_least("max_new_tokens", max_new_tokens, 1)
+    options.check_out(out)
+    how = options.Reading(strategy=strategy, options=chosen)
+
+    from .checks import check_reading
+
+    place, reading = check_reading(model, options.Ranks(), how)
 
     from ..engine import Engine
     from ..explanation import check_passes
     from ..explanation import explain as explain_prompt
-    from ..hf import loading
     from ..prompt import Prompt
-    from ..reading import Reading
     from .progress import Bar
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
-    check_passes(Reading.of(strategy).methods)
-    at_least("max_new_tokens", max_new_tokens, 1)
-    options.check_out(out)
-    engine = Engine.from_pretrained(
-        model or loading.shipped_model(),
-        dtype=dtype,
-        device=device,
-        strategy=strategy,
-        blocks=blocks,
-        anchor_length=anchor_length,
-        passing_length=passing_length,
-        compressor=compressor,
-        heads=heads,
-    )
+    check_passes(reading.methods)
+    engine = Engine.from_pretrained(**place.loading, **values(how))
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, text, query)
     with Bar("Reading", "token") as bar:

@@ -9,50 +9,34 @@ import typer
 
 from ..errors import at_least
 from . import options
-from .evaluate import Blocks, Compressor, Length, Seed, Strategy, Task
+from .evaluate import Length, Seed, Task
+from .groups import expanded
 
 
+@expanded
 def fidelity(
+    *,
     task: Task,
     length: Length,
     samples: Annotated[int, typer.Option(help="Documents of each task and length.")] = 4,
     rows: Annotated[int, typer.Option(help="Rows of each document that are looked at, drawn by lot.")] = 128,
     seed: Seed = 0,
-    strategy: Strategy = None,
-    blocks: Blocks = None,
-    compressor: Compressor = None,
-    heads: options.Heads = None,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    model: options.Model = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
+    readings: options.Readings,
+    model: options.Model,
     as_json: options.AsJson = False,
 ) -> None:
     """Share of full attention's mass on keys that are still seen, per layer and KV head, and KL of predictions."""
     from ..engine import Engine
     from ..evaluation import synthetic
     from ..evaluation.fidelity import measure
-    from ..evaluation.settings import settings
-    from ..hf import loading
+    from .checks import check_readings
     from .progress import Bar
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     synthetic.check(task, samples)
     at_least("rows", rows, 1)
-    path = None if heads is None else str(heads)
-    chosen = settings(
-        strategy or ["apb"],
-        compressor or [],
-        blocks=blocks or [],
-        anchor_length=anchor_length,
-        passing_length=passing_length,
-        heads=path,
-    )
-    name = model or loading.shipped_model()
-    synthetic.check_lengths(length, loading.load_config(name))
-    engine = Engine.from_pretrained(name, dtype=dtype, device=device)
+    place, chosen = check_readings(model, options.Ranks(), readings)
+    synthetic.check_lengths(length, place.config)
+    engine = Engine.from_pretrained(**place.loading)
     assert engine.tokenizer is not None, "from_pretrained loads one"
     results: list[dict[str, Any]] = []
     total = len(task) * len(length) * samples * (len(chosen) + 1)

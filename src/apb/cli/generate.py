@@ -4,93 +4,60 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from ..errors import InputError, at_least
+from ..errors import InputError
 from . import options
+from .groups import expanded, values
 
 if TYPE_CHECKING:
-    import torch
+    from ..prompt import Prompt
+    from ..reading import Reading
+    from .checks import Place
 
 
 @dataclass(frozen=True)
 class Request:
     """Everything a rank needs to answer, checked before any process starts; plain values, so that it travels."""
 
-    model: str
-    document: str
-    query: str
+    prompt: Prompt
     loading: dict[str, Any]
     reading: dict[str, Any]
     sampling: dict[str, Any]
     as_json: bool
 
 
+@expanded
 def generate(
-    document: Annotated[str, typer.Option(help="Text file to read, or - for standard input.")],
-    query: Annotated[str, typer.Option(help="The question.")],
-    model: options.Model = None,
-    strategy: options.Strategy = "apb",
-    blocks: options.Blocks = None,
-    rounds: options.Rounds = None,
-    ranks: options.Ranks = None,
-    tensor_parallel: options.TensorParallel = 1,
-    gpus_per_rank: options.GpusPerRank = 1,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    compressor: options.Compressor = None,
-    heads: options.Heads = None,
-    vertical_size: options.VerticalSize = None,
-    slash_size: options.SlashSize = None,
-    approximate: options.Approximate = False,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="With a temperature: draw from the k likeliest tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="With a temperature: draw from the likeliest tokens that together hold p.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_extrapolation: options.AllowExtrapolation = False,
-    trust_remote_code: options.TrustRemoteCode = False,
+    document: options.Document,
+    query: options.Query,
+    model: options.RemoteModel,
+    reading: options.Reading,
+    ranks: options.Ranks,
+    sampling: options.Sampling,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a question of a document. The answer goes to standard output, progress and notes to standard error."""
-    given = dict(locals())
     text = read_document(document)
+
+    from .checks import check_reading
+
+    place, checked = check_reading(model, ranks, reading)
 
     from ..distributed import launch
     from ..generation import Sampling
-    from ..hf import loading
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
-    place = loading.pick_device(device)
-    at_least("tensor-parallel", tensor_parallel, 1)
-    size = launch.ranks_to_use(ranks, place, tensor_parallel, gpus_per_rank)
+    Sampling(**values(sampling))
     request = Request(
-        model=str(model or loading.shipped_model()),
-        document=text,
-        query=query,
-        **options.of_engine(given, place.type),
-        sampling={
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-        },
+        prompt=_prompt(text, query, place, checked, sampling.max_new_tokens),
+        loading=place.loading,
+        reading=values(reading),
+        sampling=values(sampling),
         as_json=as_json,
     )
-    Sampling(**request.sampling)
-    _check(request, size, place)
-    launch.run(answer, size * tensor_parallel, request)
+    launch.run(answer, place.processes, request)
 
 
 def read_document(path: str) -> str:
@@ -111,17 +78,14 @@ def answer(request: Request) -> None:
     """One rank's part of an answer; rank 0 prints."""
     from ..distributed import launch
     from ..engine import Engine
-    from ..prompt import Prompt
     from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(request.model, **request.loading, **request.reading)
+    engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
-    assert engine.tokenizer is not None, "from_pretrained loads one"
-    prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
     with Bar("Reading", "token", shown=prints) as progress:
-        pieces = engine.stream(prompt, progress=progress.update, **request.sampling)
+        pieces = engine.stream(request.prompt, progress=progress.update, **request.sampling)
         while True:
             try:
                 piece = next(pieces)
@@ -143,30 +107,21 @@ def answer(request: Request) -> None:
         print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
-        f"read {len(prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
+        f"read {len(request.prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
         f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
         file=sys.stderr,
     )
 
 
-def _check(request: Request, ranks: int, device: torch.device) -> None:
-    """Everything that can be wrong with a request, before a process is started or a weight is read."""
+def _prompt(text: str, query: str, place: Place, reading: Reading, new_tokens: int) -> Prompt:
+    """The prompt, which the ranks take as it is; InputError where it cannot be read, or leaves the answer no room."""
     from ..hardware import Hardware
     from ..hf import counting, loading
-    from ..hf.heads import HeadShape, load_heads
-    from ..hf.tensor_parallel import check_shards
     from ..prompt import Prompt
-    from ..reading import Reading
 
-    reading = Reading.of(**request.reading)
-    dtype = loading.pick_dtype(request.loading["dtype"], device)
-    remote_code = request.loading["trust_remote_code"]
-    config = loading.load_config(request.model, remote_code)
-    loading.check_supported(config)
-    prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
-    tensor = request.loading["tensor_parallel"]
-    check_shards(config, tensor)
-    split = counting.model_shape(config, request.loading["gpus_per_rank"]).split
-    hardware = Hardware.of(device, dtype, ranks * tensor)
-    reading.plan(prompt, ranks, config, hardware, request.sampling["max_new_tokens"], tensor, split)
-    reading.compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))
+    tokenizer = loading.load_tokenizer(place.model.name, place.loading["trust_remote_code"])
+    prompt = Prompt.for_model(tokenizer, text, query)
+    split = counting.model_shape(place.config, place.gpus_per_rank).split
+    hardware = Hardware.of(place.device, place.dtype, place.processes)
+    reading.plan(prompt, place.ranks, place.config, hardware, new_tokens, place.tensor_parallel, split)
+    return prompt

@@ -1,14 +1,25 @@
-"""Options that several commands share, worded once."""
+"""Parameters that several commands share, declared once: by themselves, or in groups that a command takes as one.
+
+Options of strategies and compressors are not written down here: they come from the dataclass fields that declare them
+(:func:`apb.planning.options.option`).
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..compressors import COMPRESSORS
+from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
 from ..errors import InputError
+from ..planning.methods import METHODS
+from ..planning.methods import OPTIONS as METHOD_OPTIONS
+from .groups import Derived
 
 
 def _named(name: str | None) -> str | None:
@@ -16,64 +27,6 @@ def _named(name: str | None) -> str | None:
     if name is not None and not name.strip():
         raise InputError("An empty name was given for the model; give one, or leave the option out.")
     return name
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.", callback=_named),
-]
-RandomWeights = Annotated[
-    str | None,
-    typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.", callback=_named),
-]
-Strategy = Annotated[
-    str,
-    typer.Option(
-        help="How the document is read: apb, star or minference (approximate), full, ring or ulysses, or auto."
-    ),
-]
-Blocks = Annotated[int | None, typer.Option(help="Blocks the document is cut into.")]
-Rounds = Annotated[
-    int | None,
-    typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
-]
-Ranks = Annotated[
-    int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
-]
-TensorParallel = Annotated[
-    int, typer.Option(help="Processes that share the weights of one rank; there are that many times as many processes.")
-]
-GpusPerRank = Annotated[
-    int, typer.Option(help="GPUs that the layers of one rank are split over, for models too large for one GPU.")
-]
-AnchorLength = Annotated[int | None, typer.Option(help="Tokens of the anchor; a quarter of a block if left out.")]
-PassingLength = Annotated[
-    int | None, typer.Option(help="Pairs a block passes on, per KV head; an eighth of a block if left out.")
-]
-Compressor = Annotated[
-    str | None,
-    typer.Option(
-        help="What chooses them: query, query-edge, retaining, recent or random. By default query-edge, with --heads "
-        "retaining."
-    ),
-]
-Heads = Annotated[Path | None, typer.Option(help="File of trained retaining heads.")]
-VerticalSize = Annotated[
-    str | None, typer.Option(help="Columns that each head sees under minference: a number, or a share such as 0.1.")
-]
-SlashSize = Annotated[
-    str | None, typer.Option(help="Diagonals that each head sees under minference: a number, or a share such as 0.1.")
-]
-Approximate = Annotated[bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")]
-AllowExtrapolation = Annotated[
-    bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
-]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Dtype = Annotated[
-    str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
-]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]
 
 
 def check_out(path: Path) -> None:
@@ -86,28 +39,149 @@ def check_out(path: Path) -> None:
         raise InputError(f"{str(path)!r} cannot be written: no permission.")
 
 
-def budget(option: str, text: str | None) -> int | float | None:
-    """A number of tokens ("1000"), or a share of the prompt ("0.1", "10%"), as the plan takes them."""
-    if text is None:
-        return None
-    try:
-        if text.endswith("%"):
-            return float(text[:-1]) / 100
-        return float(text) if "." in text else int(text)
-    except ValueError as error:
-        raise InputError(f"{option} takes a number such as 1000 or a share such as 0.1, not {text!r}.") from error
+def _listed(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
-# Parameters of commands that answer, by what takes them.
-_LOADING = ("dtype", "trust_remote_code", "tensor_parallel", "gpus_per_rank")
-_SIZES = ("blocks", "rounds", "anchor_length", "passing_length")
-_READING = ("strategy", *_SIZES, "compressor", "allow_extrapolation", "approximate")
+_STRATEGIES = (
+    f"{_listed(name for name, kind in METHODS.items() if not kind.exact)} (approximate), "
+    f"{_listed(name for name, kind in METHODS.items() if kind.exact)}"
+)
+_COMPRESSORS = f"What chooses the pairs that blocks pass on: {_listed(COMPRESSORS)}"
+_DEFAULT_COMPRESSOR = "By default query-edge, with --heads retaining."
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.", callback=_named),
+]
+RandomWeights = Annotated[
+    str | None,
+    typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.", callback=_named),
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+RankCount = Annotated[
+    int | None, typer.Option(help="Processes to start on this machine. Under torchrun: those that are there.")
+]
+TensorParallel = Annotated[
+    int, typer.Option(help="Processes that share the weights of one rank; there are that many times as many processes.")
+]
+GpusPerRank = Annotated[
+    int, typer.Option(help="GPUs that the layers of one rank are split over, for models too large for one GPU.")
+]
+Strategy = Annotated[str, typer.Option(help=f"How the document is read: {_STRATEGIES}, or auto.")]
+Strategies = Annotated[list[str] | None, typer.Option(help=f"{_STRATEGIES}; repeatable. By default apb.")]
+Compressor = Annotated[str | None, typer.Option(help=f"{_COMPRESSORS}. {_DEFAULT_COMPRESSOR}")]
+Compressors = Annotated[list[str] | None, typer.Option(help=f"{_COMPRESSORS}; repeatable. {_DEFAULT_COMPRESSOR}")]
+Rounds = Annotated[
+    int | None,
+    typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
+]
+Document = Annotated[str, typer.Option(help="Text file to read, or - for standard input.")]
+Query = Annotated[str, typer.Option(help="The question.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def of_engine(given: dict[str, Any], device: str) -> dict[str, dict[str, Any]]:
-    """What makes an engine of a command's parameters, plain values: ``loading`` and ``reading``."""
-    reading = {name: given[name] for name in _READING}
-    reading["heads"] = None if given["heads"] is None else str(given["heads"])
-    for name in ("vertical_size", "slash_size"):
-        reading[name] = budget("--" + name.replace("_", "-"), given[name])
-    return {"loading": {name: given[name] for name in _LOADING} | {"device": device}, "reading": reading}
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, in which dtype and on which kind of device."""
+
+    model: ModelName = None
+    dtype: Dtype = None
+    device: Device = None
+
+    @property
+    def name(self) -> str:
+        """Folder or hub id."""
+        from ..hf.loading import shipped_model
+
+        return str(self.model or shipped_model())
+
+    def config(self) -> Any:
+        """Its configuration; InputError where there is none."""
+        from ..hf.loading import load_config
+
+        return load_config(self.name)
+
+
+@dataclass(frozen=True)
+class RemoteModel(Model):
+    """A checkpoint that may bring code of its own."""
+
+    trust_remote_code: TrustRemoteCode = False
+
+    def config(self) -> Any:
+        """See :meth:`Model.config`."""
+        from ..hf.loading import load_config
+
+        return load_config(self.name, self.trust_remote_code)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes and GPUs that read together."""
+
+    ranks: RankCount = None
+    tensor_parallel: TensorParallel = 1
+    gpus_per_rank: GpusPerRank = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The compressor, and the options of strategies and compressors: what every command that reads takes."""
+
+    method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS)]
+    compressor: Compressor = None
+    scoring: Annotated[dict[str, Any], Derived(COMPRESSOR_OPTIONS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How one prompt is read; its ``values`` are arguments of :meth:`apb.reading.Reading.of`.
+
+    A parameter more is a field more. For a choice that brings options, as that of the compressor does, a field marked
+    as :class:`Derived` from their table follows it.
+    """
+
+    strategy: Strategy = "apb"
+    options: Options
+    rounds: Rounds = None
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
+    ] = False
+    allow_extrapolation: Annotated[
+        bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Readings:
+    """Ways to read that an evaluation compares: all combinations of what is repeated."""
+
+    strategy: Strategies = None
+    method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS, repeatable=("blocks",))]
+    compressor: Compressors = None
+    scoring: Annotated[dict[str, Any], Derived(COMPRESSOR_OPTIONS)]
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of :func:`apb.evaluation.settings.settings`."""
+        names = {"strategies": self.strategy or ["apb"], "compressors": self.compressor or []}
+        return {**names, **self.method, **self.scoring}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the answer is drawn; its ``values`` are arguments of :class:`apb.generation.Sampling`."""
+
+    max_new_tokens: MaxNewTokens = 64
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0
+    top_k: Annotated[int | None, typer.Option(help="With a temperature: draw from the k likeliest tokens.")] = None
+    top_p: Annotated[
+        float | None, typer.Option(help="With a temperature: draw from the likeliest tokens that together hold p.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..compressors import make_compressor
+from ..compressors import Compressor, make_compressor
 from ..errors import InputError, at_least
 from ..planning.cost import predict
 from ..planning.methods import METHODS, make_method
@@ -17,21 +17,22 @@ from ..planning.plan import Plan
 from ..planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
 from ..planning.shape import ModelShape
 from . import options
+from .groups import expanded
 
 # A short question with its chat template; the length of the document is what matters.
 QUERY_TOKENS = 32
 
 
+@expanded
 def plan(
+    *,
     length: Annotated[int, typer.Option(help="Tokens of the document.")],
-    model: options.Model = None,
+    model: options.ModelName = None,
     random_weights: options.RandomWeights = None,
-    blocks: options.Blocks = None,
+    chosen: options.Options,
     rounds: options.Rounds = None,
     ranks: Annotated[int | None, typer.Option(help="Devices to plan for, whether they are here or not.")] = None,
     gpus_per_rank: options.GpusPerRank = 1,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
     ceilings: Annotated[
         Path | None,
         typer.Option(help="Predict seconds from the ceilings in a file that apb bench prefill --out wrote."),
@@ -56,8 +57,9 @@ def plan(
     at_least("ranks per host", sharing, 1)
     if not network_gbit > 0:
         raise InputError(f"--network-gbit takes a number above 0, not {network_gbit:g}.")
-    sizes = {"blocks": blocks, "rounds": rounds, "anchor_length": anchor_length, "passing_length": passing_length}
-    plan_of("apb", length, size, sizes)  # says what is wrong with the request before a model is looked for
+    # What is wrong with the request is said before a model is looked for.
+    plans = [plan_of(name, length, size, chosen.method, rounds) for name in METHODS]
+    compressor = make_compressor(chosen.compressor, chosen.scoring)
 
     basis = _basis(ceilings, network_gbit)
     if basis is not None:
@@ -65,11 +67,13 @@ def plan(
 
     from ..hf import counting, loading
     from ..hf.random_weights import config_of
+    from .checks import loaded
     from .quiet import quiet_libraries
 
     quiet_libraries()
     config = config_of(model, random_weights)
     loading.check_supported(config)
+    compressor = loaded(compressor, config)
     shape = counting.model_shape(config, gpus_per_rank)
     report = {
         "model": str(random_weights or model or "needle"),
@@ -79,7 +83,7 @@ def plan(
         "gpus_per_rank": len(shape.split) or 1,
         "ceilings": None if basis is None else basis.to_dict(),
         "projection": basis is not None and basis.projects(size),
-        "strategies": [_row(name, length, size, sizes, shape, basis, sharing) for name in METHODS],
+        "strategies": [_row(each, size, shape, compressor, basis, sharing) for each in plans],
     }
     if as_json:
         print(json.dumps(report))
@@ -87,34 +91,24 @@ def plan(
         _print(report)
 
 
-def plan_of(strategy: str, length: int, ranks: int, sizes: dict[str, int | None]) -> Plan:
-    """The plan of a strategy; sizes that were meant for apb count for it alone, rounds for those that take them."""
-    options = {name: size for name, size in sizes.items() if name != "rounds"}
-    method = make_method(strategy, options, compared=True)
-    rounds = sizes["rounds"] if method.in_rounds else None
-    return Plan.of_method(
-        method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, 1 if rounds is None else rounds
-    )
+def plan_of(strategy: str, length: int, ranks: int, given: dict[str, Any], rounds: int | None) -> Plan:
+    """The plan of a strategy; options count for the strategies they are meant for, rounds for those that take them."""
+    method = make_method(strategy, given, compared=True)
+    taken = rounds if rounds is not None and method.in_rounds else 1
+    return Plan.of_method(method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, taken)
 
 
 def _row(
-    strategy: str,
-    length: int,
-    ranks: int,
-    sizes: dict[str, int | None],
-    shape: ModelShape,
-    basis: Basis | None,
-    ranks_per_host: int,
+    chosen: Plan, ranks: int, shape: ModelShape, compressor: Compressor, basis: Basis | None, ranks_per_host: int
 ) -> dict[str, Any]:
-    """The plan and its costs, or why there is none."""
+    """A plan and its costs, or why the model cannot be read so."""
     try:
-        METHODS[strategy]().check_model(shape.heads, ranks)
+        chosen.method.check_model(shape.heads, ranks)
     except InputError as error:
-        return {"strategy": strategy, "refused": str(error)}
-    chosen = plan_of(strategy, length, ranks, sizes)
-    cost = predict(chosen, shape, compressor=make_compressor(), ranks_per_host=ranks_per_host)
+        return {"strategy": chosen.strategy, "refused": str(error)}
+    cost = predict(chosen, shape, compressor=compressor, ranks_per_host=ranks_per_host)
     costs = cost.to_dict(None if basis is None else basis.ceilings)
-    return {"strategy": strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
+    return {"strategy": chosen.strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
 
 
 def _basis(path: Path | None, network_gbit: float) -> Basis | None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 import threading
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,13 +13,13 @@ import typer
 
 from ..errors import InputError, at_least
 from . import options
+from .groups import expanded, values
 
 
 @dataclass(frozen=True)
 class Server:
     """Everything a rank needs to serve; plain values, so that it travels."""
 
-    model: str
     loading: dict[str, Any]
     reading: dict[str, Any]
     host: str
@@ -28,78 +27,35 @@ class Server:
     max_new_tokens: int
 
 
+@expanded
 def serve(
-    model: options.Model = None,
+    model: options.RemoteModel,
+    reading: options.Reading,
+    ranks: options.Ranks,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one that this machine has.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
-    strategy: options.Strategy = "apb",
-    blocks: options.Blocks = None,
-    rounds: options.Rounds = None,
-    ranks: options.Ranks = None,
-    tensor_parallel: options.TensorParallel = 1,
-    gpus_per_rank: options.GpusPerRank = 1,
-    anchor_length: options.AnchorLength = None,
-    passing_length: options.PassingLength = None,
-    compressor: options.Compressor = None,
-    heads: options.Heads = None,
-    vertical_size: options.VerticalSize = None,
-    slash_size: options.SlashSize = None,
-    approximate: options.Approximate = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, where a request names none.")] = 512,
-    dtype: options.Dtype = None,
-    device: options.Device = None,
-    allow_extrapolation: options.AllowExtrapolation = False,
-    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, GET /v1/models, /health, /metrics. One prompt is read at a time."""
-    given = dict(locals())
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
+    at_least("max_new_tokens", max_new_tokens, 1)
     _listen(host, port).close()
 
+    from .checks import check_reading
+
+    place, _ = check_reading(model, ranks, reading)
+
     from ..distributed import launch
-    from ..hf import loading
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
-    place = loading.pick_device(device)
-    at_least("tensor-parallel", tensor_parallel, 1)
-    at_least("max_new_tokens", max_new_tokens, 1)
-    size = launch.ranks_to_use(ranks, place, tensor_parallel, gpus_per_rank)
-    server = Server(
-        model=str(model or loading.shipped_model()),
-        **options.of_engine(given, place.type),
-        host=host,
-        port=port,
-        max_new_tokens=max_new_tokens,
-    )
-    _check(server, size)
-    launch.run(work, size * tensor_parallel, server)
-
-
-def _check(server: Server, ranks: int) -> None:
-    """What would be wrong with every request, before a process is started or a weight is read."""
-    from ..hf import loading
-    from ..hf.heads import HeadShape, load_heads
-    from ..hf.tensor_parallel import check_shards
-    from ..reading import Reading
-
-    reading = Reading.of(**server.reading)
-    if reading.rounds is not None:
-        at_least("rounds", reading.rounds, 1)
-    config = loading.load_config(server.model, server.loading["trust_remote_code"])
-    loading.check_supported(config)
-    tensor = server.loading["tensor_parallel"]
-    check_shards(config, tensor)
-    if not reading.automatic:
-        reading.methods[0].check_model(config.get_text_config().num_attention_heads // tensor, ranks)
-    reading.compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))
+    server = Server(place.loading, values(reading), host, port, max_new_tokens)
+    launch.run(work, place.processes, server)
 
 
 def work(server: Server) -> None:
@@ -109,7 +65,7 @@ def work(server: Server) -> None:
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(server.model, **server.loading, **server.reading)
+    engine = Engine.from_pretrained(**server.loading, **server.reading)
     worker = Worker(engine)
     if engine.device.type == "cuda":
         worker.warm_up()
@@ -118,8 +74,8 @@ def work(server: Server) -> None:
 
         from ..serving.app import make_app
 
-        path = Path(server.model)
-        name = path.resolve().name if path.is_dir() else server.model
+        model = server.loading["model"]
+        name = Path(model).resolve().name if Path(model).is_dir() else model
         listening = _listen(server.host, server.port)
         app = make_app(worker, name, server.max_new_tokens)
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

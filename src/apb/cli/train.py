@@ -69,7 +69,7 @@ def heads(
         Path, typer.Option(help="JSONL: objects of document, query and answer; of prompt and answer; or of messages.")
     ],
     out: Annotated[Path, typer.Option(help="File to write, heads.safetensors. While it trains OUT.checkpoint.")],
-    model: options.Model = None,
+    model: options.ModelName = None,
     hidden: Annotated[int, typer.Option(help="Width of a head's hidden layer.")] = 1024,
     steps: Annotated[int, typer.Option(help="Updates; the samples are taken again when they run out.")] = 3000,
     batch_size: Annotated[
@@ -82,7 +82,7 @@ def heads(
     learning_rate: Annotated[float, typer.Option(help="The highest; it rises first and then falls to 0.")] = 5e-4,
     seed: Annotated[int, typer.Option(help="Of the first weights and of the samples' order.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    ranks: options.Ranks = None,
+    ranks: options.RankCount = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ..compressors import COMPRESSORS, Compressor, compressor_named, make_compressor
 from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
-from ..compressors import Compressor, compressor_named, make_compressor
 from ..engine import Engine
 from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
-from ..planning.options import given, options_of
+from ..planning.options import check, given, options_of
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,13 @@ class Setting:
 def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **options: Any) -> list[Setting]:
     """All combinations that differ: options count only where a strategy has them, compressors only where it passes.
 
-    An option with several values (a list or tuple) is combined with the others. Heads count for the compressor
-    "retaining", which is the default where they are given.
+    An option with several values (a list or tuple) is combined with the others. Options of compressors count for those
+    that have them, where several are named.
     """
-    values = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in options.items()}
+    values = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in options.items()}
     values = {name: [each for each in several if each is not None] or [None] for name, several in values.items()}
-    heads = values.pop("heads", [None])[0]
     names: list[str | None] = [*compressors] or [None]
-    if heads and not any(map(_takes_heads, names)):
-        raise InputError("Heads were given but no compressor uses them; add --compressor retaining.")
+    _check_scoring({name: several for name, several in values.items() if name in COMPRESSOR_OPTIONS}, compressors)
     found: dict[Setting, None] = {}
     for strategy, combination, name in product(strategies, product(*values.values()), names):
         chosen = dict(zip(values, combination, strict=True))
@@ -74,12 +72,20 @@ def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **optio
         if not method.passes:
             found[Setting(method)] = None
             continue
-        scoring = {key: value for key, value in chosen.items() if key not in OPTIONS}
-        scorer = make_compressor(name, scoring | {"heads": heads if _takes_heads(name) else None})
+        known = COMPRESSOR_OPTIONS if name is None else options_of(compressor_named(name))
+        scorer = make_compressor(name, {key: value for key, value in chosen.items() if key in known})
         found[Setting(method, scorer)] = None
     return list(found)
 
 
-def _takes_heads(compressor: str | None) -> bool:
-    """True if a compressor has the option ``heads``, as the default one has where heads are given."""
-    return compressor is None or "heads" in options_of(compressor_named(compressor))
+def _check_scoring(values: dict[str, list[Any]], compressors: Sequence[str]) -> None:
+    """InputError for a value below its limit, and for an option that none of the compressors named has."""
+    kinds = [compressor_named(name) for name in compressors]
+    for name, several in values.items():
+        for value in several:
+            check(COMPRESSOR_OPTIONS, {name: value})
+        if several != [None] and kinds and not any(name in options_of(kind) for kind in kinds):
+            owner = next(kind.name for kind in COMPRESSORS.values() if name in options_of(kind))
+            were, them = ("were", "them") if name.endswith("s") else ("was", "it")
+            what = name.replace("_", " ").capitalize()
+            raise InputError(f"{what} {were} given but no compressor uses {them}; add --compressor {owner}.")

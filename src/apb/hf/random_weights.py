@@ -31,11 +31,14 @@ def shape_config(name: str, layers: int | None = None) -> Any:
     return AutoConfig.for_model(**values)
 
 
-def config_of(model: str | None, shape: str | None) -> Any:
-    """The configuration of a checkpoint, a named shape or, with neither, the shipped model; InputError for both."""
+def config_of(model: str | None, shape: str | None, layers: int | None = None) -> Any:
+    """The configuration of a checkpoint, or of a shape with fewer layers if asked; by default of the shipped model.
+
+    Raise InputError if both a checkpoint and a shape are given.
+    """
     if model and shape:
         raise InputError("Give a model or a shape with random weights, not both.")
-    return shape_config(shape) if shape else load_config(model or shipped_model())
+    return shape_config(shape, layers) if shape else load_config(model or shipped_model())
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: int = 0) -> PreTrainedModel:

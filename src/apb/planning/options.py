@@ -54,7 +54,7 @@ def union(owners: Iterable[Any]) -> dict[str, Field[Any]]:
     """The options of several dataclasses by name; of those that share a name, the first one's field."""
     found: dict[str, Field[Any]] = {}
     for owner in owners:
-        found = options_of(owner) | found
+        found |= {name: each for name, each in options_of(owner).items() if name not in found}
     return found
 
 

@@ -34,7 +34,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Full, APB, Star, Ring, Ulysses, MInference)}
 # Every option of these methods by name.
-OPTIONS = union((APB, Star, MInference))
+OPTIONS = union(METHODS.values())
 
 
 def method_named(name: str) -> type[Method]:

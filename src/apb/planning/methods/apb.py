@@ -29,10 +29,12 @@ class APB(Blockwise):
     passes: ClassVar[bool] = True
 
     anchor_length: int | None = option(  # type: ignore[assignment]
-        None, "Tokens of the anchor; a quarter of a block if left out, none at all with 0.", least=0
+        None,
+        "Tokens of the anchor, 0 for none. If left out a quarter of a block under apb, all of block 1 under star.",
+        least=0,
     )
     passing_length: int | None = option(  # type: ignore[assignment]
-        None, "Pairs a block passes on, per KV head; an eighth of a block if left out.", least=0
+        None, "Pairs a block passes on under apb, per KV head; an eighth of a block if left out.", least=0
     )
 
     def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:

@@ -26,10 +26,10 @@ class MInference(Method):
     uses_ranks: ClassVar[bool] = False
 
     vertical_size: int | float | None = option(
-        None, "Columns that each head sees: a number, or a share such as 0.1.", kind=Share
+        None, "Columns that each head sees under minference: a number, or a share such as 0.1.", kind=Share
     )
     slash_size: int | float | None = option(
-        None, "Diagonals that each head sees: a number, or a share such as 0.1.", kind=Share
+        None, "Diagonals that each head sees under minference: a number, or a share such as 0.1.", kind=Share
     )
 
     def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:

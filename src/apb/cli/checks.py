@@ -1,0 +1,110 @@
+"""Checks of model, ways to read and ranks: what is wrong is said before a process starts or a weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..compressors import Compressor
+from ..errors import at_least
+from ..planning.methods import Method
+from ..reading import Reading
+from . import options
+from .groups import values
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.settings import Setting
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model is read, once that is known to be possible.
+
+    Attributes:
+        model: the checkpoint that was asked for.
+        config: its configuration.
+        device: the kind of device of every rank.
+        dtype: of the weights there.
+        ranks: number of ranks, which share the work of the document's rows.
+        tensor_parallel: processes that share the weights of a rank.
+        gpus_per_rank: GPUs that the layers of a rank are split over.
+    """
+
+    model: options.Model
+    config: Any
+    device: torch.device
+    dtype: torch.dtype
+    ranks: int
+    tensor_parallel: int
+    gpus_per_rank: int
+
+    @property
+    def processes(self) -> int:
+        """Number of processes to start."""
+        return self.ranks * self.tensor_parallel
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of :meth:`apb.Engine.from_pretrained` beside those of reading, as plain values, which travel."""
+        return {
+            **values(self.model),
+            "model": self.model.name,
+            "device": self.device.type,
+            "tensor_parallel": self.tensor_parallel,
+            "gpus_per_rank": self.gpus_per_rank,
+        }
+
+
+def check(
+    model: options.Model,
+    ranks: options.Ranks,
+    methods: Iterable[Method] = (),
+    compressors: Iterable[Compressor] = (),
+) -> Place:
+    """Where a model is read; InputError where it cannot be, on these ranks, by these methods and compressors."""
+    from ..distributed import launch
+    from ..hf import loading
+    from ..hf.tensor_parallel import check_shards
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    tensor_parallel = ranks.tensor_parallel
+    at_least("tensor-parallel", tensor_parallel, 1)
+    device = loading.pick_device(model.device)
+    dtype = loading.pick_dtype(model.dtype, device)
+    size = launch.ranks_to_use(ranks.ranks, device, tensor_parallel, ranks.gpus_per_rank)
+    config = model.config()
+    loading.check_supported(config)
+    check_shards(config, tensor_parallel)
+    for method in methods:
+        method.check_model(config.get_text_config().num_attention_heads // tensor_parallel, size)
+    for compressor in compressors:
+        loaded(compressor, config)
+    return Place(model, config, device, dtype, size, tensor_parallel, ranks.gpus_per_rank)
+
+
+def check_reading(model: options.Model, ranks: options.Ranks, asked: options.Reading) -> tuple[Place, Reading]:
+    """As :func:`check`, for one way to read; what is wrong with that alone is said before torch is imported."""
+    reading = Reading.of(**values(asked))
+    # "auto" passes over what this model cannot be read by.
+    return check(model, ranks, () if reading.automatic else reading.methods, [reading.compressor]), reading
+
+
+def check_readings(model: options.Model, ranks: options.Ranks, asked: options.Readings) -> tuple[Place, list[Setting]]:
+    """As :func:`check`, for several ways to read, each of which must do."""
+    from ..evaluation.settings import settings
+
+    found = settings(**asked.arguments())
+    compressors = {setting.compressor for setting in found if setting.compressor is not None}
+    return check(model, ranks, [setting.method for setting in found], compressors), found
+
+
+def loaded(compressor: Compressor, config: Any) -> Compressor:
+    """A compressor with its trained heads, where it has some; InputError where they do not fit the model."""
+    from ..hf.heads import HeadShape, load_heads
+
+    return compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))
