@@ -139,7 +139,8 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
-            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
+            graphs: decode by CUDA graphs where they can be captured, with the same numbers out. They are captured once,
+                and do not see what is changed in the model after that.
         """
         return cls(model, tokenizer, **options)
 
