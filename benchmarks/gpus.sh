@@ -32,7 +32,7 @@ for part; do
   case $part in
     tests) timeout 600 "$python" -m pytest -q tests/gpu ;;
     sanitize)
-      hopper="hopper64 hopper128 hopper256" others="portable64 portable128 portable256 decode matvec selection"
+      hopper="hopper64 hopper128 hopper256" others="portable64 portable128 portable256 decode cached matvec selection"
       check() {  # NAME COMMAND ...: its output in NAME.txt, its exit status and last line here
         timeout 240 "${@:2}" > "$out/$1.txt" 2>&1
         echo "$1: exit status $?; $(tail -n 1 "$out/$1.txt")"

@@ -141,7 +141,8 @@ class Engine:
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
-            graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
+            graphs: decode by CUDA graphs where they can be captured, with the same numbers out. They are captured once,
+                and later changes of the model have no effect on them.
             decoding: how new tokens attend to the cache: a name of :data:`apb.decoding.DECODINGS`, whose options may
                 stand beside it, or an instance of :class:`apb.decoding.Decoding`. "exact" attends to everything.
         """

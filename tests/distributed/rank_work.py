@@ -6,11 +6,13 @@ what it got, and the tests compare that in the process that started them.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +28,7 @@ from alive import peak_of
 from apb.distributed.collectives import Group, Pending
 from apb.distributed.mesh import Mesh
 from apb.passes.capture import captured
+from apb.passes.step import Stepper
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from models import tiny_model, without_eos
@@ -53,6 +56,7 @@ class Record:
     exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
     peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
     replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
+    stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
 
@@ -88,6 +92,8 @@ def record(group: Group) -> Record:
     seen.generated = generate(group)
     seen.collectives = collect(group)
     seen.replayed = replay(group)
+    if group.size in (2, 3) and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        seen.stepped = [step_in_turns(group, by_graphs) for by_graphs in (False, True)]
     seen.exact = read_exactly(group)
     if group.size > 1:
         seen.alive = count_alive(group)
@@ -252,6 +258,29 @@ def replay(group: Group) -> list[tuple[Tensor, Tensor, int]]:
             result = replayed()
         results.append((step(group), result, len(sent)))
     return results
+
+
+def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], list[bool]]:
+    """Two sessions of one engine read tokens in turn: logits, what was sent, and after which tokens there was a graph.
+
+    Rank 0 captures for the first session, the others for the second.
+    """
+    model = without_eos(tiny_model("llama", heads=2, kv_heads=1, head_dim=16, layers=2))
+    engine = apb.Engine.from_model(model, blocks=5, mesh=Mesh.of(group))
+    prompts = [apb.Prompt.from_tokens([5], [(37 * i + 11) % 97 for i in range(count)], [41, 94]) for count in (90, 31)]
+    with ExitStack() as stack:
+        if by_graphs:
+            stack.enter_context(patch.object(Stepper, "why_not", lambda *_: None))
+            stack.enter_context(standing_in())
+        sent = stack.enter_context(counting())
+        first = engine.prefill(prompts[0], max_new_tokens=8 if group.rank == 0 else 1)
+        logits, by_graph = [first.extend([3])], [first.captured]
+        second = engine.prefill(prompts[1], max_new_tokens=8)
+        for session, token in ((second, 4), (first, 5), (second, 6)):
+            logits.append(session.extend([token]))
+            by_graph.append(session.captured)
+    engine.close()
+    return torch.stack(logits), sent, by_graph
 
 
 def fail_on_rank_1(kind: type[Exception]) -> None:

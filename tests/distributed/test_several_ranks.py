@@ -147,6 +147,21 @@ def test_captured_steps(records: Records, size: int) -> None:
             assert torch.equal(run, replayed)
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+@pytest.mark.parametrize("size", [2, 3])
+def test_steps_by_graphs(records: Records, size: int) -> None:
+    """Two sessions in turn, by graphs that some ranks capture later than others: what ordinary passes give, alike on
+    all ranks, from messages of the same sizes."""
+    for rank, record in enumerate(records[size]):
+        (wanted, sent_wanted, never), (logits, sent, by_graphs) = record.stepped
+        assert (logits - wanted).abs().max().item() < 1e-4
+        assert torch.equal(logits, records[size][0].stepped[1][0])
+        assert sent == sent_wanted
+        assert never == [False] * 4
+        assert by_graphs == [rank == 0, True, True, True]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_collectives(records: Records, size: int) -> None:
     """Each collective gives every rank what its description says, views and empty tensors included."""

@@ -140,12 +140,13 @@ def read_long(model: PreTrainedModel, name: str, group: Group) -> Tensor:
 
 
 def answers(comparisons: Comparisons, first: int) -> None:
-    """Tokens drawn with a seed are one rank's, and without one alike on all ranks."""
+    """Tokens drawn with a seed are one rank's, and without one alike on all ranks; each engine captures once."""
     model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16)).to(f"cuda:{first}")
     prompt = Prompt.from_tokens([], [(37 * i + 11) % 97 for i in range(90)], [5, 6])
-    replay = torch.cuda.CUDAGraph.replay
-    replaying = patch.object(torch.cuda.CUDAGraph, "replay", autospec=True, side_effect=replay)
-    with comparisons.of("answers"), replaying as replayed:
+    graph = torch.cuda.CUDAGraph
+    replaying = patch.object(graph, "replay", autospec=True, side_effect=graph.replay)
+    capturing = patch.object(graph, "capture_begin", autospec=True, side_effect=graph.capture_begin)
+    with comparisons.of("answers"), replaying as replayed, capturing as captured:
         found = []
         for group in (comparisons.group, Group()):
             engine = Engine.from_model(model, blocks=5, mesh=Mesh.of(group))
@@ -155,6 +156,9 @@ def answers(comparisons: Comparisons, first: int) -> None:
                 comparisons.everywhere(found[0] + unseeded)
             engine.close()
         assert replayed.call_count > 20 * len(found), "no graph was replayed"
+        # Of several ranks one graph for every stretch between the layers' messages; of one rank one.
+        stretches = len(model.model.layers) + 1
+        assert captured.call_count == stretches + 1, f"{captured.call_count} captures, not {stretches} and 1"
         assert found[0] == found[1], f"{found[0]} drawn, by one rank {found[1]}"
 
 

@@ -73,6 +73,23 @@ def few_rows() -> None:
         close(lse, wanted_lse)
 
 
+def cached_row() -> None:
+    """A row of decode over storage of exactly the size that the table says; its own pair is appended first."""
+    for keys, head_dim, dtype in ((1, 128, torch.bfloat16), (333, 64, torch.float16), (129, 80, torch.float32)):
+        q, new = draw(1, 8, head_dim, dtype), [draw(1, 2, head_dim, dtype) for _ in "kv"]
+        stored = [torch.randn(2, keys, head_dim, device=GPU).to(dtype) for _ in "kv"]
+        table = torch.tensor([[*(x.data_ptr() for x in stored), keys]], device=GPU)
+        decode.append(new[0][0], new[1][0], table, 0, torch.tensor([keys - 1], device=GPU))
+        for x, row in zip(stored, new, strict=True):
+            assert torch.equal(x[:, -1], row[0])
+        length = torch.tensor([keys], dtype=torch.int32, device=GPU)
+        out, lse = decode.cached_attention(q, table, 0, 2, head_dim**-0.5, length)
+        k, v = (x.transpose(0, 1) for x in stored)
+        wanted, wanted_lse = reference.attention(q, [Segment(k, v)], head_dim**-0.5)
+        close(out, wanted)
+        close(lse, wanted_lse)
+
+
 def selection() -> None:
     """Scoring, choice and packing of blocks of one token, of several chunks, of a ragged end."""
     for tokens, selectable, count, head_dim in ((1, 1, 1, 64), (9001, 8999, 1001, 128), (333, 300, 300, 80)):
@@ -108,7 +125,7 @@ def one_row() -> None:
         close(matvec.linear(x, weight, bias), linear(x.double(), weight.double(), bias.double()))
 
 
-KERNELS = {"decode": few_rows, "matvec": one_row, "selection": selection, "tiles": tiles}
+KERNELS = {"decode": few_rows, "cached": cached_row, "matvec": one_row, "selection": selection, "tiles": tiles}
 KERNELS |= {
     f"{kernel}{head_dim}": lambda kernel=kernel, head_dim=head_dim: fused(kernel, head_dim)
     for kernel in ("hopper", "portable")
