@@ -146,7 +146,7 @@ def variant(compressor: str, length: int, blocks: int = BLOCKS, share: int = 8, 
     passing = length // blocks // share if share else 0
     method = kind(blocks=blocks, anchor_length=0 if reader == "no anchor" else None, passing_length=passing)
     scorers = {each.name: each() for each in CANDIDATES} | {"retaining": Retaining(os.environ[HEADS])}
-    return Variant(method, scorers.get(compressor) or make_compressor(compressor), reader == "asked after")
+    return Variant(method, scorers.get(compressor) or make_compressor(compressor), asked_after=reader == "asked after")
 
 
 def needed() -> list[Cell]:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .decoding import OPTIONS, Decoding, Dense, make_decoding
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
@@ -54,10 +53,8 @@ class Engine:
         mesh: Mesh | None = None,
         fused: bool | None = None,
         graphs: bool = True,
-        decoding: str | Decoding = Dense.name,
         **reading: Any,
     ) -> None:
-        self.decoding = make_decoding(decoding, {name: reading.pop(name) for name in OPTIONS if name in reading})
         self.reading = Reading.of(seed=seed, **reading)
         loading.check_supported(model.config)
         placement.check_map(model)
@@ -84,7 +81,7 @@ class Engine:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
         self._attachment = Attachment.of(model, self.fused)
-        self._decoder = Decoder(self._attachment, self.group, self.decoding, backend, self.graphs)
+        self._decoder = Decoder(self._attachment, self.group, self.reading.decoding, backend, self.graphs)
         self._closed = False
 
     @classmethod
@@ -114,7 +111,7 @@ class Engine:
                 work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
-        unchecked = ("backend", "fused", "graphs", "decoding", *OPTIONS)
+        unchecked = ("backend", "fused", "graphs")
         Reading.of(**{name: value for name, value in options.items() if name not in unchecked})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
@@ -136,15 +133,14 @@ class Engine:
         Layers may lie on several GPUs, where accelerate has put them (``device_map`` of transformers).
 
         Options:
-            strategy, compressor, rounds, allow_extrapolation, approximate, seed, and the options of strategies and
-                compressors that are given by name: as in :meth:`apb.reading.Reading.of`.
+            strategy, compressor, decoding, rounds, allow_extrapolation, approximate, seed, and the options of
+                strategies, compressors and decode methods that are given by name: as in
+                :meth:`apb.reading.Reading.of`.
             backend: attention back-end, "auto", "torch" or "reference".
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
             graphs: decode by CUDA graphs where they can be captured, with the same numbers out. They are captured once,
                 and later changes of the model have no effect on them.
-            decoding: how new tokens attend to the cache: a name of :data:`apb.decoding.DECODINGS`, whose options may
-                stand beside it, or an instance of :class:`apb.decoding.Decoding`. "exact" attends to everything.
         """
         return cls(model, tokenizer, **options)
 
@@ -317,8 +313,8 @@ class Engine:
             memory={"peak_bytes": int(peak)},
             fingerprint=fingerprint(self.device, self.dtype),
             decode={
-                "method": self.decoding.name,
-                "exact": self.decoding.exact or share >= 1,
+                "method": session.decoding.name,
+                "exact": session.decoding.exact or share >= 1,
                 "share": share,
             },
             choice=session.plan.reason,

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from .compressors import OPTIONS as COMPRESSOR_OPTIONS
 from .compressors import Compressor, make_compressor
+from .decoding import EXACT, Decoding, Dense, make_decoding
+from .decoding import OPTIONS as DECODING_OPTIONS
 from .errors import InputError, at_least
 from .planning.cost import Ceilings, Cost, predict
 from .planning.fitting import check_memory, peak
@@ -32,12 +34,14 @@ class Reading:
         automatic: True under "auto": full attention for short documents, else the method predicted to be fastest of
             those that fit into memory.
         compressor: chooses the pairs that blocks pass on.
+        decoding: attends to the cache for new tokens.
         rounds: forward passes that the blocks are read in; None: one, or as many as make it fit into memory.
         allow_extrapolation: go beyond the positions that the model was trained for.
     """
 
     methods: tuple[Method, ...]
     compressor: Compressor
+    decoding: Decoding = EXACT
     automatic: bool = False
     rounds: int | None = None
     allow_extrapolation: bool = False
@@ -48,6 +52,7 @@ class Reading:
         strategy: str | Method = "apb",
         *,
         compressor: str | Compressor | None = None,
+        decoding: str | Decoding = Dense.name,
         rounds: int | None = None,
         allow_extrapolation: bool = False,
         approximate: bool = False,
@@ -60,22 +65,25 @@ class Reading:
             strategy: a name of :data:`apb.methods.METHODS`, "auto", or an instance of :class:`apb.methods.Method`.
             compressor: a name of :data:`apb.compressors.COMPRESSORS` or an instance; by default "retaining" where
                 ``heads`` are given, else "query-edge".
+            decoding: a name of :data:`apb.decoding.DECODINGS` or an instance; "exact" attends to everything.
             rounds, allow_extrapolation: as the attributes.
             approximate: let "auto" choose a strategy that is not exact.
             seed: of the compressor "random".
-            options: of strategies (``blocks``, ``anchor_length``, ...) and compressors (``heads``, ...) given by name.
+            options: of strategies (``blocks``, ``anchor_length``, ...), compressors (``heads``, ...) and decode methods
+                that are given by name.
         """
         if rounds is not None:
             at_least("rounds", rounds, 1)
         scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
         scorer = make_compressor(compressor, scoring, seed)
+        decoder = make_decoding(decoding, {name: options.pop(name) for name in DECODING_OPTIONS if name in options})
         if strategy != AUTO:
             method = _method(strategy, options)
-            return cls((method,), scorer, rounds=rounds, allow_extrapolation=allow_extrapolation)
+            return cls((method,), scorer, decoder, rounds=rounds, allow_extrapolation=allow_extrapolation)
         if rounds not in (None, 1):
             raise InputError(f"The strategy {AUTO!r} finds the rounds itself; leave them out, or name another.")
         methods = (make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
-        return cls(tuple(methods), scorer, True, rounds, allow_extrapolation)
+        return cls(tuple(methods), scorer, decoder, True, rounds, allow_extrapolation)
 
     def plan(
         self,

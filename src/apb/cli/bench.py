@@ -129,6 +129,7 @@ def decode(
     common: Common,
     strategy: options.Strategy = "apb",
     chosen: options.Options,
+    decoding: options.Decoding,
     ranks: options.RankCount = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
     out: Out = None,
@@ -138,8 +139,8 @@ def decode(
     from ..reading import Reading
 
     at_least("tokens", tokens, 1)
-    reading = Reading.of(strategy, **values(chosen))
-    asked = {"tokens": tokens, "strategy": strategy, **values(chosen)}
+    reading = Reading.of(strategy, **values(chosen), **values(decoding))
+    asked = {"tokens": tokens, "strategy": strategy, **values(chosen), **values(decoding)}
     _launch("decode", common, options.Ranks(ranks), asked, reading.compressor, out, as_json)
 
 
@@ -229,6 +230,7 @@ def run(request: Request) -> None:
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import counting, loading
+    from ..hf.config import layer_count
     from ..hf.random_weights import random_model
     from ..hf.tensor_parallel import share
     from .quiet import quiet_libraries
@@ -250,7 +252,7 @@ def run(request: Request) -> None:
     report = {
         "command": request.command,
         "model": subject.random_weights or subject.name,
-        "layers": config.get_text_config().num_hidden_layers,
+        "layers": layer_count(config),
         "ranks": mesh.sequence.size,
         "tensor_parallel": request.tensor_parallel,
         "fingerprint": fingerprint(device, dtype),

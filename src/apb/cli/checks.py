@@ -68,6 +68,7 @@ def check(
     """Where a model is read; InputError where it cannot be, on these ranks, by these methods and compressors."""
     from ..distributed import launch
     from ..hf import loading
+    from ..hf.config import query_heads
     from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
 
@@ -81,7 +82,7 @@ def check(
     loading.check_supported(config)
     check_shards(config, tensor_parallel)
     for method in methods:
-        method.check_model(config.get_text_config().num_attention_heads // tensor_parallel, size)
+        method.check_model(query_heads(config) // tensor_parallel, size)
     for compressor in compressors:
         loaded(compressor, config)
     return Place(model, config, device, dtype, size, tensor_parallel, ranks.gpus_per_rank)

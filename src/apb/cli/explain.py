@@ -31,7 +31,7 @@ def explain(
     text = read_document(document)
     at_least("max_new_tokens", max_new_tokens, 1)
     options.check_out(out)
-    how = options.Reading(strategy=strategy, options=chosen)
+    how = options.Reading(strategy=strategy, options=chosen, decode=options.Decoding(options={}))
 
     from .checks import check_reading
 

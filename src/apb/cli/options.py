@@ -16,6 +16,8 @@ import typer
 
 from ..compressors import COMPRESSORS
 from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
+from ..decoding import DECODINGS, make_decoding
+from ..decoding import OPTIONS as DECODING_OPTIONS
 from ..errors import InputError
 from ..planning.methods import METHODS
 from ..planning.methods import OPTIONS as METHOD_OPTIONS
@@ -77,6 +79,7 @@ Strategy = Annotated[str, typer.Option(help=f"How the document is read: {_STRATE
 Strategies = Annotated[list[str] | None, typer.Option(help=f"{_STRATEGIES}; repeatable. By default apb.")]
 Compressor = Annotated[str | None, typer.Option(help=f"{_COMPRESSORS}. {_DEFAULT_COMPRESSOR}")]
 Compressors = Annotated[list[str] | None, typer.Option(help=f"{_COMPRESSORS}; repeatable. {_DEFAULT_COMPRESSOR}")]
+DecodeName = Annotated[str, typer.Option("--decode", help=f"How new tokens attend to the cache: {_listed(DECODINGS)}.")]
 Rounds = Annotated[
     int | None,
     typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
@@ -141,6 +144,14 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """The decode method and its options."""
+
+    decoding: DecodeName = "exact"
+    options: Annotated[dict[str, Any], Derived(DECODING_OPTIONS)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """How one prompt is read; its ``values`` are arguments of :meth:`apb.reading.Reading.of`.
 
@@ -150,6 +161,7 @@ class Reading:
 
     strategy: Strategy = "apb"
     options: Options
+    decode: Decoding
     rounds: Rounds = None
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
@@ -167,11 +179,13 @@ class Readings:
     method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS, repeatable=("blocks",))]
     compressor: Compressors = None
     scoring: Annotated[dict[str, Any], Derived(COMPRESSOR_OPTIONS)]
+    decode: Decoding
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`apb.evaluation.settings.settings`."""
         names = {"strategies": self.strategy or ["apb"], "compressors": self.compressor or []}
-        return {**names, **self.method, **self.scoring}
+        decoding = make_decoding(self.decode.decoding, self.decode.options)
+        return {**names, "decoding": decoding, **self.method, **self.scoring}
 
 
 @dataclass(frozen=True)

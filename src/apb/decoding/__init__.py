@@ -10,9 +10,11 @@ from ..planning.options import check, options_of, union
 from .base import Decoding, Reader, Shard
 from .dense import Dense
 
-__all__ = ["DECODINGS", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "make_decoding"]
+__all__ = ["DECODINGS", "EXACT", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "make_decoding"]
 
 DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense,)}
+# The default: every token attends to every key.
+EXACT: Decoding = Dense()
 # Every option of these methods by name.
 OPTIONS = union(DECODINGS.values())
 

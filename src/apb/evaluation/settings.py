@@ -9,6 +9,7 @@ from typing import Any
 
 from ..compressors import COMPRESSORS, Compressor, compressor_named, make_compressor
 from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
+from ..decoding import EXACT, Decoding
 from ..engine import Engine
 from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
@@ -17,10 +18,11 @@ from ..planning.options import check, given, options_of
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to read the samples; ``compressor`` is None where the method passes nothing on."""
+    """One way to read and answer the samples; ``compressor`` is None where the method passes nothing on."""
 
     method: Method
     compressor: Compressor | None = None
+    decoding: Decoding = EXACT
 
     @classmethod
     def of(cls, strategy: str | Method, compressor: str | Compressor | None = None, **options: Any) -> Setting:
@@ -40,7 +42,8 @@ class Setting:
         scorer = self.compressor
         scoring = {} if scorer is None else {"compressor": scorer.name, **given(scorer)}
         scoring.pop("heads", None)
-        return {"strategy": self.strategy, **given(self.method), **scoring}
+        decoding = {} if self.decoding == EXACT else {"decode": self.decoding.name, **given(self.decoding)}
+        return {"strategy": self.strategy, **given(self.method), **scoring, **decoding}
 
     @property
     def heads(self) -> str | None:
@@ -51,11 +54,18 @@ class Setting:
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
         return Engine.from_model(
-            engine.model, engine.tokenizer, fused=engine.fused, strategy=self.method, compressor=self.compressor
+            engine.model,
+            engine.tokenizer,
+            fused=engine.fused,
+            strategy=self.method,
+            compressor=self.compressor,
+            decoding=self.decoding,
         )
 
 
-def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **options: Any) -> list[Setting]:
+def settings(
+    strategies: Sequence[str], compressors: Sequence[str] = (), decoding: Decoding = EXACT, **options: Any
+) -> list[Setting]:
     """All combinations that differ: options count only where a strategy has them, compressors only where it passes.
 
     An option with several values (a list or tuple) is combined with the others. Options of compressors count for those
@@ -70,11 +80,11 @@ def settings(strategies: Sequence[str], compressors: Sequence[str] = (), **optio
         chosen = dict(zip(values, combination, strict=True))
         method = make_method(strategy, {key: value for key, value in chosen.items() if key in OPTIONS})
         if not method.passes:
-            found[Setting(method)] = None
+            found[Setting(method, None, decoding)] = None
             continue
         known = COMPRESSOR_OPTIONS if name is None else options_of(compressor_named(name))
         scorer = make_compressor(name, {key: value for key, value in chosen.items() if key in known})
-        found[Setting(method, scorer)] = None
+        found[Setting(method, scorer, decoding)] = None
     return list(found)
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 from ..engine import Engine
 from ..errors import InputError
+from ..hf.loading import position_limit
 from .items import Item
 from .records import Store
 from .runner import Runner
@@ -46,7 +47,7 @@ def check(tasks: Sequence[str], count: int, passages: Passages | None = None) ->
 
 def check_lengths(lengths: Sequence[int], config: Any) -> None:
     """Raise InputError if samples are too short for a task, or longer than the model's maximum position."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(config)
     for length in lengths:
         if length < SHORTEST:
             raise InputError(f"A sample of {length} tokens is too short; ask for {SHORTEST} or more.")
