@@ -85,6 +85,7 @@ FIELDS: dict[str, Any] = {
     "timing": {"prefill_s": float, "decode_s": float, "decode_tokens_per_s": float},
     "memory": {"peak_bytes": int},
     "fingerprint": {"apb": str, "torch": str, "transformers": str, "python": str, "device": str, "dtype": str},
+    "decode": {"method": str, "exact": bool, "share": float},
 }
 
 

@@ -249,7 +249,7 @@ def run(request: Request) -> None:
     else:
         model = loading.load_model(subject.name, dtype, device, mesh=mesh.devices)
     shape = counting.model_shape(config).shared(request.tensor_parallel)
-    report = {
+    report: dict[str, Any] = {
         "command": request.command,
         "model": subject.random_weights or subject.name,
         "layers": layer_count(config),
