@@ -74,7 +74,7 @@ def test_all_ranks_agree(records: Records, size: int, name: str) -> None:
 def test_bytes_are_those_predicted(records: Records, size: int, name: str) -> None:
     """Every rank sends and keeps what the plan's cost says: to the byte."""
     case = CASES[name]
-    cost = predict(plan_of(name, size), model_shape(case.model().config), element_bytes=4, compressor=case.compressor)
+    cost = predict(plan_of(name, size), model_shape(case.model().config), element_bytes=4)
     for rank, record in zip(cost.ranks, ran(records, size, name), strict=True):
         assert record.cached[name] == rank.cache_bytes
         assert record.sent[name] == rank.sent_bytes
