@@ -126,7 +126,7 @@ def describe(config: Any) -> Card:
         return card
     text = config.get_text_config()
     card.layers = layers(text)
-    card.max_positions = getattr(text, "max_position_embeddings", None)
+    card.max_positions = loading.position_limit(config)
     try:
         shape = counting.model_shape(config)
     except Exception:  # a configuration that leaves out what its model needs: its size is unknown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
 from .hf import fusing, loading, placement
 from .hf.attach import CLOSED, Attachment, attention_modules
+from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
@@ -185,15 +187,12 @@ class Engine:
         plan = self.plan(prompt, max_new_tokens)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
-        cache, logits, seconds = prefill.read(
-            self._attachment,
-            prompt,
-            strategy,
-            self._everyone,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-            cancelled=cancelled,
-        )
+        read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
+        cache, logits, seconds = read(strategy, progress=progress, cancelled=cancelled)
+
+        def read_again(length: int) -> ShardCache:
+            return read(make_strategy(plan, self.group, self._compressor, self.backend), length=length)[0]
+
         return Session(
             self._attachment,
             plan,
@@ -205,6 +204,7 @@ class Engine:
             self.backend,
             max_new_tokens,
             self.graphs,
+            read_again,
             self.mesh.tensor,
             None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .distributed.collectives import Group, Pending
+from .hf import rope
 from .hf.attach import Attachment
 from .hf.cache import ShardCache
 from .kernels import fused
@@ -33,10 +34,8 @@ def why_not(attachment: Attachment, device: torch.device, dtype: torch.dtype, he
         return f"layers lie on {len(attachment.devices)} devices"
     if attachment.peculiar:
         return f"layers have {', '.join(sorted(attachment.peculiar))}"
-    parameters = getattr(attachment.model.config.get_text_config(), "rope_parameters", None) or {}
-    # Some families have one set of parameters a kind of layer.
-    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    changing = sorted({str(part.get("rope_type")) for part in sets} & set(_LENGTH_DEPENDENT))
+    sets = rope.parameter_sets(attachment.model.config.get_text_config()).values()
+    changing = sorted({rope.kind(parameters) for parameters in sets} & set(_LENGTH_DEPENDENT))
     if changing:
         return f"RoPE of type {' and '.join(changing)} depends on the length"
     return fused.why_not(device, dtype, head_dim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -47,6 +47,7 @@ class Session:
         backend: str,
         new_tokens: int,
         graphs: bool,
+        read_again: Callable[[int], ShardCache],
         tensor: Group | None = None,
         limit: int | None = None,
     ) -> None:
@@ -61,13 +62,15 @@ class Session:
         self._tensor = tensor or Group()
         self._new_tokens = new_tokens  # that the cache has room for
         self._graphs = graphs
+        self._read_again = read_again  # the prompt, as the beginning of a text of so many tokens
         self._limit = limit  # positions that may be read; None: any number
         self._step: Step | None = None
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens at the prompt's end, exactly, over all ranks' shards; ``logits`` (vocab,) follow.
 
-        One token is a decode step; several are read in one pass.
+        One token is a decode step; several are read in one pass. Where the text grows beyond a length from which on
+        RoPE turns every position by other angles, prompt and answer are read again with those, as transformers does.
         """
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
@@ -78,8 +81,9 @@ class Session:
                 f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
                 f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
             )
-        step = self._next_step() if len(token_ids) == 1 else None
-        if step is not None:
+        if any(len(self.token_ids) <= length < total for length in self._attachment.switches):
+            self.logits = self._start_over(token_ids, total)
+        elif len(token_ids) == 1 and (step := self._next_step()) is not None:
             self.logits = step.step(token_ids[0])
         else:
             self.logits = self._pass(token_ids)
@@ -104,6 +108,12 @@ class Session:
             capture = self._graphs and self._new_tokens >= SHORTEST_CAPTURED
             self._step = Step(self._attachment, self._cache, self._group, keys.device, run, capture)
         return self._step
+
+    def _start_over(self, token_ids: Sequence[int], total: int) -> Tensor:
+        """Read prompt, answer and tokens as one text of ``total`` tokens; what was read before is let go first."""
+        del self._cache
+        self._cache = self._read_again(total)
+        return self._pass([*self.token_ids[self.plan.total :], *token_ids])
 
     def _pass(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens in one ordinary pass."""

@@ -75,7 +75,7 @@ def plan(
     report = {
         "model": str(random_weights or model or "needle"),
         "length": length,
-        "max_positions": getattr(config.get_text_config(), "max_position_embeddings", None),
+        "max_positions": loading.position_limit(config),
         "ranks_per_host": sharing,
         "gpus_per_rank": len(shape.split) or 1,
         "ceilings": None if basis is None else basis.to_dict(),

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..engine import Engine
 from ..errors import InputError
+from ..hf.loading import position_limit
 from .items import Item
 from .records import Store
 from .runner import Runner
@@ -44,7 +45,7 @@ def check(tasks: Sequence[str], count: int, passages: Passages | None = None) ->
 
 def check_lengths(lengths: Sequence[int], config: Any) -> None:
     """InputError where samples are too short to be made, or longer than the positions of a configuration's model."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = position_limit(config)
     for length in lengths:
         if length < SHORTEST:
             raise InputError(f"A sample of {length} tokens is too short; ask for {SHORTEST} or more.")

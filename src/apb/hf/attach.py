@@ -16,7 +16,7 @@ from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .fusing import fuse_parts
 from .placement import devices
-from .rope import pin_length
+from .rope import pin_length, switches
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -38,6 +38,7 @@ class Attachment:
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
+        self.switches = switches(model.config.get_text_config())
         # What layers ask for beside a plain softmax, as far as they have been run.
         self.peculiar: set[str] = set()
         self._attend: Attend | None = None

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import InputError, first_line
 from ..methods import check_heads
 from ..plan import Plan
-from . import placement
+from . import placement, rope
 from .counting import head_dim
 from .tensor_parallel import settings, shared
 
@@ -215,8 +215,8 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions that a model was trained for; None where its configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Positions that a model's settings are for, scaled RoPE included; None where its configuration names no limit."""
+    return rope.reach(config.get_text_config())
 
 
 def pick_device(device: str | None) -> torch.device:
