@@ -23,6 +23,11 @@ made small and given random weights, and read by every strategy. *Yes*: `full` g
 `ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and
 through decode. `apb check --model PATH [--ranks R]` says the same of any checkpoint, and prints the figures.
 
+An engine makes the first of these comparisons itself, before weights are read, and refuses what comes out otherwise. It
+takes a fraction of a second, once for a kind of model and the versions of all code involved, which is noted in
+`~/.cache/apb`; where no small copy can be made, as of some code that comes with checkpoints, the model itself reads a
+short prompt. `verify=False` leaves it out.
+
 Layers with a sliding window are exact in every strategy: a row sees what the model's window gives it, fetched from the
 rank that holds it, and nothing is selected there. Latent attention caches latents, attends to keys and values expanded
 from them, and reads in one round.

@@ -20,7 +20,7 @@ from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, fingerprint, peak_bytes
-from .hf import fusing, loading, placement
+from .hf import fusing, loading, placement, verifying
 from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.heads import HeadShape, load_heads
@@ -32,6 +32,8 @@ from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session, Stopwatch
 from .strategies import Layer, OnSelection, Strategy, make_strategy
+
+_NOT_OF_READING = ("seed", "backend", "fused", "graphs", "verify")
 
 
 class Engine:
@@ -50,11 +52,14 @@ class Engine:
         mesh: Mesh | None = None,
         fused: bool | None = None,
         graphs: bool = True,
+        verify: bool = True,
         **reading: Any,
     ) -> None:
         self.reading = Reading(**reading)
         loading.check_supported(model.config)
         placement.check_map(model)
+        if verify:
+            verifying.verify(model.config, model)
         self.devices = placement.devices(model)
         self.device, self.dtype = self.devices[0], model.dtype
         shape = HeadShape.of(model.config)
@@ -109,11 +114,11 @@ class Engine:
                 work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
-        Reading(
-            **{name: value for name, value in options.items() if name not in ("seed", "backend", "fused", "graphs")}
-        )
+        Reading(**{name: value for name, value in options.items() if name not in _NOT_OF_READING})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
+        if options.get("verify", True):  # before its weights are read
+            verifying.verify(config)
         place = local_device(loading.pick_device(device), gpus_per_rank)
         check_split(place, gpus_per_rank, tensor_parallel)
         weights = loading.pick_dtype(dtype, place)
@@ -139,6 +144,8 @@ class Engine:
             fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
             graphs: decode by CUDA graphs where they can be captured, with the same numbers out.
+            verify: compare a short prompt with transformers' own pass, on a small random copy, where that has not been
+                done for models of this kind; InputError where it comes out otherwise.
         """
         return cls(model, tokenizer, **options)
 

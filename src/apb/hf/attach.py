@@ -17,6 +17,7 @@ from .chunking import chunk_mlps
 from .fusing import fuse_parts
 from .placement import devices
 from .rope import pin_length, switches
+from .windows import not_handed_over
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -38,7 +39,9 @@ class Attachment:
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.total = 0
-        self.switches = switches(model.config.get_text_config())
+        text = model.config.get_text_config()
+        self.switches = switches(text)
+        self._windows = not_handed_over(text)
         # What layers ask for beside a plain softmax, as far as they have been run.
         self.peculiar: set[str] = set()
         self._attend: Attend | None = None
@@ -126,6 +129,8 @@ class Attachment:
         self._calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
         before = self._before_rope.pop(index) if self._before_rope is not None else None
+        if window is None:
+            window = self._windows[index]
         asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
         self.peculiar |= {name for name, value in asked.items() if value is not None}
         width = v.shape[-1]

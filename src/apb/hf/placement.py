@@ -27,9 +27,14 @@ def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = 
     Made without any weight. InputError for models that do not say which modules stay whole, and where the weights, in
     ``dtype``, do not fit into ``memory`` bytes a GPU: nothing is left to the CPU or to a disk. None: any do.
     """
+    return balanced(without_weights(config), gpus, dtype, memory)
+
+
+def without_weights(config: Any) -> PreTrainedModel:
+    """The modules of a configuration's model; those of a checkpoint's own code where its configuration runs it too."""
+    trusted = type(config).__module__.startswith("transformers_modules.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return balanced(model, gpus, dtype, memory)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
 
 def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
