@@ -32,6 +32,10 @@ Layers with a sliding window are exact in every strategy: a row sees what the mo
 rank that holds it, and nothing is selected there. Latent attention caches latents, attends to keys and values expanded
 from them, and reads in one round.
 
+GGUF files (`--model FILE.gguf`, or any part of one in several) need `apb[gguf]`. transformers reads those of the
+families that it knows, expanded to the dtype asked for; RoPE's scaling, which it passes over, is read as well, or the
+file is refused.
+
 Prompt and answer may be as long as the model's settings say: `max_position_embeddings`, or what scaled RoPE (YaRN,
 linear, dynamic) makes of it; `--allow-extrapolation` goes further. Where an answer of a longrope model grows beyond the
 length up to which the short factors hold, prompt and answer are read again with the long ones, as transformers does for

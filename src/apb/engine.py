@@ -100,10 +100,10 @@ class Engine:
         gpus_per_rank: int = 1,
         **options: Any,
     ) -> Engine:
-        """Load a checkpoint folder or hub id.
+        """Load a checkpoint folder, GGUF file or hub id.
 
         Args:
-            model: folder or id.
+            model: folder, file (any part of one in several) or id.
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
             device: "cpu" or "cuda"; a GPU where there is one if None.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).

@@ -20,7 +20,9 @@ def _named(name: str | None) -> str | None:
 
 Model = Annotated[
     str | None,
-    typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.", callback=_named),
+    typer.Option(
+        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=_named
+    ),
 ]
 RandomWeights = Annotated[
     str | None,

@@ -120,7 +120,7 @@ def work(server: Server) -> None:
         from ..serving.app import make_app
 
         path = Path(server.model)
-        name = path.resolve().name if path.is_dir() else server.model
+        name = path.resolve().name if path.exists() else server.model
         listening = _listen(server.host, server.port)
         app = make_app(worker, name, server.max_new_tokens)
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
