@@ -59,11 +59,26 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3_text": ("Gemma3ForCausalLM", {**WIDE, **MIXED}),
     "gpt_oss": ("GptOssForCausalLM", {**SMALL, **MIXED, "head_dim": 16, "num_local_experts": 4}),
     "mistral": ("MistralForCausalLM", {**SMALL, "sliding_window": WINDOW}),
+    "phimoe": ("PhimoeForCausalLM", {**SMALL, "sliding_window": WINDOW, "num_local_experts": 4}),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        {
+            **SMALL,
+            **MIXED,
+            "use_sliding_window": True,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
 }
+# Layers of these leave their window to the mask.
+UNTOLD = {"phimoe": [WINDOW] * 3, "qwen2_moe": [WINDOW, None, WINDOW]}
 APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4}
 STAR = {"strategy": "star", "blocks": 5}
 READINGS: dict[str, dict[str, Any]] = {
@@ -118,6 +133,7 @@ def expected(family: str, reading: str) -> Tensor:
         with torch.no_grad():
             return model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
     sizes = {"anchor_length": None, "passing_length": 0, **options}
+    sizes["windows"] = UNTOLD.get(family)
     return masked_prefill(model, PROMPT.prefix, PROMPT.document, PROMPT.query, ANSWER, **sizes)
 
 

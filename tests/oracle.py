@@ -320,10 +320,12 @@ def masked_prefill(
     passing_length: int,
     strategy: str = "apb",
     rounds: int = 1,
+    windows: Sequence[int | None] | None = None,
 ) -> Tensor:
     """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
     layers over all rows at once, the attention here, under the masks of this file. Pairs are passed as
-    "query-edge" passes them. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks."""
+    "query-edge" passes them. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks, but
+    for `windows` of layers that leave them to a mask."""
     layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     at, last = layout.anchor, layout.anchor + layout.query.stop - 1
     tokens = layout.tokens + [int(token) for token in answer]
@@ -336,6 +338,7 @@ def masked_prefill(
         q, k, v = query[0], key[0], value[0]
         logits = q.unflatten(0, (k.shape[0], -1)) @ k.transpose(1, 2)[:, None] * scaling
         cap, sinks, window = (options.get(name) for name in ("softcap", "s_aux", "sliding_window"))
+        window = windows[module.layer_idx] if windows else window
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
         if window is not None:

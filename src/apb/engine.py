@@ -17,8 +17,9 @@ from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Hardware, Stopwatch, fingerprint, peak_bytes
-from .hf import fusing, loading, placement
+from .hf import fusing, loading, placement, verifying
 from .hf.attach import CLOSED, Attachment, attention_modules
+from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
 from .hf.tensor_parallel import check_shards
@@ -35,6 +36,8 @@ from .strategies import OnSelection, Strategy, make_strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NOT_OF_READING = ("backend", "fused", "graphs", "verify")
 
 
 class Engine:
@@ -53,11 +56,14 @@ class Engine:
         mesh: Mesh | None = None,
         fused: bool | None = None,
         graphs: bool = True,
+        verify: bool = True,
         **reading: Any,
     ) -> None:
         self.reading = Reading.of(seed=seed, **reading)
         loading.check_supported(model.config)
         placement.check_map(model)
+        if verify:
+            verifying.verify(model.config, model)
         self.devices = placement.devices(model)
         self.device, self.dtype = self.devices[0], model.dtype
         shape = HeadShape.of(model.config)
@@ -97,10 +103,10 @@ class Engine:
         gpus_per_rank: int = 1,
         **options: Any,
     ) -> Engine:
-        """Load a checkpoint folder or hub id.
+        """Load a checkpoint folder, GGUF file or hub id.
 
         Args:
-            model: folder or id.
+            model: folder, file (any part of one in several) or id.
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
             device: "cpu" or "cuda"; a GPU where there is one if None.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
@@ -111,10 +117,11 @@ class Engine:
                 work one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
-        unchecked = ("backend", "fused", "graphs")
-        Reading.of(**{name: value for name, value in options.items() if name not in unchecked})
+        Reading.of(**{name: value for name, value in options.items() if name not in _NOT_OF_READING})
         config = loading.load_config(model, trust_remote_code)
         loading.check_supported(config)
+        if options.get("verify", True):  # before its weights are read
+            verifying.verify(config)
         place = local_device(loading.pick_device(device), gpus_per_rank)
         check_split(place, gpus_per_rank, tensor_parallel)
         weights = loading.pick_dtype(dtype, place)
@@ -141,6 +148,8 @@ class Engine:
                 use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
             graphs: decode by CUDA graphs where they can be captured, with the same numbers out. They are captured once,
                 and later changes of the model have no effect on them.
+            verify: compare a short prompt with transformers' own pass, on a small random copy, where that has not been
+                done for models of this kind; InputError where it comes out otherwise.
         """
         return cls(model, tokenizer, **options)
 
@@ -190,15 +199,12 @@ class Engine:
         plan = self.plan(prompt, max_new_tokens)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
-        cache, logits, seconds = prefill.read(
-            self._attachment,
-            prompt,
-            strategy,
-            self._everyone,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-            cancelled=cancelled,
-        )
+        read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
+        cache, logits, seconds = read(strategy, progress=progress, cancelled=cancelled)
+
+        def read_again(length: int) -> ShardCache:
+            return read(make_strategy(plan, self.group, self._compressor, self.backend), length=length)[0]
+
         return Session(
             plan,
             cache,
@@ -207,6 +213,7 @@ class Engine:
             prompt.token_ids,
             self._decoder,
             max_new_tokens,
+            read_again,
             self.mesh.tensor,
             None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )

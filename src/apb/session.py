@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,7 @@ class Session:
         token_ids: Sequence[int],
         decoder: Decoder,
         new_tokens: int,
+        read_again: Callable[[int], ShardCache],
         tensor: Group | None = None,
         limit: int | None = None,
     ) -> None:
@@ -64,6 +65,10 @@ class Session:
         self._vocabulary = decoder.attachment.vocabulary
         self._kv_heads = decoder.attachment.kv_heads
         self._limit = limit
+        self._switches = decoder.attachment.switches
+        self._decoder = decoder
+        self._new_tokens = new_tokens
+        self._read_again = read_again
         self._continuation = decoder.start(cache, new_tokens)
         self.decoding = decoder.decoding
 
@@ -71,6 +76,8 @@ class Session:
         """Read more tokens at the prompt's end, over all ranks' shards; ``logits`` (vocab,) follow.
 
         One token is a decode step; several are read in one pass. Exact unless the engine's decode method is not.
+        Where the text grows beyond a length from which on RoPE rotates every position by other angles (longrope),
+        prompt and answer are read again with those, as transformers does.
         """
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
@@ -81,9 +88,19 @@ class Session:
                 f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
                 f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
             )
+        if any(len(self.token_ids) <= length < total for length in self._switches):
+            self._start_over(total)
+            token_ids = [*self.token_ids[self.plan.total :], *token_ids]
+            del self.token_ids[self.plan.total :]
         self.logits = self._continuation.read(token_ids)
         self.token_ids.extend(token_ids)
         return self.logits
+
+    def _start_over(self, total: int) -> None:
+        """Read the prompt again, as the beginning of a text of ``total`` tokens; the old cache is let go first."""
+        del self._continuation, self._cache
+        self._cache = self._read_again(total)
+        self._continuation = self._decoder.start(self._cache, self._new_tokens)
 
     @property
     def captured(self) -> bool:

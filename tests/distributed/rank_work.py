@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 
 import apb
 import families
+import ropes
 from alive import peak_of
 from apb.distributed.collectives import Group, Pending
 from apb.distributed.mesh import Mesh
@@ -55,6 +57,7 @@ class Record:
     collectives: dict[str, Any] = field(default_factory=dict)
     exact: dict[tuple[Any, ...], tuple[Tensor, list[int]]] = field(default_factory=dict)
     peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
+    ropes: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)  # by kind, strategy, length: the answer
     replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
@@ -99,6 +102,8 @@ def record(group: Group) -> Record:
         seen.alive = count_alive(group)
     if group.size in (2, 4):
         seen.peculiar = read_families(group)
+    if group.size == 2:
+        seen.ropes = read_ropes(group)
     return seen
 
 
@@ -177,6 +182,18 @@ def read_families(group: Group) -> dict[tuple[str, str], tuple[Tensor, int]]:
             logits = families.read(model, reading, group)
         results[family, reading] = (logits, sum(sent) - families.decode_bytes(model, group.size))
     return results
+
+
+def read_ropes(group: Group) -> dict[tuple[str, str, int], list[int]]:
+    """Greedy answers of models whose RoPE depends on the length, on either side of where it changes."""
+    answers = {}
+    for name, strategy in product(("dynamic", "longrope, phi3"), ("ring", "ulysses")):
+        engine = apb.Engine.from_model(ropes.scaled(name), strategy=strategy, mesh=Mesh.of(group))
+        for length in ropes.LENGTHS:
+            result = engine.generate(ropes.prompt_of(length), max_new_tokens=ropes.ANSWER)
+            answers[name, strategy, length] = result.token_ids
+        engine.close()
+    return answers
 
 
 def wide_model() -> PreTrainedModel:

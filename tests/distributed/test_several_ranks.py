@@ -9,6 +9,7 @@ import torch
 
 import families
 import rank_work
+import ropes
 from apb.distributed.launch import launch
 from apb.errors import DoesNotFit, InputError, RankError
 from apb.hf.counting import model_shape
@@ -116,6 +117,14 @@ def test_exact_strategies_are_full_attention(records: Records, size: int) -> Non
         assert (logits - expected_logits).abs().max().item() < 1e-4, key
         assert tokens == expected_tokens, key
         assert len(tokens) == 32
+
+
+def test_rope_that_changes_with_the_length(records: Records) -> None:
+    """Prompt and answer on either side of where dynamic and longrope change: transformers' tokens, on both ranks."""
+    first, second = (record.ropes for record in records[2])
+    assert first == second
+    assert first == {key: ropes.answer(key[0], key[2]) for key in first}
+    assert len(first) == 4 * len(ropes.LENGTHS)
 
 
 @pytest.mark.parametrize(("family", "reading"), families.CASES)

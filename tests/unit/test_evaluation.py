@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,18 +116,71 @@ def test_a_store_goes_on_after_a_line_that_was_cut_short(tmp_path: Path) -> None
 
 
 def test_a_line_may_be_cut_anywhere(tmp_path: Path) -> None:
-    """Also within a character of several bytes; a file that cannot be put in its place leaves the old one there."""
+    """Also within a character of several bytes; what comes next begins a line of its own."""
     path = tmp_path / "a.jsonl"
-    first, second = run_of("full", {"a": [1, 2]}, prediction="é漢😀\u2028\x85")
+    first, second, third = run_of("full", {"a": [1, 2, 3]}, prediction="é漢😀\u2028\x85")
     lines = [record.line().encode() for record in (first, second)]
     for cut in range(len(lines[1])):
         path.write_bytes(lines[0] + lines[1][:cut])
         whole = cut == len(lines[1]) - 1  # only the line break is missing
         assert list(read_records(path)) == [first, second][: 1 + whole]
-    (tmp_path / "a.jsonl.part").mkdir()
+        store = Store(path)
+        store.add(third)
+        store.close()
+        assert list(read_records(path)) == [first, second, third] if whole else [first, third]
     with pytest.raises(InputError, match="cannot be written"):
-        Store(path)
-    assert list(read_records(path)) == [first, second]
+        Store(tmp_path)
+
+
+APPEND = """
+import sys
+from dataclasses import replace
+from pathlib import Path
+from apb.evaluation.records import Store, read_records
+
+blank, path, name = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+(record,) = read_records(blank)
+store = Store(path)
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(300):
+    for sample in (f"both {number}", f"{name} {number}"):
+        store.add(replace(record, sample=sample, prediction=name * 200))
+print(len(list(store)))
+"""
+
+
+def test_two_runs_append_to_one_file(tmp_path: Path) -> None:
+    """Nothing is lost and nothing stands twice, though a run before them left a line half written; the last one to end
+    knows all that the file holds."""
+    blank, path = tmp_path / "blank.jsonl", tmp_path / "a.jsonl"
+    write_records(blank, [record()])
+    path.write_bytes(record(sample="before").line().encode() + b'{"suite": "cut')
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    runs = [subprocess.Popen([sys.executable, "-c", APPEND, blank, path, name], **pipes) for name in "xy"]
+    for run in runs:
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    told = [int(run.communicate()[0]) for run in runs]
+    kept = list(read_records(path))
+    samples = [each.sample for each in kept]
+    assert len(samples) == len(set(samples)) == 1 + 3 * 300
+    assert {each.prediction for each in kept if each.sample != "before"} == {"x" * 200, "y" * 200}
+    assert max(told) == len(kept)
+    assert Store(path).get(kept[-1].key) == kept[-1]
+
+
+def test_a_run_sees_what_another_has_answered(tmp_path: Path) -> None:
+    """So that it is not answered twice; whichever came first stays."""
+    first, second = (Store(tmp_path / "a.jsonl") for _ in range(2))
+    one, other = record(sample="1"), record(sample="1", seconds=9.0)
+    assert second.get(one.key) is None
+    first.add(one)
+    assert second.get(one.key) == one
+    second.add(other)
+    assert list(read_records(tmp_path / "a.jsonl")) == [one] == list(second)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,9 @@ _DEFAULT_COMPRESSOR = "By default query-edge, with --heads retaining."
 
 ModelName = Annotated[
     str | None,
-    typer.Option(help="Checkpoint folder or hub id. The small model that ships with apb if left out.", callback=_named),
+    typer.Option(
+        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=_named
+    ),
 ]
 RandomWeights = Annotated[
     str | None,

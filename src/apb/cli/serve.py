@@ -75,7 +75,7 @@ def work(server: Server) -> None:
         from ..serving.app import make_app
 
         model = server.loading["model"]
-        name = Path(model).resolve().name if Path(model).is_dir() else model
+        name = Path(model).resolve().name if Path(model).exists() else model
         listening = _listen(server.host, server.port)
         app = make_app(worker, name, server.max_new_tokens)
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))

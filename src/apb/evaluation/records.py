@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
-from io import BufferedReader
+from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 
@@ -130,15 +133,22 @@ def read_records(path: Path) -> Iterator[Record]:
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
-                try:
-                    yield record_of(json.loads(line.decode()))  # here: a cut may go through a character
-                except ValueError as error:
-                    if not line.endswith(b"\n"):
-                        return
-                    raise InputError(f"Line {number} of {str(path)!r} is no record of apb eval: {error}.") from error
+                record = _parsed(path, number, line)
+                if record is not None:
+                    yield record
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error  # what is wrong inside a gzip file has no number
         raise InputError(f"The records {str(path)!r} cannot be read: {reason}.") from error
+
+
+def _parsed(path: Path, number: int, line: bytes) -> Record | None:
+    """The record of a line; None where it was cut short; InputError where it is none."""
+    try:
+        return record_of(json.loads(line.decode()))  # here: a cut may go through a character
+    except ValueError as error:
+        if not line.endswith(b"\n"):
+            return None
+        raise InputError(f"Line {number} of {str(path)!r} is no record of apb eval: {error}.") from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -154,21 +164,24 @@ def _open(path: Path) -> gzip.GzipFile | BufferedReader:
 
 
 class Store:
-    """The records of a run, and the file they are appended to as they come (none if `path` is None)."""
+    """The records of a run, and the file they are appended to as they come (none if `path` is None).
+
+    Several runs may append to one file at a time: each takes its turn by a lock on it, and sees the others' records.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self._records: dict[tuple[Any, ...], Record] = {}
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
+        self._lines = self._seen = 0  # of the file, in lines and bytes
         if path is None:
             return
         if path.suffix == ".gz":
             raise InputError(f"Records cannot be appended to {str(path)!r}; name a file that ends in .jsonl.")
+        self._path = path
         try:
-            if path.exists():
-                for record in read_records(path):
-                    self._records[record.key] = record
-                write_records(path, self._records.values())  # without a last line that was cut short
-            self._file = path.open("a", encoding="utf-8")
+            self._file = FileIO(path, "a+")
+            with self._turn():
+                pass
         except OSError as error:
             raise InputError(f"The records cannot be written to {str(path)!r}: {error.strerror}.") from error
 
@@ -177,20 +190,53 @@ class Store:
         return iter(self._records.values())
 
     def get(self, key: tuple[Any, ...]) -> Record | None:
-        """The record of that key, where there is one."""
+        """The record of that key, where there is one, of this run or of another that writes to the file."""
+        if key not in self._records and self._file is not None and os.fstat(self._file.fileno()).st_size > self._seen:
+            with self._turn():
+                pass
         return self._records.get(key)
 
     def add(self, record: Record) -> None:
-        """Keep a record; on disk when this returns."""
-        self._records[record.key] = record
-        if self._file is not None:
-            self._file.write(record.line())
-            self._file.flush()
+        """Keep a record, unless another run has added one of its key by now; on disk when this returns."""
+        if self._file is None:
+            self._records[record.key] = record
+            return
+        with self._turn() as file:
+            if record.key not in self._records:
+                line = record.line().encode()
+                left = memoryview(line)
+                while left:
+                    left = left[file.write(left) :]
+                self._records[record.key] = record
+                self._lines, self._seen = self._lines + 1, self._seen + len(line)
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[FileIO]:
+        """The file, locked, when all that others have appended is known; what a run that was ended left is mended."""
+        assert self._file is not None, "there is a file to write to"
+        with suppress(OSError):  # of file systems without locks, where lines are still appended whole
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        try:
+            self._file.seek(self._seen)
+            for line in BytesIO(self._file.readall()):
+                record = _parsed(self._path, self._lines + 1, line)
+                if record is None:
+                    self._file.truncate(self._seen)  # cut short, and the last: nobody else is writing
+                    break
+                if not line.endswith(b"\n"):
+                    self._file.write(b"\n")
+                    self._seen += 1
+                self._records.setdefault(record.key, record)
+                self._lines, self._seen = self._lines + 1, self._seen + len(line)
+            yield self._file
+        finally:
+            with suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def file_name(path: str | None) -> str | None:
@@ -202,10 +248,10 @@ def file_name(path: str | None) -> str | None:
 
 
 def model_name(model: torch.nn.Module, name: str) -> str:
-    """A checkpoint's name (its folder's, its id) with 8 hex digits of its weights: 64 values of every parameter."""
+    """A checkpoint's name (folder, file or id) with 8 hex digits of its weights: 64 values of every parameter."""
     digest = hashlib.sha256()
     for parameter_name, parameter in sorted(model.named_parameters()):
         values = parameter.detach().flatten()[:64].float().cpu().numpy()
         digest.update(f"{parameter_name} {tuple(parameter.shape)} ".encode() + values.tobytes())
-    folder = Path(name)
-    return f"{folder.resolve().name if folder.is_dir() else name} {digest.hexdigest()[:8]}"
+    path = Path(name)
+    return f"{path.resolve().name if path.exists() else name} {digest.hexdigest()[:8]}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -14,15 +15,67 @@ CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣"  # noqa: RUF001
     "､、〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏."  # noqa: RUF001
 )
+WIDE_COMMA = "\uff0c"
+WORD = re.compile(r"\w")
+# Thai to Myanmar, Hangul, Khmer, kana, Han.
+SPACELESS = re.compile(
+    "[\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u318f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf"
+    "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U000323af]"
+)
+# Digits in groups of three; not behind another group or a point, and not where a group of another size follows.
+GROUPED = re.compile(
+    "(?<![0-9])(?<![0-9][.,])[0-9]{1,3}([,'\u2019\u00a0\u2009\u202f])[0-9]{3}(?:\\1[0-9]{3})*(?!\\1?[0-9])"
+)
+FRACTION = re.compile(r"\.\d")
+FRACTION_AFTER = re.compile(r"\d\.$")
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NUMBER = re.compile(r"\d+\.\d+|\d+")
 
 
 def words(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in the prediction as whole words, whatever their case."""
-    text = prediction.lower()
-    found = [re.search(rf"(?<!\w){re.escape(answer.lower())}(?!\w)", text) is not None for answer in answers]
+    """Share of the answers that stand in the prediction as whole words or numbers, however they are spelled.
+
+    Case does not matter, nor how accents and wide characters are coded, nor separators between thousands. In scripts
+    without spaces between words, and in Korean, whose particles are joined to them, an answer may stand anywhere.
+    """
+    text = _plain(prediction)
+    found = [_stands_alone(_plain(answer), text) for answer in answers]
     return 100.0 * sum(found) / len(found)
+
+
+def _plain(text: str) -> str:
+    """One spelling for what is the same: lower case, composed accents, ordinary widths, 1,234 as 1234."""
+    # Not by NFKC alone, which makes 102 of 10²; and a wide comma ends a part of a sentence, not a group of digits.
+    wide = {char for char in set(text) if unicodedata.decomposition(char).startswith(("<wide>", "<narrow>"))} - {
+        WIDE_COMMA
+    }
+    text = text.translate({ord(char): unicodedata.normalize("NFKC", char) for char in wide})
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).lower())
+    return GROUPED.sub(lambda number: number[0].replace(number[1], ""), text)
+
+
+def _stands_alone(answer: str, text: str) -> bool:
+    """Whether the answer occurs in the text without a word or a number going on at either of its ends."""
+    place = text.find(answer)
+    while place >= 0:
+        before, after = text[:place], text[place + len(answer) :]
+        if not (
+            _goes_on(answer[:1], before[-1:])
+            or _goes_on(answer[-1:], after[:1])
+            or unicodedata.category(after[:1] or " ").startswith("M")  # an accent, a vowel: another letter
+            or (answer[:1].isdigit() and FRACTION_AFTER.search(before))
+            or (answer[-1:].isdigit() and FRACTION.match(after))
+        ):
+            return True
+        place = text.find(answer, place + 1)
+    return False
+
+
+def _goes_on(end: str, neighbour: str) -> bool:
+    """Whether a word that has ``end`` at one of its ends is longer, by the character beside it ("" for none)."""
+    if end.isdigit() and neighbour.isdigit():
+        return True
+    return bool(WORD.match(neighbour)) and not SPACELESS.match(end) and not SPACELESS.match(neighbour)
 
 
 # -- RULER (arXiv 2404.06654), scripts/eval ------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from .chunking import chunk_mlps
 from .config import kv_heads, layer_count
 from .fusing import fuse_parts
 from .placement import devices
-from .rope import length_dependent, pin_length
+from .rope import length_dependent, pin_length, switches
+from .windows import not_handed_over
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -42,6 +43,10 @@ class Attachment:
         self.kv_heads = kv_heads(model.config)
         # RoPE variants of the model that look at the largest position on the host, which CUDA graphs cannot do.
         self.length_dependent = length_dependent(model.config)
+        text = model.config.get_text_config()
+        # Lengths beyond which a prompt must be read again (longrope).
+        self.switches = switches(text)
+        self._windows = not_handed_over(text)
         # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
         self._attend: Attend | None = None
@@ -142,6 +147,8 @@ class Attachment:
         self._calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
         before = self._before_rope.pop(index) if self._before_rope is not None else None
+        if window is None:
+            window = self._windows[index]
         asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
         self.peculiar |= {name for name, value in asked.items() if value is not None}
         width = v.shape[-1]

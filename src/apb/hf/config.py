@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .windows import layer_windows
+
 
 def kv_heads(config: Any) -> int:
     """KV heads, over all processes that share the weights."""
@@ -34,3 +36,21 @@ def vocabulary(config: Any) -> int:
 def tied_embeddings(config: Any) -> bool:
     """True if the output head's weights are those of the embedding table."""
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
+
+
+def layers_in_words(config: Any) -> str:
+    """The kinds of layers of a model, in a few words."""
+    text = config.get_text_config()
+    windows = [window for window in layer_windows(text) if window is not None]
+    kinds = []
+    if windows:
+        kinds.append(f"{len(windows)} of {text.num_hidden_layers} layers see {windows[0]:,} tokens")
+    if softcap(config) is not None:
+        kinds.append("capped logits")
+    if text.model_type == "gpt_oss":
+        kinds.append("sinks")
+    if getattr(text, "kv_lora_rank", None):
+        kinds.append("latent attention")
+    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        kinds.append("experts")
+    return ", ".join(kinds) or "full attention"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, first_line
 from ..planning.shape import ModelShape
 from . import placement
 from .attach import attention_modules
+from .windows import layer_windows
 
 # Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
@@ -34,8 +35,7 @@ def model_shape(config: Any, gpus: int = 1) -> ModelShape:
 def _count(config: Any, gpus: int) -> ModelShape:
     text = config.get_text_config()
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        model = placement.without_weights(config)
     except Exception as error:  # the model's code may raise anything on values it was not written for
         raise InputError(
             f"No {config.model_type!r} model can be built from this configuration: {first_line(error)}; correct it."
@@ -76,11 +76,7 @@ def _kv_heads(text: Any) -> int:
 
 def windows(text: Any) -> list[int]:
     """Window lengths, in tokens, of the layers with a sliding window."""
-    window = getattr(text, "sliding_window", None)
-    types = getattr(text, "layer_types", None)
-    if window is None or not getattr(text, "use_sliding_window", True):
-        return []
-    return [window] * (types.count("sliding_attention") if types else text.num_hidden_layers)
+    return [window for window in layer_windows(text) if window is not None]
 
 
 def _expert_row(model: PreTrainedModel, text: Any) -> int:

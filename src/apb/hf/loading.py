@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
-from . import placement
+from . import gguf, placement, rope
 from .counting import head_dim
 from .tensor_parallel import settings, shared
 
@@ -33,7 +33,9 @@ def shipped_model() -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder or hub id; InputError where there is none."""
+    """The configuration of a checkpoint folder, GGUF file or hub id; InputError where there is none."""
+    if gguf.is_gguf(model):
+        return gguf.load_config(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise InputError(f"The model folder {str(model)!r} does not exist.")
     adapter = Path(model, "adapter_config.json")
@@ -61,7 +63,9 @@ def _base_of(adapter: Path) -> str:
 
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder or hub id; of an adapter without one, its base model's."""
+    """The tokenizer of a checkpoint folder, GGUF file or hub id; of an adapter without one, its base model's."""
+    if gguf.is_gguf(model):
+        return gguf.load_tokenizer(model)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "tokenizer_config.json").is_file():
         return load_tokenizer(_base_of(adapter), trust_remote_code)
@@ -86,12 +90,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
-    Safetensors go straight to the device, a tensor at a time. Torch files are read with ``weights_only``: no code from
-    a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: what the checkpoint's
-    configuration names, or one of its configurations as ``quantization``. So are adapters: a folder that holds one of
-    peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, the first of them
-    ``device``; DoesNotFit, before a weight is read, where they are too small. InputError where weights are missing, or
-    not of the shapes that the configuration gives them.
+    Safetensors go straight to the device, a tensor at a time; GGUF files are expanded. Torch files are read with
+    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own:
+    what the checkpoint's configuration names, or one of its configurations as ``quantization``. So are adapters: a
+    folder that holds one of peft's is loaded onto its base model. With several ``gpus`` the layers are split over that
+    many, the first of them ``device``; DoesNotFit, before a weight is read, where they are too small. InputError where
+    weights are missing, or not of the shapes that the configuration gives them.
     """
     loaded: Any
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -103,16 +107,22 @@ def load_model(
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
     try:
+        kind: Any = AutoModelForCausalLM
         if mesh is None:
-            loaded = AutoModelForCausalLM.from_pretrained(str(model), device_map=places, **options)
+            options["device_map"] = places
         else:
-            config = load_config(model, trust_remote_code)
-            kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            loaded = shared(kind, mesh).from_pretrained(str(model), config=config, **options, **settings(mesh))
+            options |= {"config": load_config(model, trust_remote_code), **settings(mesh)}
+            decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
+            kind = shared(decoder, mesh)
+        if gguf.is_gguf(model):
+            loaded = gguf.load_model(model, kind, options)
+        else:
+            loaded = kind.from_pretrained(str(model), **options)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     weights, found = loaded
-    if getattr(weights, "hf_quantizer", None) is None:  # what a quantizer makes of names and shapes is its own business
+    # What a quantizer makes of names and shapes is its own business; that of GGUF files makes them a checkpoint's.
+    if gguf.is_gguf(model) or getattr(weights, "hf_quantizer", None) is None:
         _check_weights(str(model), found)
     return weights.eval()
 
@@ -214,8 +224,8 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions that a model was trained for; None where its configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Positions that a model's settings are for, scaled RoPE included; None where its configuration names no limit."""
+    return rope.reach(config.get_text_config())
 
 
 def pick_device(device: str | None) -> torch.device:

@@ -30,9 +30,14 @@ def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = 
         InputError: the model does not declare which of its modules cannot be split.
         DoesNotFit: the weights, in ``dtype``, exceed ``memory``: nothing is offloaded to the CPU or to disk.
     """
+    return balanced(without_weights(config), gpus, dtype, memory)
+
+
+def without_weights(config: Any) -> PreTrainedModel:
+    """The modules of a configuration's model; those of a checkpoint's own code where its configuration runs it too."""
+    trusted = type(config).__module__.startswith("transformers_modules.")
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return balanced(model, gpus, dtype, memory)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
 
 
 def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""RoPE variants whose frequencies depend on the length: every rank must see the global one."""
+"""RoPE that is stretched: how far it reaches, and the variants whose frequencies depend on the length."""
 
 from __future__ import annotations
 
@@ -9,16 +9,66 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# Families whose configurations give the stretched length, although settings of their type come with the original one.
+_GIVEN_STRETCHED = ("gemma3", "gemma3_text")
+_STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
+
+
+def parameter_sets(text: Any) -> dict[str, dict[str, Any]]:
+    """The RoPE settings of a decoder's configuration by kind of layer; under "" where all layers have the same."""
+    given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    return {kind: part for kind, part in given.items() if isinstance(part, dict)} or {"": given}
+
+
+def kind(parameters: dict[str, Any]) -> str:
+    """transformers' name of what a set of settings does: "default", "linear", "yarn" and so on."""
+    return str(parameters.get("rope_type") or parameters.get("type") or "default")
+
+
+def reach(text: Any) -> int | None:
+    """How many positions the settings of a decoder's configuration are for; None where it says nothing.
+
+    In transformers' words a ``factor`` serves sequences of factor x the original length. That is
+    ``original_max_position_embeddings`` where it is given, else ``max_position_embeddings``, which in many
+    configurations is the stretched length already.
+    """
+    given: int | None = getattr(text, "max_position_embeddings", None)
+    if given is None:
+        return None
+    sets = parameter_sets(text)
+    # Sliding layers compare positions within their window alone: how far their RoPE reaches is no limit.
+    far = [parameters for layers, parameters in sets.items() if layers != "sliding_attention"] or [*sets.values()]
+    return min(_reach(parameters, given, text.model_type) for parameters in far)
+
+
+def _reach(parameters: dict[str, Any], given: int, model_type: str) -> int:
+    factor = parameters.get("factor")
+    original = parameters.get("original_max_position_embeddings") or given
+    if kind(parameters) not in _STRETCHED or not factor or model_type in _GIVEN_STRETCHED:
+        return given
+    # Here the factor is a term of a formula and need not be the ratio of the lengths: Llama 3.2's is 32, and they are
+    # 8,192 and 131,072.
+    if kind(parameters) in ("longrope", "llama3") and original < given:
+        return given
+    return max(given, int(original * factor))
+
+
+def switches(text: Any) -> list[int]:
+    """Lengths beyond which longrope turns every position by other angles, those read before included.
+
+    What was read with the ones cannot be attended to with the others; transformers' models have it read again.
+    """
+    sets = [parameters for parameters in parameter_sets(text).values() if kind(parameters) == "longrope"]
+    return [int(parameters["original_max_position_embeddings"]) for parameters in sets]
+
+
 # RoPE variants whose frequencies follow from the largest position.
 _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
 def length_dependent(config: Any) -> list[str]:
     """The RoPE variants of a model whose frequencies depend on the length, by name."""
-    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    # Some families have one set of parameters a kind of layer.
-    sets = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return sorted({str(part.get("rope_type")) for part in sets} & _LENGTH_DEPENDENT)
+    return sorted({*map(kind, parameter_sets(config.get_text_config()).values())} & _LENGTH_DEPENDENT)
 
 
 def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[], None]:

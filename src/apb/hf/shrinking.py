@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 HEADS = 4
 WINDOW = 24
+VOCABULARY = 503
+POSITIONS = 128
 # Settings that are lowered to these values wherever a configuration has larger ones.
 _SMALL = {
-    "vocab_size": 503,
+    "vocab_size": VOCABULARY,
     "intermediate_size": 96,
     "ffn_dim": 96,
     "ffn_hidden_size": 96,
@@ -35,6 +40,8 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+# How far a layer sees, by whatever name: for all layers, or a list.
+_REACH = re.compile(r"(window|window_size|window_sizes|attention_chunk_size|local_attention)$")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -68,8 +75,14 @@ def shrink(config: Any) -> Any:
             setattr(small, name, value)
     if getattr(text, "first_k_dense_replace", None):
         small.first_k_dense_replace = 1
-    if getattr(text, "sliding_window", None) is not None:
-        small.sliding_window = WINDOW
+    for name, value in vars(text).items():
+        if _REACH.search(name) and value and not isinstance(value, bool):
+            setattr(small, name, [WINDOW] * len(layers) if isinstance(value, (list, tuple)) else WINDOW)
+    if (getattr(text, "max_position_embeddings", None) or POSITIONS) < POSITIONS:
+        small.max_position_embeddings = POSITIONS
+    for part in vars(small).values():  # what sees or hears, beside a decoder: it is not read with
+        if isinstance(part, PreTrainedConfig):
+            _set(part, (*_LAYERS, "num_blocks"), 1)
     for name in _SPECIAL:
         setattr(small, name, 0)
     small.dtype = "float32"

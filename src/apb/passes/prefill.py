@@ -33,6 +33,7 @@ def read(
     max_new_tokens: int,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    length: int | None = None,
 ) -> tuple[ShardCache, Tensor, float]:
     """Read a prompt by a strategy's plan; every rank calls it.
 
@@ -42,6 +43,7 @@ def read(
         strategy: this rank's, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, those that share weights included.
         max_new_tokens, progress, cancelled: as in :meth:`apb.Engine.prefill`.
+        length: the length by which RoPE that depends on it turns; by default the prompt's.
 
     Returns:
         cache: this rank's shard.
@@ -80,7 +82,7 @@ def read(
         cache.arrival = lambda layer, arrival=arrival: arrival  # type: ignore[misc]
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        with torch.no_grad(), _running(attachment, strategy, attend):
+        with torch.no_grad(), _running(attachment, strategy, attend, length):
             logits = group.broadcast(attachment.last_logits(ids, positions, cache))
     return cache, logits, watch.seconds()
 
@@ -116,10 +118,12 @@ def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache
     return ShardCache(layers, capacity=held + room, keeps_new=itinerary.owns_tail, total=plan.total)
 
 
-def _running(attachment: Attachment, strategy: Strategy, attend: Attend) -> AbstractContextManager[None]:
+def _running(
+    attachment: Attachment, strategy: Strategy, attend: Attend, length: int | None = None
+) -> AbstractContextManager[None]:
     """A pass of the model by a strategy; q, k, v before RoPE are only there where something is to be selected."""
     plan = strategy.plan
-    return attachment.running(attend, plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
+    return attachment.running(attend, length or plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
 
 
 def _check_cancelled(cancelled: Callable[[], bool] | None, everyone: Group, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from ...errors import InputError, at_least
 from ...generation import check_seed
 from ...hf.attach import Attachment
 from ...hf.heads import HeadShape, save_heads
-from ...hf.loading import check_supported
+from ...hf.loading import check_supported, position_limit
 from ...kernels.attention import Segment, attention
 from ...layers.base import AttentionInput
 from .data import Example, Samples, ahead, order
@@ -252,7 +252,7 @@ class HeadTrainer:
 
 def positions(config: Any) -> int:
     """Maximum number of positions of a model; sys.maxsize if its configuration sets none."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+    return position_limit(config) or sys.maxsize
 
 
 def check_positions(config: Any, settings: Settings) -> None:

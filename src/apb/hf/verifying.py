@@ -1,0 +1,191 @@
+"""Whether models of a kind come out right here: a small random copy, read by this package and by transformers alone.
+
+What a layer sees beside causality (a window, a chunk, a part without order) some families leave to the mask, which this
+package never builds. Whether it knows of all that is not taken for granted: logits are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..distributed.collectives import Group
+from ..errors import InputError, first_line
+from ..layers.base import AttentionInput, LayerKind
+from ..layers.shards import NewRows, full_partial, merge_over_ranks, window_partial
+from .attach import Attachment
+from .cache import ShardCache
+from .shrinking import VOCABULARY, shrink
+
+# Differences are measured against the largest logit: of a small copy in fp32, and of a model of which none can be made.
+TOLERANCE = 1e-4
+_ROUGH = {torch.float32: 1e-3}
+# Several times as long as the windows of a small copy.
+PROMPT = (*((37 * i + 11) % (VOCABULARY - 2) + 1 for i in range(107)), 42, 95, 148)
+ANSWER = (12, 70, 33)
+
+_verified: set[str] = set()
+
+
+def verify(config: Any, model: PreTrainedModel | None = None) -> None:
+    """InputError where models of a configuration's kind do not come out here as in transformers' own pass.
+
+    That they do is found out once, for a kind of model and the versions of all code that has a part in it, and noted in
+    the user's cache folder. Where no small copy can be made, ``model`` itself reads the short prompt; without it, as
+    before its weights are there, nothing is said.
+    """
+    text = config.get_text_config()
+    kind = kind_of(config, model)
+    if kind is None:
+        return
+    small = _shrunk(text)
+    key = _key(kind, text if small is None else small)
+    if key in _verified:
+        return
+    note = _folder() / key
+    if not os.path.exists(note):
+        copy = None if small is None else _copy(kind, small)
+        if copy is not None:
+            _compare(copy, TOLERANCE, "a small copy with random weights")
+        elif model is not None:
+            _compare(model, _ROUGH.get(model.dtype, 5e-2), "a short prompt")
+        else:
+            return
+        with suppress(OSError):  # without a note it is found out anew
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+    _verified.add(key)
+
+
+def kind_of(config: Any, model: PreTrainedModel | None = None) -> Any:
+    """The class of a configuration's decoder, ``model``'s own where that is one; None for code that is not loaded."""
+    text = config.get_text_config()
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    return type(model) if model is not None and (known is None or type(model.config) is type(text)) else known
+
+
+def small_model(kind: type[PreTrainedModel], small: Any) -> PreTrainedModel:
+    """A model of a shrunk configuration whose logits are far from uniform and whose attention is peaky: errors show."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too
+        model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("sinks"):
+                    weight.normal_()
+                elif weight.ndim > 1:
+                    weight.mul_(3)
+    return model
+
+
+def _shrunk(text: Any) -> Any:
+    try:
+        return shrink(text)
+    except Exception:  # a configuration that names its sizes in ways of its own
+        return None
+
+
+def _copy(kind: Any, small: Any) -> PreTrainedModel | None:
+    """A small copy that transformers can run; None where there is none."""
+    try:
+        model = small_model(kind, small)
+        _theirs(model)
+    except Exception:  # whatever a model's code makes of sizes that it was not written for
+        return None
+    return model
+
+
+def _compare(model: PreTrainedModel, tolerance: float, subject: str) -> None:
+    """InputError where logits after any of the tokens of PROMPT and ANSWER are not transformers' own."""
+    name = model.config.model_type
+    try:
+        expected, logits = _theirs(model), _ours(model)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"Models of type {name!r} cannot be read here: {first_line(error)}.") from error
+    errors = (logits - expected).abs().amax(-1) / expected.abs().max()
+    wrong = (~(errors <= tolerance)).nonzero()  # what is no number is wrong
+    if len(wrong):
+        raise InputError(
+            f"Models of type {name!r} with these settings do not come out right here: from token {int(wrong[0])} of "
+            f"{subject} on, logits are off from transformers' own by {float(errors.max()):.1g} of the largest; "
+            "use transformers itself, or verify=False to go on all the same."
+        )
+
+
+def _theirs(model: PreTrainedModel) -> Tensor:
+    """Logits (tokens, vocabulary) fp32 by transformers' eager attention: PROMPT in one pass, then ANSWER's tokens."""
+    attention, known, logits = model.config._attn_implementation, None, []
+    model.set_attn_implementation("eager")  # the others are given no mask where they need none
+    try:
+        for ids in _parts(model):
+            with torch.no_grad():
+                output = model(ids, past_key_values=known, use_cache=True)
+            known = output.past_key_values
+            logits.append(output.logits[0].float())
+    finally:
+        model.set_attn_implementation(attention)
+    return torch.cat(logits)
+
+
+def _ours(model: PreTrainedModel) -> Tensor:
+    """The same with this package's attention."""
+    attachment = Attachment.of(model)
+    shard = ShardCache(attachment.layers, capacity=len(PROMPT) + len(ANSWER), keeps_new=True, total=0)
+    logits = []
+
+    def attend(layer: AttentionInput) -> Tensor:
+        rows = NewRows(shard.total - layer.q.shape[0], [range(shard.total)])
+        partial = full_partial if layer.kind is LayerKind.FULL else window_partial
+        return merge_over_ranks(layer, *partial(layer, rows, "reference"), Group()).wait()
+
+    try:
+        for ids in _parts(model):
+            places = range(shard.total, shard.total + ids.shape[1])
+            shard.expect(places)
+            positions = torch.tensor([list(places)], device=ids.device)
+            with torch.no_grad(), attachment.running(attend, shard.total):
+                output = model(input_ids=ids, position_ids=positions, past_key_values=shard, use_cache=True)
+            logits.append(output.logits[0].float())
+    finally:
+        attachment.release()
+    return torch.cat(logits)
+
+
+def _parts(model: PreTrainedModel) -> list[Tensor]:
+    """PROMPT, and then each token of ANSWER, as token ids (1, tokens) of the model."""
+    vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+    parts = [list(PROMPT), *([token] for token in ANSWER)]
+    return [torch.tensor([part], device=model.device) % vocabulary for part in parts]
+
+
+def _key(kind: type[PreTrainedModel], config: Any) -> str:
+    """What the outcome depends on, as a file's name: class and settings, and all code that has a part in it."""
+    settings = config.to_json_string(use_diff=False)
+    parts = [torch.__version__, transformers.__version__, f"{kind.__module__}.{kind.__qualname__}", settings]
+    parts += [_state(Path(__file__).parents[1]), _state(Path(inspect.getfile(kind)))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@cache
+def _state(path: Path) -> str:
+    """Names, sizes and times of a file, or of all modules in a folder."""
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    return " ".join(f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)
+
+
+def _folder() -> Path:
+    """Where the notes lie of what came out right."""
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "apb", "verified")
