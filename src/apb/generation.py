@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +26,10 @@ from .errors import Cancelled, InputError, at_least
 if TYPE_CHECKING:
     from .distributed.collectives import Group
     from .session import Session
+
+
+# The name of a token that is a byte.
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def check_seed(seed: int) -> None:
@@ -177,23 +182,58 @@ def _pick(scores: Tensor, sample: bool, generator: torch.Generator) -> Tensor:
 
 
 class Detokenizer:
-    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run."""
+    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run.
+
+    Whatever a tokenizer does to the whole (it may strip a first space, or put signs next to words) is done to the
+    pieces: text is held back for as long as tokens to come may change it.
+    """
+
+    # Decoded again with each token are those of a window, of at most so many tokens where that can be.
+    _WINDOW = 16
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Only the tokens from _start on are decoded again: those up to _told are context for what comes after them.
-        self._start = self._told = 0
+        self._start = 0  # of the window
+        self._told = 0  # characters of the window's text that were given
+        self._length = 0  # characters given in all
+        self._text_so_far = ""  # the window's
+        self._in_bytes = False  # whether the last of it is bytes that stand for characters not in the vocabulary
+        # Of a text that is cleaned up the last few characters may change: "do n" becomes "don't".
+        self._hold = 8 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
 
     def add(self, token: int, last: bool = False) -> str:
         """The new text that a token brings; held back while it ends in the middle of a character."""
         self._ids.append(token)
-        known = self._text(self._ids[self._start : self._told])
-        text = self._text(self._ids[self._start :])
-        if not last and text.endswith("\ufffd"):
+        if last:
+            return self._given(self._text(0)[self._length :])
+        text, before = self._text(self._start), self._text_so_far
+        self._text_so_far = text
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(name, str) and _BYTE.fullmatch(name):
+            self._in_bytes = True
+        elif text != before:  # special tokens between bytes do not count
+            self._in_bytes = False
+        # Such bytes are characters only if all in a row are.
+        if self._in_bytes or text.endswith("\ufffd"):
             return ""
-        self._start, self._told = self._told, len(self._ids)
-        return text[len(known) :]
+        piece = text[self._told : max(self._told, len(text) - self._hold)]
+        self._told += len(piece)
+        if len(self._ids) - self._start > self._WINDOW:
+            self._move(text)
+        return self._given(piece)
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _move(self, text: str) -> None:
+        """Let the window begin later, where what is not given yet depends on nothing before it."""
+        start = len(self._ids) - self._WINDOW // 2
+        rest = self._text(start)
+        told = self._told - (len(text) - len(rest))
+        if told > self._hold and text.endswith(rest):
+            self._start, self._told, self._text_so_far = start, told, rest
+
+    def _given(self, piece: str) -> str:
+        self._length += len(piece)
+        return piece
+
+    def _text(self, start: int) -> str:
+        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))
