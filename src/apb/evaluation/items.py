@@ -45,10 +45,7 @@ class Item:
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The prompt that a model reads: chat template where there is one, the document cut to the limit."""
-        prompt = Prompt.for_model(tokenizer, self.document, self.query)
-        if self.answer_prefix:
-            opening = tokenizer(self.answer_prefix, add_special_tokens=False)["input_ids"]
-            prompt = replace(prompt, query=(*prompt.query, *opening))
+        prompt = Prompt.for_model(tokenizer, self.document, self.query, answer_prefix=self.answer_prefix)
         if self.limit is None:
             return prompt
         room = self.limit - self.max_new_tokens - len(prompt.prefix) - len(prompt.query)
