@@ -65,6 +65,8 @@ def read(
             progress(now + (after - now) * (layer.index + 1) // layers, plan.total)
         return out
 
+    if attachment.finite is not None:
+        attachment.finite.clear()
     group.barrier()
     watch = Stopwatch(device)
     for round in range(plan.rounds):

@@ -86,6 +86,26 @@ class Session:
         self.token_ids.extend(token_ids)
         return self.logits
 
+    def what_is_not_finite(self, everyone: Group) -> str:
+        """A sentence about logits that are not numbers; every process calls it, and all get the same.
+
+        It names the layer where that began, if layers were looked at (see :class:`apb.NotFinite`).
+        """
+        unknown = len(self._cache)
+        first = self._attachment.first_not_finite()
+        seen = torch.tensor([unknown if first is None else first], device=self.logits.device)
+        layer = int(everyone.all_gather(seen).wait().min())
+        where = (
+            f"the attention of layer {layer} was the first to give such numbers"
+            if layer < unknown
+            else "APB_CHECK_FINITE=1 in the environment names the layer where that begins"
+        )
+        told = len(self.token_ids) - self.plan.total
+        return (
+            f"The model's scores for the next token, {told} tokens into the answer, are NaN or infinite: {where}; "
+            "use a wider dtype (--dtype float32), or other weights."
+        )
+
     @property
     def captured(self) -> bool:
         """Whether tokens are read by CUDA graphs, as they are from the first on for which that can be."""

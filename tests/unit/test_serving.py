@@ -302,6 +302,7 @@ def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (RuntimeError("out of\nluck"), 500, "RuntimeError: out of luck"),
         (apb.InputError("Too much."), 400, "Too much."),
+        (apb.NotFinite("No numbers."), 500, "No numbers."),
     ],
 )
 def test_failures_are_told(

@@ -140,6 +140,8 @@ def answer(request: Request) -> None:
     kind = "exact" if result.exact else "approximate"
     if result.choice:
         print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
+    for note in result.notes:
+        print(f"apb: {note}", file=sys.stderr)
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
         f"read {len(prompt)} tokens in {result.timing['prefill_s']:.2f} s, "

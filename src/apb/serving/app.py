@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import Cancelled, InputError, unexpected
+from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Sampling
 from ..prompt import Prompt
 from .schema import ChatRequest
@@ -191,7 +191,7 @@ class Reply:
         """Tokens, and under "apb" how the prompt was read: whether exactly, by which plan, in what time."""
         read, written = len(self._prompt), len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        kept = ("strategy", "exact", "plan", "timing", "choice")
+        kept = ("strategy", "exact", "plan", "timing", "choice", "notes")
         return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
 
 
@@ -257,7 +257,7 @@ def _failure(error: Exception) -> Refusal:
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):
         return Refusal(499, str(error), code="cancelled")
-    return Refusal(500, unexpected(error), "server_error")
+    return Refusal(500, str(error) if isinstance(error, NotFinite) else unexpected(error), "server_error")
 
 
 def _sentence(error: RequestValidationError) -> str:
