@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import apb
 from apb.hf.chat import Turn, rendered, template_of
 from apb.hf.texts import Piece
 from byte_checkpoint import BOS, TEMPLATE, byte_tokenizer
+from command_line import Cli
 
 DOCUMENT, QUERY = " The keeper of Orrin\nwas called Maud.\n", "Who kept <it>?  "
 # Each with what it makes of the document and of the query.
@@ -143,3 +146,24 @@ def test_templates_that_cannot_be_told_apart() -> None:
         apb.Prompt.for_model(tokenizer, "d", "q", chat_template="other")
     with pytest.raises(apb.InputError, match=r"it has none\.$"):
         apb.Prompt.from_chat(byte_tokenizer(), "d", "q", chat_template="other")
+
+
+def test_the_command_line_takes_one(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """By name or file, for an answer and for a server; without one, those that there are to choose from are named."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    settings = folder / "tokenizer_config.json"
+    several = [{"name": name, "template": f"{{{{ messages[-1].content }}}}{name}"} for name in ("short", "shorter")]
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": several}))
+    document, file = tmp_path / "document.txt", tmp_path / "mine.jinja"
+    document.write_text(DOCUMENT)
+    file.write_text("{{ messages[-1].content }} and in long?")
+    asked = ["generate", "--model", folder, "--document", document, "--query", "Who?", "--max-new-tokens", 1]
+    asked += ["--strategy", "full", "--device", "cpu", "--json"]
+    for template, tail in (("shorter", "shorter"), (file, " and in long?")):
+        plan = cli(*asked, "--chat-template", template).json["plan"]
+        assert plan["document_tokens"] + plan["query_tokens"] == len(f"{DOCUMENT}\n\nWho?{tail}")
+    cli(*asked).refused("several chat templates", "short, shorter", "--chat-template")
+    cli(*asked, "--chat-template", "long").refused("'long'", "its templates are short, shorter")
+    serve = ["serve", "--model", folder, "--device", "cpu", "--port", 0]
+    cli(*serve).refused("several chat templates", "short, shorter", "--chat-template")
+    cli(*serve, "--chat-template", "long").refused("'long'", "its templates are short, shorter")

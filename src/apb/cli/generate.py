@@ -15,6 +15,9 @@ from . import options
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from ..prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -24,16 +27,24 @@ class Request:
     model: str
     document: str
     query: str
+    chat_template: str | None
     loading: dict[str, Any]
     reading: dict[str, Any]
     sampling: dict[str, Any]
     as_json: bool
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+        """What the model reads."""
+        from ..prompt import Prompt
+
+        return Prompt.for_model(tokenizer, self.document, self.query, chat_template=self.chat_template)
 
 
 def generate(
     document: Annotated[str, typer.Option(help="Text file to read, or - for standard input.")],
     query: Annotated[str, typer.Option(help="The question.")],
     model: options.Model = None,
+    chat_template: options.ChatTemplate = None,
     strategy: options.Strategy = "apb",
     blocks: options.Blocks = None,
     rounds: options.Rounds = None,
@@ -77,6 +88,7 @@ def generate(
         model=str(model or loading.shipped_model()),
         document=text,
         query=query,
+        chat_template=chat_template,
         **options.of_engine(given, place.type),
         sampling={
             "max_new_tokens": max_new_tokens,
@@ -110,7 +122,6 @@ def answer(request: Request) -> None:
     """One rank's part of an answer; rank 0 prints."""
     from ..distributed import launch
     from ..engine import Engine
-    from ..prompt import Prompt
     from .progress import Bar
     from .quiet import quiet_libraries
 
@@ -118,7 +129,7 @@ def answer(request: Request) -> None:
     engine = Engine.from_pretrained(request.model, **request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     assert engine.tokenizer is not None, "from_pretrained loads one"
-    prompt = Prompt.for_model(engine.tokenizer, request.document, request.query)
+    prompt = request.prompt(engine.tokenizer)
     with Bar("Reading", "token", shown=prints) as progress:
         pieces = engine.stream(prompt, progress=progress.update, **request.sampling)
         while True:
@@ -156,7 +167,6 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     from ..hf import counting, loading
     from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
-    from ..prompt import Prompt
     from ..reading import Reading
 
     reading = Reading(**request.reading)
@@ -164,7 +174,7 @@ def _check(request: Request, ranks: int, device: torch.device) -> None:
     remote_code = request.loading["trust_remote_code"]
     config = loading.load_config(request.model, remote_code)
     loading.check_supported(config)
-    prompt = Prompt.for_model(loading.load_tokenizer(request.model, remote_code), request.document, request.query)
+    prompt = request.prompt(loading.load_tokenizer(request.model, remote_code))
     tensor = request.loading["tensor_parallel"]
     check_shards(config, tensor)
     split = counting.model_shape(config, request.loading["gpus_per_rank"]).split

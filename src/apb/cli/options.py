@@ -69,6 +69,12 @@ AllowExtrapolation = Annotated[
     bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="One of the tokenizer's chat templates by name, or a file, instead of its own."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")

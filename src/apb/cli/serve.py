@@ -20,6 +20,7 @@ class Server:
     """Everything a rank needs to serve; plain values, so that it travels."""
 
     model: str
+    chat_template: str | None
     loading: dict[str, Any]
     reading: dict[str, Any]
     host: str
@@ -29,6 +30,7 @@ class Server:
 
 def serve(
     model: options.Model = None,
+    chat_template: options.ChatTemplate = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one that this machine has.")] = (
         "127.0.0.1"
     ),
@@ -73,6 +75,7 @@ def serve(
     size = launch.ranks_to_use(ranks, place, tensor_parallel, gpus_per_rank)
     server = Server(
         model=str(model or loading.shipped_model()),
+        chat_template=chat_template,
         **options.of_engine(given, place.type),
         host=host,
         port=port,
@@ -85,6 +88,7 @@ def serve(
 def _check(server: Server, ranks: int) -> None:
     """What would be wrong with every request, before a process is started or a weight is read."""
     from ..hf import loading
+    from ..hf.chat import template_of
     from ..hf.heads import HeadShape, load_heads
     from ..hf.tensor_parallel import check_shards
     from ..methods import check_heads
@@ -96,6 +100,7 @@ def _check(server: Server, ranks: int) -> None:
             at_least(name, value, 1)
     config = loading.load_config(server.model, server.loading["trust_remote_code"])
     loading.check_supported(config)
+    template_of(loading.load_tokenizer(server.model, server.loading["trust_remote_code"]), server.chat_template)
     tensor = server.loading["tensor_parallel"]
     check_shards(config, tensor)
     check_heads(reading.strategy, config.get_text_config().num_attention_heads // tensor, ranks)
@@ -122,7 +127,7 @@ def work(server: Server) -> None:
         path = Path(server.model)
         name = path.resolve().name if path.is_dir() else server.model
         listening = _listen(server.host, server.port)
-        app = make_app(worker, name, server.max_new_tokens)
+        app = make_app(worker, name, server.max_new_tokens, server.chat_template)
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True).start()
         at = f"http://{server.host}:{listening.getsockname()[1]}/v1"

@@ -76,13 +76,14 @@ class Counted:
         await self._app(scope, receive, watched)
 
 
-def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
+def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str | None = None) -> FastAPI:
     """The server of one model.
 
     Args:
         worker: rank 0's; its :meth:`~apb.serving.worker.Worker.run` must be running on another thread.
         name: what clients call the model.
         max_new_tokens: an answer's longest length where a request names none.
+        chat_template: as in :meth:`apb.Prompt.from_chat`.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None)
     metrics = Metrics(worker)
@@ -102,7 +103,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
         tokenizer = worker.engine.tokenizer
         assert tokenizer is not None, "from_pretrained loads one"
         with tokenizing:
-            prompt = Prompt.for_model(tokenizer, document, query, system)
+            prompt = Prompt.for_model(tokenizer, document, query, system, chat_template=chat_template)
         worker.engine.plan(prompt, sampling["max_new_tokens"])
         return prompt, sampling
 
