@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import InputError, first_line
 from ..methods import check_heads
 from ..plan import Plan
-from . import placement
+from . import damaged, placement
 from .counting import head_dim
 from .tensor_parallel import settings, shared
 
@@ -68,12 +68,15 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
         return load_tokenizer(_base_of(adapter), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library tokenizers raises nothing more special for a file that it cannot read
         if Path(model).is_dir() and not any(Path(model).glob("*token*")):
             raise InputError(
                 f"There is no tokenizer in {str(model)!r}; put the model's tokenizer.json there."
             ) from error
-        raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+        raise InputError(
+            f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}; put a tokenizer.json there that "
+            "this version of transformers reads."
+        ) from error
 
 
 def load_model(
@@ -100,6 +103,7 @@ def load_model(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if quantization is not None:
         options["quantization_config"] = quantization
+    damaged.check_index(model)
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
@@ -110,8 +114,10 @@ def load_model(
             config = load_config(model, trust_remote_code)
             kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             loaded = shared(kind, mesh).from_pretrained(str(model), config=config, **options, **settings(mesh))
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, NotImplementedError) as error:
+        method = damaged.quantizer(load_config(model, trust_remote_code), quantization)
+        missing = damaged.missing_quantizer(model, method) if method and isinstance(error, ImportError) else None
+        raise missing or InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     weights, found = loaded
     if getattr(weights, "hf_quantizer", None) is None:  # what a quantizer makes of names and shapes is its own business
         _check_weights(str(model), found)
