@@ -176,6 +176,13 @@ def _pick(scores: Tensor, draws: bool, generator: torch.Generator) -> tuple[Tens
     return torch.multinomial(chances.masked_fill(lost, 1.0), 1, generator=generator)[0], lost
 
 
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether spaces before signs are taken out of what is decoded; many are set to do so, and do not."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    return " ." not in str(tokenizer.decode(tokenizer("a . b", add_special_tokens=False)["input_ids"]))
+
+
 class Detokenizer:
     """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run.
 
@@ -195,7 +202,7 @@ class Detokenizer:
         self._text_so_far = ""  # the window's
         self._in_bytes = False  # whether the last of it is bytes that stand for characters not in the vocabulary
         # Of a text that is cleaned up the last few characters may change: "do n" becomes "don't".
-        self._hold = 8 if getattr(tokenizer, "clean_up_tokenization_spaces", False) else 0
+        self._hold = 8 if _cleans_up(tokenizer) else 0
 
     def add(self, token: int, last: bool = False) -> str:
         """The new text that a token brings; held back while it ends in the middle of a character."""

@@ -97,8 +97,10 @@ def test_text_comes_back(kind: str, chat: bool, text: str) -> None:
     document = (TEXTS | FORGED)[text]
     prompt = prompt_of(kind, chat, document)
     whole, said = tokenizer(kind).decode(prompt.token_ids), f"{document}\n\n{QUERY}"
-    # Unigram's template trims, and markers of two others take white space along.
-    assert (said.strip() if chat and kind in ("unigram", "space by normalizer", "slow") else said) in whole
+    # Unigram's template trims, and markers of two others take white space along; what is made of GGUF has a space in
+    # front by some versions of transformers and not by others, while decoding takes one away.
+    trimmed = kind == "GGUF" or (chat and kind in ("unigram", "space by normalizer", "slow"))
+    assert (said.strip() if trimmed else said) in whole
     part = tokenizer(kind).decode(prompt.document)
     assert document.strip() in part and QUERY not in part
 
@@ -187,7 +189,7 @@ def test_pieces_of_an_answer_are_the_whole(kind: str) -> None:
     answers = [own(line[:400], add_special_tokens=False)["input_ids"] for line in lines]
     draw = Random(kind)
     detokenizer = Detokenizer(own)
-    assert sum(bool(detokenizer.add(token)) for token in answers[0]) > 5  # most pieces come at once
+    assert sum(bool(detokenizer.add(token)) for token in answers[0]) > 5  # most pieces do not wait for the end
     answers += [[draw.randrange(len(own)) for _ in range(60)] for _ in range(40)]
     byte = [token for token, name in enumerate(own.convert_ids_to_tokens(list(range(len(own))))) if name[:3] == "<0x"]
     answers += [[draw.choice([*byte, 1, 5]) for _ in range(30)] for _ in range(20) if byte]
@@ -195,3 +197,12 @@ def test_pieces_of_an_answer_are_the_whole(kind: str) -> None:
         detokenizer = Detokenizer(own)
         pieces = [detokenizer.add(token, number == len(ids)) for number, token in enumerate(ids, 1)]
         assert "".join(pieces) == own.decode(ids, skip_special_tokens=True)
+
+
+def test_nothing_is_held_back_where_nothing_changes() -> None:
+    """Tokenizers that only say that they clean spaces up give every word at once, as those that do not say it."""
+    own = KINDS["byte-level"]()
+    own.clean_up_tokenization_spaces = True
+    ids = own("The keeper was called Maud .", add_special_tokens=False)["input_ids"]
+    detokenizer = Detokenizer(own)
+    assert [detokenizer.add(token) for token in ids] == [own.decode([token]) for token in ids]
