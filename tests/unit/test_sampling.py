@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -153,6 +154,16 @@ def test_what_is_left_out_is_named(model: PreTrainedModel) -> None:
     assert note == (
         "Left out of the checkpoint's generation settings: num_beams=4, guidance_scale=1.5, stop_strings=['end']."
     )
+
+
+def test_models_that_leave_generate_out(model: PreTrainedModel) -> None:
+    """Code that comes with a checkpoint may: the settings are followed all the same."""
+    model.generation_config.update(no_repeat_ngram_size=1, eos_token_id=EOS, min_new_tokens=5)
+    bare = SimpleNamespace(config=model.config, generation_config=model.generation_config)
+    ids = torch.tensor([PROMPT.token_ids])
+    for made in (checkpoint.processors, lambda *given: checkpoint.criteria(*given[:2], None, torch.device("cpu"))):
+        ours, theirs = (list(map(type, made(one, Sampling(), ids))) for one in (bare, model))
+        assert ours == theirs != []
 
 
 def test_settings_that_mean_nothing(model: PreTrainedModel) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
 from ..errors import InputError, first_line
 
@@ -54,7 +54,7 @@ def processors(model: Any, sampling: Sampling, prompt: Tensor) -> LogitsProcesso
     """The logits processors of an answer to ``prompt`` (1, tokens), in transformers' order."""
     config = _config(model, sampling, prompt.shape[1], prompt.device)
     try:
-        return model._get_logits_processor(
+        return _maker(model)._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=prompt.shape[1],
             encoder_input_ids=prompt,
@@ -76,7 +76,8 @@ def criteria(
     if tokenizer is None:
         config.stop_strings = None
     try:
-        return model._get_stopping_criteria(config, sampling.stopping_criteria or StoppingCriteriaList(), tokenizer)
+        asked = sampling.stopping_criteria or StoppingCriteriaList()
+        return _maker(model)._get_stopping_criteria(config, asked, tokenizer)
     except Exception as error:
         raise _wrong(error) from error
 
@@ -100,6 +101,17 @@ def left_out(model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase 
     return [f"Left out of the checkpoint's generation settings: {listed}."]
 
 
+class _Maker(GenerationMixin):
+    """For models whose own code leaves ``generate`` out."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _maker(model: Any) -> Any:
+    return model if isinstance(model, GenerationMixin) else _Maker(model.config)
+
+
 def _config(model: Any, sampling: Sampling, prompt: int, device: torch.device) -> Any:
     """The checkpoint's settings with the caller's in their place, as ``generate`` prepares them."""
     config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
@@ -112,7 +124,7 @@ def _config(model: Any, sampling: Sampling, prompt: int, device: torch.device) -
         config.min_length = prompt + config.min_new_tokens
     config.eos_token_id = eos_ids(model) or None
     try:
-        model._prepare_special_tokens(config, device=device)
+        _maker(model)._prepare_special_tokens(config, device=device)
     except Exception as error:
         raise _wrong(error) from error
     return config
