@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from models import tiny_model
@@ -17,13 +17,15 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+def byte_tokenizer(chat_template: str | None = None, adds_bos: bool = True) -> PreTrainedTokenizerFast:
     """Token i is byte i, BOS is 256 and EOS 257: BPE over the byte alphabet with no merges."""
     alphabet = [byte_symbol(byte) for byte in range(256)]
     tokenizer = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    if adds_bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = chat_template
     return fast

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .errors import Cancelled, InputError
+    from .errors import Cancelled, InputError, NotFinite
     from .generation import Generation
     from .kernels.attention import Segment, attention
     from .planning.plan import Plan
@@ -22,6 +22,7 @@ _HOMES = {
     "Engine": ".engine",
     "Generation": ".generation",
     "InputError": ".errors",
+    "NotFinite": ".errors",
     "Plan": ".planning.plan",
     "Prompt": ".prompt",
     "Segment": ".kernels.attention",
@@ -33,6 +34,7 @@ __all__ = [
     "Engine",
     "Generation",
     "InputError",
+    "NotFinite",
     "Plan",
     "Prompt",
     "Segment",

@@ -22,6 +22,7 @@ from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
+from .hf.sampling import left_out
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
 from .layers.base import AttentionInput
@@ -286,7 +287,7 @@ class Engine:
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         token_ids: list[int] = []
         text, ended = "", False
-        for token, ended in decode(session, sampling, self.model, self._everyone, cancelled):
+        for token, ended in decode(session, sampling, self.model, self._everyone, cancelled, self.tokenizer):
             token_ids.append(token)
             if detokenizer is not None:
                 last = ended or len(token_ids) == sampling.max_new_tokens
@@ -294,7 +295,9 @@ class Engine:
                 text += piece
                 if piece:
                     yield piece
-        return self._result(session, text, token_ids, ended, watch.seconds())
+        result = self._result(session, text, token_ids, ended, watch.seconds())
+        result.notes += left_out(self.model, sampling, self.tokenizer)
+        return result
 
     def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
         # The slowest and the largest rank count, and every rank reports the same.

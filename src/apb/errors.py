@@ -22,6 +22,14 @@ class Cancelled(RuntimeError):
     """The caller said, while a prompt was being read, that it is not wanted any more."""
 
 
+class NotFinite(RuntimeError):
+    """The model's scores are no numbers to choose a token by: NaN, or infinity. All ranks raise it.
+
+    With ``APB_CHECK_FINITE=1`` in the environment every layer's attention is looked at, at the price of a pass over it,
+    and the message names the first layer that gave such numbers.
+    """
+
+
 class RankError(RuntimeError):
     """A rank died or failed, or all were told to stop; no rank is left. The message says which and why."""
 

@@ -144,7 +144,8 @@ def explain(
         picked.setdefault(layer, []).append(positions.cpu())
 
     session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, on_selection=keep)
-    answer = [token for token, _ in decode(session, Sampling(max_new_tokens), engine.model, engine.group)]
+    words = decode(session, Sampling(max_new_tokens), engine.model, engine.group, tokenizer=tokenizer)
+    answer = [token for token, _ in words]
     chosen = torch.zeros(len(picked), len(picked[0][0]), plan.query_start, dtype=torch.bool)
     for layer, positions in picked.items():
         chosen[layer].scatter_(1, torch.cat(positions, 1), True)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import (
-    LogitsProcessorList,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation import EosTokenCriteria
 
-from .errors import Cancelled, InputError, at_least
+from .errors import Cancelled, InputError, NotFinite, at_least
+from .hf import sampling as checkpoint
 
 if TYPE_CHECKING:
+    from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
+
     from .distributed.collectives import Group
     from .session import Session
+
+
+# Temperatures below this would take scores out of fp32's range; the likeliest token is certain long before.
+COLDEST = 1e-30
+# The name of a token that is a byte.
+_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def check_seed(seed: int) -> None:
@@ -37,12 +37,17 @@ def check_seed(seed: int) -> None:
 class Sampling:
     """How tokens are chosen.
 
+    What else a checkpoint's generation configuration asks for (penalties, suppressed and bad words, shortest lengths,
+    stop strings, min_p and the like) is done, by transformers' own classes. Its ``do_sample``, ``temperature``,
+    ``top_k`` and ``top_p`` are not: an answer is greedy unless a temperature is asked for, and draws from all tokens
+    unless top_k or top_p are.
+
     Attributes:
         max_new_tokens: the answer's longest length.
-        temperature: 0 for the most likely token, else the divisor of the logits.
+        temperature: 0 for the most likely token (as is any below 1e-30), else the divisor of the logits.
         top_k, top_p: keep only the k most likely tokens, or the likeliest that together hold p; None keeps all.
         seed: of the random draws; the same seed gives the same text on the same set-up. None draws one.
-        logits_processor, stopping_criteria: more of transformers' own, applied before these.
+        logits_processor, stopping_criteria: more of transformers' own, in the order in which ``generate`` has them.
     """
 
     max_new_tokens: int = 64
@@ -64,27 +69,10 @@ class Sampling:
         if self.seed is not None:
             check_seed(self.seed)
 
-    def processors(self, generation_config: Any) -> LogitsProcessorList:
-        """The logits processors these settings mean, in transformers' order."""
-        processors = LogitsProcessorList()
-        penalty = getattr(generation_config, "repetition_penalty", None)
-        if penalty not in (None, 1.0):
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-        processors.extend(self.logits_processor or ())
-        if self.temperature > 0:
-            processors.append(TemperatureLogitsWarper(float(self.temperature)))
-            if self.top_k is not None:
-                processors.append(TopKLogitsWarper(self.top_k))
-            if self.top_p is not None:
-                processors.append(TopPLogitsWarper(self.top_p))
-        return processors
-
-    def criteria(self, eos_ids: list[int], device: torch.device) -> StoppingCriteriaList:
-        """The stopping criteria beside ``max_new_tokens``."""
-        criteria = StoppingCriteriaList(self.stopping_criteria or ())
-        if eos_ids:
-            criteria.append(EosTokenCriteria(torch.tensor(eos_ids, device=device)))
-        return criteria
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn by lot; else the most likely one is taken."""
+        return self.temperature >= COLDEST
 
 
 @dataclass
@@ -93,7 +81,7 @@ class Generation:
 
     ``token_ids`` are all generated tokens, an EOS included; ``exact`` is True if prefill was that of full attention;
     ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
-    attended to; ``choice`` is why the strategy "auto" took the one it did.
+    attended to; ``choice`` is why the strategy "auto" took the one it did; ``notes`` are sentences for whoever asked.
     """
 
     text: str
@@ -107,60 +95,70 @@ class Generation:
     fingerprint: dict[str, str]
     decode: dict[str, Any]
     choice: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values; ``choice`` only where there was one."""
+        """All fields as plain Python values; ``choice`` and ``notes`` only where there are any."""
         fields = asdict(self)
-        if self.choice is None:
-            del fields["choice"]
-        return fields
+        return {name: value for name, value in fields.items() if value or name not in ("choice", "notes")}
 
 
-def eos_ids(model: Any) -> list[int]:
-    """The ids at which a model's answer ends, from its generation configuration, else its configuration."""
-    for config in (getattr(model, "generation_config", None), model.config):
-        ids = getattr(config, "eos_token_id", None)
-        if ids is not None:
-            return [ids] if isinstance(ids, int) else list(ids)
-    return []
+# What rank 0 tells the others of a step.
+_GOES_ON, _CANCELLED, _NO_LOGITS, _NO_SCORES = range(4)
 
 
 def decode(
-    session: Session, sampling: Sampling, model: Any, group: Group, cancelled: Callable[[], bool] | None = None
+    session: Session,
+    sampling: Sampling,
+    model: Any,
+    group: Group,
+    cancelled: Callable[[], bool] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[tuple[int, bool]]:
     """Generate tokens after a session: yields (token id, whether the model or a criterion ended there).
 
     Rank 0 chooses and tells the others, so that all of them yield the same. All raise :class:`apb.Cancelled` once rank
-    0's ``cancelled``, asked before every token, says yes.
+    0's ``cancelled``, asked before every token, says yes, and :class:`apb.NotFinite` where there is nothing to choose
+    by. The checkpoint's stop strings need the ``tokenizer``.
     """
     device = session.logits.device
-    processors = sampling.processors(getattr(model, "generation_config", None))
-    criteria = sampling.criteria(eos_ids(model), device)
+    prompt = len(session.token_ids)
+    ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
+    ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
+    processors = checkpoint.processors(model, sampling, ids[:, :prompt])
+    criteria = checkpoint.criteria(model, sampling, tokenizer, device)
     generator = torch.Generator(device)
     if sampling.seed is None:
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    prompt = len(session.token_ids)
-    ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
-    ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
     for step in range(sampling.max_new_tokens):
         choice = torch.zeros(3, dtype=torch.long, device=device)
         if group.rank == 0 and cancelled is not None and cancelled():
-            choice[2] = 1
+            choice[2] = _CANCELLED
         elif group.rank == 0:
+            # A maximum is no finite number where any logit is NaN or infinity, or all are -infinity. What is wrong is
+            # told afterwards: to wait for the logits here would leave a GPU idle.
+            wrong = ~session.logits.max().isfinite()
             # The processors may write into what they are given; the session's logits stay as they are.
-            scores = processors(_long(ids[:, : prompt + step]), _float(session.logits.unsqueeze(0).clone()))
-            ids[0, prompt + step] = choice[0] = _pick(scores, sampling.temperature > 0, generator)
+            logits = session.logits.masked_fill(wrong, 0.0).unsqueeze(0)
+            scores = processors(_long(ids[:, : prompt + step]), _float(logits))
+            token, lost = _pick(scores, sampling.draws, generator)
+            ids[0, prompt + step] = choice[0] = token
             if criteria:
                 choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
-        token, ended, stopped = group.broadcast(choice).tolist()
-        if stopped:
+            choice[2] = torch.where(wrong, _NO_LOGITS, torch.where(lost, _NO_SCORES, _GOES_ON))
+        token_id, ended, state = group.broadcast(choice).tolist()
+        if state == _CANCELLED:
             raise Cancelled("The answer was cancelled.")
-        yield token, bool(ended)
+        if state == _NO_LOGITS:
+            raise NotFinite(session.what_is_not_finite(group))
+        if state == _NO_SCORES:
+            raise NotFinite("Logits processors left no token that could be drawn; ask for other settings of sampling.")
+        yield token_id, bool(ended)
         if ended or step + 1 == sampling.max_new_tokens:
             return
-        session.extend([token])
+        session.extend([token_id])
 
 
 # transformers annotates its processors and criteria with torch's legacy tensor types.
@@ -172,30 +170,75 @@ def _float(x: Tensor) -> torch.FloatTensor:
     return cast(torch.FloatTensor, x)
 
 
-def _pick(scores: Tensor, sample: bool, generator: torch.Generator) -> Tensor:
-    if not sample:
-        return scores[0].argmax()
-    return torch.multinomial(scores[0].softmax(-1), 1, generator=generator)[0]
+def _pick(scores: Tensor, draws: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The token chosen by scores (1, vocab), and whether there was none to draw; both on the scores' device."""
+    if not draws:
+        return scores[0].argmax(), torch.zeros((), dtype=torch.bool, device=scores.device)
+    chances = scores[0].softmax(-1)
+    lost = ~chances.sum().isfinite()
+    return torch.multinomial(chances.masked_fill(lost, 1.0), 1, generator=generator)[0], lost
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether spaces before signs are taken out of what is decoded; many are set to do so, and do not."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    return " ." not in str(tokenizer.decode(tokenizer("a . b", add_special_tokens=False)["input_ids"]))
 
 
 class Detokenizer:
-    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run."""
+    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run.
+
+    Whatever a tokenizer does to the whole (it may strip a first space, or put signs next to words) is done to the
+    pieces: text is held back for as long as tokens to come may change it.
+    """
+
+    # Decoded again with each token are those of a window, of at most so many tokens where that can be.
+    _WINDOW = 16
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
-        # Only the tokens from _start on are decoded again: those up to _told are context for what comes after them.
-        self._start = self._told = 0
+        self._start = 0  # of the window
+        self._told = 0  # characters of the window's text that were given
+        self._length = 0  # characters given in all
+        self._text_so_far = ""  # the window's
+        self._in_bytes = False  # whether the last of it is bytes that stand for characters not in the vocabulary
+        # Of a text that is cleaned up the last few characters may change: "do n" becomes "don't".
+        self._hold = 8 if _cleans_up(tokenizer) else 0
 
     def add(self, token: int, last: bool = False) -> str:
         """The new text that a token brings; held back while it ends in the middle of a character."""
         self._ids.append(token)
-        known = self._text(self._ids[self._start : self._told])
-        text = self._text(self._ids[self._start :])
-        if not last and text.endswith("\ufffd"):
+        if last:
+            return self._given(self._text(0)[self._length :])
+        text, before = self._text(self._start), self._text_so_far
+        self._text_so_far = text
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(name, str) and _BYTE.fullmatch(name):
+            self._in_bytes = True
+        elif text != before:  # special tokens between bytes do not count
+            self._in_bytes = False
+        # Such bytes are characters only if all in a row are.
+        if self._in_bytes or text.endswith("\ufffd"):
             return ""
-        self._start, self._told = self._told, len(self._ids)
-        return text[len(known) :]
+        piece = text[self._told : max(self._told, len(text) - self._hold)]
+        self._told += len(piece)
+        if len(self._ids) - self._start > self._WINDOW:
+            self._move(text)
+        return self._given(piece)
 
-    def _text(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+    def _move(self, text: str) -> None:
+        """Let the window begin later, where what is not given yet depends on nothing before it."""
+        start = len(self._ids) - self._WINDOW // 2
+        rest = self._text(start)
+        told = self._told - (len(text) - len(rest))
+        if told > self._hold and text.endswith(rest):
+            self._start, self._told, self._text_so_far = start, told, rest
+
+    def _given(self, piece: str) -> str:
+        self._length += len(piece)
+        return piece
+
+    def _text(self, start: int) -> str:
+        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import index
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import InputError, first_line
@@ -12,15 +13,17 @@ from .errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stands for the document while a chat template is rendered; long enough not to occur in one.
-_SENTINEL = "\u2063apb-document-goes-here\u2063"
+# Stands between the document and the question.
+_BLANK = "\n\n"
 
 
 @dataclass(frozen=True)
 class Prompt:
     """Token ids of ``prefix`` (BOS, system text), ``document`` and ``query`` (the question and what closes the turn).
 
-    The model reads ``prefix + document + query`` at positions 0, 1, 2, ...
+    The model reads ``prefix + document + query`` at positions 0, 1, 2, ... These are the tokens that transformers makes
+    of the whole text; a token that reaches over a border of the document belongs to it. What a document, a question or
+    a system text says is text: names of control tokens in it, such as ``</s>``, do not become those tokens.
     """
 
     prefix: tuple[int, ...]
@@ -50,55 +53,76 @@ class Prompt:
             raise InputError(f"Token ids must be whole numbers: {first_line(error)}.") from error
 
     @classmethod
-    def from_text(cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str) -> Prompt:
-        """A plain-text prompt: BOS where the tokenizer has one, the document, an empty line, the query.
+    def from_text(
+        cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, *, answer_prefix: str = ""
+    ) -> Prompt:
+        """A plain-text prompt: the document, an empty line, the query; BOS in front if the tokenizer puts one there.
 
-        The parts are tokenized apart, so that a document's tokens do not depend on the question.
+        The ids are those of ``tokenizer(document + "\\n\\n" + query)``. ``answer_prefix`` is how the answer is made to
+        begin: it follows the query at once.
         """
-        _check_texts(document, query)
-        bos = tokenizer.bos_token_id
-        return cls(
-            () if bos is None else (bos,),
-            _encode(tokenizer, document),
-            _encode(tokenizer, "\n\n" + query),
-        )
+        from .hf.texts import Piece, encode
+
+        _check_texts(document, query, answer_prefix)
+        pieces = [Piece(document, "document"), Piece(_BLANK), Piece(query + answer_prefix, "query")]
+        return cls(*encode(tokenizer, pieces, special=True).around(0))
 
     @classmethod
     def from_chat(
-        cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, system: str | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        document: str,
+        query: str,
+        system: str | None = None,
+        *,
+        chat_template: str | Path | None = None,
+        answer_prefix: str = "",
     ) -> Prompt:
         """The tokenizer's chat template around one user turn that holds the document, an empty line and the query.
 
         ``prefix`` is what the template puts before the document, ``query`` is the question with what the template puts
-        after it, up to where the assistant begins to speak.
-        """
-        if tokenizer.chat_template is None:
-            raise InputError("This tokenizer has no chat template; use Prompt.from_text instead of Prompt.from_chat.")
-        _check_texts(document, query)
-        messages = [{"role": "user", "content": f"{_SENTINEL}\n\n{query}"}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        from jinja2 import TemplateError
+        after it, up to where the assistant begins to speak. The ids are those of ``apply_chat_template`` of the turn.
 
-        try:
-            rendered = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
-            raise InputError(f"The tokenizer's chat template refuses this prompt: {first_line(error)}.") from error
-        before, found, after = rendered.partition(_SENTINEL)
-        if not found:
-            raise InputError("The tokenizer's chat template drops the user's text; use Prompt.from_text instead.")
-        return cls(_encode(tokenizer, before), _encode(tokenizer, document), _encode(tokenizer, after))
+        Args:
+            tokenizer: the model's.
+            document, query, system: texts; the system text has a turn of its own, before the user's.
+            chat_template: the name of one of the tokenizer's templates, a file, or a template's text, instead of the
+                tokenizer's own.
+            answer_prefix: how the answer is made to begin; it follows the template's text at once.
+        """
+        from .hf.chat import Turn, rendered, template_of
+        from .hf.texts import Piece, encode
+
+        template = template_of(tokenizer, chat_template)
+        if template is None:
+            raise InputError("This tokenizer has no chat template; use Prompt.from_text instead of Prompt.from_chat.")
+        _check_texts(document, query, answer_prefix, system or "")
+        turns = [Turn("user", [Piece(document, "document"), Piece(_BLANK), Piece(query, "query")])]
+        if system is not None:
+            turns.insert(0, Turn("system", [Piece(system, "system text")]))
+        pieces = [*rendered(tokenizer, template, turns), Piece(answer_prefix, "answer prefix")]
+        place = next(number for number, piece in enumerate(pieces) if piece.source == "document")
+        return cls(*encode(tokenizer, pieces, special=False, template=template).around(place))
 
     @classmethod
     def for_model(
-        cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, system: str | None = None
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        document: str,
+        query: str,
+        system: str | None = None,
+        *,
+        chat_template: str | Path | None = None,
+        answer_prefix: str = "",
     ) -> Prompt:
-        """``from_chat`` where the tokenizer has a chat template, else ``from_text``."""
-        if tokenizer.chat_template is not None:
-            return cls.from_chat(tokenizer, document, query, system)
+        """``from_chat`` where the tokenizer has a chat template or one is given, else ``from_text``."""
+        if tokenizer.chat_template is not None or chat_template is not None:
+            return cls.from_chat(
+                tokenizer, document, query, system, chat_template=chat_template, answer_prefix=answer_prefix
+            )
         if system is not None:
             raise InputError("This model has no chat template, so it takes no system text; leave the system text out.")
-        return cls.from_text(tokenizer, document, query)
+        return cls.from_text(tokenizer, document, query, answer_prefix=answer_prefix)
 
 
 def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
@@ -111,8 +135,9 @@ def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _check_texts(document: str, query: str) -> None:
-    for name, text in (("document", document), ("query", query)):
+def _check_texts(document: str, query: str, answer_prefix: str, system: str = "") -> None:
+    texts = {"document": document, "query": query, "system text": system, "answer's prefix": answer_prefix}
+    for name, text in texts.items():
         try:
             text.encode()
         except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8 come as such characters
@@ -121,8 +146,3 @@ def _check_texts(document: str, query: str) -> None:
         raise InputError("The document is empty; give a text with at least one word.")
     if not query.strip():
         raise InputError("The query is empty; give the question to ask of the document.")
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    # verbose=False: a document longer than the tokenizer's own limit is this package's business, not a warning.
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else ()

@@ -102,6 +102,26 @@ class Session:
         self._cache = self._read_again(total)
         self._continuation = self._decoder.start(self._cache, self._new_tokens)
 
+    def what_is_not_finite(self, everyone: Group) -> str:
+        """A sentence about logits that are not finite; every process calls it, and all get the same.
+
+        It names the layer where that began, if layers were looked at (see :class:`apb.NotFinite`).
+        """
+        unknown = len(self._cache)
+        first = self._decoder.attachment.first_not_finite()
+        seen = torch.tensor([unknown if first is None else first], device=self.logits.device)
+        layer = int(everyone.all_gather(seen).wait().min())
+        where = (
+            f"the attention of layer {layer} was the first to give such numbers"
+            if layer < unknown
+            else "APB_CHECK_FINITE=1 in the environment names the layer where that begins"
+        )
+        told = len(self.token_ids) - self.plan.total
+        return (
+            f"The model's scores for the next token, {told} tokens into the answer, are NaN or infinite: {where}; "
+            "use a wider dtype (--dtype float32), or other weights."
+        )
+
     @property
     def captured(self) -> bool:
         """True if the last token was read by CUDA graphs."""

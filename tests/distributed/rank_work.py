@@ -148,7 +148,22 @@ def generate(group: Group) -> dict[str, Any]:
     unseeded = engine.generate(prompt, max_new_tokens=24, temperature=1.0)
     model.generation_config.eos_token_id = drawn.token_ids[5]
     stopped = engine.generate(prompt, **SAMPLING)
+    cold = engine.generate(prompt, max_new_tokens=24, temperature=1e-40).token_ids
+    greedy = engine.generate(prompt, max_new_tokens=24).token_ids
+    engine.close()
+    with patch.dict("os.environ", APB_CHECK_FINITE="1"):
+        engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5)
+    engine.group = group
+    model.model.layers[1].self_attn.v_proj.weight[3, 3] = float("nan")
+    broken = ""
+    try:
+        engine.generate(prompt, **SAMPLING)
+    except apb.NotFinite as error:
+        broken = str(error)
     return {
+        "cold": cold,
+        "greedy": greedy,
+        "broken": broken,
         "drawn": drawn.to_dict(),
         "streamed": streamed,
         "unseeded": unseeded.token_ids,

@@ -180,6 +180,7 @@ def test_serving_on_two_ranks(arguments: list[str]) -> None:
         )
         one = answer(*arguments, "--max-new-tokens", "12", "--json")
         assert ask(max_tokens=12).choices[0].message.content == one["text"]
+        assert ask(max_tokens=12, temperature=1e-40).choices[0].message.content == one["text"]
         pieces = ask(max_tokens=3000, stream=True)
         next(pieces)
         pieces.close()

@@ -96,7 +96,8 @@ def test_memory_is_that_predicted(records: Records, size: int, reading: tuple[st
 @pytest.mark.parametrize("size", SIZES)
 def test_generated_text_is_the_same_everywhere(records: Records, size: int) -> None:
     """With a seed and without one, all ranks give the same answer; with one, any number of ranks does; the stream is
-    the text; an EOS ends it on all ranks; timing and memory are told alike."""
+    the text; an EOS ends it on all ranks, as do scores that are no numbers, by the same sentence; timing and memory are
+    told alike."""
     first, *others = (record.generated for record in records[size])
     for other in others:
         assert other == first
@@ -104,6 +105,8 @@ def test_generated_text_is_the_same_everywhere(records: Records, size: int) -> N
     assert first["drawn"]["token_ids"] == records[1][0].generated["drawn"]["token_ids"]
     assert first["drawn"]["plan"]["ranks"] == size
     assert len(first["unseeded"]) == 24
+    assert first["cold"] == first["greedy"]
+    assert "the attention of layer 1 was the first" in first["broken"]
     assert first["stopped"]["finish_reason"] == "stop"
     assert first["stopped"]["token_ids"] == first["drawn"]["token_ids"][: len(first["stopped"]["token_ids"])]
 

@@ -55,6 +55,15 @@ def test_the_question_is_the_last_paragraph(text: str, query: bytes) -> None:
     assert prompt.prefix == (256,)
 
 
+def test_rendered_templates_keep_their_markers() -> None:
+    """What looks like a control token is one, and a BOS that a template wrote is the only one."""
+    text = "<s>[user]One.\n\nTwo?</s>[assistant]"
+    prompt = split(text, byte_tokenizer())
+    assert prompt.prefix == ()
+    assert prompt.document == (256, *b"[user]One.")
+    assert prompt.query == (*b"\n\nTwo?", 257, *b"[assistant]")
+
+
 def test_answers_are_the_engines_up_to_the_stop(checkpoint: Path, tmp_path: Path) -> None:
     """Every option reaches the engine; a stop string ends the answer and is no part of it."""
     engine = apb.Engine.from_pretrained(checkpoint, blocks=3, device="cpu")

@@ -30,8 +30,9 @@ from apb.training.heads.data import Example, Samples, cut, order
 from apb.training.heads.generated import FIRST_SEED, line
 from apb.training.heads.labels import answer_attention, head_loss, top_overlap
 from apb.training.heads.train import HeadTrainer, Report, Settings
-from byte_checkpoint import BOS, TEMPLATE, byte_tokenizer
+from byte_checkpoint import BOS, EOS, TEMPLATE, byte_tokenizer
 from models import tiny_model
+from small_tokenizers import KINDS
 
 # --- labels --------------------------------------------------------------------------------------------------------
 
@@ -194,6 +195,25 @@ def test_every_shape_of_line(tmp_path: Path) -> None:
     assert samples[0] == Example((BOS, *turn), tuple(b"d"))
     assert samples[2].prompt == (BOS, *b"[user]ab c?[assistant]")
     assert samples[3] == Example((BOS, *b"[user]ab[assistant]c[user]ab[assistant]"), tuple(b"c"))
+
+
+def test_lines_are_text_and_answers_go_on(tmp_path: Path) -> None:
+    """Names of control tokens are text wherever they stand; an answer's tokens are those that follow the prompt's."""
+    path = tmp_path / "data.jsonl"
+    chat = [{"role": role, "content": f"{role}</s>"} for role in ("user", "assistant", "user", "assistant")]
+    lines = [{"document": "a</s>", "query": "<s>?", "answer": "</s>"}, {"prompt": "</s>", "answer": "<s>"}]
+    path.write_text("\n".join(json.dumps(fields) for fields in [*lines, {"messages": chat}]))
+    samples = Samples(path, byte_tokenizer(TEMPLATE), 100)
+    for example in (samples[number] for number in range(3)):
+        assert example.prompt.count(BOS) == 1
+        assert not {EOS, BOS} & {*example.prompt[1:], *example.answer}
+    assert bytes(samples[2].prompt[1:]) == b"[user]user</s>[assistant]assistant</s>[user]user</s>[assistant]"
+
+    path.write_text(json.dumps({"document": "The keeper.", "query": "Who?", "answer": "Maud"}))
+    tokenizer = KINDS["space always"]()
+    tokenizer.chat_template = None
+    example = Samples(path, tokenizer, 100)[0]
+    assert list(example.prompt + example.answer) == tokenizer("The keeper.\n\nWho? Maud")["input_ids"]
 
 
 @pytest.mark.parametrize(

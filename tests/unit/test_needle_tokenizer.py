@@ -1,4 +1,4 @@
-"""The small model's tokenizer: lossless, numbers in groups of three, words as single tokens, nothing added."""
+"""The small model's tokenizer: lossless, numbers in groups of three, words as single tokens, BOS in front."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_any_text_comes_back(tokenizer, encode):
 
 def test_size_and_special_tokens(tokenizer):
     assert len(tokenizer) == 4096
-    assert tokenizer.encode("hello") == tokenizer.encode("hello", add_special_tokens=False)
+    assert tokenizer.encode("hello") == [tokenizer.bos_token_id, *tokenizer.encode("hello", add_special_tokens=False)]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert tokenizer.chat_template is None
 

@@ -34,15 +34,15 @@ def test_from_tokens() -> None:
 
 @given(texts, texts)
 def test_from_text(document: str, query: str) -> None:
-    """BOS, the document to the byte, an empty line and the query, each tokenized apart."""
+    """BOS, the document to the byte, an empty line and the query."""
     prompt = apb.Prompt.from_text(PLAIN, document, query)
     assert prompt == apb.Prompt((BOS,), bytes_of(document), bytes_of("\n\n" + query))
 
 
-def test_from_text_without_bos() -> None:
-    """A tokenizer that has no BOS gives an empty prefix."""
-    tokenizer = byte_tokenizer()
-    tokenizer.bos_token = None
+def test_bos_is_the_tokenizers_affair() -> None:
+    """A tokenizer that has a BOS and does not put it in front of texts gives an empty prefix."""
+    tokenizer = byte_tokenizer(adds_bos=False)
+    assert tokenizer.bos_token_id == BOS
     assert apb.Prompt.from_text(tokenizer, "d", "q").prefix == ()
 
 

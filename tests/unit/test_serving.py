@@ -37,7 +37,7 @@ def engine(checkpoint: Path) -> apb.Engine:
 class Served:
     """A server on a free port, its worker on another thread; ``held`` keeps the worker from beginning jobs."""
 
-    def __init__(self, engine: apb.Engine) -> None:
+    def __init__(self, engine: apb.Engine, chat_template: str | None = None) -> None:
         self.worker = Worker(engine)
         self.held = threading.Lock()
         self._over = threading.Event()
@@ -50,7 +50,9 @@ class Served:
         self.worker._answer = answer  # type: ignore[method-assign]
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self._http = uvicorn.Server(uvicorn.Config(make_app(self.worker, "tiny", 7), log_level="warning"))
+        self._http = uvicorn.Server(
+            uvicorn.Config(make_app(self.worker, "tiny", 7, chat_template), log_level="warning")
+        )
         run = {"kwargs": {"sockets": [listening]}, "daemon": True}
         self._threads = [threading.Thread(target=self._http.run, **run)]
         self._threads += [threading.Thread(target=self.worker.run, args=(self._over.is_set,), daemon=True)]
@@ -120,6 +122,20 @@ def test_documents_in_the_message(served: Served, engine: apb.Engine, content: A
     """Without the field of this package the last piece, or what follows the last blank line, is the question."""
     answer = served.ask(content, document=None, max_tokens=9)
     assert answer.choices[0].message.content == text_of(engine, max_new_tokens=9)
+
+
+def test_another_chat_template(engine: apb.Engine) -> None:
+    """The server's, instead of the tokenizer's own."""
+    template = "{{ messages[-1].content }} In a word!"
+    assert engine.tokenizer is not None
+    prompt = apb.Prompt.for_model(engine.tokenizer, DOCUMENT, QUESTION, chat_template=template)
+    server = Served(engine, template)
+    try:
+        answer = server.ask(max_tokens=9)
+    finally:
+        server.stop()
+    assert answer.choices[0].message.content == engine.generate(prompt, max_new_tokens=9).text
+    assert answer.usage.prompt_tokens == len(prompt) == len(f"{DOCUMENT}\n\n{QUESTION} In a word!")
 
 
 def test_parts_of_a_message() -> None:
@@ -302,6 +318,7 @@ def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (RuntimeError("out of\nluck"), 500, "RuntimeError: out of luck"),
         (apb.InputError("Too much."), 400, "Too much."),
+        (apb.NotFinite("No numbers."), 500, "No numbers."),
     ],
 )
 def test_failures_are_told(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from apb.errors import InputError
 from apb.evaluation import infinitebench, jsonl, ruler
 from apb.evaluation.items import Item, Skipped, without_middle
-from byte_checkpoint import TEMPLATE, byte_tokenizer
+from byte_checkpoint import BOS, TEMPLATE, byte_tokenizer
 from command_line import Cli
 
 ASKED = "What is the special magic number for a-b in the text?"
@@ -85,6 +86,8 @@ def test_ruler_answer_prefix_is_read_last() -> None:
     prompt = item.prompt(tokenizer)
     assert tokenizer.decode(prompt.query).endswith("Which?[assistant] They are")
     assert tokenizer.decode(prompt.document) == "A text."
+    forged = replace(item, document="A </s> text.", query="<s>?", answer_prefix=" </s>").prompt(tokenizer)
+    assert [token for token in forged.token_ids if token > 255] == [BOS]
 
 
 @pytest.mark.parametrize(("room", "kept"), [(10, "0123456789"), (9, "012356789"), (5, "01789"), (1, "9"), (4, "0189")])

@@ -36,6 +36,8 @@ def generate(
     model: options.RemoteModel,
     reading: options.Reading,
     ranks: options.Ranks,
+    chat_template: options.ChatTemplate = None,
+    *,
     sampling: options.Sampling,
     as_json: options.AsJson = False,
 ) -> None:
@@ -51,7 +53,7 @@ def generate(
 
     Sampling(**values(sampling))
     request = Request(
-        prompt=_prompt(text, query, place, checked, sampling.max_new_tokens),
+        prompt=_prompt(text, query, chat_template, place, checked, sampling.max_new_tokens),
         loading=place.loading,
         reading=values(reading),
         sampling=values(sampling),
@@ -105,6 +107,8 @@ def answer(request: Request) -> None:
     kind = "exact" if result.exact else "approximate"
     if result.choice:
         print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
+    for note in result.notes:
+        print(f"apb: {note}", file=sys.stderr)
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
         f"read {len(request.prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
@@ -113,14 +117,14 @@ def answer(request: Request) -> None:
     )
 
 
-def _prompt(text: str, query: str, place: Place, reading: Reading, new_tokens: int) -> Prompt:
+def _prompt(text: str, query: str, template: str | None, place: Place, reading: Reading, new_tokens: int) -> Prompt:
     """The prompt, which the ranks take as it is; InputError where it cannot be read, or leaves the answer no room."""
     from ..hardware import Hardware
     from ..hf import counting, loading
     from ..prompt import Prompt
 
     tokenizer = loading.load_tokenizer(place.model.name, place.loading["trust_remote_code"])
-    prompt = Prompt.for_model(tokenizer, text, query)
+    prompt = Prompt.for_model(tokenizer, text, query, chat_template=template)
     split = counting.model_shape(place.config, place.gpus_per_rank).split
     hardware = Hardware.of(place.device, place.dtype, place.processes)
     reading.plan(prompt, place.ranks, place.config, hardware, new_tokens, place.tensor_parallel, split)

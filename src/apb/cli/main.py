@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from ..errors import InputError, RankError, unexpected
+from ..errors import InputError, NotFinite, RankError, unexpected
 from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, serve, train
 
 app = typer.Typer(
@@ -64,10 +64,10 @@ def run(command: typer.Typer) -> int:
         return int(status or DONE)
     except typer.Exit as leaving:
         return leaving.exit_code
-    except InputError as error:
+    except (InputError, NotFinite) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_GRACE)
-        return _say(str(error), WRONG_INPUT)
+        return _say(str(error), WRONG_INPUT if isinstance(error, InputError) else FAILED)
     except UsageError as error:
         path = error.ctx.command_path if error.ctx else "apb"
         return _say(f"{error.format_message().rstrip('.')}; see {path} --help.", WRONG_INPUT)

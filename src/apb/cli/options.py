@@ -89,6 +89,12 @@ Rounds = Annotated[
 Document = Annotated[str, typer.Option(help="Text file to read, or - for standard input.")]
 Query = Annotated[str, typer.Option(help="The question.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE", help="One of the tokenizer's chat templates by name, or a file, instead of its own."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

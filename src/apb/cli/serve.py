@@ -22,6 +22,7 @@ class Server:
 
     loading: dict[str, Any]
     reading: dict[str, Any]
+    chat_template: str | None
     host: str
     port: int
     max_new_tokens: int
@@ -32,6 +33,7 @@ def serve(
     model: options.RemoteModel,
     reading: options.Reading,
     ranks: options.Ranks,
+    chat_template: options.ChatTemplate = None,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every one that this machine has.")] = (
         "127.0.0.1"
     ),
@@ -53,8 +55,11 @@ def serve(
     place, _ = check_reading(model, ranks, reading)
 
     from ..distributed import launch
+    from ..hf.chat import template_of
+    from ..hf.loading import load_tokenizer
 
-    server = Server(place.loading, values(reading), host, port, max_new_tokens)
+    template_of(load_tokenizer(place.model.name, place.loading["trust_remote_code"]), chat_template)
+    server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens)
     launch.run(work, place.processes, server)
 
 
@@ -77,7 +82,7 @@ def work(server: Server) -> None:
         model = server.loading["model"]
         name = Path(model).resolve().name if Path(model).exists() else model
         listening = _listen(server.host, server.port)
-        app = make_app(worker, name, server.max_new_tokens)
+        app = make_app(worker, name, server.max_new_tokens, server.chat_template)
         http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True).start()
         at = f"http://{server.host}:{listening.getsockname()[1]}/v1"

@@ -18,6 +18,7 @@ from typing import Any
 from ..engine import Engine
 from ..errors import InputError
 from ..hf.loading import shipped_model
+from ..hf.texts import Piece, encode
 from ..prompt import Prompt
 
 try:
@@ -118,20 +119,20 @@ class EngineLM(LM):
 
 
 def split(text: str, tokenizer: Any) -> Prompt:
-    """A prompt of a text, its question apart; the tokens are those of the text, but for what joins over the cut."""
+    """A prompt of a text, its question apart; the tokens are those of the text.
 
-    def encode(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-
-    ids = encode(text)
-    bos = tokenizer.bos_token_id
-    prefix = [] if bos is None or ids[:1] == [bos] else [bos]
+    The harness has rendered chat templates by now: what looks like a control token is one. A text that begins with BOS
+    gets no second one.
+    """
+    begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     for mark in ("\n\n", "\n"):
         cut = text.rfind(mark, 0, len(text.rstrip()))
         if cut > 0 and text[:cut].strip():
-            return Prompt.from_tokens(prefix, encode(text[:cut]), encode(text[cut:]))
+            return Prompt(*encode(tokenizer, [Piece(text[:cut]), Piece(text[cut:])], special=not begun).around(0))
+    prefix, document, query = encode(tokenizer, [Piece(text)], special=not begun).around(0)
+    ids = document + query
     count = min(_QUESTION, max(1, len(ids) // 2))
-    return Prompt.from_tokens(prefix, ids[:-count], ids[-count:])
+    return Prompt(prefix, ids[:-count], ids[-count:])
 
 
 if __name__ == "__main__":

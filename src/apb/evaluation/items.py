@@ -51,10 +51,7 @@ class Item:
         Raises:
             InputError: question and answer alone exceed the limit.
         """
-        prompt = Prompt.for_model(tokenizer, self.document, self.query)
-        if self.answer_prefix:
-            opening = tokenizer(self.answer_prefix, add_special_tokens=False)["input_ids"]
-            prompt = replace(prompt, query=(*prompt.query, *opening))
+        prompt = Prompt.for_model(tokenizer, self.document, self.query, answer_prefix=self.answer_prefix)
         if self.limit is None:
             return prompt
         room = self.limit - self.max_new_tokens - len(prompt.prefix) - len(prompt.query)

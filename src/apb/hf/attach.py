@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
@@ -49,6 +51,8 @@ class Attachment:
         self._windows = not_handed_over(text)
         # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
+        # By layer, whether all its attention was finite, on its device; None where nobody asked.
+        self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._attend: Attend | None = None
         self._calls = 0
         self._before_rope: BeforeRope | None = None
@@ -158,7 +162,20 @@ class Attachment:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
         out = self._attend(AttentionInput(index, q, k, v, scale, before, window, **softmax))
+        if self.finite is not None:
+            self._look_at(index, out)
         return out[..., :width].contiguous().unsqueeze(0)
+
+    def _look_at(self, index: int, out: Tensor) -> None:
+        """Note whether a layer's attention is finite; nothing waits for that, and graphs may be captured around it."""
+        assert self.finite is not None, "called where layers are looked at"
+        if index not in self.finite:
+            self.finite[index] = torch.ones((), dtype=torch.bool, device=out.device)
+        self.finite[index].logical_and_(out.isfinite().all())
+
+    def first_not_finite(self) -> int | None:
+        """The first layer whose attention has not been finite; None where all has been, or nobody looked."""
+        return next((index for index, finite in sorted((self.finite or {}).items()) if not finite), None)
 
 
 def _attention(

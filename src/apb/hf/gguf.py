@@ -84,8 +84,9 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
         raise InputError(f"The model file {str(model)!r} does not exist.")
     if not is_gguf_available():
         raise InputError(f"Reading {str(model)!r} needs the package gguf: pip install 'apb[gguf]'.")
-    import gguf
+    import gguf as module
 
+    gguf: Any = module  # two of its names are exchanged below
     files = parts(path)
     original = gguf.GGUFReader, gguf.get_tensor_name_map
     try:

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
-from . import gguf, placement, rope
+from . import damaged, gguf, placement, rope
 from .counting import head_dim
 from .tensor_parallel import settings, shared
 
@@ -71,12 +71,15 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
         return load_tokenizer(_base_of(adapter), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library tokenizers raises nothing more special for a file that it cannot read
         if Path(model).is_dir() and not any(Path(model).glob("*token*")):
             raise InputError(
                 f"There is no tokenizer in {str(model)!r}; put the model's tokenizer.json there."
             ) from error
-        raise InputError(f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+        raise InputError(
+            f"The tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}; put a tokenizer.json there that "
+            "this version of transformers reads."
+        ) from error
 
 
 def load_model(
@@ -103,6 +106,7 @@ def load_model(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if quantization is not None:
         options["quantization_config"] = quantization
+    damaged.check_index(model)
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
@@ -118,8 +122,10 @@ def load_model(
             loaded = gguf.load_model(model, kind, options)
         else:
             loaded = kind.from_pretrained(str(model), **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, NotImplementedError) as error:
+        method = damaged.quantizer(load_config(model, trust_remote_code), quantization)
+        missing = damaged.missing_quantizer(model, method) if method and isinstance(error, ImportError) else None
+        raise missing or InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     weights, found = loaded
     # What a quantizer makes of names and shapes is its own business; that of GGUF files makes them a checkpoint's.
     if gguf.is_gguf(model) or getattr(weights, "hf_quantizer", None) is None:

@@ -73,6 +73,8 @@ def read(
             progress(now + (after - now) * attended // layers, plan.total)
         return out
 
+    if attachment.finite is not None:
+        attachment.finite.clear()
     group.barrier()
     watch = Stopwatch(device)
     for itinerary in itineraries:

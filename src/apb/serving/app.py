@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import Cancelled, InputError, unexpected
+from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Sampling
 from ..prompt import Prompt
 from .schema import ChatRequest
@@ -76,13 +76,14 @@ class Counted:
         await self._app(scope, receive, watched)
 
 
-def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
+def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str | None = None) -> FastAPI:
     """The server application for one model.
 
     Args:
         worker: rank 0's worker; its :meth:`~apb.serving.worker.Worker.run` must be running on another thread.
         name: the model's name in the API.
         max_new_tokens: limit on an answer's tokens for requests that set none.
+        chat_template: as in :meth:`apb.Prompt.from_chat`.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None)
     metrics = Metrics(worker)
@@ -102,7 +103,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int) -> FastAPI:
         tokenizer = worker.engine.tokenizer
         assert tokenizer is not None, "from_pretrained loads one"
         with tokenizing:
-            prompt = Prompt.for_model(tokenizer, document, query, system)
+            prompt = Prompt.for_model(tokenizer, document, query, system, chat_template=chat_template)
         worker.engine.plan(prompt, sampling["max_new_tokens"])
         return prompt, sampling
 
@@ -191,7 +192,7 @@ class Reply:
         """Token usage, and under "apb" the strategy, exactness, plan and timing of the prefill."""
         read, written = len(self._prompt), len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        kept = ("strategy", "exact", "plan", "timing", "choice")
+        kept = ("strategy", "exact", "plan", "timing", "choice", "notes")
         return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
 
 
@@ -257,7 +258,7 @@ def _failure(error: Exception) -> Refusal:
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):
         return Refusal(499, str(error), code="cancelled")
-    return Refusal(500, unexpected(error), "server_error")
+    return Refusal(500, str(error) if isinstance(error, NotFinite) else unexpected(error), "server_error")
 
 
 def _sentence(error: RequestValidationError) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from ..engine import Engine
-from ..errors import Cancelled, InputError
+from ..errors import Cancelled, InputError, NotFinite
 from ..generation import Generation
 from ..prompt import Prompt
 
@@ -126,7 +126,7 @@ class Worker:
                 except StopIteration as stop:
                     tell(stop.value)
                     return
-        except Cancelled as error:
+        except (Cancelled, NotFinite) as error:  # on all ranks alike
             tell(error)
         except Exception as error:
             tell(error)

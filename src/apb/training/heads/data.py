@@ -16,7 +16,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ...errors import InputError, first_line
-from ...prompt import Prompt
+from ...hf.chat import Turn, rendered, template_of
+from ...hf.texts import Piece, encode
 
 SHAPES = '{"document", "query", "answer"}, {"prompt", "answer"} or {"messages"}'
 _ROLES = ("system", "user", "assistant")
@@ -47,6 +48,7 @@ class Samples:
     def __init__(self, path: str | Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.path = Path(path)
         self.tokenizer = tokenizer
+        self.template = template_of(tokenizer)
         self.max_length = max_length
         self._starts = array("q")
         self._numbers = array("q")
@@ -84,30 +86,32 @@ class Samples:
         return cut(Example(prompt, answer), self.max_length)
 
     def _tokens(self, fields: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        tokenizer = self.tokenizer
-        # After a chat template the answer begins without a space; after a plain question it is the next word.
-        chat = tokenizer.chat_template is not None
+        """Prompt and answer: the prompt as it is asked, the answer as what follows it in the tokens of both."""
+        *asked, answer = self._pieces(fields)
+        chat = self.template is not None
+        prompt = encode(self.tokenizer, asked, special=not chat, template=self.template).ids
+        both = encode(self.tokenizer, [*asked, answer], special=not chat, template=self.template).ids
+        if both[: len(prompt)] != prompt:  # the answer's beginning and the prompt's end make one token
+            both = (*prompt, *encode(self.tokenizer, [answer], special=False).ids)
+        return prompt, both[len(prompt) :]
+
+    def _pieces(self, fields: dict[str, Any]) -> list[Piece]:
+        """What is asked, and last the answer."""
         if "messages" in fields:
             *asked, last = fields["messages"]
-            from jinja2 import TemplateError
-
-            try:
-                text = str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
-            except TemplateError as error:
-                raise InputError(f"the tokenizer's chat template refuses it: {first_line(error)}") from error
-            return _encode(tokenizer, text), _encode(tokenizer, last["content"])
+            turns = [Turn(turn["role"], [Piece(turn["content"], f"message {n}")]) for n, turn in enumerate(asked, 1)]
+            assert self.template is not None, "checked when the file was read"
+            return [*rendered(self.tokenizer, self.template, turns), Piece(last["content"], "answer")]
         document: str = fields["document" if "document" in fields else "prompt"]
-        answer = fields["answer"] if chat or fields["answer"][:1].isspace() else " " + fields["answer"]
+        pieces = [Piece(document, "document")]
         if "query" in fields:
-            prompt = Prompt.for_model(tokenizer, document, fields["query"]).token_ids
-        elif chat:
-            turn = [{"role": "user", "content": document}]
-            text = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-            prompt = _encode(tokenizer, text)
-        else:
-            bos = tokenizer.bos_token_id
-            prompt = (*([] if bos is None else [bos]), *_encode(tokenizer, document))
-        return prompt, _encode(tokenizer, answer)
+            pieces += [Piece("\n\n"), Piece(fields["query"], "query")]
+        if self.template is not None:  # after a chat template the answer begins at once
+            pieces = rendered(self.tokenizer, self.template, [Turn("user", pieces)])
+            return [*pieces, Piece(fields["answer"], "answer")]
+        # After a plain question it is the next word.
+        answer = fields["answer"] if fields["answer"][:1].isspace() else " " + fields["answer"]
+        return [*pieces, Piece(answer, "answer")]
 
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         """The fields of a line; InputError with its number if it is invalid."""
@@ -129,8 +133,8 @@ class Samples:
         return fields
 
     def _check_messages(self, messages: Any, number: int) -> None:
-        if self.tokenizer.chat_template is None:
-            raise self._wrong(number, "it holds chat messages, but this model's tokenizer has no chat template")
+        if self.template is None:
+            raise self._wrong(number, "it holds chat messages, and this model's tokenizer has no chat template")
         if not isinstance(messages, list) or len(messages) < 2:
             raise self._wrong(number, "its messages must be a list of at least a question and an answer")
         for message in messages:
@@ -179,7 +183,3 @@ def ahead(samples: Samples, indices: Iterator[int], lookahead: int = 4) -> Itera
             example = waiting.pop(0).result()
             waiting += [pool.submit(samples.__getitem__, index) for index in islice(indices, 1)]
             yield example
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

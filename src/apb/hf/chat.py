@@ -1,0 +1,194 @@
+"""Chat templates: which one is meant, and where in what it writes the user's texts stand."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, first_line
+from .control import any_of, control_tokens
+from .texts import Piece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Templates for other purposes than answering a user.
+_OTHERS = {"tool_use", "rag"}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of a chat: its role, and its text in pieces."""
+
+    role: str
+    pieces: Sequence[Piece]
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, asked: str | Path | None = None) -> str | None:
+    """The source of a chat template; None where the tokenizer has none and none is asked for.
+
+    Args:
+        tokenizer: may have one template, or several by name.
+        asked: the name of one of the tokenizer's, a file, or a template's own text. By default the tokenizer's only
+            one, that named "default", or the only one that is not for tools or retrieval.
+    """
+    own = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {} if own is None else {"default": own}
+    if asked is None:
+        if not named:
+            return None
+        fit = [name for name in named if name == "default"] or [name for name in named if name not in _OTHERS]
+        if len(fit) != 1:
+            raise InputError(
+                f"The tokenizer has several chat templates and none is its default: {', '.join(sorted(named))}; "
+                "name one (--chat-template of apb, chat_template= in Python)."
+            )
+        return named[fit[0]]
+    if str(asked) in named:
+        return named[str(asked)]
+    if isinstance(asked, str) and ("{{" in asked or "{%" in asked):
+        return asked
+    try:
+        return Path(asked).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        there = f"its templates are {', '.join(sorted(named))}" if named else "it has none"
+        raise InputError(
+            f"The chat template {str(asked)!r} is neither a text file nor the name of one of the tokenizer's: {there}."
+        ) from error
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:
+    """What a template writes of a chat, up to where the assistant begins to speak.
+
+    Joined, the pieces are what ``apply_chat_template(..., tokenize=False, add_generation_prompt=True)`` gives. Those
+    with a ``source`` are what became of the turns' own: a template may strip them, or write them in capitals. Templates
+    that take the content of a message as a list of parts get that.
+
+    The texts are found by rendering the chat again with numbers in their place; where that leads nowhere (a template
+    may look at what it is given), they are looked for as they are.
+
+    Raises:
+        InputError: the template refuses the chat, cannot be applied, drops a text, or changes it beyond recognition.
+    """
+    texts = {piece.source: piece.text for turn in turns for piece in turn.pieces if piece.source is not None}
+    # Digits have no case, nothing strips or escapes them, and so many of them are in no text by chance.
+    nonce = secrets.randbelow(10**20) + 10**20
+    marks = {source: f"{nonce}{number:04}" for number, source in enumerate(texts)}
+    wrong: list[InputError] = []
+    for as_parts in (False, True):
+        chat = _Chat(tokenizer, template, turns, texts, marks, as_parts)
+        try:
+            return chat.pieces()
+        except InputError as error:
+            wrong.append(error)
+    # A template that cannot do with one kind of content at all has nothing to say about the other.
+    raise next((error for error in wrong if isinstance(error, _Lost)), wrong[0])
+
+
+class _Lost(InputError):
+    """A text that was given to a template is not in what it wrote."""
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """A chat whose texts are given to a template as they are, or with marks in their place."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    turns: Sequence[Turn]
+    texts: dict[str, str]
+    marks: dict[str, str]
+    as_parts: bool
+
+    def pieces(self) -> list[Piece]:
+        frame, whole = self.render(()), self.render(self.texts)
+        # A list that stands in the text as Python or JSON writes it was not meant to be one.
+        listed = self.as_parts and re.search(r"""\{["']type["']: ?["']text["']""", frame)
+        found = None if listed else self._by_marks(frame, whole) or self._as_they_are(whole)
+        if found is not None and self._is_clear(found, frame):
+            return found
+        dropped = [source for source, mark in self.marks.items() if mark not in frame]
+        what = f"drops the {' and the '.join(dropped)}" if dropped else "changes the text beyond recognition"
+        raise _Lost(
+            f"The chat template {what}; give another one (--chat-template of apb, chat_template= in Python), or use "
+            "Prompt.from_text instead."
+        )
+
+    def render(self, real: Collection[str]) -> str:
+        """What the template writes, with these of the texts in it and marks for the others."""
+        given = {source: text if source in real else self.marks[source] for source, text in self.texts.items()}
+        messages: list[dict[str, Any]] = []
+        for turn in self.turns:
+            content = "".join(piece.text if piece.source is None else given[piece.source] for piece in turn.pieces)
+            parts = [{"type": "text", "text": content}]
+            messages.append({"role": turn.role, "content": parts if self.as_parts else content})
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except TemplateError as error:
+            raise InputError(f"The tokenizer's chat template refuses this prompt: {first_line(error)}.") from error
+        except Exception as error:  # a template runs as code does: it may add a number to a text
+            raise InputError(
+                f"The tokenizer's chat template cannot be applied: {first_line(error)}; give another one "
+                "(--chat-template of apb, chat_template= in Python)."
+            ) from error
+
+    def _by_marks(self, frame: str, whole: str) -> list[Piece] | None:
+        if any(mark not in frame for mark in self.marks.values()):
+            return None
+        source_of = {mark: source for source, mark in self.marks.items()}
+        parts = re.split(f"({'|'.join(source_of)})", frame) if source_of else [frame]
+
+        def filled(became: Callable[[str], list[Piece]]) -> list[Piece] | None:
+            pieces: list[Piece] = []
+            for part in parts:
+                pieces += became(source_of[part]) if part in source_of else [Piece(part)]
+            return pieces if "".join(piece.text for piece in pieces) == whole else None
+
+        return filled(lambda source: [Piece(self.texts[source], source)]) or filled(partial(self._changed, frame))
+
+    def _changed(self, frame: str, source: str) -> list[Piece]:
+        """What the template makes of a text, found with marks for the others."""
+        before, _, rest = frame.partition(self.marks[source])
+        after = rest.rpartition(self.marks[source])[2]
+        alone = self.render((source,))
+        became, text = alone[len(before) : len(alone) - len(after)], self.texts[source]
+        for same in (text, text.lstrip(), text.rstrip(), text.strip()):
+            if same and same in became:  # what the template says because of it is the template's
+                front, _, back = became.partition(same)
+                return [Piece(front), Piece(same, source), Piece(back)]
+        return [Piece(became, source)]
+
+    def _is_clear(self, pieces: list[Piece], frame: str) -> bool:
+        """Whether every control token outside the texts is the template's own.
+
+        A template that writes more than it does around marks may have it from a text, whose control tokens are none.
+        """
+        marked = re.compile("|".join(self.marks.values()) or "(?!)")
+        if (said := "".join(piece.text for piece in pieces if piece.source is None)) == marked.sub("", frame):
+            return True
+        names = any_of(control_tokens(self.tokenizer, self.template).values())
+        more = Counter(names.findall(said)) - Counter(names.findall(frame))
+        return not any(name in text for name in more for text in self.texts.values())
+
+    def _as_they_are(self, whole: str) -> list[Piece] | None:
+        pieces: list[Piece] = []
+        end = 0
+        for source, text in self.texts.items():
+            start = whole.find(text.strip(), end)
+            if start < 0:
+                return None
+            pieces += [Piece(whole[end:start]), Piece(text.strip(), source)]
+            end = start + len(text.strip())
+        return [*pieces, Piece(whole[end:])]

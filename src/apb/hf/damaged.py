@@ -1,0 +1,71 @@
+"""Checkpoints that cannot be loaded, in sentences: an index that names nothing, a quantizer that is not installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+# What pip calls the packages behind transformers' quantizers.
+_PACKAGES = {
+    "aqlm": "aqlm[gpu,cpu]",
+    "auto-round": "auto-round",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "kernels",
+    "fouroversix": "fouroversix",
+    "fp_quant": "fp_quant",
+    "gptq": "optimum gptqmodel",
+    "higgs": "flute-kernel",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "quark": "amd-quark",
+    "sinq": "sinq",
+    "spqr": "spqr_quant[gpu]",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def check_index(model: str | Path) -> None:
+    """InputError where the weights of a folder are in several files and the index names none of them."""
+    for name in _WEIGHTS:
+        if Path(model, name).is_file():
+            return
+        index = Path(model, f"{name}.index.json")
+        if index.is_file():
+            try:
+                listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                named = isinstance(listed, dict) and set(listed.values())
+            except (ValueError, KeyError, TypeError):
+                named = False
+            if not named:
+                raise InputError(
+                    f"The index {index.name!r} of {str(model)!r} names no weights; put the index there that came with "
+                    "the checkpoint."
+                )
+            return
+
+
+def quantizer(config: Any, quantization: Any = None) -> str | None:
+    """The name by which transformers knows how weights are quantized; None for weights that are not."""
+    chosen = quantization if quantization is not None else getattr(config, "quantization_config", None)
+    method = chosen.get("quant_method") if isinstance(chosen, dict) else getattr(chosen, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def missing_quantizer(model: str | Path, method: str) -> InputError | None:
+    """What to say where a quantizer's package is not installed, or too old; None for one that is not known here."""
+    package = _PACKAGES.get(method)
+    if package is None:
+        return None
+    return InputError(
+        f"The weights of {str(model)!r} are quantized by {method!r}, which needs a package of its own: "
+        f"pip install -U {package}."
+    )

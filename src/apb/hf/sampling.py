@@ -1,0 +1,137 @@
+"""A checkpoint's generation configuration, heeded through transformers' own processors and criteria.
+
+The only place that calls the methods by which transformers makes them, which are not public; they have had these
+arguments from 5.17 to 5.23.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+
+from ..errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..generation import Sampling
+
+# Other ways to search than token by token, and what needs more than one pass of the model: each with the values by
+# which it does nothing.
+_LEFT_OUT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (None, 1),
+    "num_return_sequences": (None, 1),
+    "penalty_alpha": (None, 0),
+    "dola_layers": (None,),
+    "guidance_scale": (None, 1),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "token_healing": (None, False),
+}
+# What the caller says instead of the checkpoint.
+_CALLERS: dict[str, tuple[Any, ...]] = {
+    "do_sample": (None, False),
+    "temperature": (None, 1),
+    "top_k": (None, 0),
+    "top_p": (None, 1),
+}
+
+
+def eos_ids(model: Any) -> list[int]:
+    """The ids at which a model's answer ends, from its generation configuration, else its configuration."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else list(ids)
+    return []
+
+
+def processors(model: Any, sampling: Sampling, prompt: Tensor) -> LogitsProcessorList:
+    """The logits processors of an answer to ``prompt`` (1, tokens), in transformers' order."""
+    config = _config(model, sampling, prompt.shape[1], prompt.device)
+    try:
+        return _maker(model)._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=prompt.shape[1],
+            encoder_input_ids=prompt,
+            prefix_allowed_tokens_fn=None,
+            logits_processor=sampling.logits_processor or LogitsProcessorList(),
+            device=str(prompt.device),
+            model_kwargs={},
+        )
+    except Exception as error:  # the processors check their settings when they are made
+        raise _wrong(error) from error
+
+
+def criteria(
+    model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None, device: torch.device
+) -> StoppingCriteriaList:
+    """The stopping criteria beside ``max_new_tokens``."""
+    config = _config(model, sampling, 0, device)
+    config.max_length = None
+    if tokenizer is None:
+        config.stop_strings = None
+    try:
+        asked = sampling.stopping_criteria or StoppingCriteriaList()
+        return _maker(model)._get_stopping_criteria(config, asked, tokenizer)
+    except Exception as error:
+        raise _wrong(error) from error
+
+
+def left_out(model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """A sentence that names the checkpoint's settings which an answer does not follow, where there are any."""
+    config = getattr(model, "generation_config", None)
+    found = {name: getattr(config, name, None) for name in (*_LEFT_OUT, *_CALLERS)}
+    wanted = {name: value for name, value in found.items() if value not in (_LEFT_OUT | _CALLERS)[name]}
+    if sampling.draws:
+        given = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        wanted = {name: value for name, value in wanted.items() if name in _LEFT_OUT or given.get(name, 0) is None}
+    elif not found["do_sample"]:
+        wanted = {name: value for name, value in wanted.items() if name in _LEFT_OUT}
+    stops = getattr(config, "stop_strings", None)
+    if stops and tokenizer is None:
+        wanted["stop_strings"] = stops
+    if not wanted:
+        return []
+    listed = ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+    return [f"Left out of the checkpoint's generation settings: {listed}."]
+
+
+class _Maker(GenerationMixin):
+    """For models whose own code leaves ``generate`` out."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _maker(model: Any) -> Any:
+    return model if isinstance(model, GenerationMixin) else _Maker(model.config)
+
+
+def _config(model: Any, sampling: Sampling, prompt: int, device: torch.device) -> Any:
+    """The checkpoint's settings with the caller's in their place, as ``generate`` prepares them."""
+    config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
+    for name in _LEFT_OUT:
+        setattr(config, name, None)
+    config.do_sample = sampling.draws
+    config.temperature, config.top_k, config.top_p = float(sampling.temperature), sampling.top_k, sampling.top_p
+    config.max_new_tokens, config.max_length = sampling.max_new_tokens, prompt + sampling.max_new_tokens
+    if config.min_new_tokens is not None:
+        config.min_length = prompt + config.min_new_tokens
+    config.eos_token_id = eos_ids(model) or None
+    try:
+        _maker(model)._prepare_special_tokens(config, device=device)
+    except Exception as error:
+        raise _wrong(error) from error
+    return config
+
+
+def _wrong(error: Exception) -> InputError:
+    return InputError(
+        f"The checkpoint's generation settings cannot be followed: {first_line(error)}; "
+        "correct its generation_config.json."
+    )

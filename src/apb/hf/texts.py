@@ -1,0 +1,232 @@
+"""From texts to tokens: those that transformers makes of the whole, with control tokens from nowhere but the template.
+
+The whole is encoded at once and its tokens are cut afterwards. Encoding parts apart would give other tokens: many
+tokenizers put a space in front of whatever they are given, and others join what stands on both sides of a border.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
+from typing import TYPE_CHECKING, Any
+
+from ..errors import first_line
+from .control import any_of, cannot, control_tokens, twin_of
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a prompt; ``source`` names the user's text that it is from; None: a template wrote it."""
+
+    text: str
+    source: str | None = None
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece], *, special: bool, template: str | None = None
+) -> Tokens:
+    """Encode pieces as the one text that they make up.
+
+    Args:
+        tokenizer: fast or slow.
+        pieces: the text.
+        special: whether the tokenizer adds what it adds by itself, such as BOS.
+        template: source of the chat template that wrote the pieces without a ``source``.
+
+    Returns:
+        The ids of ``tokenizer(text, add_special_tokens=special)``; but names of control tokens in the user's texts are
+        encoded as text.
+
+    Raises:
+        InputError: the tokenizer cannot be kept from turning such names into control tokens.
+    """
+
+    def call(text: str) -> Any:
+        # verbose=False: a document longer than the tokenizer's own limit is this package's business, not a warning.
+        return tokenizer(text, add_special_tokens=special, verbose=False)
+
+    unknown = tokenizer.unk_token_id
+    if all(piece.source is None for piece in pieces):
+        return _read(call, pieces, {}, unknown)
+    control = control_tokens(tokenizer, template)
+    tokens = _read(call, pieces, control, unknown)
+    if tokens.strays():
+        twin = twin_of(tokenizer, control)
+        names = {number: twin.names[name] for number, name in control.items()}
+        renamed = [Piece(twin.renamed(piece.text)) if piece.source is None else piece for piece in pieces]
+        try:
+            tokens = _read(lambda text: twin.encode(text, special), renamed, names, unknown)
+            done = tokens.complete() and not tokens.strays()
+        except Exception as error:  # of a class that works in ways of its own
+            raise cannot(tokenizer, first_line(error)) from error
+        if not done:
+            raise cannot(tokenizer, "it makes control tokens of pieces of text")
+    return tokens
+
+
+class Tokens(ABC):
+    """Pieces as a tokenizer reads them.
+
+    Attributes:
+        ids: of all of them.
+    """
+
+    def __init__(
+        self, ids: Sequence[int], pieces: Sequence[Piece], control: Mapping[int, str], unknown: int | None
+    ) -> None:
+        self.ids = tuple(ids)
+        self._pieces = pieces
+        self._starts = [0, *accumulate(len(piece.text) for piece in pieces)]
+        self._control = control
+        self._unknown = unknown
+
+    def around(self, piece: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The tokens before a piece, its own, and those after it.
+
+        A token that reaches over a border of the piece is the piece's own; where the tokenizer tells no offsets, it
+        belongs to what follows. If that leaves nothing after the piece, its last token is given away.
+        """
+        first, last = self._cut(self._starts[piece], self._starts[piece + 1])
+        if last == len(self.ids) and last - first > 1:
+            last -= 1
+        return self.ids[:first], self.ids[first:last], self.ids[last:]
+
+    @abstractmethod
+    def _cut(self, start: int, stop: int) -> tuple[int, int]:
+        """From characters to tokens: the first one, and the last one + 1."""
+
+    @abstractmethod
+    def strays(self) -> bool:
+        """Whether a user's text has become a control token."""
+
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether all names of control tokens that the template wrote have become those tokens."""
+
+    def _markers(self) -> list[tuple[int, int]]:
+        """The template's control tokens: the characters they start at, and their ids."""
+        pattern = any_of(self._control.values())
+        ids = {name: number for number, name in self._control.items()}
+        return [
+            (start + match.start(), ids[match[0]])
+            for start, piece in zip(self._starts, self._pieces, strict=False)
+            if piece.source is None
+            for match in pattern.finditer(piece.text)
+        ]
+
+
+class _Fast(Tokens):
+    """By a tokenizer that tells which characters each token is made of."""
+
+    def __init__(
+        self, encoding: Encoding, pieces: Sequence[Piece], control: Mapping[int, str], unknown: int | None
+    ) -> None:
+        super().__init__(encoding.ids, pieces, control, unknown)
+        self._encoding = encoding
+        self._text = "".join(piece.text for piece in pieces)
+        # Tokens that the tokenizer has added around the text have no place in it.
+        added = encoding.special_tokens_mask
+        front = sum(takewhile(bool, added))
+        self._own = range(front, max(front, len(added) - sum(takewhile(bool, reversed(added)))))
+
+    def _span(self, token: int) -> tuple[int, int]:
+        """The characters of a token; of a control token those of its name, for some take white space along."""
+        span = self._encoding.token_to_chars(token)
+        assert span is not None, "all but tokens from outside the text have one"
+        start, stop = span
+        if self.ids[token] in self._control:
+            found = self._text[start:stop]
+            start, stop = stop - len(found.lstrip()), start + len(found.rstrip())
+        return start, stop
+
+    def _cut(self, start: int, stop: int) -> tuple[int, int]:
+        own = self._own
+        # A token without characters at the very beginning, a space put there, is the text's and not what goes before.
+        first = bisect_right(own, start, key=lambda token: self._span(token)[1]) if start else 0
+        last = bisect_left(own, stop, lo=first, key=lambda token: self._span(token)[0])
+        return own.start + first, own.start + last
+
+    def strays(self) -> bool:
+        for token in self._own:
+            number = self.ids[token]
+            if number not in self._control:
+                continue
+            start, stop = self._span(token)
+            # What the vocabulary has no token for is unknown, whatever it says.
+            if number == self._unknown and self._text[start:stop].casefold() != self._control[number].casefold():
+                continue
+            if self._is_users(start, stop):
+                return True
+        return False
+
+    def _is_users(self, start: int, stop: int) -> bool:
+        """Whether any of these characters comes from a user's text."""
+        for piece in range(bisect_right(self._starts, start) - 1, len(self._pieces)):
+            if self._starts[piece] >= max(stop, start + 1):
+                return False
+            if self._pieces[piece].source is not None and self._pieces[piece].text:
+                return True
+        return False
+
+    def complete(self) -> bool:
+        places = ((self._encoding.char_to_token(place), number) for place, number in self._markers())
+        return all(token is not None and self.ids[token] == number for token, number in places)
+
+
+class _Slow(Tokens):
+    """By a tokenizer that tells nothing but ids: what is encoded of a beginning of the text says where that ends."""
+
+    def __init__(
+        self,
+        call: Callable[[str], Any],
+        ids: Sequence[int],
+        pieces: Sequence[Piece],
+        control: Mapping[int, str],
+        unknown: int | None,
+    ) -> None:
+        super().__init__(ids, pieces, control, unknown)
+        self._call = call
+
+    def _cut(self, start: int, stop: int) -> tuple[int, int]:
+        text = "".join(piece.text for piece in self._pieces)
+        first, last = (self._common(text[:place]) for place in (start, stop))
+        return first, max(first, last)
+
+    def _common(self, beginning: str) -> int:
+        """How many tokens the text and a beginning of it have in common."""
+        ids = self._call(beginning)["input_ids"]
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
+
+    def strays(self) -> bool:
+        name = None if self._unknown is None else self._control.get(self._unknown)
+        named = name is not None and any(name in piece.text for piece in self._pieces if piece.source is not None)
+        return named or bool(self._found() - self._wanted())
+
+    def complete(self) -> bool:
+        return not self._wanted() - self._found()
+
+    def _found(self) -> Counter[int]:
+        """How often each control token stands in the whole, unknown characters apart."""
+        return Counter(number for number in self.ids if number in self._control and number != self._unknown)
+
+    def _wanted(self) -> Counter[int]:
+        """The same, of what the template writes and what the tokenizer adds by itself."""
+        around = Counter(number for number in self._call("")["input_ids"] if number in self._control)
+        return around + Counter(number for _, number in self._markers())
+
+
+def _read(
+    call: Callable[[str], Any], pieces: Sequence[Piece], control: Mapping[int, str], unknown: int | None
+) -> Tokens:
+    result = call("".join(piece.text for piece in pieces))
+    if result.encodings:
+        return _Fast(result.encodings[0], pieces, control, unknown)
+    return _Slow(call, result["input_ids"], pieces, control, unknown)
