@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from byte_checkpoint import EOS, TEMPLATE, VOCABULARY, byte_symbol, save_checkpoint
 
-TOKENS = ["th", *map(byte_symbol, range(1, 256))]
+TOKENS = ["th", "er", *map(byte_symbol, range(2, 256))]
+MERGES = ["t h", "e r"]
 NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -28,7 +29,7 @@ NAMES = {
 
 
 def save_folder(folder: Path, rope: dict[str, Any] | None = None) -> None:
-    """The checkpoint whose tokens are bytes (but for a pair in the place of byte 0, as files have merges), with a chat
+    """The checkpoint whose tokens are bytes (but for pairs in the place of 0 and 1, as files have merges), with a chat
     template, its RoPE scaled like that, its matrices rounded to what Q8_0 of GGUF can hold."""
     save_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text())
@@ -36,7 +37,11 @@ def save_folder(folder: Path, rope: dict[str, Any] | None = None) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["model"] |= {"vocab": {symbol: number for number, symbol in enumerate(TOKENS)}, "merges": [["t", "h"]]}
+    tokenizer["model"] |= {
+        "vocab": {symbol: number for number, symbol in enumerate(TOKENS)},
+        "merges": [merge.split() for merge in MERGES],
+    }
+    tokenizer["post_processor"] = None  # no BOS in front, as the files say
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
@@ -83,7 +88,7 @@ def write(
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([*TOKENS, "<s>", "</s>"])
     writer.add_token_types([gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * 2)
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(MERGES)
     writer.add_bos_token_id(VOCABULARY - 2)
     writer.add_eos_token_id(EOS)
     writer.add_eot_token_id(10)

@@ -47,7 +47,7 @@ def test_read_as_its_checkpoint(folder: Path, name: str) -> None:
     for setting in ("model_type", "head_dim", "num_key_value_heads", "tie_word_embeddings", "rope_parameters"):
         assert getattr(config, setting) == getattr(expected, setting)
     tokenizer, theirs = loading.load_tokenizer(folder / name), loading.load_tokenizer(folder)
-    text = "the naïve 北京 </s> \t😀\r\n"
+    text = "the other naïve 北京 </s> \t😀\r\n"
     assert tokenizer(text)["input_ids"] == theirs(text)["input_ids"]
     assert tokenizer.chat_template == theirs.chat_template
     model = loading.load_model(folder / name, torch.float32, torch.device("cpu"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig, LlamaConfig, Phi3ForCausalLM
 
 import apb
 from apb.evaluation.synthetic import check_lengths
@@ -65,8 +66,19 @@ def test_answers_across_the_lengths_at_which_rope_changes(name: str, strategy: s
 
 
 def test_the_switch_matters() -> None:
-    """A check of the check: with the short keys kept, the answer that crosses is another."""
+    """A check of the check: with the short keys kept, as by transformers' Llama, the answer that crosses is another."""
     assert transformers_says(scaled("longrope"), prompt_of(60).token_ids, ANSWER) != answer("longrope", 60)
+
+
+@pytest.mark.skipif(
+    "next_sequence_length" not in inspect.getsource(Phi3ForCausalLM.prepare_inputs_for_generation),
+    reason="this version of transformers drops Phi-3's cache and reads the last token alone",
+)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_phi3_reads_again_as_well(length: int) -> None:
+    """transformers' own generation with its cache, which it lets go at the switch: the same answers."""
+    name = "longrope, phi3"
+    assert transformers_says(scaled(name), prompt_of(length).token_ids, ANSWER) == answer(name, length)
 
 
 @pytest.mark.parametrize("name", ["longrope", "longrope, phi3"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import modeling_gguf_pytorch_utils as expanding
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import is_gguf_available
+from transformers.utils import is_gguf_available, logging
 
 from ..errors import InputError, first_line
 from . import rope
@@ -28,7 +29,7 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 def is_gguf(model: str | Path) -> bool:
     """Whether a model is named by its GGUF file."""
-    return str(model).endswith(".gguf")
+    return str(model).endswith(".gguf") and not Path(model).is_dir()
 
 
 def load_config(model: str | Path) -> Any:
@@ -88,21 +89,32 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
 
     gguf: Any = module  # two of its names are exchanged below
     files = parts(path)
-    original = gguf.GGUFReader, gguf.get_tensor_name_map
     try:
         reader = _read(files)
-        # All parts as one, read once; and a table that takes a while made once, and not for every module.
-        gguf.GGUFReader, gguf.get_tensor_name_map = lambda _: reader, cache(gguf.get_tensor_name_map)
-        # From an empty folder: in the file's own a tokenizer.json or the like would be taken for what is in the file.
-        with TemporaryDirectory() as empty:
+        with ExitStack() as undone:
+            undone.enter_context(_put(gguf, "GGUFReader", lambda _: reader))  # all parts as one, read once
+            # A table that takes a while is made once, and not for every module; the bar heeds transformers' settings.
+            undone.enter_context(_put(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)))
+            undone.enter_context(_put(expanding, "tqdm", logging.tqdm))
+            # From an empty folder: a tokenizer.json in the file's own would be taken for what is in the file.
+            empty = undone.enter_context(TemporaryDirectory())
             yield reader, {"pretrained_model_name_or_path": empty, "gguf_file": str(files[0])}
     except InputError:
         raise
     except Exception as error:  # of files that are damaged, or hold what transformers or gguf do not know
         reason = first_line(error) or type(error).__name__
         raise InputError(f"The GGUF file {str(model)!r} cannot be read: {reason}.") from error
+
+
+@contextmanager
+def _put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another value of a module's name, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = original
+        setattr(owner, name, before)
 
 
 def _read(files: list[Path]) -> Any:
