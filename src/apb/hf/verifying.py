@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -175,7 +176,11 @@ def _key(kind: type[PreTrainedModel], config: Any) -> str:
     """What the outcome depends on, as a file's name: class and settings, and all code that has a part in it."""
     settings = config.to_json_string(use_diff=False)
     parts = [torch.__version__, transformers.__version__, f"{kind.__module__}.{kind.__qualname__}", settings]
-    parts += [_state(Path(__file__).parents[1]), _state(Path(inspect.getfile(kind)))]
+    parts.append(_state(Path(__file__).parents[1]))
+    try:
+        parts.append(_state(Path(inspect.getfile(kind))))
+    except (OSError, TypeError):  # typed in, as in a notebook: the next of that name may be another
+        parts.append(str(time.time_ns()))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
