@@ -152,8 +152,7 @@ def generate(group: Group) -> dict[str, Any]:
     greedy = engine.generate(prompt, max_new_tokens=24).token_ids
     engine.close()
     with patch.dict("os.environ", APB_CHECK_FINITE="1"):
-        engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5)
-    engine.group = group
+        engine = apb.Engine.from_model(model, byte_tokenizer(), blocks=5, mesh=Mesh.of(group))
     model.model.layers[1].self_attn.v_proj.weight[3, 3] = float("nan")
     broken = ""
     try:
