@@ -103,6 +103,7 @@ def test_an_answer(served: Served, engine: apb.Engine) -> None:
     assert answer.usage.total_tokens == 7 + answer.usage.prompt_tokens
     assert (answer.apb["strategy"], answer.apb["exact"], answer.apb["plan"]["blocks"]) == ("apb", False, 3)
     assert answer.apb["plan"]["document_tokens"] < answer.usage.prompt_tokens
+    assert answer.apb["decode"] == {"method": "exact", "exact": True, "share": 1.0}
     drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     longer = served.ask(max_completion_tokens=20, **drawn)
     assert longer.choices[0].message.content == text_of(engine, max_new_tokens=20, **drawn)
