@@ -198,8 +198,8 @@ def test_the_document_is_tokenized_once(call: Callable[..., Any], monkeypatch: p
     made, read = [], []
     for_model, stream = apb.Prompt.for_model, apb.Engine.stream
 
-    def tokenize(*given: Any, **named: Any) -> apb.Prompt:
-        made.append(for_model(*given, **named))
+    def tokenize(*given: Any, **options: Any) -> apb.Prompt:
+        made.append(for_model(*given, **options))
         return made[-1]
 
     monkeypatch.setattr(apb.Prompt, "for_model", tokenize)
