@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import compressors, decoding, methods
     from .engine import Engine
     from .errors import Cancelled, InputError, NotFinite
     from .generation import Generation
@@ -29,6 +30,8 @@ _HOMES = {
     "Session": ".session",
     "attention": ".kernels.attention",
 }
+# Folders of what can be given to an engine as an object: ``apb.methods.APB(blocks=8)``.
+_SUBMODULES = ("compressors", "decoding", "methods")
 __all__ = [
     "Cancelled",
     "Engine",
@@ -41,10 +44,15 @@ __all__ = [
     "Session",
     "__version__",
     "attention",
+    "compressors",
+    "decoding",
+    "methods",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'apb' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

@@ -47,10 +47,7 @@ class Prompt:
     @classmethod
     def from_tokens(cls, prefix: Sequence[int], document: Sequence[int], query: Sequence[int]) -> Prompt:
         """A prompt of token ids; ``prefix`` may be empty."""
-        try:
-            return cls(*(tuple(map(index, part)) for part in (prefix, document, query)))
-        except TypeError as error:
-            raise InputError(f"Token ids must be whole numbers: {first_line(error)}.") from error
+        return cls(*map(whole_numbers, (prefix, document, query)))
 
     @classmethod
     def from_text(
@@ -123,6 +120,14 @@ class Prompt:
         if system is not None:
             raise InputError("This model has no chat template, so it takes no system text; leave the system text out.")
         return cls.from_text(tokenizer, document, query, answer_prefix=answer_prefix)
+
+
+def whole_numbers(token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Token ids from any sequence of whole numbers, a tensor among them, as Python's own; InputError for others."""
+    try:
+        return tuple(map(index, token_ids))
+    except TypeError as error:
+        raise InputError(f"Token ids must be whole numbers: {first_line(error)}.") from error
 
 
 def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:

@@ -13,7 +13,7 @@ from .errors import InputError
 from .hf.cache import ShardCache, dynamic_cache
 from .passes.tokens import Decoder
 from .planning.plan import Plan
-from .prompt import check_tokens
+from .prompt import check_tokens, whole_numbers
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -79,6 +79,7 @@ class Session:
         Where the text grows beyond a length from which on RoPE rotates every position by other angles (longrope),
         prompt and answer are read again with those, as transformers does.
         """
+        token_ids = whole_numbers(token_ids)
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
         check_tokens(token_ids, self._vocabulary)

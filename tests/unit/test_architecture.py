@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,6 +98,15 @@ def test_transformers_is_known_in_one_folder() -> None:
             quiet = path.name == "quiet.py"  # silences its log
             assert not found or quiet or id(node) in typing_only, f"{path}:{getattr(node, 'lineno', 0)}"
         assert "get_text_config" not in text, path
+
+
+@pytest.mark.parametrize(
+    "made", ["methods.APB(blocks=8)", "compressors.QueryEdge(longest_edge=3)", "decoding.Dense()", "methods.METHODS"]
+)
+def test_objects_are_found_where_they_are_named(made: str) -> None:
+    """In a fresh process `import apb` is enough, and does not import torch."""
+    code = f"import sys, apb; apb.{made}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def own(path: Path) -> bool:

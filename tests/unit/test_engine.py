@@ -150,6 +150,19 @@ def test_extend_refuses_and_leaves_the_session_as_it_was(tokens: list[int]) -> N
     assert torch.equal(session.extend([5]), untouched.extend([5]))
 
 
+def test_extend_takes_any_sequence_of_whole_numbers() -> None:
+    """A tensor, as Prompt.from_tokens does; the session keeps Python's own numbers. Fractions are refused."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    session, other = engine.prefill(PROMPT), engine.prefill(PROMPT)
+    assert torch.equal(session.extend(torch.tensor([5, 6])), other.extend([5, 6]))  # type: ignore[arg-type]
+    assert session.token_ids == other.token_ids
+    assert all(type(token) is int for token in session.token_ids)
+    for wrong in ([1.5], torch.empty(0)):
+        with pytest.raises(apb.InputError, match=r"whole numbers|No tokens"):
+            session.extend(wrong)  # type: ignore[arg-type]
+    assert torch.equal(session.extend([7]), other.extend([7]))
+
+
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_gather_kv_of_no_layer(layer: int) -> None:
     """A layer that the model does not have is refused with those it has."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 import apb
 from answers import record, run_of
+from apb.compressors import Random, Recent
 from apb.errors import InputError
 from apb.evaluation.items import Item
 from apb.evaluation.records import Store, model_name, read_records, write_records
@@ -19,6 +21,7 @@ from apb.evaluation.runner import Runner
 from apb.evaluation.settings import Setting, settings
 from apb.evaluation.statistics import compare, difference, interval
 from apb.evaluation.summary import summarize
+from apb.methods import APB, option
 from command_line import Cli
 
 
@@ -80,6 +83,27 @@ def test_settings_that_differ() -> None:
     assert settings(["apb"], heads="h.pt") == [Setting.of("apb", "retaining", heads="h.pt")]
     with pytest.raises(InputError, match="Unknown strategy"):
         settings(["magic"])
+
+
+def test_records_tell_objects_apart_by_all_that_they_were_made_with() -> None:
+    """A field that is no option counts too, and an option of the compressor whose name the strategy's has as well:
+    else the answers of one reading would be taken for those of another."""
+
+    @dataclass(frozen=True)
+    class Shifted(Recent):
+        name: ClassVar[str] = "shifted"
+        blocks: int = option(1, "Blocks to shift by.")
+
+    method = APB(blocks=4)
+    made = [Random(1), Random(2), Random(), Shifted(2), Shifted(3)]
+    asked = [Setting(method, compressor).asked for compressor in made]
+    assert asked == [
+        {"strategy": "apb", "blocks": 4, "compressor": "random", "seed": 1},
+        {"strategy": "apb", "blocks": 4, "compressor": "random", "seed": 2},
+        {"strategy": "apb", "blocks": 4, "compressor": "random"},
+        {"strategy": "apb", "blocks": 4, "compressor": "shifted", "shifted blocks": 2},
+        {"strategy": "apb", "blocks": 4, "compressor": "shifted", "shifted blocks": 3},
+    ]
 
 
 def test_readings_have_names() -> None:

@@ -103,6 +103,7 @@ def test_an_answer(served: Served, engine: apb.Engine) -> None:
     assert answer.usage.total_tokens == 7 + answer.usage.prompt_tokens
     assert (answer.apb["strategy"], answer.apb["exact"], answer.apb["plan"]["blocks"]) == ("apb", False, 3)
     assert answer.apb["plan"]["document_tokens"] < answer.usage.prompt_tokens
+    assert answer.apb["decode"] == {"method": "exact", "exact": True, "share": 1.0}
     drawn = {"temperature": 1.0, "top_p": 0.9, "seed": 3}
     longer = served.ask(max_completion_tokens=20, **drawn)
     assert longer.choices[0].message.content == text_of(engine, max_new_tokens=20, **drawn)
@@ -405,7 +406,12 @@ def test_warm_up(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     assert generate(prompt, max_new_tokens=9).token_ids == before.token_ids
 
 
-def test_what_cannot_be_served(cli: Cli, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_cannot_be_served(
+    cli: Cli,  # noqa: F811
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Status 2 and a sentence, before weights are read."""
     monkeypatch.setattr(serve, "work", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -415,5 +421,7 @@ def test_what_cannot_be_served(cli: Cli, checkpoint: Path, monkeypatch: pytest.M
     cli("serve", "--port", 0, "--blocks", 0).refused("Blocks must be at least 1")
     cli("serve", "--port", 0, "--max-new-tokens", 0).refused("ax_new_tokens must be at least 1")
     cli("serve", "--port", 0, "--heads", checkpoint / "config.json").refused("config.json")
+    (tmp_path / "half.jinja").write_text("{% for message in ")
+    cli("serve", "--port", 0, "--model", checkpoint, "--chat-template", tmp_path / "half.jinja").refused("template")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     cli("serve", "--port", 0).refused("A server needs uvicorn, which is not installed; install apb[serve]")

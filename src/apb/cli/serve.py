@@ -57,8 +57,12 @@ def serve(
     from ..distributed import launch
     from ..hf.chat import template_of
     from ..hf.loading import load_tokenizer
+    from ..prompt import Prompt
 
-    template_of(load_tokenizer(place.model.name, place.loading["trust_remote_code"]), chat_template)
+    tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
+    template_of(tokenizer, chat_template)
+    if chat_template is not None:  # one that cannot be applied is refused here, not with every request
+        Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
     server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens)
     launch.run(work, place.processes, server)
 

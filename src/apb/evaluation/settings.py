@@ -38,12 +38,18 @@ class Setting:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The options that were given, by name, heads apart: how records tell readings from each other."""
-        scorer = self.compressor
-        scoring = {} if scorer is None else {"compressor": scorer.name, **given(scorer)}
-        scoring.pop("heads", None)
-        decoding = {} if self.decoding == EXACT else {"decode": self.decoding.name, **given(self.decoding)}
-        return {"strategy": self.strategy, **given(self.method), **scoring, **decoding}
+        """The options that were given, by name, heads apart: how records tell readings from each other.
+
+        Where compressor or decode method has an option of a name that is taken, its own name stands before it.
+        """
+        asked = {"strategy": self.strategy, **given(self.method)}
+        decoding = None if self.decoding == EXACT else self.decoding
+        for part, owner in (("compressor", self.compressor), ("decode", decoding)):
+            if owner is not None:
+                asked[part] = owner.name
+                options = {name: value for name, value in given(owner).items() if name != "heads"}
+                asked |= {f"{owner.name} {name}" if name in asked else name: options[name] for name in options}
+        return asked
 
     @property
     def heads(self) -> str | None:

@@ -36,10 +36,14 @@ def options_of(owner: Any) -> dict[str, Field[Any]]:
 
 
 def given(owner: Any) -> dict[str, Any]:
-    """The options of an instance that differ from their defaults."""
-    values = {name: getattr(owner, name) for name in options_of(owner)}
-    defaults = {name: each.default for name, each in options_of(owner).items() if each.default is not MISSING}
-    return {name: value for name, value in values.items() if value != defaults.get(name, MISSING)}
+    """The options of an instance that differ from their defaults, and its other fields that are numbers or strings."""
+    options = options_of(owner)
+    values = {each.name: (getattr(owner, each.name), each.default) for each in fields(owner)}
+    return {
+        name: value
+        for name, (value, default) in values.items()
+        if (name in options or isinstance(value, (int, float, str))) and (default is MISSING or value != default)
+    }
 
 
 def check(options: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:

@@ -189,10 +189,10 @@ class Reply:
         return _sse({**self._head, "object": "chat.completion.chunk", "choices": [], **figures})
 
     def figures(self, result: Generation) -> dict[str, Any]:
-        """Token usage, and under "apb" the strategy, exactness, plan and timing of the prefill."""
+        """Token usage, and under "apb" how the prompt was read and the answer decoded, whether exactly, and notes."""
         read, written = len(self._prompt), len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        kept = ("strategy", "exact", "plan", "timing", "choice", "notes")
+        kept = ("strategy", "exact", "plan", "timing", "decode", "choice", "notes")
         return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
 
 
