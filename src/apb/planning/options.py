@@ -1,4 +1,4 @@
-"""Options of strategies, compressors and decode methods: dataclass fields that know their help text and their limits.
+"""Options of strategies, compressors and decode methods: dataclass fields with their help text and limits.
 
 The command line derives its options from these fields, so an option is declared once, where it is used.
 """

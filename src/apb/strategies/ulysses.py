@@ -1,4 +1,4 @@
-"""Ulysses (arXiv 2309.14509): heads are scattered and the sequence gathered, by two all-to-alls a layer."""
+"""Ulysses (arXiv 2309.14509): heads are scattered and the sequence gathered, by two all-to-alls per layer."""
 
 from __future__ import annotations
 
