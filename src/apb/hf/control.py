@@ -1,4 +1,4 @@
-"""Control tokens: which they are, and a twin of a tokenizer to which their names in a text mean nothing."""
+"""Control tokens, and a twin of a tokenizer that treats their names in a text as plain text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# An added token in brackets controls something, but for the tags of HTML that Gemma has single tokens for.
+# An added token in brackets is a control token, except for the HTML tags that Gemma has single tokens for.
 _IN_BRACKETS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _TAG = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|sub|sup|code|p|pre|a|ul|ol|li)>"
@@ -47,16 +47,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the names, the longest where several begin at one place."""
+    """A pattern that finds any of the names, the longest if several begin at one place."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 @dataclass(frozen=True)
 class Twin:
-    """A tokenizer whose control tokens go by other names, which nobody can guess; all ids are the same.
+    """A tokenizer whose control tokens have other, unguessable names; all ids are the same.
 
     Attributes:
-        encode: from (text, whether to add special tokens) to what a tokenizer of transformers gives.
+        encode: from (text, add special tokens) to the result of a tokenizer of transformers.
         names: the new names by the old ones.
     """
 
@@ -72,7 +72,7 @@ _twins: WeakKeyDictionary[Any, tuple[dict[int, str], Twin]] = WeakKeyDictionary(
 
 
 def twin_of(tokenizer: PreTrainedTokenizerBase, control: dict[int, str]) -> Twin:
-    """The tokenizer's twin, kept for as long as the tokenizer; InputError where none can be made."""
+    """The tokenizer's twin, cached for the tokenizer's lifetime; InputError if none can be made."""
     known = _twins.get(tokenizer)
     if known is not None and known[0] == control:
         return known[1]
@@ -91,14 +91,14 @@ def twin_of(tokenizer: PreTrainedTokenizerBase, control: dict[int, str]) -> Twin
 
 
 def cannot(tokenizer: PreTrainedTokenizerBase, why: str) -> InputError:
-    """The refusal where text cannot be kept from turning into control tokens."""
+    """The error for a tokenizer that cannot be kept from turning text into control tokens."""
     return InputError(
         f"The text has names of control tokens in it, and {type(tokenizer).__name__} cannot be made to read them as "
         f"text ({why}); take them out of the text."
     )
 
 
-# How a twin encodes, and the ids of its tokens by name.
+# A twin's encoding function, and the function from a token's name to its id.
 _Made = tuple[Callable[[str, bool], Any], Callable[[str], int | None]]
 
 
@@ -121,7 +121,7 @@ def _fast(tokenizer: Any, names: Mapping[str, str]) -> _Made:
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Rename control tokens in a vocabulary too, where merges of BPE and the pieces of Unigram would lead to them."""
+    """Rename control tokens in a vocabulary too, as BPE merges and Unigram pieces could produce them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}
