@@ -109,7 +109,7 @@ class Engine:
         Args:
             model: folder, file (any part of one in several) or id.
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
-            device: "cpu" or "cuda"; a GPU where there is one if None.
+            device: "cpu" or "cuda"; a GPU if there is one, by default.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
             quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; not needed for one
                 that comes with the checkpoint.
@@ -138,7 +138,7 @@ class Engine:
     ) -> Engine:
         """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
 
-        Layers may lie on several GPUs, where accelerate has put them (``device_map`` of transformers).
+        Layers may be on several GPUs, as placed by accelerate (``device_map`` of transformers).
 
         Options:
             strategy, compressor, decoding, rounds, allow_extrapolation, approximate, seed, and the options of
@@ -162,7 +162,7 @@ class Engine:
             self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
-        """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        """The plan by which :meth:`prefill` would read a prompt; InputError if it cannot be read."""
         if self._closed:  # another engine may still hold the model
             raise RuntimeError(CLOSED)
         at_least("max_new_tokens", max_new_tokens, 0)
@@ -190,7 +190,7 @@ class Engine:
         """Read a prompt.
 
         Args:
-            prompt: what to read.
+            prompt: the prompt to read.
             max_new_tokens: tokens to reserve room for after the prompt; more may follow, at the cost of a copy.
             progress: called after each layer's attention.
             cancelled: called before every layer; with several ranks before every round, and rank 0's result counts
@@ -225,7 +225,7 @@ class Engine:
         """Read a prompt on one device, in one round, without a cache, and inspect every layer's attention.
 
         Args:
-            prompt: what to read.
+            prompt: the prompt to read.
             positions: positions in the prompt whose next-token logits are returned.
             look: called with the strategy and each layer's q, k, v, after its attention.
 

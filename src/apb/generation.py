@@ -35,7 +35,7 @@ def check_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The settings by which tokens are chosen.
 
     The checkpoint's generation configuration is followed (penalties, suppressed and bad words, minimum lengths, stop
     strings, min_p and the like), by transformers' own classes, except for its ``do_sample``, ``temperature``, ``top_k``
@@ -98,7 +98,7 @@ class Generation:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values; ``choice`` and ``notes`` only where there are any."""
+        """All fields as plain Python values; ``choice`` and ``notes`` only if there are any."""
         fields = asdict(self)
         return {name: value for name, value in fields.items() if value or name not in ("choice", "notes")}
 

@@ -126,7 +126,7 @@ class Prompt:
 
 
 def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
-    """InputError where a token id is not below ``vocabulary``."""
+    """InputError if a token id is not below ``vocabulary``."""
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocabulary:
         raise InputError(

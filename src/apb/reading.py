@@ -59,7 +59,7 @@ class Reading:
         seed: int = 0,
         **options: Any,
     ) -> Reading:
-        """The reading given by an engine's options; raises InputError where they contradict each other.
+        """The reading given by an engine's options; raises InputError if they contradict each other.
 
         Args:
             strategy: a name of :data:`apb.methods.METHODS`, "auto", or an instance of :class:`apb.methods.Method`.
@@ -95,10 +95,10 @@ class Reading:
         tensor: int = 1,
         split: tuple[tuple[int, int], ...] = (),
     ) -> Plan:
-        """The plan by which a prompt is read; InputError where it cannot be.
+        """The plan by which a prompt is read; InputError if there is none.
 
         Args:
-            prompt: what to read.
+            prompt: the prompt to read.
             ranks: processes that read it together.
             config: the model's configuration.
             hardware: what every rank runs on.

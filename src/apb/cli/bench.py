@@ -18,12 +18,12 @@ from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 from .groups import expanded, values
 
-app = typer.Typer(help="How fast, beside a baseline of the same run and the floor.")
+app = typer.Typer(help="Measure speed, compared with a baseline of the same run and the floor.")
 
 
 @app.callback()
 def _group() -> None:
-    """How fast, beside a baseline of the same run and the floor."""
+    """Measure speed, compared with a baseline of the same run and the floor."""
 
 
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]

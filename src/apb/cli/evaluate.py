@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..evaluation.items import Item, Skipped
 
-app = typer.Typer(help="How well the model answers, strategy by strategy.")
+app = typer.Typer(help="Measure the accuracy of the model's answers, strategy by strategy.")
 
 Task = Annotated[list[str], typer.Option(help="Kind of question; repeat it for several.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only these tasks; repeatable. All if left out.")]
@@ -31,7 +31,7 @@ Count = Annotated[int | None, typer.Option("--samples", help="Only the first so 
 
 @app.callback()
 def _group() -> None:
-    """How well the model answers, strategy by strategy."""
+    """Measure the accuracy of the model's answers, strategy by strategy."""
 
 
 @dataclass(frozen=True, kw_only=True)

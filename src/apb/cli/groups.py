@@ -32,7 +32,7 @@ class Derived:
     repeatable: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        """A parameter for each option, None (or no value, if repeatable) where it is not given."""
+        """A parameter for each option, None (or no value, if repeatable) if it is not given."""
         for name, option in self.options.items():
             kind: Any = str if option.metadata["kind"] is Share else option.metadata["kind"]
             text = option.metadata["help"]

@@ -56,7 +56,7 @@ def run(command: typer.Typer) -> int:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as under nohup
         signal.signal(signal.SIGINT, _interrupted)
     try:
-        # Not its main(): that swallows Ctrl-C and closed pipes, each version of typer in its own way.
+        # Not typer's main(), which swallows Ctrl-C and closed pipes, differently in every version.
         parsed = typer.main.get_command(command)
         with parsed.make_context("apb", sys.argv[1:]) as context:
             status = parsed.invoke(context)
@@ -76,7 +76,7 @@ def run(command: typer.Typer) -> int:
     except RankError as error:
         return _say(str(error), FAILED)
     except BrokenPipeError:
-        # The reader of our output went away (head, less): nothing is wrong, and nobody is left to tell.
+        # The reader of our output has closed the pipe (head, less): this is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:

@@ -114,7 +114,7 @@ class Model:
         return str(self.model or shipped_model())
 
     def config(self) -> Any:
-        """Its configuration; InputError where there is none."""
+        """Its configuration; InputError if there is none."""
         from ..hf.loading import load_config
 
         return load_config(self.name)

@@ -31,7 +31,7 @@ CLOSED = "The engine was closed and its model given back; make a new engine to g
 class Attachment:
     """A model whose attention this package computes, until :meth:`release`; make one with :meth:`of`.
 
-    The model's own modules, weights and code stay as they are. While attached it runs only inside :meth:`running`.
+    The model's own modules, weights and code are unchanged. While attached it runs only inside :meth:`running`.
     """
 
     def __init__(self, model: PreTrainedModel, fused: bool) -> None:
@@ -105,7 +105,7 @@ class Attachment:
 
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
         """As :meth:`last_logits`, without a cache: logits (len(rows), vocab) fp32 of some rows."""
-        # No tensor of rows: the last layer may lie on another device than the first.
+        # No tensor of rows: the last layer may be on another device than the first.
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
 

@@ -77,7 +77,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[
         InputError: the template refuses the chat, cannot be applied, drops a text, or changes it beyond recognition.
     """
     texts = {piece.source: piece.text for turn in turns for piece in turn.pieces if piece.source is not None}
-    # Digits have no case, nothing strips or escapes them, and so many of them are in no text by chance.
+    # Digits have no case, are never stripped or escaped, and a number this long occurs in no text by chance.
     nonce = secrets.randbelow(10**20) + 10**20
     marks = {source: f"{nonce}{number:04}" for number, source in enumerate(texts)}
     wrong: list[InputError] = []
@@ -87,7 +87,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[
             return chat.pieces()
         except InputError as error:
             wrong.append(error)
-    # A template that cannot do with one kind of content at all has nothing to say about the other.
+    # A lost text is the more useful error: a template may not support the other kind of content at all.
     raise next((error for error in wrong if isinstance(error, _Lost)), wrong[0])
 
 
@@ -97,7 +97,7 @@ class _Lost(InputError):
 
 @dataclass(frozen=True)
 class _Chat:
-    """A chat whose texts are given to a template as they are, or with marks in their place."""
+    """A chat whose texts are given to a template verbatim, or with marks in their place."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -108,7 +108,7 @@ class _Chat:
 
     def pieces(self) -> list[Piece]:
         frame, whole = self.render(()), self.render(self.texts)
-        # A list that stands in the text as Python or JSON writes it was not meant to be one.
+        # If the output contains the list as Python or JSON prints it, the template expects a string.
         listed = self.as_parts and re.search(r"""\{["']type["']: ?["']text["']""", frame)
         found = None if listed else self._by_marks(frame, whole) or self._as_they_are(whole)
         if found is not None and self._is_clear(found, frame):

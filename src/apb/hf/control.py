@@ -26,9 +26,9 @@ _TAG = re.compile(
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int, str]:
     """Ids and names of the tokens that text must not turn into.
 
-    They are the tokens added to the vocabulary that are special; that stand in ``template`` (a chat template's source)
-    and are no plain words; or that stand in brackets and are no tags of HTML. Other added tokens, such as letters that
-    a vocabulary lacked, and white space of any kind are text like any other.
+    They are the tokens added to the vocabulary that are special; that occur in ``template`` (a chat template's source)
+    and are not plain words; or that are in brackets and are not HTML tags. Other added tokens, such as letters that a
+    vocabulary lacked, and white space of any kind are plain text.
     """
     named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
 
@@ -76,12 +76,12 @@ def twin_of(tokenizer: PreTrainedTokenizerBase, control: dict[int, str]) -> Twin
     known = _twins.get(tokenizer)
     if known is not None and known[0] == control:
         return known[1]
-    nonce = secrets.token_hex(8)  # small letters and digits, which no normalizer changes
+    nonce = secrets.token_hex(8)  # lower-case letters and digits, which no normalizer changes
     names = {name: f"q{nonce}x{number}q" for number, name in control.items()}
     try:
         encode, number_of = (_fast if tokenizer.is_fast else _slow)(tokenizer, names)
         wrong = [name for number, name in control.items() if number_of(names[name]) != number]
-    except Exception as error:  # of parts that cannot be written down, or a class that works in ways of its own
+    except Exception as error:  # of parts that cannot be serialized, or a class with its own implementation
         raise cannot(tokenizer, first_line(error)) from error
     if wrong:
         raise cannot(tokenizer, f"{wrong[0]!r} cannot be renamed")

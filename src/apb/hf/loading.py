@@ -33,7 +33,7 @@ def shipped_model() -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder, GGUF file or hub id; InputError where there is none."""
+    """The configuration of a checkpoint folder, GGUF file or hub id; InputError if there is none."""
     if gguf.is_gguf(model):
         return gguf.load_config(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
@@ -211,7 +211,7 @@ def check_supported(config: Any) -> None:
 
 
 def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool, tensor: int = 1) -> None:
-    """InputError where a plan does not fit the model: its positions, its number of heads."""
+    """InputError if a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
     limit = position_limit(config)
@@ -235,7 +235,7 @@ def position_limit(config: Any) -> int | None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one, else the CPU."""
+    """The device asked for; by default a GPU if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -149,7 +149,7 @@ class _Fast(Tokens):
 
     def _cut(self, start: int, stop: int) -> tuple[int, int]:
         own = self._own
-        # A token without characters at the very beginning, a space put there, is the text's and not what goes before.
+        # A token without characters at the very beginning (an added space) is the text's, not that of what precedes it.
         first = bisect_right(own, start, key=lambda token: self._span(token)[1]) if start else 0
         last = bisect_left(own, stop, lo=first, key=lambda token: self._span(token)[0])
         return own.start + first, own.start + last

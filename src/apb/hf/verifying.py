@@ -69,7 +69,7 @@ def verify(config: Any, model: PreTrainedModel | None = None) -> None:
 
 
 def kind_of(config: Any, model: PreTrainedModel | None = None) -> Any:
-    """The class of a configuration's decoder, ``model``'s own where that is one; None for code that is not loaded."""
+    """The class of a configuration's decoder, ``model``'s own if that is one; None for code that is not loaded."""
     text = config.get_text_config()
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     return type(model) if model is not None and (known is None or type(model.config) is type(text)) else known
@@ -97,7 +97,7 @@ def _shrunk(text: Any) -> Any:
 
 
 def _copy(kind: Any, small: Any) -> PreTrainedModel | None:
-    """A small copy that transformers can run; None where there is none."""
+    """A small copy that transformers can run; None if there is none."""
     try:
         model = small_model(kind, small)
         _theirs(model)

@@ -39,7 +39,7 @@ def read(
 
     Args:
         attachment: the model.
-        prompt: what to read.
+        prompt: the prompt to read.
         strategy: this rank's strategy, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, including those that share weights.
         max_new_tokens, progress, cancelled: as in :meth:`apb.Engine.prefill`.

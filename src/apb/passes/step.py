@@ -65,7 +65,7 @@ class Stepper:
         """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks. All ranks call this.
 
         Args:
-            cache: a shard that has been filled by a prefill; it grows where it is full.
+            cache: a shard that has been filled by a prefill; it grows when full.
             token: its id.
             capture: capture graphs if there are none for such a cache.
         """

@@ -22,9 +22,9 @@ class Ceilings:
 
     Attributes:
         linear, attention: FLOP/s in linear maps and in attention.
-        link: bytes/s that a device sends to others of its host; 0 where there are none.
+        link: bytes/s that a device sends to others of its host; 0 if there are none.
         memory: bytes/s read and written on a device.
-        network: bytes/s that a device sends to other hosts, through an adapter of its own; 0 where there are none.
+        network: bytes/s that a device sends to other hosts, through an adapter of its own; 0 if there are none.
     """
 
     linear: float
@@ -49,7 +49,7 @@ class RankCost:
     """The cost of one rank's prefill.
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
-    between linear maps and attention. Where the layers of a rank lie on several GPUs, bytes of weights, cache and
+    between linear maps and attention. If the layers of a rank are on several GPUs, bytes of weights, cache and
     activations are those of the GPU that holds most.
     """
 

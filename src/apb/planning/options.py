@@ -43,7 +43,7 @@ def given(owner: Any) -> dict[str, Any]:
 
 
 def check(options: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:
-    """InputError where a value is below its option's least; None and options without a limit pass."""
+    """InputError if a value is below its option's least; None and options without a limit pass."""
     for name, value in values.items():
         least = options[name].metadata["least"]
         if value is not None and least is not None:

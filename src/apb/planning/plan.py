@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def anchor_length(self) -> int:
-        """l_a, tokens of the anchor; 0 where there is none."""
+        """l_a, tokens of the anchor; 0 if there is none."""
         return self.method.anchor_length
 
     @property
@@ -170,7 +170,7 @@ class Plan:
 
     @property
     def anchored(self) -> int:
-        """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
+        """True positions [0, anchored) are in the anchor: they are never selected for passing."""
         return self.method.anchored(self)
 
     def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:

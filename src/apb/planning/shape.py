@@ -18,7 +18,7 @@ class ModelShape:
         windows: window of each layer that has one, own token included; the other layers see all.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
         expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
-        split: (layers, weights) of each GPU where the layers of a rank lie on several; empty where they lie on one.
+        split: (layers, weights) of each GPU if the layers of a rank are on several; empty if they are on one.
     """
 
     layers: int

@@ -79,7 +79,7 @@ class Method(ABC):
         return self.exact or plan.blocks == 1
 
     def anchored(self, plan: Plan) -> int:
-        """True positions [0, anchored) stand in the anchor; they are never selected for passing."""
+        """True positions [0, anchored) are in the anchor; they are never selected for passing."""
         return self.anchor_length
 
     def anchor_tokens(self, plan: Plan, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
