@@ -23,23 +23,22 @@ transformers is shrunk, given random weights, and read by every strategy. *Yes*:
 and `ring`, `ulysses`, `minference` with all columns and `apb` with everything passed on give those of `full`, after the
 prompt and during decode. `apb check --model PATH [--ranks R]` does the same for any checkpoint, and prints the figures.
 
-An engine makes the first of these comparisons itself, before weights are read, and refuses what comes out otherwise. It
-takes a fraction of a second, once for a kind of model and the versions of all code involved, which is noted in
-`~/.cache/apb`; where no small copy can be made, as of some code that comes with checkpoints, the model itself reads a
-short prompt. `verify=False` leaves it out.
+An engine makes the first of these comparisons itself, before weights are read, and refuses a model whose logits differ.
+The comparison takes a fraction of a second, once for each kind of model and the versions of all code involved; success
+is recorded in `~/.cache/apb`. If no small copy can be made, as for some code that comes with checkpoints, the model
+itself reads a short prompt. `verify=False` skips the comparison.
 
 Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
 ranks that hold them, without selection. Latent attention caches latents, attends to keys and values expanded from them,
 and reads in one round.
 
-GGUF files (`--model FILE.gguf`, or any part of one in several) need `apb[gguf]`. transformers reads those of the
-families that it knows, expanded to the dtype asked for; RoPE's scaling, which it passes over, is read as well, or the
-file is refused.
+GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb[gguf]`. transformers reads those of
+the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as well,
+or the file is refused.
 
-Prompt and answer may be as long as the model's settings say: `max_position_embeddings`, or what scaled RoPE (YaRN,
-linear, dynamic) makes of it; `--allow-extrapolation` goes further. Where an answer of a longrope model grows beyond the
-length up to which the short factors hold, prompt and answer are read again with the long ones, as transformers does for
-Phi-3.
+Prompt and answer may be as long as the model's settings allow: `max_position_embeddings`, or its scaled length (RoPE of
+type YaRN, linear or dynamic); `--allow-extrapolation` goes further. If an answer of a longrope model outgrows the
+length limit of the short factors, prompt and answer are read again with the long ones, as in transformers for Phi-3.
 
 | model type | supported | layers, or the reason |
 |---|---|---|

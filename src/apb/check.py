@@ -1,4 +1,4 @@
-"""Whether a model comes out right under this package: a shrunk copy with random weights, read in every way there is."""
+"""Correctness check of a model under this package: a shrunk copy with random weights, read by every strategy."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCKS = 5
 
 @dataclass(frozen=True)
 class Result:
-    """One comparison: ``error`` is the largest difference of logits over the largest logit, None where it failed."""
+    """One comparison: ``error`` is the largest difference of logits over the largest logit, None if it failed."""
 
     name: str
     error: float | None
@@ -34,13 +34,13 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within rounding."""
+        """True if the difference is within rounding."""
         return self.error is not None and self.error < TOLERANCE
 
 
 @dataclass
 class Card:
-    """What is known of a model: its attention, its size, and what came out of the comparisons."""
+    """A model's attention, its size, and the results of the comparisons."""
 
     model_type: str
     layers: str
@@ -52,7 +52,7 @@ class Card:
 
     @property
     def supported(self) -> bool:
-        """Whether the model may be used: not refused, and all comparisons passed."""
+        """True if the model may be used: not refused, and all comparisons passed."""
         return self.refused is None and all(result.passed for result in self.results)
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,11 +62,11 @@ class Card:
 
 
 def check(config: Any, group: Group | None = None) -> Card:
-    """Check a model's configuration. Every rank of ``group`` must call it, and gets the same card.
+    """Check a model's configuration; every rank of ``group`` must call it, and all get the same card.
 
-    Compared, on a shrunk model with random weights in fp32, after the prompt and after each of three more tokens:
-    `full` with transformers' own eager attention; the other exact strategies, and apb with everything passed, with the
-    same; and the ranks with one another. In apb and star, which are approximate, the ranks alone.
+    The logits of a shrunk model with random weights in fp32 are compared after the prompt and after each of three more
+    tokens: `full` with transformers' own eager attention; the other exact strategies, and apb with everything passed,
+    with the same; and the ranks with one another. For apb and star, which are approximate, only the ranks are compared.
     """
     group = group or Group()
     card = describe(config)
@@ -76,7 +76,7 @@ def check(config: Any, group: Group | None = None) -> Card:
         model = small_model(kind_of(config), shrink(config))
         with torch.no_grad():
             expected = model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
-    except Exception as error:  # whatever a model's code makes of a configuration that it was not written for
+    except Exception as error:  # a model's code may fail in any way on a configuration that it was not written for
         card.results.append(Result("shrunk", None, f"no small copy can be made: {first_line(error)}"))
         return card
     for name, method, comparable in _ways(group.size):
@@ -86,7 +86,7 @@ def check(config: Any, group: Group | None = None) -> Card:
         except InputError as error:
             card.refused = str(error)
             return card
-        except Exception as error:  # a model may fail in any way; the card says how
+        except Exception as error:  # a model may fail in any way; the card reports it
             card.results.append(Result(name, None, f"{type(error).__name__}: {first_line(error)}"))
         else:
             card.results.append(_judge(name, logits, reference, group))
@@ -94,7 +94,7 @@ def check(config: Any, group: Group | None = None) -> Card:
 
 
 def _ways(ranks: int) -> Iterator[tuple[str, Method, bool]]:
-    """(name, method, whether it is comparable with full attention) of every reading that is checked."""
+    """(name, method, True if comparable with full attention) of every reading to check."""
     for number, (name, kind) in enumerate(METHODS.items()):
         method = make_method(name, {"blocks": BLOCKS})
         try:
@@ -140,7 +140,7 @@ def _read(method: Method, model: Any, group: Group) -> Tensor:
 
 
 def _judge(name: str, logits: Tensor, expected: Tensor | None, group: Group) -> Result:
-    """How far logits are from those expected, on the rank that is furthest off."""
+    """The largest difference of logits from the expected ones, over all ranks."""
     every = group.all_gather(logits).wait()
     if not every.isfinite().all():
         return Result(name, None, "the logits are not numbers")

@@ -109,13 +109,13 @@ class Engine:
         Args:
             model: folder, file (any part of one in several) or id.
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
-            device: "cpu" or "cuda"; a GPU where there is one if None.
+            device: "cpu" or "cuda"; a GPU if there is one, by default.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
-            quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; one that comes with
-                the checkpoint needs no word.
-            tensor_parallel: processes that share the weights of one rank; as many as that make up a rank.
-            gpus_per_rank: GPUs that the layers of one rank are split over, whole layers on each, by accelerate; they
-                work one after the other. For models too large for one GPU.
+            quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; not needed for one
+                that comes with the checkpoint.
+            tensor_parallel: number of processes that make up a rank and share its weights.
+            gpus_per_rank: GPUs over which accelerate splits the layers of one rank, whole layers on each; they work
+                one after the other. For models too large for one GPU.
             options: see :meth:`from_model`.
         """
         Reading.of(**{name: value for name, value in options.items() if name not in _NOT_OF_READING})
@@ -138,31 +138,31 @@ class Engine:
     ) -> Engine:
         """Use a model already in memory, in its dtype and on its device, until :meth:`close`.
 
-        Layers may lie on several GPUs, where accelerate has put them (``device_map`` of transformers).
+        Layers may be on several GPUs, as placed by accelerate (``device_map`` of transformers).
 
         Options:
             strategy, compressor, decoding, rounds, allow_extrapolation, approximate, seed, and the options of
                 strategies, compressors and decode methods that are given by name: as in
                 :meth:`apb.reading.Reading.of`.
             backend: attention back-end, "auto", "torch" or "reference".
-            fused: compile norms, activations and rotary embeddings, which takes some seconds when they first run, and
-                use a kernel of this package where linear layers have a single row; None does so on GPUs that can.
+            fused: compile norms, activations and rotary embeddings, which takes some seconds on their first run, and
+                use a kernel of this package for linear layers with a single row; None does so on GPUs that can.
             graphs: decode by CUDA graphs where they can be captured, with the same numbers out. They are captured once,
                 and later changes of the model have no effect on them.
-            verify: compare a short prompt with transformers' own pass, on a small random copy, where that has not been
-                done for models of this kind; InputError where it comes out otherwise.
+            verify: compare a short prompt with transformers' own pass, on a small random copy, unless that has been
+                done for models of this kind; InputError if the results differ.
         """
         return cls(model, tokenizer, **options)
 
     def close(self) -> None:
-        """Give the model back as it was before the engine, which cannot read after that; closing again is no harm."""
+        """Restore the model to its state before the engine, which cannot read afterwards; may be called again."""
         if not self._closed:
             self._closed = True
             self._decoder.close()
             self._attachment.release()
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
-        """The plan by which :meth:`prefill` would read a prompt; InputError where it cannot be read."""
+        """The plan by which :meth:`prefill` would read a prompt; InputError if it cannot be read."""
         if self._closed:  # another engine may still hold the model
             raise RuntimeError(CLOSED)
         at_least("max_new_tokens", max_new_tokens, 0)
@@ -190,12 +190,12 @@ class Engine:
         """Read a prompt.
 
         Args:
-            prompt: what to read.
-            max_new_tokens: tokens that room is made for after the prompt; more may follow, at the price of a copy.
+            prompt: the prompt to read.
+            max_new_tokens: tokens to reserve room for after the prompt; more may follow, at the cost of a copy.
             progress: called after each layer's attention.
-            cancelled: asked before every layer, and with several ranks before every round, where rank 0's word counts
-                for all; :class:`apb.Cancelled` is raised once it says yes.
-            on_selection: called with what each of this rank's blocks passes on, layer by layer.
+            cancelled: called before every layer; with several ranks before every round, and rank 0's result counts
+                for all. :class:`apb.Cancelled` is raised once it returns True.
+            on_selection: called layer by layer with the pairs that each of this rank's blocks passes on.
         """
         plan = self.plan(prompt, max_new_tokens)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
@@ -222,11 +222,11 @@ class Engine:
     def inspect(
         self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, AttentionInput], None]
     ) -> tuple[Plan, Tensor]:
-        """Read a prompt on one device, in one round, keeping no cache, and look at every layer's attention from inside.
+        """Read a prompt on one device, in one round, without a cache, and inspect every layer's attention.
 
         Args:
-            prompt: what to read.
-            positions: places in the prompt whose next-token logits are wanted.
+            prompt: the prompt to read.
+            positions: positions in the prompt whose next-token logits are returned.
             look: called with the strategy and each layer's q, k, v, after its attention.
 
         Returns:
@@ -249,7 +249,7 @@ class Engine:
     ) -> Generation:
         """Read a prompt and answer it; ``sampling`` as in :class:`apb.generation.Sampling`.
 
-        ``progress`` and ``cancelled`` as in :meth:`prefill`; rank 0's ``cancelled`` is also asked before every token.
+        ``progress`` and ``cancelled`` as in :meth:`prefill`; rank 0's ``cancelled`` is also called before every token.
         """
         tokens = self._tokens(prompt, Sampling(**sampling), progress, cancelled)
         while True:
@@ -266,7 +266,7 @@ class Engine:
         cancelled: Callable[[], bool] | None = None,
         **sampling: Any,
     ) -> Generator[str, None, Generation]:
-        """As :meth:`generate`, but yield the answer's text piece by piece; the pieces joined are its text.
+        """As :meth:`generate`, but yield the answer's text in pieces, which joined are the whole text.
 
         The generator's return value is the :class:`Generation`.
         """

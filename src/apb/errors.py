@@ -1,52 +1,52 @@
-"""The errors with a meaning of their own: the request was wrong; it was cancelled; a rank was lost. How to say them."""
+"""Errors with a meaning of their own (wrong or cancelled requests, lost ranks), and helpers for their messages."""
 
 from __future__ import annotations
 
-# No number of a request is larger: what is computed with it stays within 64 bits.
+# The largest number allowed in a request: results computed from it stay within 64 bits.
 LARGEST = 10**15
 
 
 class InputError(ValueError):
     """A request that cannot be carried out as asked.
 
-    The message is one sentence with the offending value, the limit, and what to do. The command line prints it and
+    The message is one sentence with the offending value, the limit, and the way out. The command line prints it and
     exits with status 2; the server answers it with a 4xx.
     """
 
 
 class DoesNotFit(InputError):
-    """A request that makes sense, and is more than this machine's memory or this model's heads allow."""
+    """A valid request that exceeds this machine's memory or this model's heads."""
 
 
 class Cancelled(RuntimeError):
-    """The caller said, while a prompt was being read, that it is not wanted any more."""
+    """The caller cancelled a request while it was being read or answered."""
 
 
 class NotFinite(RuntimeError):
-    """The model's scores are no numbers to choose a token by: NaN, or infinity. All ranks raise it.
+    """The model's scores are NaN or infinite, so no token can be chosen; raised on all ranks.
 
-    With ``APB_CHECK_FINITE=1`` in the environment every layer's attention is looked at, at the price of a pass over it,
-    and the message names the first layer that gave such numbers.
+    With ``APB_CHECK_FINITE=1`` in the environment every layer's attention is checked, at the cost of a pass over it,
+    and the message names the first layer with such numbers.
     """
 
 
 class RankError(RuntimeError):
-    """A rank died or failed, or all were told to stop; no rank is left. The message says which and why."""
+    """A rank died or failed, or all were stopped; no rank is left running. The message names the rank and the cause."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, cut to the one line that fits into a sentence of ours."""
+    """The first line of a library's error, to be quoted in a sentence of ours."""
     if isinstance(error, KeyError):  # whose text is the key alone
         return f"there is no {error}"
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".:")
 
 
 def unexpected(error: BaseException) -> str:
-    """An error that nobody has a sentence for: its name and what it says; where a GPU is full, also what helps."""
+    """Message for an unexpected error: its name and text; if a GPU ran out of memory, also the way out."""
     text = " ".join(str(error).split()) or "no message"
     if type(error).__name__ != "OutOfMemoryError":  # torch's, which this module does not import
         return f"{type(error).__name__}: {text}"
-    # Behind these sentences torch counts its own memory, and gives advice that is seldom what helps here.
+    # After these sentences torch lists its own memory and gives advice that seldom helps here.
     text = ". ".join(text.removeprefix("CUDA out of memory. ").rstrip(".").split(". ")[:2])
     return (
         f"The GPU ran out of memory. {text}. Read in more rounds (--rounds), on more ranks (--ranks), or end other "
@@ -55,7 +55,7 @@ def unexpected(error: BaseException) -> str:
 
 
 def at_least(name: str, value: int, limit: int) -> None:
-    """InputError unless ``value`` is a whole number of at least ``limit``, and no absurd one."""
+    """InputError unless ``value`` is a whole number from ``limit`` to ``LARGEST``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(f"A whole number is needed for {name}, not {value!r}.")
     if value < limit:

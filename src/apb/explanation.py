@@ -1,4 +1,4 @@
-"""What an approximate prefill kept: the tokens that each block passed on, by layer and KV head, and as a page."""
+"""The tokens that each block of an approximate prefill passed on, by layer and KV head, and as an HTML page."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from .prompt import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# How many of the most often chosen passages of a block are listed, and how long a gap may lie inside one.
+# Number of most often chosen passages listed per block, and the longest gap in tokens inside one.
 _LISTED, _GAP = 3, 4
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What was read, answered and passed on.
+    """The plan, the answer and the passed tokens of one prompt.
 
     Attributes:
         plan: the plan that the prompt was read by.
-        compressor: what chose.
+        compressor: name of the compressor that chose the tokens.
         query, answer: as text.
         pieces: the text of each token of prefix and document, at its true position.
         chosen: (layers, kv_heads, prefix + document tokens) bool, on the CPU: passed on to later blocks.
@@ -48,7 +48,7 @@ class Explanation:
     def passages(self, block: int) -> list[tuple[int, int, float]]:
         """The passages of a block that were passed on most: (first position, last + 1, share of layers and KV heads).
 
-        Tokens count that more than half as many layers and heads chose as chose the block's most chosen one.
+        A token counts if more than half as many layers and heads chose it as chose the block's most chosen token.
         """
         span = self.plan.block(block)
         share = self.chosen[:, :, span.start : span.stop].float().mean((0, 1))
@@ -66,7 +66,7 @@ class Explanation:
         return sorted((span.start + start, span.start + stop, strength) for start, stop, strength in best)
 
     def to_html(self) -> str:
-        """A page that needs nothing but a browser: the text with highlights, summed or of one layer or KV head."""
+        """A self-contained HTML page: the text with highlights, summed or of one layer or KV head."""
         layers, heads, _ = self.chosen.shape
         choices = ["<option value='all'>all layers and KV heads</option>"]
         for layer in range(layers):
@@ -124,7 +124,7 @@ def explain(
     max_new_tokens: int = 64,
     progress: Progress | None = None,
 ) -> Explanation:
-    """Read a prompt on one rank, answer it, and say which tokens each block passed on.
+    """Read a prompt on one rank, answer it, and report which tokens each block passed on.
 
     Raises:
         InputError: the engine's strategy passes nothing on, the plan has one block or passes nothing, or there are
@@ -155,14 +155,14 @@ def explain(
 
 
 def check_passes(methods: Sequence[Method]) -> None:
-    """InputError where none of the strategies passes anything on."""
+    """InputError if none of the strategies passes anything on."""
     if not any(method.passes for method in methods):
         passing = " or ".join(name for name, method in METHODS.items() if method.passes)
         raise InputError(f"The strategy {methods[0].name!r} passes nothing on that could be explained; use {passing}.")
 
 
 def check_plan(plan: Plan) -> None:
-    """InputError where a plan leaves nothing to pass on."""
+    """InputError if a plan leaves nothing to pass on."""
     if plan.blocks == 1:
         raise InputError(
             f"A document of {plan.document} tokens is read as one block, which passes nothing on; "
@@ -178,7 +178,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: tuple[int, ...]) -> list[st
 
 
 def _masks(chosen: Tensor) -> list[str]:
-    """For each token the layers and KV heads that chose it, as hexadecimal digits of four each; "" where none did."""
+    """For each token a bit mask of the layers and KV heads that chose it, in hexadecimal; "" if none did."""
     flat = chosen.flatten(0, 1).T
     digits = torch.nn.functional.pad(flat, (0, -flat.shape[1] % 4)).unflatten(1, (-1, 4)).int()
     values = (digits * torch.tensor([1, 2, 4, 8], dtype=torch.int32)).sum(-1).tolist()

@@ -21,33 +21,33 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-# Temperatures below this would take scores out of fp32's range; the likeliest token is certain long before.
+# Temperatures below this would overflow fp32 scores; the most likely token is certain well above it.
 COLDEST = 1e-30
 # The name of a token that is a byte.
 _BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def check_seed(seed: int) -> None:
-    """InputError unless ``seed`` is one that torch's generators take: a whole number of 64 bits."""
+    """InputError unless ``seed`` is a whole number of 64 bits, as torch's generators require."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise InputError(f"The seed must be a whole number from -2**63 to 2**64 - 1, not {seed!r}.")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The settings by which tokens are chosen.
 
-    What else a checkpoint's generation configuration asks for (penalties, suppressed and bad words, shortest lengths,
-    stop strings, min_p and the like) is done, by transformers' own classes. Its ``do_sample``, ``temperature``,
-    ``top_k`` and ``top_p`` are not: an answer is greedy unless a temperature is asked for, and draws from all tokens
-    unless top_k or top_p are.
+    The checkpoint's generation configuration is followed (penalties, suppressed and bad words, minimum lengths, stop
+    strings, min_p and the like), by transformers' own classes, except for its ``do_sample``, ``temperature``, ``top_k``
+    and ``top_p``: an answer is greedy unless a temperature is given, and draws from all tokens unless top_k or top_p
+    is.
 
     Attributes:
-        max_new_tokens: the answer's longest length.
+        max_new_tokens: maximum length of the answer.
         temperature: 0 for the most likely token (as is any below 1e-30), else the divisor of the logits.
         top_k, top_p: keep only the k most likely tokens, or the likeliest that together hold p; None keeps all.
-        seed: of the random draws; the same seed gives the same text on the same set-up. None draws one.
-        logits_processor, stopping_criteria: more of transformers' own, in the order in which ``generate`` has them.
+        seed: of the random draws; the same seed gives the same text on the same set-up. None picks one at random.
+        logits_processor, stopping_criteria: further ones of transformers, applied in the order of ``generate``.
     """
 
     max_new_tokens: int = 64
@@ -71,7 +71,7 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        """Whether tokens are drawn by lot; else the most likely one is taken."""
+        """True if tokens are sampled; else the most likely one is taken."""
         return self.temperature >= COLDEST
 
 
@@ -79,9 +79,9 @@ class Sampling:
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
-    ``token_ids`` are all generated tokens, an EOS included; ``exact`` is True if prefill was that of full attention;
+    ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill was that of full attention;
     ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
-    attended to; ``choice`` is why the strategy "auto" took the one it did; ``notes`` are sentences for whoever asked.
+    attended to; ``choice`` is the reason for the choice of the strategy "auto"; ``notes`` are sentences for the user.
     """
 
     text: str
@@ -98,12 +98,12 @@ class Generation:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values; ``choice`` and ``notes`` only where there are any."""
+        """All fields as plain Python values; ``choice`` and ``notes`` only if there are any."""
         fields = asdict(self)
         return {name: value for name, value in fields.items() if value or name not in ("choice", "notes")}
 
 
-# What rank 0 tells the others of a step.
+# Signals that rank 0 sends to the others in every step.
 _GOES_ON, _CANCELLED, _NO_LOGITS, _NO_SCORES = range(4)
 
 
@@ -115,11 +115,11 @@ def decode(
     cancelled: Callable[[], bool] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Iterator[tuple[int, bool]]:
-    """Generate tokens after a session: yields (token id, whether the model or a criterion ended there).
+    """Generate tokens after a session: yields (token id, True if the model or a criterion ended there).
 
-    Rank 0 chooses and tells the others, so that all of them yield the same. All raise :class:`apb.Cancelled` once rank
-    0's ``cancelled``, asked before every token, says yes, and :class:`apb.NotFinite` where there is nothing to choose
-    by. The checkpoint's stop strings need the ``tokenizer``.
+    Rank 0 chooses and broadcasts, so that all ranks yield the same tokens. All raise :class:`apb.Cancelled` once rank
+    0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen.
+    The checkpoint's stop strings need the ``tokenizer``.
     """
     device = session.logits.device
     prompt = len(session.token_ids)
@@ -137,10 +137,10 @@ def decode(
         if group.rank == 0 and cancelled is not None and cancelled():
             choice[2] = _CANCELLED
         elif group.rank == 0:
-            # A maximum is no finite number where any logit is NaN or infinity, or all are -infinity. What is wrong is
-            # told afterwards: to wait for the logits here would leave a GPU idle.
+            # The maximum is not finite if any logit is NaN or infinity, or all are -infinity. The error is raised
+            # later: waiting for the logits here would leave the GPU idle.
             wrong = ~session.logits.max().isfinite()
-            # The processors may write into what they are given; the session's logits stay as they are.
+            # Processors may write into their input; the session's logits must not change.
             logits = session.logits.masked_fill(wrong, 0.0).unsqueeze(0)
             scores = processors(_long(ids[:, : prompt + step]), _float(logits))
             token, lost = _pick(scores, sampling.draws, generator)
@@ -171,7 +171,7 @@ def _float(x: Tensor) -> torch.FloatTensor:
 
 
 def _pick(scores: Tensor, draws: bool, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The token chosen by scores (1, vocab), and whether there was none to draw; both on the scores' device."""
+    """The token chosen by scores (1, vocab), and True if there was none to draw; both on the scores' device."""
     if not draws:
         return scores[0].argmax(), torch.zeros((), dtype=torch.bool, device=scores.device)
     chances = scores[0].softmax(-1)
@@ -180,31 +180,31 @@ def _pick(scores: Tensor, draws: bool, generator: torch.Generator) -> tuple[Tens
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether spaces before signs are taken out of what is decoded; many are set to do so, and do not."""
+    """True if decoding removes spaces before punctuation; many tokenizers have that setting and ignore it."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     return " ." not in str(tokenizer.decode(tokenizer("a . b", add_special_tokens=False)["input_ids"]))
 
 
 class Detokenizer:
-    """Text of a growing run of tokens, piece by piece; the pieces joined are the text of the whole run.
+    """Incremental decoding: the text of a growing run of tokens in pieces, which joined are the text of the whole run.
 
-    Whatever a tokenizer does to the whole (it may strip a first space, or put signs next to words) is done to the
-    pieces: text is held back for as long as tokens to come may change it.
+    Whatever a tokenizer does to the whole (it may strip a leading space, or join punctuation to words) applies to the
+    pieces too: text is held back as long as later tokens may change it.
     """
 
-    # Decoded again with each token are those of a window, of at most so many tokens where that can be.
+    # Each token decodes a window of tokens again, of at most this many where possible.
     _WINDOW = 16
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
         self._start = 0  # of the window
-        self._told = 0  # characters of the window's text that were given
-        self._length = 0  # characters given in all
+        self._told = 0  # characters of the window's text returned so far
+        self._length = 0  # characters returned in all
         self._text_so_far = ""  # the window's
-        self._in_bytes = False  # whether the last of it is bytes that stand for characters not in the vocabulary
-        # Of a text that is cleaned up the last few characters may change: "do n" becomes "don't".
+        self._in_bytes = False  # True if it ends in bytes that stand for characters not in the vocabulary
+        # The last few characters of a text that is cleaned up may still change: "do n" becomes "don't".
         self._hold = 8 if _cleans_up(tokenizer) else 0
 
     def add(self, token: int, last: bool = False) -> str:
@@ -219,7 +219,7 @@ class Detokenizer:
             self._in_bytes = True
         elif text != before:  # special tokens between bytes do not count
             self._in_bytes = False
-        # Such bytes are characters only if all in a row are.
+        # Such bytes are characters only if the whole run of them is valid.
         if self._in_bytes or text.endswith("\ufffd"):
             return ""
         piece = text[self._told : max(self._told, len(text) - self._hold)]
@@ -229,7 +229,7 @@ class Detokenizer:
         return self._given(piece)
 
     def _move(self, text: str) -> None:
-        """Let the window begin later, where what is not given yet depends on nothing before it."""
+        """Advance the window's start, where text not yet returned depends on nothing before it."""
         start = len(self._ids) - self._WINDOW // 2
         rest = self._text(start)
         told = self._told - (len(text) - len(rest))

@@ -1,4 +1,4 @@
-"""What this process runs on: names, versions, memory."""
+"""The hardware and software that this process runs on: names, versions, memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What every rank runs on, as far as plans depend on it.
+    """The properties of every rank's hardware that plans depend on.
 
     Attributes:
         memory: bytes that a rank may use.
@@ -42,7 +42,7 @@ class Hardware:
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, ranks: int) -> Hardware:
-        """This machine's: a GPU of its own for each rank, or a share of the host's memory."""
+        """This machine's properties: each rank has its own GPU, or a share of the host's memory."""
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
         else:
@@ -51,7 +51,7 @@ class Hardware:
 
 
 def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Versions, device and dtype: what one must know to compare two results."""
+    """Versions, device and dtype, without which two results cannot be compared."""
     return {
         "apb": __version__,
         "torch": torch.__version__,
@@ -70,7 +70,7 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU's queued work, so that a clock read next tells the truth."""
+    """Wait for a GPU's queued work, so that a clock read next includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""A prompt in the three parts that the method treats differently: prefix, document, query."""
+"""A prompt in the three parts that strategies treat differently: prefix, document, query."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Stands between the document and the question.
+# Separates the document from the question.
 _BLANK = "\n\n"
 
 
@@ -22,8 +22,8 @@ class Prompt:
     """Token ids of ``prefix`` (BOS, system text), ``document`` and ``query`` (the question and what closes the turn).
 
     The model reads ``prefix + document + query`` at positions 0, 1, 2, ... These are the tokens that transformers makes
-    of the whole text; a token that reaches over a border of the document belongs to it. What a document, a question or
-    a system text says is text: names of control tokens in it, such as ``</s>``, do not become those tokens.
+    of the whole text; a token that straddles a border of the document belongs to it. Documents, questions and system
+    texts are plain text: names of control tokens in them, such as ``</s>``, do not become those tokens.
     """
 
     prefix: tuple[int, ...]
@@ -53,10 +53,10 @@ class Prompt:
     def from_text(
         cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, *, answer_prefix: str = ""
     ) -> Prompt:
-        """A plain-text prompt: the document, an empty line, the query; BOS in front if the tokenizer puts one there.
+        """A plain-text prompt: the document, an empty line, the query; BOS in front if the tokenizer adds one.
 
-        The ids are those of ``tokenizer(document + "\\n\\n" + query)``. ``answer_prefix`` is how the answer is made to
-        begin: it follows the query at once.
+        The ids are those of ``tokenizer(document + "\\n\\n" + query)``. ``answer_prefix`` is the forced beginning of
+        the answer: it follows the query directly.
         """
         from .hf.texts import Piece, encode
 
@@ -75,17 +75,17 @@ class Prompt:
         chat_template: str | Path | None = None,
         answer_prefix: str = "",
     ) -> Prompt:
-        """The tokenizer's chat template around one user turn that holds the document, an empty line and the query.
+        """The tokenizer's chat template around one user turn: the document, an empty line and the query.
 
-        ``prefix`` is what the template puts before the document, ``query`` is the question with what the template puts
-        after it, up to where the assistant begins to speak. The ids are those of ``apply_chat_template`` of the turn.
+        ``prefix`` is the template's text before the document; ``query`` is the question and the template's text after
+        it, up to the beginning of the assistant's turn. The ids are those of ``apply_chat_template``.
 
         Args:
-            tokenizer: the model's.
+            tokenizer: the model's tokenizer.
             document, query, system: texts; the system text has a turn of its own, before the user's.
             chat_template: the name of one of the tokenizer's templates, a file, or a template's text, instead of the
                 tokenizer's own.
-            answer_prefix: how the answer is made to begin; it follows the template's text at once.
+            answer_prefix: forced beginning of the answer; it follows the template's text directly.
         """
         from .hf.chat import Turn, rendered, template_of
         from .hf.texts import Piece, encode
@@ -131,7 +131,7 @@ def whole_numbers(token_ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
-    """InputError where a token id is not below ``vocabulary``."""
+    """InputError if a token id is not below ``vocabulary``."""
     lowest, highest = min(token_ids), max(token_ids)
     if lowest < 0 or highest >= vocabulary:
         raise InputError(
@@ -145,7 +145,7 @@ def _check_texts(document: str, query: str, answer_prefix: str, system: str = ""
     for name, text in texts.items():
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # bytes of the command line that were no UTF-8 come as such characters
+        except UnicodeEncodeError as error:  # lone surrogates: bytes of the command line that were not UTF-8
             raise InputError(f"The {name} is not valid text at character {error.start}; give it as UTF-8.") from error
     if not document.strip():
         raise InputError("The document is empty; give a text with at least one word.")

@@ -1,4 +1,4 @@
-"""How prompts are read: what users choose, checked once for the engine and for the command line."""
+"""The user's choice of how prompts are read, checked once for the engine and for the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .hardware import Hardware
 
 AUTO = "auto"
-# Where the hardware's ceilings are not known, candidates are compared by FLOPs, with 100 FLOPs to a byte sent.
+# If the hardware's ceilings are not known, candidates are compared by FLOPs, with 100 FLOPs to a byte sent.
 _UNKNOWN_HARDWARE = Ceilings(linear=1e14, attention=1e14, link=1e12)
 
 
@@ -31,12 +31,12 @@ class Reading:
 
     Attributes:
         methods: the strategies that may be used: one, or under "auto" those it chooses from.
-        automatic: True under "auto": full attention for short documents, else the method predicted to be fastest of
+        automatic: True under "auto": full attention for short documents, else the fastest method by prediction among
             those that fit into memory.
         compressor: chooses the pairs that blocks pass on.
         decoding: attends to the cache for new tokens.
-        rounds: forward passes that the blocks are read in; None: one, or as many as make it fit into memory.
-        allow_extrapolation: go beyond the positions that the model was trained for.
+        rounds: number of forward passes that read the blocks; None: one, or as many as it takes to fit into memory.
+        allow_extrapolation: allow positions beyond those that the model was trained for.
     """
 
     methods: tuple[Method, ...]
@@ -59,7 +59,7 @@ class Reading:
         seed: int = 0,
         **options: Any,
     ) -> Reading:
-        """The reading that an engine's options mean; raises InputError where they make no sense.
+        """The reading given by an engine's options; raises InputError if they contradict each other.
 
         Args:
             strategy: a name of :data:`apb.methods.METHODS`, "auto", or an instance of :class:`apb.methods.Method`.
@@ -95,10 +95,10 @@ class Reading:
         tensor: int = 1,
         split: tuple[tuple[int, int], ...] = (),
     ) -> Plan:
-        """The plan by which a prompt is read; InputError where it cannot be.
+        """The plan by which a prompt is read; InputError if there is none.
 
         Args:
-            prompt: what to read.
+            prompt: the prompt to read.
             ranks: processes that read it together.
             config: the model's configuration.
             hardware: what every rank runs on.
@@ -146,7 +146,7 @@ def _method(strategy: str | Method, options: dict[str, Any]) -> Method:
 
 
 def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Compressor) -> Plan:
-    """The plan in as few rounds as fit into memory; as it is where it fits, or where rounds do not help it."""
+    """The plan in as few rounds as fit into memory; unchanged if it fits, or if rounds do not help."""
     if plan.rounds > 1 or not plan.method.in_rounds or shape.cache_width:  # latents: see check_fit
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
@@ -157,7 +157,7 @@ def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Com
 
 
 def fastest(costs: list[tuple[Plan, Cost]], hardware: Hardware) -> Plan:
-    """The plan with the least predicted time among those that fit into memory, with the reason written into it."""
+    """The plan with the least predicted time among those that fit into memory, with its ``reason`` set."""
     fitting = [(plan, cost) for plan, cost in costs if peak(cost) <= hardware.memory]
     if not fitting:
         plan, cost = min(costs, key=lambda item: peak(item[1]))

@@ -42,16 +42,16 @@ class Session:
         tensor: Group | None = None,
         limit: int | None = None,
     ) -> None:
-        """Make a session.
+        """Make a session; called by :meth:`apb.Engine.prefill`.
 
         Args:
             plan: how the prompt was read.
             cache: this rank's shard.
             logits: (vocab,) fp32 of the next token.
             prefill_s: seconds of the prefill.
-            token_ids: the prompt's.
+            token_ids: the prompt's tokens.
             decoder: reads further tokens.
-            new_tokens: that the cache has room for.
+            new_tokens: number of new tokens that the cache has room for.
             tensor: the processes that share the weights of this rank.
             limit: positions that may be read; None: any number.
         """
@@ -73,11 +73,11 @@ class Session:
         self.decoding = decoder.decoding
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
-        """Read more tokens at the prompt's end, over all ranks' shards; ``logits`` (vocab,) follow.
+        """Read more tokens after the prompt, over all ranks' shards; return the new ``logits`` (vocab,).
 
         One token is a decode step; several are read in one pass. Exact unless the engine's decode method is not.
-        Where the text grows beyond a length from which on RoPE rotates every position by other angles (longrope),
-        prompt and answer are read again with those, as transformers does.
+        If the text outgrows a length beyond which RoPE rotates every position by other angles (longrope), prompt and
+        answer are read again with those, as in transformers.
         """
         token_ids = whole_numbers(token_ids)
         if not token_ids:
@@ -98,15 +98,15 @@ class Session:
         return self.logits
 
     def _start_over(self, total: int) -> None:
-        """Read the prompt again, as the beginning of a text of ``total`` tokens; the old cache is let go first."""
+        """Read the prompt again, as the beginning of a text of ``total`` tokens; the old cache is freed first."""
         del self._continuation, self._cache
         self._cache = self._read_again(total)
         self._continuation = self._decoder.start(self._cache, self._new_tokens)
 
     def what_is_not_finite(self, everyone: Group) -> str:
-        """A sentence about logits that are not finite; every process calls it, and all get the same.
+        """A sentence about logits that are not finite; every process must call it, and all get the same one.
 
-        It names the layer where that began, if layers were looked at (see :class:`apb.NotFinite`).
+        It names the first such layer, if layers were checked (see :class:`apb.NotFinite`).
         """
         unknown = len(self._cache)
         first = self._decoder.attachment.first_not_finite()
@@ -136,7 +136,7 @@ class Session:
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
 
-        Tokens in document order: prefix, document, query, then what was read since. Every rank must call it.
+        Tokens are in document order: prefix, document, query, then those read since. Every rank must call it.
         """
         if layer not in self._cache.indices:
             raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
@@ -157,9 +157,9 @@ class Session:
         return sum(part.numel() * part.element_size() for shard in shards for part in shard)
 
     def to_dynamic_cache(self) -> DynamicCache | None:
-        """The whole cache as transformers' own, on rank 0, for ``model.generate`` to go on from; None elsewhere.
+        """The whole cache as transformers' own, on rank 0, for ``model.generate`` to continue from; None elsewhere.
 
-        Give the model back first (:meth:`apb.Engine.close`), and pass ``generate`` all tokens so far and at least one
+        Close the engine first (:meth:`apb.Engine.close`), and pass ``generate`` all tokens so far and at least one
         more. Every rank must call it.
         """
         layers = []
@@ -170,7 +170,7 @@ class Session:
         return dynamic_cache(layers) if self._group.rank == self._tensor.rank == 0 else None
 
     def _shares_heads(self, keys: Tensor) -> bool:
-        """True if each process of a rank holds other KV heads; some models hold all of them in every process."""
+        """True if the processes of a rank hold different KV heads; some models hold all of them in every process."""
         return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == self._kv_heads
 
     def _places(self, layer: int) -> list[list[range]]:
@@ -195,7 +195,7 @@ class Session:
         parts = self._group.gather(padded)
         if parts is None:
             return None
-        # Where a run of tokens begins in document order: behind all that stand before it.
+        # The index in document order at which a run of tokens begins: the number of tokens before it.
         starts, before = {}, 0
         for run in sorted((run for held in places for run in held), key=lambda run: run.start):
             starts[run] = before

@@ -1,4 +1,4 @@
-"""Seconds by named part of the work, measured only while somebody asks."""
+"""Seconds by named part of the work, measured only inside :func:`clocked`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _clock: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 class Clock:
-    """Seconds by part. On a GPU events on the current stream are read when all is done, so that nothing waits."""
+    """Seconds by part; on a GPU, events on the current stream are read at the end, so that nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -60,6 +60,6 @@ def clocked(device: torch.device) -> Iterator[Clock]:
 
 
 def timed(name: str) -> AbstractContextManager[None]:
-    """Count what runs inside towards a part of the work, if anybody measures. Parts must not be nested."""
+    """Count the time inside towards a part of the work, inside :func:`clocked`; parts must not be nested."""
     clock = _clock.get()
     return nullcontext() if clock is None else clock.part(name)

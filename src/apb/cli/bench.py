@@ -1,4 +1,4 @@
-"""``apb bench``: how fast, beside a baseline and the floor."""
+"""``apb bench``: speed compared with a baseline and the floor."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 from .groups import expanded, values
 
-app = typer.Typer(help="How fast, beside a baseline of the same run and the floor.")
+app = typer.Typer(help="Measure speed, compared with a baseline of the same run and the floor.")
 
 
 @app.callback()
 def _group() -> None:
-    """How fast, beside a baseline of the same run and the floor."""
+    """Measure speed, compared with a baseline of the same run and the floor."""
 
 
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
@@ -50,7 +50,7 @@ class Subject(options.Model):
 
 @dataclass(frozen=True)
 class Common:
-    """What both benchmarks of a model take."""
+    """Parameters of both benchmarks of a model."""
 
     length: Annotated[list[int], typer.Option(help="Tokens of the prompt; repeatable.")]
     subject: Subject
@@ -161,7 +161,7 @@ def _launch(
         at_least("length", length, QUERY_TOKENS + 1)
     if out is not None:
         options.check_out(out)
-    # Not what the strategies ask of the model: those that cannot read it are left out, with a note.
+    # The strategies' requirements are not checked here: those that cannot read the model are skipped with a note.
     place = check(common.subject, ranks, compressors=[compressor])
     request = Request(
         what=what,

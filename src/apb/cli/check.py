@@ -1,4 +1,4 @@
-"""``apb check``: whether a model comes out right, on a small random copy of it."""
+"""``apb check``: correctness of a model's output, on a small random copy of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def check(
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Whether a model comes out right: its configuration, made small and with random weights, read in every way.
+    """Check that a model's output is right, on a small copy with random weights, read by every strategy.
 
-    No weights are loaded. On several ranks what they exchange is checked as well. Exit status 0 where all is right, 2
-    where the model is refused, 1 where something differs.
+    No weights are loaded. On several ranks their communication is checked as well. Exit status 0 if all is right, 2 if
+    the model is refused, 1 if something differs.
     """
     import torch
 

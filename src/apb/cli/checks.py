@@ -1,4 +1,4 @@
-"""Checks of model, ways to read and ranks: what is wrong is said before a process starts or a weight is read."""
+"""Checks of model, readings and ranks: errors are raised before a process starts or a weight is read."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is read, once that is known to be possible.
+    """A model, its device and its ranks, after the checks.
 
     Attributes:
         model: the checkpoint that was asked for.
         config: its configuration.
         device: the kind of device of every rank.
-        dtype: of the weights there.
+        dtype: of the weights.
         ranks: number of ranks, which share the work of the document's rows.
-        tensor_parallel: processes that share the weights of a rank.
-        gpus_per_rank: GPUs that the layers of a rank are split over.
+        tensor_parallel: number of processes that share the weights of a rank.
+        gpus_per_rank: number of GPUs over which the layers of a rank are split.
     """
 
     model: options.Model
@@ -49,7 +49,7 @@ class Place:
 
     @property
     def loading(self) -> dict[str, Any]:
-        """Arguments of :meth:`apb.Engine.from_pretrained` beside those of reading, as plain values, which travel."""
+        """Arguments of :meth:`apb.Engine.from_pretrained` beside those of reading, as plain, picklable values."""
         return {
             **values(self.model),
             "model": self.model.name,
@@ -65,7 +65,7 @@ def check(
     methods: Iterable[Method] = (),
     compressors: Iterable[Compressor] = (),
 ) -> Place:
-    """Where a model is read; InputError where it cannot be, on these ranks, by these methods and compressors."""
+    """The place of a model; InputError if these ranks, methods and compressors cannot read it."""
     from ..distributed import launch
     from ..hf import loading
     from ..hf.config import query_heads
@@ -89,14 +89,14 @@ def check(
 
 
 def check_reading(model: options.Model, ranks: options.Ranks, asked: options.Reading) -> tuple[Place, Reading]:
-    """As :func:`check`, for one way to read; what is wrong with that alone is said before torch is imported."""
+    """As :func:`check`, for one reading; errors of the reading alone are raised before torch is imported."""
     reading = Reading.of(**values(asked))
-    # "auto" passes over what this model cannot be read by.
+    # "auto" skips methods that cannot read this model.
     return check(model, ranks, () if reading.automatic else reading.methods, [reading.compressor]), reading
 
 
 def check_readings(model: options.Model, ranks: options.Ranks, asked: options.Readings) -> tuple[Place, list[Setting]]:
-    """As :func:`check`, for several ways to read, each of which must do."""
+    """As :func:`check`, for several readings, each of which must pass."""
     from ..evaluation.settings import settings
 
     found = settings(**asked.arguments())
@@ -105,7 +105,7 @@ def check_readings(model: options.Model, ranks: options.Ranks, asked: options.Re
 
 
 def loaded(compressor: Compressor, config: Any) -> Compressor:
-    """A compressor with its trained heads, where it has some; InputError where they do not fit the model."""
+    """A compressor with its trained heads, if it has any; InputError if they do not fit the model."""
     from ..hf.heads import HeadShape, load_heads
 
     return compressor.loaded(partial(load_heads, **asdict(HeadShape.of(config))))

@@ -1,4 +1,4 @@
-"""``apb doctor``: the back-ends that this machine can run, and why not the others."""
+"""``apb doctor``: the back-ends that this machine can run, and the reasons against the others."""
 
 from __future__ import annotations
 

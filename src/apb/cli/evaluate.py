@@ -1,4 +1,4 @@
-"""``apb eval``: how well the model answers, strategy by strategy."""
+"""``apb eval``: accuracy of the model's answers, strategy by strategy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..engine import Engine
     from ..evaluation.items import Item, Skipped
 
-app = typer.Typer(help="How well the model answers, strategy by strategy.")
+app = typer.Typer(help="Measure the accuracy of the model's answers, strategy by strategy.")
 
 Task = Annotated[list[str], typer.Option(help="Kind of question; repeat it for several.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only these tasks; repeatable. All if left out.")]
@@ -31,12 +31,12 @@ Count = Annotated[int | None, typer.Option("--samples", help="Only the first so 
 
 @app.callback()
 def _group() -> None:
-    """How well the model answers, strategy by strategy."""
+    """Measure the accuracy of the model's answers, strategy by strategy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every suite takes: the ways to read, the model, the ranks, and where results go."""
+    """Parameters of every suite: the readings, the model, the ranks, and the output."""
 
     readings: options.Readings
     model: options.Model
@@ -139,7 +139,7 @@ def _path(path: Path | None) -> str | None:
 
 
 def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str, Any] | None = None) -> None:
-    """Check what all suites have in common, and run the ranks."""
+    """Check the common parameters of all suites, and run the ranks."""
     from ..distributed import launch
     from ..evaluation.records import Store
     from ..evaluation.synthetic import check_lengths
@@ -150,8 +150,8 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
             at_least(name, number, 1)
     place, _ = check_readings(common.model, options.Ranks(common.ranks), common.readings)
     if common.out is not None:
-        Store(common.out).close()  # says what is wrong with the file before anything is loaded
-    if suite == "synthetic":  # before hours are spent on the shorter ones
+        Store(common.out).close()  # an invalid file fails before anything is loaded
+    if suite == "synthetic":  # fail before hours are spent on the shorter lengths
         check_lengths(samples["lengths"], place.config)
     readings = common.readings.arguments()
     request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
@@ -199,7 +199,7 @@ def run(request: Request) -> None:
 
 
 def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any, int]:
-    """The samples of a request's suite (iterable), and how many they are; InputError where there is none."""
+    """The samples of a request's suite (iterable) and their number; InputError if there are none."""
     from itertools import chain, product
 
     from ..evaluation import infinitebench, jsonl, ruler, synthetic

@@ -1,4 +1,4 @@
-"""``apb explain``: which passages of a document the blocks passed on for a question."""
+"""``apb explain``: the passages of a document that the blocks passed on for a question."""
 
 from __future__ import annotations
 

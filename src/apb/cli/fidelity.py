@@ -1,4 +1,4 @@
-"""``apb eval fidelity``: what an approximation still sees of full attention, and how far its predictions move."""
+"""``apb eval fidelity``: share of full attention that an approximation keeps, and divergence of its predictions."""
 
 from __future__ import annotations
 

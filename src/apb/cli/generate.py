@@ -118,7 +118,7 @@ def answer(request: Request) -> None:
 
 
 def _prompt(text: str, query: str, template: str | None, place: Place, reading: Reading, new_tokens: int) -> Prompt:
-    """The prompt, which the ranks take as it is; InputError where it cannot be read, or leaves the answer no room."""
+    """The prompt, which all ranks use; InputError if it cannot be read, or leaves no room for the answer."""
     from ..hardware import Hardware
     from ..hf import counting, loading
     from ..prompt import Prompt

@@ -32,7 +32,7 @@ class Derived:
     repeatable: tuple[str, ...] = ()
 
     def parameters(self) -> Iterator[inspect.Parameter]:
-        """A parameter for each option, None (or no value, if repeatable) where it is not given."""
+        """A parameter for each option, None (or no value, if repeatable) if it is not given."""
         for name, option in self.options.items():
             kind: Any = str if option.metadata["kind"] is Share else option.metadata["kind"]
             text = option.metadata["help"]
@@ -44,12 +44,12 @@ class Derived:
             yield _parameter(name, Annotated[kind | None, declared], None)
 
     def gathered(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that were given; some versions of typer say so by None, some by an empty list."""
+        """The options that were given; for the others some versions of typer pass None, some an empty list."""
         return {name: given[name] for name in self.options if given[name] is not None and given[name] != []}
 
 
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that takes groups, with their parameters in place of them; the order is that of ``--help``."""
+    """Replace the groups that a command takes by their parameters, in the order of ``--help``."""
     hints = get_type_hints(command, include_extras=True)
     taken = inspect.signature(command).parameters
     flat = [each for name in taken for each in _flat(name, hints[name], taken[name].default)]
@@ -64,7 +64,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def values(group: Any) -> dict[str, Any]:
-    """A group's parameters by name, those of groups inside it and derived options that were given among them."""
+    """A group's parameters by name, including those of nested groups and derived options that were given."""
     found: dict[str, Any] = {}
     for each in fields(group):
         value = getattr(group, each.name)

@@ -1,4 +1,4 @@
-"""``apb``: the commands, and the one place where errors become a sentence and an exit status."""
+"""``apb``: the commands, and the conversion of errors to a sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ app.add_typer(train.app, name="train")
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-# What is wrong for all ranks is said once: seconds in which torchrun ends the others when the first has said it.
+# An error of all ranks is printed once: seconds in which torchrun ends the others after the first has printed it.
 _GRACE = 5.0
 
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it failed, 2 the input was wrong, 130 interrupted."""
     status = run(app)
-    if status != DONE and "apb.distributed.launch" in sys.modules:  # it brings torch, which takes seconds
+    if status != DONE and "apb.distributed.launch" in sys.modules:  # importing it would import torch, in seconds
         from ..distributed import launch
 
         launch.end(status)
@@ -52,11 +52,11 @@ def main() -> None:
 
 
 def run(command: typer.Typer) -> int:
-    """Run a command line; its exit status."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored, as behind nohup
+    """Run a command line and return its exit status."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as under nohup
         signal.signal(signal.SIGINT, _interrupted)
     try:
-        # Not its main(): that swallows Ctrl-C and closed pipes, each version of typer in its own way.
+        # Not typer's main(), which swallows Ctrl-C and closed pipes, differently in every version.
         parsed = typer.main.get_command(command)
         with parsed.make_context("apb", sys.argv[1:]) as context:
             status = parsed.invoke(context)
@@ -76,7 +76,7 @@ def run(command: typer.Typer) -> int:
     except RankError as error:
         return _say(str(error), FAILED)
     except BrokenPipeError:
-        # The reader of our output went away (head, less): nothing is wrong, and nobody is left to tell.
+        # The reader of our output has closed the pipe (head, less): this is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
@@ -86,9 +86,9 @@ def run(command: typer.Typer) -> int:
 
 
 def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C: KeyboardInterrupt, but within an import the end.
+    """Handle Ctrl-C: raise KeyboardInterrupt, but exit at once during an import.
 
-    Libraries take an interrupted import for a missing module and go on; nothing has been started by then.
+    Libraries mistake an interrupted import for a missing module and go on; nothing has been started by then.
     """
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":

@@ -25,14 +25,14 @@ from .groups import Derived
 
 
 def _named(name: str | None) -> str | None:
-    """A name as given; InputError for an empty one, which is a variable of the shell that was never set."""
+    """The name unchanged; InputError if it is empty, as from an unset shell variable."""
     if name is not None and not name.strip():
         raise InputError("An empty name was given for the model; give one, or leave the option out.")
     return name
 
 
 def check_out(path: Path) -> None:
-    """InputError where a file of that name cannot be written; to be said before anything runs for it."""
+    """InputError if a file of that name cannot be written; checked before anything runs."""
     if path.is_dir():
         raise InputError(f"{str(path)!r} cannot be written: it is a folder; name a file.")
     if not path.parent.is_dir():
@@ -100,7 +100,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, in which dtype and on which kind of device."""
+    """A checkpoint, its dtype and its kind of device."""
 
     model: ModelName = None
     dtype: Dtype = None
@@ -114,7 +114,7 @@ class Model:
         return str(self.model or shipped_model())
 
     def config(self) -> Any:
-        """Its configuration; InputError where there is none."""
+        """Its configuration; InputError if there is none."""
         from ..hf.loading import load_config
 
         return load_config(self.name)
@@ -122,7 +122,7 @@ class Model:
 
 @dataclass(frozen=True)
 class RemoteModel(Model):
-    """A checkpoint that may bring code of its own."""
+    """A checkpoint that may come with its own code."""
 
     trust_remote_code: TrustRemoteCode = False
 
@@ -144,7 +144,7 @@ class Ranks:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The compressor, and the options of strategies and compressors: what every command that reads takes."""
+    """The compressor, and the options of strategies and compressors, for every command that reads a prompt."""
 
     method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS)]
     compressor: Compressor = None
@@ -161,10 +161,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How one prompt is read; its ``values`` are arguments of :meth:`apb.reading.Reading.of`.
+    """The reading of one prompt; its ``values`` are arguments of :meth:`apb.reading.Reading.of`.
 
-    A parameter more is a field more. For a choice that brings options, as that of the compressor does, a field marked
-    as :class:`Derived` from their table follows it.
+    A new parameter is a new field. A choice with options of its own, such as the compressor, is followed by a field
+    marked as :class:`Derived` from their table.
     """
 
     strategy: Strategy = "apb"
@@ -181,7 +181,7 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Readings:
-    """Ways to read that an evaluation compares: all combinations of what is repeated."""
+    """The readings that an evaluation compares: all combinations of repeated options."""
 
     strategy: Strategies = None
     method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS, repeatable=("blocks",))]
@@ -198,7 +198,7 @@ class Readings:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the answer is drawn; its ``values`` are arguments of :class:`apb.generation.Sampling`."""
+    """Sampling of the answer; its ``values`` are arguments of :class:`apb.generation.Sampling`."""
 
     max_new_tokens: MaxNewTokens = 64
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token every time.")] = 0.0

@@ -1,4 +1,4 @@
-"""``apb plan``: what a document of some length would cost, before anything runs."""
+"""``apb plan``: the predicted cost of a document of some length, before anything runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def plan(
     at_least("ranks per host", sharing, 1)
     if not network_gbit > 0:
         raise InputError(f"--network-gbit takes a number above 0, not {network_gbit:g}.")
-    # What is wrong with the request is said before a model is looked for.
+    # Errors of the request are raised before a model is looked for.
     plans = [plan_of(name, length, size, chosen.method, rounds) for name in METHODS]
     compressor = make_compressor(chosen.compressor, chosen.scoring)
 
@@ -92,7 +92,7 @@ def plan(
 
 
 def plan_of(strategy: str, length: int, ranks: int, given: dict[str, Any], rounds: int | None) -> Plan:
-    """The plan of a strategy; options count for the strategies they are meant for, rounds for those that take them."""
+    """The plan of a strategy; options apply to strategies that have them, rounds to those that read in rounds."""
     method = make_method(strategy, given, compared=True)
     taken = rounds if rounds is not None and method.in_rounds else 1
     return Plan.of_method(method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, taken)
@@ -101,7 +101,7 @@ def plan_of(strategy: str, length: int, ranks: int, given: dict[str, Any], round
 def _row(
     chosen: Plan, ranks: int, shape: ModelShape, compressor: Compressor, basis: Basis | None, ranks_per_host: int
 ) -> dict[str, Any]:
-    """A plan and its costs, or why the model cannot be read so."""
+    """A plan and its costs, or the reason why the model cannot be read by it."""
     try:
         chosen.method.check_model(shape.heads, ranks)
     except InputError as error:
@@ -112,7 +112,7 @@ def _row(
 
 
 def _basis(path: Path | None, network_gbit: float) -> Basis | None:
-    """What seconds are predicted from: a file, or what is known of the GPU that is here."""
+    """The basis of predicted seconds: a file, or the known rates of this machine's GPU."""
     if path is not None:
         return Basis.of_run(path, network_gbit)
     import torch

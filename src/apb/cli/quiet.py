@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Turn off log lines and progress bars of libraries: their errors reach the user as exceptions."""
+    """Turn off log lines and progress bars of libraries; their errors reach the user as exceptions."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

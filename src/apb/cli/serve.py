@@ -1,4 +1,4 @@
-"""``apb serve``: answer over HTTP, as clients of the OpenAI API ask."""
+"""``apb serve``: answers over HTTP, for clients of the OpenAI API."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def work(server: Server) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; InputError where none can."""
+    """A listening socket; InputError if the address cannot be used."""
     if not 0 <= port < 1 << 16:
         raise InputError(f"A port is a number from 0 to 65535, not {port}.")
     try:

@@ -1,4 +1,4 @@
-"""``apb train``: the models this package trains itself."""
+"""``apb train``: training of retaining heads and of the model that comes with the package."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def heads(
     dtype: options.Dtype = None,
     device: options.Device = None,
 ) -> None:
-    """Train retaining heads for a model (Locret's recipe). Killed and started again it goes on where it stood."""
+    """Train retaining heads for a model (Locret's recipe). A run that is killed resumes when started again."""
     from dataclasses import asdict
 
     from ..distributed import launch

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # a decode method can be named without torch
 
 
 class Shard(Protocol):
-    """A rank's cache, as a decode method sees it."""
+    """The interface of a rank's cache for decode methods."""
 
     @property
     def indices(self) -> list[int]:
@@ -42,7 +42,7 @@ class Reader(ABC):
         Args:
             layer: q (rows, heads, head_dim) of the new rows; k, v (tokens, kv_heads, head_dim) of the shard, which ends
                 with the rows' own where this rank keeps them.
-            rows: where rows and keys stand.
+            rows: positions of rows and keys.
 
         Returns:
             out (rows, heads, head_dim) in q's dtype or fp32, and lse (heads, rows) fp32, the natural log of the sum of
@@ -52,12 +52,12 @@ class Reader(ABC):
 
 @dataclass(frozen=True)
 class Decoding(ABC):
-    """How new tokens attend to the kept cache. Subclasses are frozen dataclasses whose fields are their options.
+    """A method of attention of new tokens over the cache; subclasses are frozen dataclasses of their options.
 
     Layers with a sliding window are attended exactly under every method.
 
     Attributes:
-        name: what ``--decode`` and results call it.
+        name: the name in ``--decode`` and in results.
         exact: True if every key is attended to.
     """
 
@@ -70,11 +70,11 @@ class Decoding(ABC):
 
     @abstractmethod
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
-        """Build what reading a shard takes, once after prefill; ``backend``: of :func:`apb.attention`."""
+        """Build the reader of a shard, once after prefill; ``backend``: of :func:`apb.attention`."""
 
     def stored_reader(self) -> Reader | None:
-        """A reader that finds any shard by ``rows.stored``, so that a step captured as CUDA graphs serves every cache.
+        """A reader of any shard by ``rows.stored``, so that a step captured as CUDA graphs serves every cache.
 
-        None, the default, where there is no such reader: tokens are then read by ordinary passes.
+        None, the default, if there is no such reader: tokens are then read by ordinary passes.
         """
         return None

@@ -1,12 +1,12 @@
-"""How near an approximation is to full attention, before any answer: the attention it still sees, and what it predicts.
+"""Fidelity of an approximation to full attention, before any answer: the attention it keeps, and its predictions.
 
 Two figures, both on sampled rows of the document and never on a (rows, rows) matrix:
 
-- the share of full attention's mass that the keys a row may see hold, per layer and KV head: queries and keys are those
-  of a full prefill, and what may be seen is what the approximation chose in a prefill of its own;
+- the share of full attention's mass on the keys visible to a row, per layer and KV head: queries and keys are those of
+  a full prefill, and the visible keys are those that the approximation chose in a prefill of its own;
 - the Kullback-Leibler divergence, in nats, from full attention's next-token distribution to the approximation's.
 
-The question's own rows see everything under every strategy; their prediction is listed apart.
+The question's own rows see everything under every strategy; their prediction is listed separately.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _WEIGHTS = 1 << 24
 
 @dataclass(frozen=True)
 class Fidelity:
-    """One prompt, read in one way.
+    """The figures of one prompt and one setting.
 
     Attributes:
-        strategy, compressor, blocks, anchor_length, passing_length: how, by the plan.
+        strategy, compressor, blocks, anchor_length, passing_length: the reading, by the plan.
         rows: sampled rows of the document.
         mass: [layer][KV head], mean share (0 to 1) of full attention's mass on visible keys.
         kl_document: mean over the sampled rows, nats.
@@ -61,13 +61,13 @@ class Fidelity:
 
 
 class Sight:
-    """The keys that each row of the document may see, layer by layer, as a strategy chose them in its own prefill."""
+    """The keys visible to each row of the document, layer by layer, as a strategy chose them in its own prefill."""
 
     def __init__(self) -> None:
         self._visible: dict[int, Visible] = {}
 
     def look(self, strategy: Strategy, layer: AttentionInput) -> None:
-        """Note what a layer's attention chose; choosing depends on the layer's input alone, so it is asked again."""
+        """Record a layer's choice of keys; it depends on the layer's input alone, so it is computed again here."""
         if not layer.plain:
             raise InputError(
                 f"Layer {layer.index} has a sliding window, capped logits or sinks, and fidelity knows plain causal "
@@ -105,9 +105,9 @@ def measure(
 
     Args:
         engine: gives the model; its own strategy is not used. One rank.
-        prompt: what is read.
-        settings: the ways to read that are compared with full attention.
-        rows: how many rows of the document are sampled.
+        prompt: the prompt to read.
+        settings: the readings to compare with full attention.
+        rows: number of the document's rows to sample.
         seed: of the sampling.
         done: called after every prefill (one for each setting, and one in full).
     """
@@ -160,7 +160,7 @@ def measure(
 
 
 def _mass(layer: AttentionInput, rows: Tensor, sights: Sequence[Sight]) -> list[list[float]]:
-    """Per setting and KV head of one layer: the mean share of full attention's mass on what the rows may see."""
+    """Per setting and KV head of one layer: the mean share of full attention's mass on the keys visible to the rows."""
     keys = layer.k.shape[0]
     kv_heads = layer.k.shape[1]
     group = layer.q.shape[1] // kv_heads

@@ -2,12 +2,11 @@
 
     python -m apb.evaluation.harness run --model apb --model_args pretrained=PATH,strategy=apb,blocks=8 --tasks NAME
 
-takes every argument of ``lm_eval`` and is ``lm_eval``, with the model ``apb`` known to it: version 0.4 has no way to
-find models of other packages by itself. In Python, importing this module is enough for ``lm_eval.simple_evaluate``.
+is ``lm_eval`` with the model ``apb`` registered, and takes the same arguments: version 0.4 cannot find models of other
+packages by itself. In Python, importing this module is enough for ``lm_eval.simple_evaluate``.
 
-The harness hands over one text. Its question is taken to be the last paragraph (what follows the last blank line),
-else the last line, else the last 32 tokens; what stands before it is the document. The model reads the same text either
-way.
+The harness passes one text. Its last paragraph (after the last blank line), else its last line, else its last 32 tokens
+are taken as the question; the rest is the document. The model reads the same text either way.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _QUESTION = 32
 
 @register_model("apb")
 class EngineLM(LM):
-    """A model for generation tasks; likelihoods are not what long prompts are asked for, and are refused.
+    """A model for generation tasks; tasks that need likelihoods are refused.
 
     Args:
         pretrained: checkpoint folder or hub id; the shipped model if left out.
         batch_size: must be 1 (or "auto"): prompts are read one at a time.
-        max_gen_toks: longest answer, where a task does not say.
+        max_gen_toks: maximum length of an answer, for tasks that set none.
         device, dtype, strategy, blocks, compressor, ...: as in :meth:`apb.Engine.from_pretrained`.
     """
 
@@ -72,7 +71,7 @@ class EngineLM(LM):
         return self._tokenizer.chat_template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The turns as the model's tokenizer writes them."""
+        """The turns rendered by the tokenizer's chat template."""
         return str(
             self._tokenizer.apply_chat_template(
                 chat_history,
@@ -110,19 +109,19 @@ class EngineLM(LM):
         return answer
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Refused."""
+        """Refused: likelihoods are not supported."""
         raise InputError("The model apb answers generation tasks; this task asks for likelihoods: choose another one.")
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
-        """Refused."""
+        """Refused, as :meth:`loglikelihood`."""
         return self.loglikelihood(requests)  # type: ignore[return-value]
 
 
 def split(text: str, tokenizer: Any) -> Prompt:
-    """A prompt of a text, its question apart; the tokens are those of the text.
+    """Split a text into a prompt's document and question; the tokens are those of the whole text.
 
-    The harness has rendered chat templates by now: what looks like a control token is one. A text that begins with BOS
-    gets no second one.
+    The harness has already rendered chat templates, so names of control tokens in the text are control tokens. A text
+    that begins with BOS gets no second one.
     """
     begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     for mark in ("\n\n", "\n"):

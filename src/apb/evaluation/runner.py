@@ -1,4 +1,4 @@
-"""Answering samples in several ways, each sample in all of them before the next one, and keeping what was said."""
+"""Evaluation loop: every setting answers a sample before the next sample is read; answers are stored as records."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Runner:
 
     Attributes:
         engine: gives model, tokenizer and ranks; its own strategy is not used.
-        model: what records call the model.
-        settings: the ways to read.
-        store: where records go, and where those of an earlier run are found.
-        processes: how many runs share the machine, for the records.
+        model: the model's name in records.
+        settings: the readings to compare.
+        store: the store of records, including those of an earlier run.
+        processes: number of runs that share the machine, for the records.
     """
 
     engine: Engine
@@ -47,10 +47,10 @@ class Runner:
         self._heads = cache(file_name)
 
     def run(self, items: Iterable[Item], done: Callable[[], None] | None = None) -> Iterator[list[Record]]:
-        """Yield, for every item, its records in the order of the settings; on rank 0 (empty lists on the others).
+        """Yield every item's records in the order of the settings on rank 0, and empty lists on the others.
 
         Args:
-            items: what to answer; made one at a time where it is an iterator.
+            items: the items to answer; an iterator is consumed one at a time.
             done: called after every answer.
         """
         engines = [setting.engine(self.engine) for setting in self.settings]
@@ -101,7 +101,7 @@ class Runner:
             prefill_s=0.0,
         )
         known = self.store.get(blank.key)
-        # Rank 0 alone has the file: all of them must take the same way.
+        # Only rank 0 has the file, and all ranks must take the same branch.
         told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
         if group.broadcast(told).item():
             return known

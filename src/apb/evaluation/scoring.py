@@ -22,7 +22,7 @@ SPACELESS = re.compile(
     "[\u0e00-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3040-\u318f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf"
     "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U000323af]"
 )
-# Digits in groups of three; not behind another group or a point, and not where a group of another size follows.
+# Digits in groups of three; not after another group or a point, and not before a group of another size.
 GROUPED = re.compile(
     "(?<![0-9])(?<![0-9][.,])[0-9]{1,3}([,'\u2019\u00a0\u2009\u202f])[0-9]{3}(?:\\1[0-9]{3})*(?!\\1?[0-9])"
 )
@@ -33,10 +33,10 @@ NUMBER = re.compile(r"\d+\.\d+|\d+")
 
 
 def words(prediction: str, answers: Sequence[str]) -> float:
-    """Share of the answers that stand in the prediction as whole words or numbers, however they are spelled.
+    """Share of the answers that occur in the prediction as whole words or numbers, regardless of spelling variants.
 
-    Case does not matter, nor how accents and wide characters are coded, nor separators between thousands. In scripts
-    without spaces between words, and in Korean, whose particles are joined to them, an answer may stand anywhere.
+    Case, the encoding of accents and wide characters, and separators between thousands are ignored. In scripts without
+    spaces between words, and in Korean, whose particles are joined to words, an answer may occur anywhere.
     """
     text = _plain(prediction)
     found = [_stands_alone(_plain(answer), text) for answer in answers]
@@ -44,8 +44,8 @@ def words(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _plain(text: str) -> str:
-    """One spelling for what is the same: lower case, composed accents, ordinary widths, 1,234 as 1234."""
-    # Not by NFKC alone, which makes 102 of 10²; and a wide comma ends a part of a sentence, not a group of digits.
+    """Normalize spelling variants: lower case, composed accents, ordinary widths, 1,234 as 1234."""
+    # Not NFKC alone, which turns 10² into 102; and a wide comma separates clauses, not groups of digits.
     wide = {char for char in set(text) if unicodedata.decomposition(char).startswith(("<wide>", "<narrow>"))} - {
         WIDE_COMMA
     }
@@ -55,7 +55,7 @@ def _plain(text: str) -> str:
 
 
 def _stands_alone(answer: str, text: str) -> bool:
-    """Whether the answer occurs in the text without a word or a number going on at either of its ends."""
+    """True if the answer occurs in the text and is not part of a longer word or number there."""
     place = text.find(answer)
     while place >= 0:
         before, after = text[:place], text[place + len(answer) :]
@@ -72,7 +72,7 @@ def _stands_alone(answer: str, text: str) -> bool:
 
 
 def _goes_on(end: str, neighbour: str) -> bool:
-    """Whether a word that has ``end`` at one of its ends is longer, by the character beside it ("" for none)."""
+    """True if ``neighbour``, the character next to a word's ``end`` ("" for none), continues the word."""
     if end.isdigit() and neighbour.isdigit():
         return True
     return bool(WORD.match(neighbour)) and not SPACELESS.match(end) and not SPACELESS.match(neighbour)
@@ -82,18 +82,18 @@ def _goes_on(end: str, neighbour: str) -> bool:
 
 
 def ruler_all(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_all: share of the answers that stand in the prediction as strings, whatever their case."""
+    """RULER's string_match_all: share of the answers that occur in the prediction as strings, ignoring case."""
     found = _ruler_found(prediction, answers)
     return 100.0 * sum(found) / len(found)
 
 
 def ruler_part(prediction: str, answers: Sequence[str]) -> float:
-    """RULER's string_match_part: whether any of the answers stands in the prediction."""
+    """RULER's string_match_part: 100 if any of the answers occurs in the prediction."""
     return 100.0 * any(_ruler_found(prediction, answers))
 
 
 def _ruler_found(prediction: str, answers: Sequence[str]) -> list[bool]:
-    # Control characters become line breaks first: a tab inside an answer's words is then no match.
+    # Control characters become line breaks first, so a tab inside an answer's words is no match.
     text = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
     return [answer.lower() in text for answer in answers]
 
@@ -102,15 +102,15 @@ def _ruler_found(prediction: str, answers: Sequence[str]) -> list[bool]:
 
 
 def first_integer(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the first run of digits is the answer (PassKey, Number)."""
+    """100 if the first run of digits is the answer (PassKey, Number)."""
     found = re.search(r"[0-9]+", prediction)
     return 100.0 * (found is not None and found[0] == answers[0])
 
 
 def first_number(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the first number has the answer's value (Math.Find).
+    """100 if the first number has the answer's value (Math.Find).
 
-    Where the answer is whole, a number with decimals is wrong (InfiniteBench's own script stops with an error there).
+    If the answer is whole, a number with decimals is wrong (InfiniteBench's own script stops with an error there).
     """
     found = NUMBER.search(prediction)
     if found is None or ("." in found[0] and "." not in answers[0]):
@@ -119,17 +119,17 @@ def first_number(prediction: str, answers: Sequence[str]) -> float:
 
 
 def among_words(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the answer is one of the prediction's words (KV)."""
+    """100 if the answer is one of the prediction's words (KV)."""
     return 100.0 * (answers[0] in _spaced(prediction, "\n:\"'.,?!{}").split())
 
 
 def name_among_words(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the first answer, in capitals, is one of the prediction's words (En.Dia)."""
+    """100 if the first answer, in capitals, is one of the prediction's words (En.Dia)."""
     return 100.0 * (answers[0] in _spaced(prediction, "\n:\"'.,?!{}").upper().split())
 
 
 def chosen_option(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the option (answers: its text, its letter) is named (En.MC).
+    """100 if the option (answers: its text, its letter) is named (En.MC).
 
     The first letter decides, else what follows a phrase such as "answer is", else the first word of A, B, C and D.
     """
@@ -144,13 +144,13 @@ def chosen_option(prediction: str, answers: Sequence[str]) -> float:
     after = _after_phrase(text, ("answer is:", "answer:", "answer is", "option is"))
     if after is not None:
         return 100.0 * after.startswith(tuple(answers))
-    # A word is any run of the letters in their order: "AB" counts, and so is one.
+    # A word is any run of these letters in order, so "AB" counts as one.
     named = next((word for word in text.split() if word in "ABCD"), None)
     return 100.0 * (named in answers)
 
 
 def named_function(prediction: str, answers: Sequence[str]) -> float:
-    """Whether the function (answers: its name, its letter) is named, at once or after a phrase (Code.Debug)."""
+    """100 if the function (answers: its name, its letter) is named, at the start or after a phrase (Code.Debug)."""
     name, letter = answers[0], answers[1]
     text = prediction.strip()
     if text[:2] in (f"{letter}.", f"{letter}:"):
@@ -200,7 +200,7 @@ def _lines(text: str) -> list[list[str]]:
 
 
 def _common(first: list[str], second: list[str]) -> set[int]:
-    """Places in `first` of a longest common subsequence; of several the one that ROUGE's own backtracking finds."""
+    """Indices in `first` of a longest common subsequence: of several, the one found by ROUGE's own backtracking."""
     table = [[0] * (len(second) + 1)]
     for word in first:
         above, row = table[-1], [0]
@@ -243,9 +243,9 @@ def _single_spaces(text: str) -> str:
 
 
 def _after_phrase(text: str, phrases: tuple[str, ...]) -> str | None:
-    """What follows the first of the phrases that occurs, less one character (a space); None where none occurs.
+    """The text after the first of the phrases that occurs, less one character (a space); None if none occurs.
 
-    A prediction that ends with the phrase has said nothing: the empty string.
+    Empty for a prediction that ends with the phrase.
     """
     for phrase in phrases:
         place = text.find(phrase)

@@ -38,9 +38,9 @@ class Setting:
 
     @property
     def asked(self) -> dict[str, Any]:
-        """The options that were given, by name, heads apart: how records tell readings from each other.
+        """The given options by name, without heads; records distinguish readings by them.
 
-        Where compressor or decode method has an option of a name that is taken, its own name stands before it.
+        An option of the compressor or decode method whose name is taken is prefixed with its owner's name.
         """
         asked = {"strategy": self.strategy, **given(self.method)}
         decoding = None if self.decoding == EXACT else self.decoding
@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def heads(self) -> str | None:
-        """The file of trained heads, where one scores."""
+        """The file of trained heads, if a compressor uses one."""
         path = getattr(self.compressor, "heads", None)
         return None if path is None else str(path)
 
@@ -72,10 +72,10 @@ class Setting:
 def settings(
     strategies: Sequence[str], compressors: Sequence[str] = (), decoding: Decoding = EXACT, **options: Any
 ) -> list[Setting]:
-    """All combinations that differ: options count only where a strategy has them, compressors only where it passes.
+    """All distinct combinations: options apply to strategies that have them, compressors to those that pass pairs.
 
-    An option with several values (a list or tuple) is combined with the others. Options of compressors count for those
-    that have them, where several are named.
+    An option with several values (a list or tuple) is combined with the others. Options of compressors apply to those
+    that have them, if several are named.
     """
     values = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in options.items()}
     values = {name: [each for each in several if each is not None] or [None] for name, several in values.items()}

@@ -1,4 +1,4 @@
-"""Taking over a model's attention, its code untouched: one function registered with transformers."""
+"""Replacement of a model's attention without changes to its code: one function registered with transformers."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ CLOSED = "The engine was closed and its model given back; make a new engine to g
 
 
 class Attachment:
-    """A model whose attention this package computes, until :meth:`release`. Made with :meth:`of`.
+    """A model whose attention this package computes, until :meth:`release`; make one with :meth:`of`.
 
-    The model's own modules, weights and code stay as they are. While attached it runs only inside :meth:`running`.
+    The model's own modules, weights and code are unchanged. While attached it runs only inside :meth:`running`.
     """
 
     def __init__(self, model: PreTrainedModel, fused: bool) -> None:
@@ -43,7 +43,7 @@ class Attachment:
         self.total = 0
         self.layers = layer_count(model.config)
         self.kv_heads = kv_heads(model.config)
-        # RoPE variants of the model that look at the largest position on the host, which CUDA graphs cannot do.
+        # RoPE variants of the model that read the largest position on the host, which CUDA graphs cannot capture.
         self.length_dependent = length_dependent(model.config)
         text = model.config.get_text_config()
         # Lengths beyond which a prompt must be read again (longrope).
@@ -51,7 +51,7 @@ class Attachment:
         self._windows = not_handed_over(text)
         # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
-        # By layer, whether all its attention was finite, on its device; None where nobody asked.
+        # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._attend: Attend | None = None
         self._calls = 0
@@ -75,7 +75,7 @@ class Attachment:
     def of(cls, model: PreTrainedModel, fused: bool = False) -> Attachment:
         """The attachment of a model, shared by all engines on it; each must :meth:`release` it once.
 
-        ``fused``: compile what can be (see :mod:`apb.hf.fusing`); InputError where engines on one model disagree.
+        ``fused``: compile modules (see :mod:`apb.hf.fusing`); InputError if engines on one model disagree.
         """
         attached = (getattr(module, "apb", None) for module in model.modules())
         attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(model, fused)
@@ -85,7 +85,7 @@ class Attachment:
         return attachment
 
     def release(self) -> None:
-        """Give the model back as it was, when the last engine on it does so."""
+        """Restore the model, once the last engine on it has released it."""
         self._users -= 1
         if self._users:
             return
@@ -105,7 +105,7 @@ class Attachment:
 
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
         """As :meth:`last_logits`, without a cache: logits (len(rows), vocab) fp32 of some rows."""
-        # No tensor of rows: the last layer may lie on another device than the first.
+        # No tensor of rows: the last layer may be on another device than the first.
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
 
@@ -116,7 +116,7 @@ class Attachment:
         Args:
             attend: see :data:`Attend`.
             total: tokens of the whole prompt and answer so far, over all ranks (RoPE variants depend on it).
-            before_rope: whether to hand q, k, v before RoPE to ``attend``.
+            before_rope: pass q, k, v before RoPE to ``attend``.
         """
         if not self._users:
             raise RuntimeError(CLOSED)
@@ -167,14 +167,14 @@ class Attachment:
         return out[..., :width].contiguous().unsqueeze(0)
 
     def _look_at(self, index: int, out: Tensor) -> None:
-        """Note whether a layer's attention is finite; nothing waits for that, and graphs may be captured around it."""
+        """Record on the device if a layer's attention is finite, without waiting, so that graphs can capture it."""
         assert self.finite is not None, "called where layers are looked at"
         if index not in self.finite:
             self.finite[index] = torch.ones((), dtype=torch.bool, device=out.device)
         self.finite[index].logical_and_(out.isfinite().all())
 
     def first_not_finite(self) -> int | None:
-        """The first layer whose attention has not been finite; None where all has been, or nobody looked."""
+        """The first layer whose attention was not finite; None if all were, or if it was not checked."""
         return next((index for index, finite in sorted((self.finite or {}).items()) if not finite), None)
 
 
@@ -188,7 +188,7 @@ def _attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls instead of its own attention."""
+    """The attention function registered with transformers."""
     attachment = getattr(module, "apb", None)
     if attachment is None:
         raise RuntimeError(f"{type(module).__name__} was not there when the model was attached to an apb.Engine.")
@@ -202,12 +202,12 @@ def _attention(
     return attachment(module, query, key, value, scale, kwargs.get("sliding_window"), **softmax), None
 
 
-# No mask is registered under this name, so transformers builds none: the plan says what every row sees.
+# No mask is registered under this name, so transformers builds none: the plan determines which keys every row sees.
 AttentionInterface.register(NAME, _attention)
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention of every layer, in order; InputError where there is none that could be taken over."""
+    """The attention module of every layer, in order; InputError if there are none, or they are not causal."""
     found = [
         module
         for module in model.modules()

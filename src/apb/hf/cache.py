@@ -1,4 +1,4 @@
-"""A transformers cache that holds one rank's shard, in storage made once, and its stand-in in captured steps."""
+"""A transformers cache that holds one rank's shard, in preallocated storage, and its stand-in in captured steps."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a pass brings to a layer of this shard.
+    """The rows that a pass adds to a layer of this shard.
 
     Attributes:
-        kept: rows of the pass whose keys and values stay; None for no row.
+        kept: rows of the pass whose keys and values are kept; None for no row.
         positions: true positions of these rows, one range after the other.
-        whole: True if the layer's attention is to get the whole shard, as in decode; in prefill it gets the pass's own
-            keys and values, with those of the anchor, which are not kept.
+        whole: True if the layer's attention gets the whole shard, as in decode; in prefill it gets the pass's own keys
+            and values, including those of the anchor, which are not kept.
     """
 
     kept: slice | None
@@ -35,7 +35,7 @@ class ShardLayer(CacheLayerMixin):
 
     Attributes:
         length: tokens held.
-        positions: their true positions, in the order in which they are held.
+        positions: their true positions, in storage order.
     """
 
     is_sliding = False
@@ -56,9 +56,9 @@ class ShardLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Keep the rows that belong to this shard, as the cache's :class:`Arrival` says.
+        """Store the rows that belong to this shard, by the cache's :class:`Arrival`.
 
-        A shard that holds nothing comes back with one row of no meaning: not all models can work on none.
+        An empty shard is returned with one dummy row: not all models can work on none.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -69,7 +69,7 @@ class ShardLayer(CacheLayerMixin):
         return self.view(at_least=1) if arrival.whole else (key_states, value_states)
 
     def place(self, positions: Sequence[range]) -> None:
-        """Note the true positions of tokens that were appended."""
+        """Record the true positions of tokens that were appended."""
         for each in positions:
             if self.positions and self.positions[-1].stop == each.start:
                 self.positions[-1] = range(self.positions[-1].start, each.stop)
@@ -83,7 +83,7 @@ class ShardLayer(CacheLayerMixin):
         return self.keys[:, :, :length], self.values[:, :, :length]
 
     def make_room(self, tokens: int) -> None:
-        """Have storage for so many tokens more: where there is not, it grows, at the price of a copy."""
+        """Ensure storage for ``tokens`` more tokens; growing costs a copy."""
         assert self.keys is not None and self.values is not None
         capacity = self.keys.shape[2]
         if self.length + tokens > capacity:
@@ -103,7 +103,7 @@ class ShardLayer(CacheLayerMixin):
         return self._shard.total
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Asked only when a mask is built, which this package's attention never needs."""
+        """Sizes for building a mask, which this package's attention never needs."""
         return self._shard.total + query_length, 0
 
     def get_max_length(self) -> int:
@@ -131,9 +131,9 @@ class ShardCache(Cache):
     """One rank's shard of all layers; layers that get no keys and values stay empty.
 
     Attributes:
-        capacity: tokens a layer's storage is made for; it grows by ``growth`` when that is not enough.
+        capacity: tokens that a layer's storage is made for; it grows by ``growth`` when full.
         keeps_new: True if this rank keeps the tokens that are generated.
-        arrival: by the index of a layer, what the pass under way brings to it.
+        arrival: :class:`Arrival` of the current pass, by the index of a layer.
         total: tokens seen so far by all ranks together.
     """
 
@@ -147,7 +147,7 @@ class ShardCache(Cache):
         super().__init__(layers=[ShardLayer(self, index) for index in range(layers)])
 
     def expect(self, positions: range) -> None:
-        """A pass over new rows at these positions follows, which attends to the whole shard."""
+        """Prepare for a pass over new rows at these positions, which attends to the whole shard."""
         arrival = Arrival(slice(None) if self.keeps_new else None, (positions,), whole=True)
         self.arrival = lambda layer: arrival
         self.total = positions.stop
@@ -158,7 +158,7 @@ class ShardCache(Cache):
         return [layer.index for layer in self._kept()]
 
     def positions(self, layer: int) -> list[range]:
-        """True positions of the tokens in a layer of this shard, in the order in which it holds them."""
+        """True positions of the tokens in a layer of this shard, in storage order."""
         return self._layer(layer).positions
 
     @cached_property
@@ -176,14 +176,14 @@ class ShardCache(Cache):
         return next(self._kept()).length
 
     def make_room(self) -> None:
-        """Have storage for one token more, where this rank keeps it."""
+        """Ensure storage for one more token, if this rank keeps it."""
         first = next(self._kept())
         if self.keeps_new and first.keys is not None and first.length == first.keys.shape[2]:  # as all the others
             for layer in self._kept():
                 layer.make_room(1)
 
     def advance(self) -> None:
-        """Count one token more, which was written behind the last one where this rank keeps it."""
+        """Count one more token, which was appended if this rank keeps it."""
         if self.keeps_new:
             for layer in self._kept():
                 layer.length += 1
@@ -191,7 +191,7 @@ class ShardCache(Cache):
         self.total += 1
 
     def addresses(self) -> list[tuple[int, int, int]]:
-        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros where there is none."""
+        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""
         places = []
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
@@ -236,10 +236,10 @@ class StepLayer(CacheLayerMixin):
         self._index = index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """There is no storage here."""
+        """Do nothing: there is no storage here."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Have the states appended; they come back as they are."""
+        """Pass the states to ``append`` and return them unchanged."""
         self._step.append(self._index, key_states, value_states)
         return key_states, value_states
 
@@ -258,13 +258,13 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """Stands in for any cache of a layout while the model reads one token.
+    """Stand-in for any cache of a layout while the model reads one token.
 
     Attributes:
-        append: keeps a layer's new keys and values.
+        append: stores a layer's new keys and values.
         total: tokens seen so far by all ranks together.
-        asked: True once the model has asked for ``total``: it then depends on a number on the host, which a graph would
-            take for a constant.
+        asked: True once the model has read ``total``: it then depends on a number on the host, which a graph would
+            capture as a constant.
     """
 
     def __init__(self, layers: int, append: Append) -> None:

@@ -1,4 +1,4 @@
-"""Chat templates: which one is meant, and where in what it writes the user's texts stand."""
+"""Chat templates: their choice, and the location of the user's texts in their output."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Turn:
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, asked: str | Path | None = None) -> str | None:
-    """The source of a chat template; None where the tokenizer has none and none is asked for.
+    """The source of a chat template; None if the tokenizer has none and none is asked for.
 
     Args:
         tokenizer: may have one template, or several by name.
-        asked: the name of one of the tokenizer's, a file, or a template's own text. By default the tokenizer's only
-            one, that named "default", or the only one that is not for tools or retrieval.
+        asked: the name of one of the tokenizer's, a file, or a template's source. By default the tokenizer's only one,
+            the one named "default", or the only one that is not for tools or retrieval.
     """
     own = tokenizer.chat_template
     named: dict[str, str] = own if isinstance(own, dict) else {} if own is None else {"default": own}
@@ -64,20 +64,20 @@ def template_of(tokenizer: PreTrainedTokenizerBase, asked: str | Path | None = N
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:
-    """What a template writes of a chat, up to where the assistant begins to speak.
+    """A template's output for a chat, up to the beginning of the assistant's turn, in pieces.
 
-    Joined, the pieces are what ``apply_chat_template(..., tokenize=False, add_generation_prompt=True)`` gives. Those
-    with a ``source`` are what became of the turns' own: a template may strip them, or write them in capitals. Templates
-    that take the content of a message as a list of parts get that.
+    Joined, the pieces equal ``apply_chat_template(..., tokenize=False, add_generation_prompt=True)``. Those with a
+    ``source`` are the turns' own texts as the template wrote them: it may strip them, or write them in capitals.
+    Templates that take the content of a message as a list of parts get a list.
 
-    The texts are found by rendering the chat again with numbers in their place; where that leads nowhere (a template
-    may look at what it is given), they are looked for as they are.
+    The texts are located by rendering the chat again with numbers in their place; if that fails (a template may inspect
+    its input), they are searched for verbatim.
 
     Raises:
         InputError: the template refuses the chat, cannot be applied, drops a text, or changes it beyond recognition.
     """
     texts = {piece.source: piece.text for turn in turns for piece in turn.pieces if piece.source is not None}
-    # Digits have no case, nothing strips or escapes them, and so many of them are in no text by chance.
+    # Digits have no case, are never stripped or escaped, and a number this long occurs in no text by chance.
     nonce = secrets.randbelow(10**20) + 10**20
     marks = {source: f"{nonce}{number:04}" for number, source in enumerate(texts)}
     wrong: list[InputError] = []
@@ -87,17 +87,17 @@ def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[
             return chat.pieces()
         except InputError as error:
             wrong.append(error)
-    # A template that cannot do with one kind of content at all has nothing to say about the other.
+    # A lost text is the more useful error: a template may not support the other kind of content at all.
     raise next((error for error in wrong if isinstance(error, _Lost)), wrong[0])
 
 
 class _Lost(InputError):
-    """A text that was given to a template is not in what it wrote."""
+    """A text given to a template is missing from its output."""
 
 
 @dataclass(frozen=True)
 class _Chat:
-    """A chat whose texts are given to a template as they are, or with marks in their place."""
+    """A chat whose texts are given to a template verbatim, or with marks in their place."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -108,7 +108,7 @@ class _Chat:
 
     def pieces(self) -> list[Piece]:
         frame, whole = self.render(()), self.render(self.texts)
-        # A list that stands in the text as Python or JSON writes it was not meant to be one.
+        # If the output contains the list as Python or JSON prints it, the template expects a string.
         listed = self.as_parts and re.search(r"""\{["']type["']: ?["']text["']""", frame)
         found = None if listed else self._by_marks(frame, whole) or self._as_they_are(whole)
         if found is not None and self._is_clear(found, frame):
@@ -121,7 +121,7 @@ class _Chat:
         )
 
     def render(self, real: Collection[str]) -> str:
-        """What the template writes, with these of the texts in it and marks for the others."""
+        """The template's output, with these texts in it and marks for the others."""
         given = {source: text if source in real else self.marks[source] for source, text in self.texts.items()}
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
@@ -138,7 +138,7 @@ class _Chat:
             )
         except TemplateError as error:
             raise InputError(f"The tokenizer's chat template refuses this prompt: {first_line(error)}.") from error
-        except Exception as error:  # a template runs as code does: it may add a number to a text
+        except Exception as error:  # a template is code and may fail in any way, as by adding a number to a text
             raise InputError(
                 f"The tokenizer's chat template cannot be applied: {first_line(error)}; give another one "
                 "(--chat-template of apb, chat_template= in Python)."
@@ -159,21 +159,21 @@ class _Chat:
         return filled(lambda source: [Piece(self.texts[source], source)]) or filled(partial(self._changed, frame))
 
     def _changed(self, frame: str, source: str) -> list[Piece]:
-        """What the template makes of a text, found with marks for the others."""
+        """A text as the template writes it, located with marks for the others."""
         before, _, rest = frame.partition(self.marks[source])
         after = rest.rpartition(self.marks[source])[2]
         alone = self.render((source,))
         became, text = alone[len(before) : len(alone) - len(after)], self.texts[source]
         for same in (text, text.lstrip(), text.rstrip(), text.strip()):
-            if same and same in became:  # what the template says because of it is the template's
+            if same and same in became:  # text that the template adds around it is the template's
                 front, _, back = became.partition(same)
                 return [Piece(front), Piece(same, source), Piece(back)]
         return [Piece(became, source)]
 
     def _is_clear(self, pieces: list[Piece], frame: str) -> bool:
-        """Whether every control token outside the texts is the template's own.
+        """True if every control token outside the texts is the template's own.
 
-        A template that writes more than it does around marks may have it from a text, whose control tokens are none.
+        Output beyond that with marks may come from a text, in which names of control tokens are plain text.
         """
         marked = re.compile("|".join(self.marks.values()) or "(?!)")
         if (said := "".join(piece.text for piece in pieces if piece.source is None)) == marked.sub("", frame):

@@ -29,7 +29,7 @@ def softcap(config: Any) -> float | None:
 
 
 def vocabulary(config: Any) -> int:
-    """Token ids that the model knows."""
+    """Size of the vocabulary."""
     return int(config.get_text_config().vocab_size)
 
 

@@ -1,4 +1,4 @@
-"""Control tokens: which they are, and a twin of a tokenizer to which their names in a text mean nothing."""
+"""Control tokens, and a twin of a tokenizer that treats their names in a text as plain text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# An added token in brackets controls something, but for the tags of HTML that Gemma has single tokens for.
+# An added token in brackets is a control token, except for the HTML tags that Gemma has single tokens for.
 _IN_BRACKETS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _TAG = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|sub|sup|code|p|pre|a|ul|ol|li)>"
@@ -26,9 +26,9 @@ _TAG = re.compile(
 def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> dict[int, str]:
     """Ids and names of the tokens that text must not turn into.
 
-    They are the tokens added to the vocabulary that are special; that stand in ``template`` (a chat template's source)
-    and are no plain words; or that stand in brackets and are no tags of HTML. Other added tokens, such as letters that
-    a vocabulary lacked, and white space of any kind are text like any other.
+    They are the tokens added to the vocabulary that are special; that occur in ``template`` (a chat template's source)
+    and are not plain words; or that are in brackets and are not HTML tags. Other added tokens, such as letters that a
+    vocabulary lacked, and white space of any kind are plain text.
     """
     named = set(getattr(tokenizer, "chat_control_tokens", None) or ())
 
@@ -47,16 +47,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
 
 
 def any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """A pattern that finds any of the names, the longest where several begin at one place."""
+    """A pattern that finds any of the names, the longest if several begin at one place."""
     return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 @dataclass(frozen=True)
 class Twin:
-    """A tokenizer whose control tokens go by other names, which nobody can guess; all ids are the same.
+    """A tokenizer whose control tokens have other, unguessable names; all ids are the same.
 
     Attributes:
-        encode: from (text, whether to add special tokens) to what a tokenizer of transformers gives.
+        encode: from (text, add special tokens) to the result of a tokenizer of transformers.
         names: the new names by the old ones.
     """
 
@@ -72,16 +72,16 @@ _twins: WeakKeyDictionary[Any, tuple[dict[int, str], Twin]] = WeakKeyDictionary(
 
 
 def twin_of(tokenizer: PreTrainedTokenizerBase, control: dict[int, str]) -> Twin:
-    """The tokenizer's twin, kept for as long as the tokenizer; InputError where none can be made."""
+    """The tokenizer's twin, cached for the tokenizer's lifetime; InputError if none can be made."""
     known = _twins.get(tokenizer)
     if known is not None and known[0] == control:
         return known[1]
-    nonce = secrets.token_hex(8)  # small letters and digits, which no normalizer changes
+    nonce = secrets.token_hex(8)  # lower-case letters and digits, which no normalizer changes
     names = {name: f"q{nonce}x{number}q" for number, name in control.items()}
     try:
         encode, number_of = (_fast if tokenizer.is_fast else _slow)(tokenizer, names)
         wrong = [name for number, name in control.items() if number_of(names[name]) != number]
-    except Exception as error:  # of parts that cannot be written down, or a class that works in ways of its own
+    except Exception as error:  # of parts that cannot be serialized, or a class with its own implementation
         raise cannot(tokenizer, first_line(error)) from error
     if wrong:
         raise cannot(tokenizer, f"{wrong[0]!r} cannot be renamed")
@@ -91,14 +91,14 @@ def twin_of(tokenizer: PreTrainedTokenizerBase, control: dict[int, str]) -> Twin
 
 
 def cannot(tokenizer: PreTrainedTokenizerBase, why: str) -> InputError:
-    """The refusal where text cannot be kept from turning into control tokens."""
+    """The error for a tokenizer that cannot be kept from turning text into control tokens."""
     return InputError(
         f"The text has names of control tokens in it, and {type(tokenizer).__name__} cannot be made to read them as "
         f"text ({why}); take them out of the text."
     )
 
 
-# How a twin encodes, and the ids of its tokens by name.
+# A twin's encoding function, and the function from a token's name to its id.
 _Made = tuple[Callable[[str, bool], Any], Callable[[str], int | None]]
 
 
@@ -121,7 +121,7 @@ def _fast(tokenizer: Any, names: Mapping[str, str]) -> _Made:
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Rename control tokens in a vocabulary too, where merges of BPE and the pieces of Unigram would lead to them."""
+    """Rename control tokens in a vocabulary too, as BPE merges and Unigram pieces could produce them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(piece, piece): number for piece, number in vocabulary.items()}

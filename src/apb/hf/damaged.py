@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be loaded, in sentences: an index that names nothing, a quantizer that is not installed."""
+"""Errors for checkpoints that cannot be loaded: an empty index, a quantizer that is not installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import InputError
 
-# What pip calls the packages behind transformers' quantizers.
+# The pip packages of transformers' quantizers.
 _PACKAGES = {
     "aqlm": "aqlm[gpu,cpu]",
     "auto-round": "auto-round",
@@ -34,7 +34,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def check_index(model: str | Path) -> None:
-    """InputError where the weights of a folder are in several files and the index names none of them."""
+    """InputError if the weights of a folder are in several files and the index names none of them."""
     for name in _WEIGHTS:
         if Path(model, name).is_file():
             return
@@ -54,14 +54,14 @@ def check_index(model: str | Path) -> None:
 
 
 def quantizer(config: Any, quantization: Any = None) -> str | None:
-    """The name by which transformers knows how weights are quantized; None for weights that are not."""
+    """transformers' name of the quantization method of the weights; None if they are not quantized."""
     chosen = quantization if quantization is not None else getattr(config, "quantization_config", None)
     method = chosen.get("quant_method") if isinstance(chosen, dict) else getattr(chosen, "quant_method", None)
     return None if method is None else str(getattr(method, "value", method))
 
 
 def missing_quantizer(model: str | Path, method: str) -> InputError | None:
-    """What to say where a quantizer's package is not installed, or too old; None for one that is not known here."""
+    """The error for a quantizer's package that is missing or too old; None for a quantizer that is not known here."""
     package = _PACKAGES.get(method)
     if package is None:
         return None

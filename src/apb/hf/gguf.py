@@ -1,7 +1,7 @@
-"""GGUF files, of one part or several: through transformers, expanded; what it would leave out in silence is refused.
+"""GGUF files, of one part or several: expanded by transformers; settings that it would silently drop are refused.
 
-transformers reads the tokenizer, its chat template, the settings that it knows and the weights; not files of several
-parts, nor how RoPE is scaled.
+transformers reads the tokenizer, its chat template, the settings that it knows and the weights, but neither files of
+several parts nor the scaling of RoPE.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 def is_gguf(model: str | Path) -> bool:
-    """Whether a model is named by its GGUF file."""
+    """True if ``model`` is the name of a GGUF file."""
     return str(model).endswith(".gguf") and not Path(model).is_dir()
 
 
 def load_config(model: str | Path) -> Any:
-    """The configuration of a file, with its RoPE's scaling; InputError where there is none that can be read."""
+    """The configuration of a file, with the scaling of its RoPE; InputError if it cannot be read."""
     with _reading(model) as (reader, source):
         config = AutoConfig.from_pretrained(**source)
         _complete(config.get_text_config(), reader, str(model))
@@ -48,7 +48,7 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str | Path, kind: Any, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A file's weights by ``kind.from_pretrained`` with these options, and what it says of missing ones."""
+    """A file's weights by ``kind.from_pretrained`` with these options, and its report of missing ones."""
     if "quantization_config" in options:
         raise InputError(f"The weights of a GGUF file such as {str(model)!r} are expanded: leave the quantization out.")
     options = {"config": load_config(model), **options}
@@ -57,7 +57,7 @@ def load_model(model: str | Path, kind: Any, options: dict[str, Any]) -> tuple[P
     with _reading(model) as (reader, source):
         loaded, found = kind.from_pretrained(**source, **options)
         ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    # An answer ends where a turn does; of the two transformers reads the first.
+    # An answer ends at the end of a turn too; of the two ids transformers reads only the first.
     ends = sorted({end for end in ends if end is not None})
     if ends and loaded.generation_config is not None:
         loaded.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
@@ -65,7 +65,7 @@ def load_model(model: str | Path, kind: Any, options: dict[str, Any]) -> tuple[P
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of which the one at ``path`` is a part, in order; InputError where one is missing."""
+    """All parts of the model to which the file at ``path`` belongs, in order; InputError if one is missing."""
     named = _PART.search(path.name)
     if named is None:
         return [path]
@@ -79,7 +79,7 @@ def parts(path: Path) -> list[Path]:
 
 @contextmanager
 def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
-    """gguf's reader of a file, and how transformers is told of it; its errors become InputError with one sentence."""
+    """gguf's reader of a file, and transformers' arguments for it; errors become InputError with one sentence."""
     path = Path(model).absolute()
     if not path.is_file():
         raise InputError(f"The model file {str(model)!r} does not exist.")
@@ -87,7 +87,7 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
         raise InputError(f"Reading {str(model)!r} needs the package gguf: pip install 'apb[gguf]'.")
     import gguf as module
 
-    gguf: Any = module  # two of its names are exchanged below
+    gguf: Any = module  # two of its attributes are replaced below
     files = parts(path)
     try:
         reader = _read(files)
@@ -101,7 +101,7 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
             yield reader, {"pretrained_model_name_or_path": empty, "gguf_file": str(files[0])}
     except InputError:
         raise
-    except Exception as error:  # of files that are damaged, or hold what transformers or gguf do not know
+    except Exception as error:  # of damaged files, or files with contents unknown to transformers or gguf
         reason = first_line(error) or type(error).__name__
         raise InputError(f"The GGUF file {str(model)!r} cannot be read: {reason}.") from error
 
@@ -122,7 +122,7 @@ def _read(files: list[Path]) -> Any:
     from gguf import GGUFReader
 
     class Reader(GGUFReader):
-        """Slices a plain array: those of a mapped one are several times as slow, and a vocabulary takes a million."""
+        """Reader over a plain array: slicing a mapped one is several times slower, and a vocabulary takes a million."""
 
         @property
         def data(self) -> Any:
@@ -144,7 +144,7 @@ def _value(reader: Any, name: str) -> Any:
 
 
 def _complete(text: Any, reader: Any, name: str) -> None:
-    """Write into a configuration what transformers passes over of attention; InputError where that cannot be."""
+    """Add a file's attention settings that transformers ignores to a configuration; InputError if that fails."""
     family = _value(reader, "general.architecture")
     window = _value(reader, f"{family}.attention.sliding_window")
     if window and not getattr(text, "sliding_window", None):
@@ -166,10 +166,10 @@ def _complete(text: Any, reader: Any, name: str) -> None:
 
 
 def _scaling(given: dict[str, Any], factors: dict[str, Any], parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """RoPE's scaling in transformers' words, empty for none; None for what has no such words.
+    """RoPE's scaling as transformers' settings, empty for none; None if it cannot be expressed.
 
     Args:
-        given: the file's settings of it, without what their names begin with.
+        given: the file's settings of it, without the prefix of their names.
         factors: tensors by which the file divides frequencies.
         parameters: transformers' settings without scaling.
     """
@@ -187,7 +187,7 @@ def _scaling(given: dict[str, Any], factors: dict[str, Any], parameters: dict[st
 
 
 def _llama3(factors: dict[str, Any], theta: float) -> dict[str, Any] | None:
-    """Llama 3's settings that divide frequencies by these factors; None where they are not Llama 3's."""
+    """Llama 3's settings that divide frequencies by these factors; None if the factors are not Llama 3's."""
     divided = factors.get("rope_freqs.weight")
     if divided is None or len(factors) > 1:
         return None

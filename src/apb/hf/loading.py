@@ -1,4 +1,4 @@
-"""Finding, checking and loading models: everything about a checkpoint that can be said before its weights are read."""
+"""Finding, checking and loading models; checks run before weights are read."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shipped_model() -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder, GGUF file or hub id; InputError where there is none."""
+    """The configuration of a checkpoint folder, GGUF file or hub id; InputError if there is none."""
     if gguf.is_gguf(model):
         return gguf.load_config(model)
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
@@ -43,7 +43,7 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
         return load_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except Exception as error:  # a configuration's own checks raise whatever they like
+    except Exception as error:  # a configuration's own checks may raise anything
         reason = (
             first_line(error)
             if Path(model).exists()
@@ -71,7 +71,7 @@ def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> PreTra
         return load_tokenizer(_base_of(adapter), trust_remote_code)
     try:
         return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except Exception as error:  # the library tokenizers raises nothing more special for a file that it cannot read
+    except Exception as error:  # the library tokenizers raises nothing more specific for an unreadable file
         if Path(model).is_dir() and not any(Path(model).glob("*token*")):
             raise InputError(
                 f"There is no tokenizer in {str(model)!r}; put the model's tokenizer.json there."
@@ -94,15 +94,15 @@ def load_model(
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
     Safetensors go straight to the device, a tensor at a time; GGUF files are expanded. Torch files are read with
-    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own:
-    what the checkpoint's configuration names, or one of its configurations as ``quantization``. So are adapters: a
-    folder that holds one of peft's is loaded onto its base model. With several ``gpus`` the layers are split over that
-    many, the first of them ``device``; DoesNotFit, before a weight is read, where they are too small. InputError where
-    weights are missing, or not of the shapes that the configuration gives them.
+    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: as
+    in the checkpoint's configuration, or one of its configurations as ``quantization``. So are adapters: a folder with
+    one of peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, beginning
+    with ``device``; DoesNotFit, before weights are read, if they are too small. InputError if weights are missing or
+    have other shapes than in the configuration.
     """
     loaded: Any
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    # Weights of other shapes are ours to name: transformers says which in a log line only.
+    # Wrong shapes are reported by _check_weights: transformers names them in a log line only.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if quantization is not None:
         options["quantization_config"] = quantization
@@ -127,14 +127,14 @@ def load_model(
         missing = damaged.missing_quantizer(model, method) if method and isinstance(error, ImportError) else None
         raise missing or InputError(f"The weights of {str(model)!r} cannot be loaded: {first_line(error)}.") from error
     weights, found = loaded
-    # What a quantizer makes of names and shapes is its own business; that of GGUF files makes them a checkpoint's.
+    # Quantizers may change names and shapes, so only plain weights and those of expanded GGUF files are checked.
     if gguf.is_gguf(model) or getattr(weights, "hf_quantizer", None) is None:
         _check_weights(str(model), found)
     return weights.eval()
 
 
 def _check_weights(model: str, found: dict[str, Any]) -> None:
-    """InputError where transformers drew weights by lot, because the checkpoint has none, or others, of that name."""
+    """InputError if weights were initialized at random, because the checkpoint lacks them or has other shapes."""
     for name, there, needed in sorted(found["mismatched_keys"]):
         raise InputError(
             f"The weights of {model!r} do not fit its configuration: {name} has shape {tuple(there)} and should have "
@@ -152,16 +152,16 @@ def _check_weights(model: str, found: dict[str, Any]) -> None:
 def _places(
     model: str | Path, dtype: torch.dtype, first: torch.device, trust_remote_code: bool, quantization: Any, gpus: int
 ) -> dict[str, Any]:
-    """Which module goes on which of the GPUs from the first on."""
+    """The GPU of every module, from the first GPU on."""
     config = load_config(model, trust_remote_code)
-    # How small a quantizer makes the weights is its own business: then the GPUs' memory is no limit here.
+    # The size of quantized weights is not known here: then the GPUs' memory is no limit.
     quantized = quantization is not None or getattr(config, "quantization_config", None) is not None
     memory = None if quantized else torch.cuda.get_device_properties(first).total_memory
     places = placement.device_map(config, gpus, dtype, memory)
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
-# Settings of layers that carry a state through the text: Mamba's, RWKV's and their relatives'.
+# Settings of recurrent layers: those of Mamba, RWKV and related models.
 _RECURRENT = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
 _ATTENTION = {"full_attention", "sliding_attention"}
 
@@ -199,7 +199,7 @@ def check_supported(config: Any) -> None:
         raise InputError(f"{name!r} models like this one have no attention heads: there is no attention to take over.")
     try:
         head_dim(config)
-    except Exception as error:  # configurations whose layers differ refuse to name one width
+    except Exception as error:  # configurations whose layers differ raise when asked for one width
         raise InputError(
             f"The layers of {name!r} models differ in ways that are not supported: {first_line(error).split('. ')[0]}."
         ) from error
@@ -211,7 +211,7 @@ def check_supported(config: Any) -> None:
 
 
 def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool, tensor: int = 1) -> None:
-    """InputError where a plan does not fit the model: its positions, its number of heads."""
+    """InputError if a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
     total = plan.total + new_tokens
     limit = position_limit(config)
@@ -230,12 +230,12 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
 
 
 def position_limit(config: Any) -> int | None:
-    """Positions that a model's settings are for, scaled RoPE included; None where its configuration names no limit."""
+    """The number of positions that a model supports, scaled RoPE included; None if its configuration has no limit."""
     return rope.reach(config.get_text_config())
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device asked for, or a GPU where there is one, else the CPU."""
+    """The device asked for; by default a GPU if there is one, else the CPU."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -1,4 +1,4 @@
-"""RoPE that is stretched: how far it reaches, and the variants whose frequencies depend on the length."""
+"""Scaled RoPE: the length it supports, and the variants whose frequencies depend on the length."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Families whose configurations give the stretched length, although settings of their type come with the original one.
+# Families whose configurations give the stretched length, although their type of settings usually has the original.
 _GIVEN_STRETCHED = ("gemma3", "gemma3_text")
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 def parameter_sets(text: Any) -> dict[str, dict[str, Any]]:
-    """The RoPE settings of a decoder's configuration by kind of layer; under "" where all layers have the same."""
+    """The RoPE settings of a decoder's configuration by kind of layer; under "" if all layers share them."""
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return {kind: part for kind, part in given.items() if isinstance(part, dict)} or {"": given}
 
 
 def kind(parameters: dict[str, Any]) -> str:
-    """transformers' name of what a set of settings does: "default", "linear", "yarn" and so on."""
+    """transformers' name of the RoPE type of a set of settings: "default", "linear", "yarn" and so on."""
     return str(parameters.get("rope_type") or parameters.get("type") or "default")
 
 
 def reach(text: Any) -> int | None:
-    """How many positions the settings of a decoder's configuration are for; None where it says nothing.
+    """Number of positions that a decoder's configuration supports; None if it gives no number.
 
-    In transformers' words a ``factor`` serves sequences of factor x the original length. That is
-    ``original_max_position_embeddings`` where it is given, else ``max_position_embeddings``, which in many
-    configurations is the stretched length already.
+    In transformers a ``factor`` allows sequences of factor x the original length. That is
+    ``original_max_position_embeddings`` if given, else ``max_position_embeddings``, which in many configurations is the
+    stretched length already.
     """
     given: int | None = getattr(text, "max_position_embeddings", None)
     if given is None:
         return None
     sets = parameter_sets(text)
-    # Sliding layers compare positions within their window alone: how far their RoPE reaches is no limit.
+    # Sliding layers only compare positions within their window: their RoPE is no limit.
     far = [parameters for layers, parameters in sets.items() if layers != "sliding_attention"] or [*sets.values()]
     return min(_reach(parameters, given, text.model_type) for parameters in far)
 
@@ -54,9 +54,10 @@ def _reach(parameters: dict[str, Any], given: int, model_type: str) -> int:
 
 
 def switches(text: Any) -> list[int]:
-    """Lengths beyond which longrope turns every position by other angles, those read before included.
+    """Lengths beyond which longrope rotates every position by other angles, including those read before.
 
-    What was read with the ones cannot be attended to with the others; transformers' models have it read again.
+    Keys rotated by the old angles do not match queries rotated by the new ones, so the text must be read again, as
+    transformers' models do.
     """
     sets = [parameters for parameters in parameter_sets(text).values() if kind(parameters) == "longrope"]
     return [int(parameters["original_max_position_embeddings"]) for parameters in sets]
@@ -72,10 +73,10 @@ def length_dependent(config: Any) -> list[str]:
 
 
 def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[], None]:
-    """Make dynamic and longrope RoPE take their length from ``total()`` instead of the largest position they are given.
+    """Make dynamic and longrope RoPE take their length from ``total()`` instead of the largest position in a pass.
 
-    They look at the positions of the rows at hand, which on most ranks end long before the prompt does. A position
-    ``total() - 1`` is put behind the others and its row taken away from the result. Returns what undoes it.
+    On most ranks the positions of a pass end long before the prompt does. A position ``total() - 1`` is appended to
+    them and its row removed from the result. Returns a function that undoes this.
     """
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -103,7 +104,7 @@ def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[],
 
 
 def _forget_longer(module: nn.Module, total: int) -> None:
-    """Keep dynamic RoPE from using the frequencies of a longer prompt that was read before: it only ever grows them."""
+    """Keep dynamic RoPE from using the frequencies of an earlier, longer prompt: it never shrinks them itself."""
     original = getattr(module, "original_max_seq_len", None)
     if original is not None and total >= original:  # below that, transformers itself goes back to the original ones
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:

@@ -1,7 +1,7 @@
-"""A checkpoint's generation configuration, heeded through transformers' own processors and criteria.
+"""A checkpoint's generation configuration, applied by transformers' own processors and criteria.
 
-The only place that calls the methods by which transformers makes them, which are not public; they have had these
-arguments from 5.17 to 5.23.
+Only this module calls the private methods by which transformers makes them; their arguments are the same from 5.17 to
+5.23.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ..generation import Sampling
 
-# Other ways to search than token by token, and what needs more than one pass of the model: each with the values by
-# which it does nothing.
+# Settings of search methods other than token by token, or that need several passes of the model, with the values that
+# turn them off.
 _LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "num_beams": (None, 1),
     "num_return_sequences": (None, 1),
@@ -32,7 +32,7 @@ _LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "force_words_ids": (None,),
     "token_healing": (None, False),
 }
-# What the caller says instead of the checkpoint.
+# Settings that the caller gives instead of the checkpoint, with the values that turn them off.
 _CALLERS: dict[str, tuple[Any, ...]] = {
     "do_sample": (None, False),
     "temperature": (None, 1),
@@ -83,7 +83,7 @@ def criteria(
 
 
 def left_out(model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """A sentence that names the checkpoint's settings which an answer does not follow, where there are any."""
+    """One sentence that names the checkpoint's settings that an answer does not follow, or an empty list."""
     config = getattr(model, "generation_config", None)
     found = {name: getattr(config, name, None) for name in (*_LEFT_OUT, *_CALLERS)}
     wanted = {name: value for name, value in found.items() if value not in (_LEFT_OUT | _CALLERS)[name]}
@@ -102,7 +102,7 @@ def left_out(model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase 
 
 
 class _Maker(GenerationMixin):
-    """For models whose own code leaves ``generate`` out."""
+    """Generation methods for models whose own code leaves ``generate`` out."""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -113,7 +113,7 @@ def _maker(model: Any) -> Any:
 
 
 def _config(model: Any, sampling: Sampling, prompt: int, device: torch.device) -> Any:
-    """The checkpoint's settings with the caller's in their place, as ``generate`` prepares them."""
+    """The checkpoint's settings overridden by the caller's, as ``generate`` prepares them."""
     config = copy.deepcopy(getattr(model, "generation_config", None) or GenerationConfig())
     for name in _LEFT_OUT:
         setattr(config, name, None)

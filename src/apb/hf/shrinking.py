@@ -1,4 +1,4 @@
-"""Shrinking a configuration: it keeps every kind of layer that a model has, at small sizes."""
+"""Small copies of configurations, with every kind of layer that a model has."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
-# How far a layer sees, by whatever name: for all layers, or a list.
+# Names of settings for a layer's window: one number for all layers, or a list.
 _REACH = re.compile(r"(window|window_size|window_sizes|attention_chunk_size|local_attention)$")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -80,7 +80,7 @@ def shrink(config: Any) -> Any:
             setattr(small, name, [WINDOW] * len(layers) if isinstance(value, (list, tuple)) else WINDOW)
     if (getattr(text, "max_position_embeddings", None) or POSITIONS) < POSITIONS:
         small.max_position_embeddings = POSITIONS
-    for part in vars(small).values():  # what sees or hears, beside a decoder: it is not read with
+    for part in vars(small).values():  # vision and audio encoders beside the decoder are not used
         if isinstance(part, PreTrainedConfig):
             _set(part, (*_LAYERS, "num_blocks"), 1)
     for name in _SPECIAL:

@@ -1,7 +1,7 @@
-"""From texts to tokens: those that transformers makes of the whole, with control tokens from nowhere but the template.
+"""Tokenization of prompts: the tokens that transformers makes of the whole, with control tokens only from the template.
 
-The whole is encoded at once and its tokens are cut afterwards. Encoding parts apart would give other tokens: many
-tokenizers put a space in front of whatever they are given, and others join what stands on both sides of a border.
+The whole is encoded at once and its tokens are split afterwards. Encoding the parts separately would give other tokens:
+many tokenizers put a space in front of their input, and others merge characters across a border.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a prompt; ``source`` names the user's text that it is from; None: a template wrote it."""
+    """A part of a prompt; ``source`` names the user's text that it is from; None: it is the template's."""
 
     text: str
     source: str | None = None
@@ -38,7 +38,7 @@ def encode(
     Args:
         tokenizer: fast or slow.
         pieces: the text.
-        special: whether the tokenizer adds what it adds by itself, such as BOS.
+        special: let the tokenizer add its special tokens, such as BOS.
         template: source of the chat template that wrote the pieces without a ``source``.
 
     Returns:
@@ -50,7 +50,7 @@ def encode(
     """
 
     def call(text: str) -> Any:
-        # verbose=False: a document longer than the tokenizer's own limit is this package's business, not a warning.
+        # verbose=False: documents longer than the tokenizer's own limit are checked by this package.
         return tokenizer(text, add_special_tokens=special, verbose=False)
 
     unknown = tokenizer.unk_token_id
@@ -65,7 +65,7 @@ def encode(
         try:
             tokens = _read(lambda text: twin.encode(text, special), renamed, names, unknown)
             done = tokens.complete() and not tokens.strays()
-        except Exception as error:  # of a class that works in ways of its own
+        except Exception as error:  # of a class with its own implementation
             raise cannot(tokenizer, first_line(error)) from error
         if not done:
             raise cannot(tokenizer, "it makes control tokens of pieces of text")
@@ -73,10 +73,10 @@ def encode(
 
 
 class Tokens(ABC):
-    """Pieces as a tokenizer reads them.
+    """The tokens of all pieces.
 
     Attributes:
-        ids: of all of them.
+        ids: their ids.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Tokens(ABC):
     def around(self, piece: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """The tokens before a piece, its own, and those after it.
 
-        A token that reaches over a border of the piece is the piece's own; where the tokenizer tells no offsets, it
-        belongs to what follows. If that leaves nothing after the piece, its last token is given away.
+        A token that straddles a border of the piece is the piece's own; if the tokenizer gives no offsets, it belongs
+        to what follows. If that leaves nothing after the piece, the piece gives up its last token.
         """
         first, last = self._cut(self._starts[piece], self._starts[piece + 1])
         if last == len(self.ids) and last - first > 1:
@@ -105,11 +105,11 @@ class Tokens(ABC):
 
     @abstractmethod
     def strays(self) -> bool:
-        """Whether a user's text has become a control token."""
+        """True if a user's text has become a control token."""
 
     @abstractmethod
     def complete(self) -> bool:
-        """Whether all names of control tokens that the template wrote have become those tokens."""
+        """True if all names of control tokens that the template wrote have become those tokens."""
 
     def _markers(self) -> list[tuple[int, int]]:
         """The template's control tokens: the characters they start at, and their ids."""
@@ -124,7 +124,7 @@ class Tokens(ABC):
 
 
 class _Fast(Tokens):
-    """By a tokenizer that tells which characters each token is made of."""
+    """Tokens of a tokenizer that gives the characters of each token."""
 
     def __init__(
         self, encoding: Encoding, pieces: Sequence[Piece], control: Mapping[int, str], unknown: int | None
@@ -132,13 +132,13 @@ class _Fast(Tokens):
         super().__init__(encoding.ids, pieces, control, unknown)
         self._encoding = encoding
         self._text = "".join(piece.text for piece in pieces)
-        # Tokens that the tokenizer has added around the text have no place in it.
+        # Tokens that the tokenizer has added around the text have no characters in it.
         added = encoding.special_tokens_mask
         front = sum(takewhile(bool, added))
         self._own = range(front, max(front, len(added) - sum(takewhile(bool, reversed(added)))))
 
     def _span(self, token: int) -> tuple[int, int]:
-        """The characters of a token; of a control token those of its name, for some take white space along."""
+        """The characters of a token; of a control token those of its name, as some include white space."""
         span = self._encoding.token_to_chars(token)
         assert span is not None, "all but tokens from outside the text have one"
         start, stop = span
@@ -149,7 +149,7 @@ class _Fast(Tokens):
 
     def _cut(self, start: int, stop: int) -> tuple[int, int]:
         own = self._own
-        # A token without characters at the very beginning, a space put there, is the text's and not what goes before.
+        # A token without characters at the very beginning (an added space) is the text's, not that of what precedes it.
         first = bisect_right(own, start, key=lambda token: self._span(token)[1]) if start else 0
         last = bisect_left(own, stop, lo=first, key=lambda token: self._span(token)[0])
         return own.start + first, own.start + last
@@ -160,7 +160,7 @@ class _Fast(Tokens):
             if number not in self._control:
                 continue
             start, stop = self._span(token)
-            # What the vocabulary has no token for is unknown, whatever it says.
+            # Characters without a token become the unknown token, whatever the text.
             if number == self._unknown and self._text[start:stop].casefold() != self._control[number].casefold():
                 continue
             if self._is_users(start, stop):
@@ -168,7 +168,7 @@ class _Fast(Tokens):
         return False
 
     def _is_users(self, start: int, stop: int) -> bool:
-        """Whether any of these characters comes from a user's text."""
+        """True if any of these characters comes from a user's text."""
         for piece in range(bisect_right(self._starts, start) - 1, len(self._pieces)):
             if self._starts[piece] >= max(stop, start + 1):
                 return False
@@ -182,7 +182,7 @@ class _Fast(Tokens):
 
 
 class _Slow(Tokens):
-    """By a tokenizer that tells nothing but ids: what is encoded of a beginning of the text says where that ends."""
+    """Tokens of a tokenizer that gives ids only: borders are found by encoding prefixes of the text."""
 
     def __init__(
         self,
@@ -201,7 +201,7 @@ class _Slow(Tokens):
         return first, max(first, last)
 
     def _common(self, beginning: str) -> int:
-        """How many tokens the text and a beginning of it have in common."""
+        """Number of leading tokens that the text and a prefix of it have in common."""
         ids = self._call(beginning)["input_ids"]
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids, strict=False)))
 
@@ -214,11 +214,11 @@ class _Slow(Tokens):
         return not self._wanted() - self._found()
 
     def _found(self) -> Counter[int]:
-        """How often each control token stands in the whole, unknown characters apart."""
+        """Count of each control token in the whole, except for unknown characters."""
         return Counter(number for number in self.ids if number in self._control and number != self._unknown)
 
     def _wanted(self) -> Counter[int]:
-        """The same, of what the template writes and what the tokenizer adds by itself."""
+        """Expected count of each, from the template and from the tokenizer's own special tokens."""
         around = Counter(number for number in self._call("")["input_ids"] if number in self._control)
         return around + Counter(number for _, number in self._markers())
 

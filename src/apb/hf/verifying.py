@@ -1,7 +1,7 @@
-"""Whether models of a kind come out right here: a small random copy, read by this package and by transformers alone.
+"""Verification of a kind of model: a small random copy is read by this package and by transformers alone.
 
-What a layer sees beside causality (a window, a chunk, a part without order) some families leave to the mask, which this
-package never builds. Whether it knows of all that is not taken for granted: logits are compared.
+Some families leave restrictions beside causality (a window, a chunk, a bidirectional part) to the mask, which this
+package never builds. Logits are compared instead of trusting that all such cases are known.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .attach import Attachment
 from .cache import ShardCache
 from .shrinking import VOCABULARY, shrink
 
-# Differences are measured against the largest logit: of a small copy in fp32, and of a model of which none can be made.
+# Limits of differences relative to the largest logit: of a small fp32 copy, and of a model that has no small copy.
 TOLERANCE = 1e-4
 _ROUGH = {torch.float32: 1e-3}
 # Several times as long as the windows of a small copy.
@@ -40,11 +40,11 @@ _verified: set[str] = set()
 
 
 def verify(config: Any, model: PreTrainedModel | None = None) -> None:
-    """InputError where models of a configuration's kind do not come out here as in transformers' own pass.
+    """InputError if logits of a configuration's kind of model differ from those of transformers' own pass.
 
-    That they do is found out once, for a kind of model and the versions of all code that has a part in it, and noted in
-    the user's cache folder. Where no small copy can be made, ``model`` itself reads the short prompt; without it, as
-    before its weights are there, nothing is said.
+    A success is recorded in the user's cache folder, for the kind of model and the versions of all code involved. If no
+    small copy can be made, ``model`` itself reads the short prompt; without ``model``, as before its weights are
+    loaded, the check is skipped.
     """
     text = config.get_text_config()
     kind = kind_of(config, model)
@@ -63,21 +63,21 @@ def verify(config: Any, model: PreTrainedModel | None = None) -> None:
             _compare(model, _ROUGH.get(model.dtype, 5e-2), "a short prompt")
         else:
             return
-        with suppress(OSError):  # without a note it is found out anew
+        with suppress(OSError):  # without a record the check runs again
             note.parent.mkdir(parents=True, exist_ok=True)
             note.touch()
     _verified.add(key)
 
 
 def kind_of(config: Any, model: PreTrainedModel | None = None) -> Any:
-    """The class of a configuration's decoder, ``model``'s own where that is one; None for code that is not loaded."""
+    """The class of a configuration's decoder, ``model``'s own if that is one; None for code that is not loaded."""
     text = config.get_text_config()
     known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
     return type(model) if model is not None and (known is None or type(model.config) is type(text)) else known
 
 
 def small_model(kind: type[PreTrainedModel], small: Any) -> PreTrainedModel:
-    """A model of a shrunk configuration whose logits are far from uniform and whose attention is peaky: errors show."""
+    """A model of a shrunk configuration with peaked logits and attention, so that errors show."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)  # torch.manual_seed would seed GPUs too
         model: PreTrainedModel = kind._from_config(small, dtype=torch.float32).eval()
@@ -93,22 +93,22 @@ def small_model(kind: type[PreTrainedModel], small: Any) -> PreTrainedModel:
 def _shrunk(text: Any) -> Any:
     try:
         return shrink(text)
-    except Exception:  # a configuration that names its sizes in ways of its own
+    except Exception:  # a configuration with its own names for sizes
         return None
 
 
 def _copy(kind: Any, small: Any) -> PreTrainedModel | None:
-    """A small copy that transformers can run; None where there is none."""
+    """A small copy that transformers can run; None if there is none."""
     try:
         model = small_model(kind, small)
         _theirs(model)
-    except Exception:  # whatever a model's code makes of sizes that it was not written for
+    except Exception:  # a model's code may fail in any way on sizes that it was not written for
         return None
     return model
 
 
 def _compare(model: PreTrainedModel, tolerance: float, subject: str) -> None:
-    """InputError where logits after any of the tokens of PROMPT and ANSWER are not transformers' own."""
+    """InputError if logits after any token of PROMPT and ANSWER differ from transformers' own."""
     name = model.config.model_type
     try:
         expected, logits = _theirs(model), _ours(model)
@@ -117,7 +117,7 @@ def _compare(model: PreTrainedModel, tolerance: float, subject: str) -> None:
     except Exception as error:
         raise InputError(f"Models of type {name!r} cannot be read here: {first_line(error)}.") from error
     errors = (logits - expected).abs().amax(-1) / expected.abs().max()
-    wrong = (~(errors <= tolerance)).nonzero()  # what is no number is wrong
+    wrong = (~(errors <= tolerance)).nonzero()  # NaN is wrong too
     if len(wrong):
         raise InputError(
             f"Models of type {name!r} with these settings do not come out right here: from token {int(wrong[0])} of "
@@ -129,7 +129,7 @@ def _compare(model: PreTrainedModel, tolerance: float, subject: str) -> None:
 def _theirs(model: PreTrainedModel) -> Tensor:
     """Logits (tokens, vocabulary) fp32 by transformers' eager attention: PROMPT in one pass, then ANSWER's tokens."""
     attention, known, logits = model.config._attn_implementation, None, []
-    model.set_attn_implementation("eager")  # the others are given no mask where they need none
+    model.set_attn_implementation("eager")  # the others get no mask if they need none
     try:
         for ids in _parts(model):
             with torch.no_grad():
@@ -173,7 +173,7 @@ def _parts(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _key(kind: type[PreTrainedModel], config: Any) -> str:
-    """What the outcome depends on, as a file's name: class and settings, and all code that has a part in it."""
+    """File name of a record, from all that the result depends on: class, settings, and the versions of the code."""
     settings = config.to_json_string(use_diff=False)
     parts = [torch.__version__, transformers.__version__, f"{kind.__module__}.{kind.__qualname__}", settings]
     parts.append(_state(Path(__file__).parents[1]))
@@ -192,5 +192,5 @@ def _state(path: Path) -> str:
 
 
 def _folder() -> Path:
-    """Where the notes lie of what came out right."""
+    """The folder of the records of successful checks."""
     return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache"), "apb", "verified")

@@ -1,4 +1,4 @@
-"""The one attention operation that every strategy and decode are calls of, and the choice of its back-end."""
+"""The one attention operation that all strategies and decode call, and the choice of its back-end."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attention(
     _check(q, segments)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if scale <= 0:  # kernels mask logits, or look for the largest, before they scale: that needs a positive factor
+    if scale <= 0:  # kernels mask logits, or take their maximum, before scaling, which needs a positive factor
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     name, _ = choose(backend, q.device, q.dtype, q.shape[-1], softcap)
     if softcap is not None:
@@ -77,11 +77,11 @@ def batched_attention(
     Args:
         q: (rows, heads, head_dim).
         sources: up to three pairs k, v (keys, kv_heads, head_dim).
-        tasks: which rows see which part of which source; rows of no task are left alone in ``out``.
+        tasks: rows, and the parts of the sources that they see; rows without a task are unchanged in ``out``.
         scale: positive factor on q.k.
         out: (rows, heads, head_dim), of q's dtype, contiguous in its last dimension.
         backend: as in :func:`attention`.
-        lse: (heads, rows) fp32, contiguous, for the log-sum-exps; None if nobody wants them.
+        lse: (heads, rows) fp32, contiguous, for the log-sum-exps; None if they are not needed.
         softcap: as in :func:`attention`.
     """
     if choose(backend, q.device, q.dtype, q.shape[2], softcap)[0] == "fused":
@@ -101,7 +101,7 @@ def batched_attention(
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, softcap: float | None = None
 ) -> tuple[str, str]:
-    """The back-end that serves such tensors, and why: (name, reason). InputError if the one asked for cannot."""
+    """(name, reason) of the back-end for such tensors; InputError if the one asked for cannot be used."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"Unknown attention back-end {backend!r}; choose one of auto, {', '.join(BACKENDS)}.")
     if softcap is not None and backend in ("auto", "reference"):

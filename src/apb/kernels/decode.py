@@ -1,8 +1,8 @@
-"""Attention of few rows over many keys, in plain Triton: the keys are split over programs, the parts merged after.
+"""Attention of few rows over many keys, in plain Triton: the keys are split over programs, then the parts are merged.
 
 Flash-decoding (Dao et al., 2023): with one row per head there are too few tiles to fill a GPU, so every program takes a
-run of keys, for all query heads of a group at once, and leaves its output with its log-sum-exp. How many keys there are
-is read on the device, so that a CUDA graph captured once serves every length.
+run of keys, for all query heads of a group at once, and stores its output with its log-sum-exp. The number of keys is
+read on the device, so that a CUDA graph captured once serves every length.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 LN2 = tl.constexpr(math.log(2))
 # Rows times heads of a group that one program takes at most.
 _MOST_ROWS = 64
-# Programs a multiprocessor has at a time: as many as fit, so that all end together, with loads enough under way.
+# Programs per multiprocessor: as many as fit at a time, so that all end together, with enough loads in flight.
 _PROGRAMS_PER_PROCESSOR = 2
 _STAGES = 3
 
@@ -44,7 +44,7 @@ def attention(
         causal: the last keys are those of the rows, aligned at the bottom right as in :class:`apb.Segment`.
         length: (1,) int32 on the device, at most the capacity; by default the capacity.
         softcap: logits x become softcap * tanh(x / softcap).
-        partial: leave out in fp32, to be merged with that over other keys.
+        partial: return out in fp32, to be merged with results over other keys.
 
     Returns:
         out (rows, heads, head_dim) in q's dtype, or fp32, and lse (heads, rows) fp32, as :func:`apb.attention`.
@@ -70,19 +70,19 @@ def attention(
 def cached_attention(
     q: Tensor, table: Tensor, layer: int, kv_heads: int, scale: float, length: Tensor, *, partial: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A single row over the first ``length`` keys of a layer, wherever they lie when the kernel runs.
+    """A single row over the first ``length`` keys of a layer, whose addresses are read when the kernel runs.
 
     A CUDA graph that was captured once serves every cache, of any capacity: write its addresses to the table.
 
     Args:
         q: (1, heads, head_dim), bf16, fp16 or fp32, any strides.
-        table: (layers, 3) int64 on the device: of each layer the addresses of its keys and its values, which are
+        table: (layers, 3) int64 on the device: for each layer the addresses of its keys and its values, which are
             contiguous (kv_heads, capacity, head_dim) of q's dtype and begin at multiples of 16 bytes, and the capacity.
-        layer: which row of the table.
+        layer: row of the table.
         kv_heads: heads of the keys and values.
         scale: positive factor on q.k.
         length: (1,) int32 on the device, at most the capacity.
-        partial: leave out in fp32, to be merged with that over other keys.
+        partial: return out in fp32, to be merged with results over other keys.
 
     Returns:
         As :func:`attention`.
@@ -96,7 +96,7 @@ def cached_attention(
 
 
 def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> None:
-    """Write a token's keys and values to a slot of a layer, wherever its storage lies when the kernel runs.
+    """Write a token's keys and values to a slot of a layer, whose addresses are read when the kernel runs.
 
     Args:
         k, v: (kv_heads, head_dim) of the storage's dtype, any strides.
@@ -114,7 +114,7 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
 def _in_parts(
     q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
-    """Have the keys of q's rows split over programs, as many as fill the GPU, or the capacity, and merge the parts."""
+    """Split the keys over programs, as many as fill the GPU, or the capacity, and merge the parts."""
     rows, heads, head_dim = q.shape
     group = heads // kv_heads
     padded = _padded(head_dim)
@@ -153,7 +153,7 @@ def _split(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One run of keys of one KV head, at addresses that the launch knows."""
+    """One run of keys of one KV head, at addresses given at launch."""
     kv_head = tl.program_id(1).to(tl.int64)
     _attend(
         q, k + kv_head * k_head, v + kv_head * v_head, parts, sums, length, q_row, q_head, k_row, v_row, rows, splits,
@@ -177,9 +177,9 @@ def _split_cached(
 
 @triton.jit
 def _storage(table, layer, dtype: tl.constexpr):
-    """Where a layer's keys and values lie, and their capacity."""
+    """Pointers to a layer's keys and values, and their capacity."""
     row = table + 3 * layer
-    # Only of the pointer itself the compiler keeps in mind that it is a multiple: that makes loads 16 bytes wide.
+    # The compiler tracks alignment only of the pointer itself, which it needs for loads 16 bytes wide.
     k = tl.multiple_of(tl.load(row).to(tl.pointer_type(dtype)), 16)
     v = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
     return k, v, tl.load(row + 2)
@@ -241,7 +241,7 @@ def _attend(
         near = p.to(x.dtype)
         acc = tl.dot(near, x, acc * alpha[:, None], input_precision="ieee")
         if x.dtype != tl.float32:
-            # 16 bits hold a probability to 3 digits. A second product brings what they lost: time is spent on reading.
+            # 16 bits hold a probability to 3 digits. A second product adds the rest: the time goes into reading.
             acc = tl.dot((p - near.to(tl.float32)).to(x.dtype), x, acc, input_precision="ieee")
         m = new
     some = total > 0.0

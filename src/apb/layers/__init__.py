@@ -1,1 +1,1 @@
-"""Attention by kind of layer: what every strategy shares, in prefill and in decode."""
+"""Attention by kind of layer: the parts that all strategies share, in prefill and in decode."""

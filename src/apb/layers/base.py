@@ -1,4 +1,4 @@
-"""One layer's input to attention, and the kinds of layers there are."""
+"""One layer's input to attention, and the kinds of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class LayerKind(Enum):
-    """How far the rows of a layer see; each kind has a way of its own to be attended (:mod:`apb.layers.routing`)."""
+    """The reach of a layer's rows; each kind has its own attention (:mod:`apb.layers.routing`)."""
 
     FULL = "full attention"
     WINDOW = "sliding window"
@@ -26,9 +26,9 @@ class AttentionInput:
         k, v: (rows, kv_heads, head_dim), after RoPE, not repeated over the group.
         scale: factor on q.k.
         before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
-        window: number of keys a row sees at most, its own included; None where nothing is out of its reach.
+        window: largest number of keys that a row sees, its own included; None without a limit.
         softcap: as in :func:`apb.attention`.
-        sinks: (heads,), logits that take part in every row's softmax and bring no value; None without.
+        sinks: (heads,), logits in every row's softmax that have no value; None without sinks.
         earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
             the first.
     """
@@ -46,7 +46,7 @@ class AttentionInput:
 
     @property
     def kind(self) -> LayerKind:
-        """The kind of the layer, for this prompt: a window that hides nothing is none."""
+        """The kind of the layer for this prompt: a window as long as the prompt does not count."""
         return LayerKind.FULL if self.window is None else LayerKind.WINDOW
 
     @property
@@ -55,7 +55,7 @@ class AttentionInput:
         return self.window is None and self.softcap is None and self.sinks is None
 
     def settle(self, out: Tensor, lse: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Rows over all keys they see, (rows, heads, head_dim) with lse (heads, rows), as the model takes them.
+        """Convert merged results (rows, heads, head_dim) with lse (heads, rows) to the model's attention output.
 
         The sinks join the softmax here, once, after all partial results have been merged. ``heads``: those of ``out``.
         """

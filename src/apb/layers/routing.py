@@ -1,4 +1,4 @@
-"""Routing of a pass: each layer is attended in the way of its kind, over the rows that it sees."""
+"""Routing of a pass: each layer gets the attention of its kind, over the rows that it sees."""
 
 from __future__ import annotations
 

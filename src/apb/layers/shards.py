@@ -1,6 +1,6 @@
-"""Attention of rows that every rank holds over keys and values spread over the ranks.
+"""Attention of rows that every rank holds over keys and values sharded over the ranks.
 
-Serves the query's rows in prefill and every new token in decode: each rank computes a partial result over its shard,
+Used for the query's rows in prefill and every new token in decode: each rank computes a partial result over its shard,
 and the partial results are merged by log-sum-exp.
 """
 
@@ -22,7 +22,7 @@ from .base import AttentionInput
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard as kernels find it on the device, so that a captured step serves any cache.
+    """A shard as described in device memory, so that a captured step serves any cache.
 
     Attributes:
         table: (layers, 3) int64: addresses of a layer's keys and values, and their capacity; see
@@ -38,10 +38,10 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Where the rows of a pass stand, and the keys of this rank's shard.
+    """Positions of the rows of a pass, and of the keys in this rank's shard.
 
     Attributes:
-        first: true position of the first of the rows, which follow each other.
+        first: true position of the first of the rows, which are consecutive.
         positions: true positions of the keys in the layer's k and v, one range after the other; the rank whose last
             range ends where the rows do holds the rows' own keys, which they see causally.
         earlier: the same of ``layer.earlier``.
@@ -93,7 +93,7 @@ def full_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") ->
 
 
 def window_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not looked at."""
+    """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not read."""
     assert layer.window is not None
     runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier)
     runs += _runs(layer.k, layer.v, rows.positions)
@@ -106,7 +106,7 @@ def window_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") 
 
 
 def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
-    """Keys at these positions by runs: ranges that follow each other are one."""
+    """Keys at these positions by runs: adjacent ranges are joined."""
     runs: list[Run] = []
     row = 0
     for positions in held:

@@ -1,7 +1,7 @@
 """Layers with a sliding window in prefill: exact under every strategy.
 
 A row of the document sees exactly the keys in its window; those that other ranks hold are fetched as halos, by one
-all-to-all a layer. The anchor's rows see the anchor alone.
+all-to-all per layer. The anchor's rows see the anchor alone.
 """
 
 from __future__ import annotations

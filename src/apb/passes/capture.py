@@ -1,7 +1,7 @@
 """Capture of a decode step as CUDA graphs.
 
-On several ranks a step is a graph for every stretch between two messages, which are sent in the ordinary way: there a
-lost rank is noticed, and torch.distributed can be taken down while graphs are alive.
+On several ranks a step is one graph for every stretch between two messages, which are sent outside the graphs: so a
+lost rank is noticed, and torch.distributed can be shut down while graphs are alive.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ class _Recording:
         self._memory = torch.cuda.graph_pool_handle()
 
     def begin(self) -> None:
-        """Capture what follows, instead of running it."""
+        """Begin to capture: what follows is recorded instead of run."""
         self._graph = torch.cuda.CUDAGraph()
         self._graph.capture_begin(pool=self._memory)
 
     def end(self) -> None:
-        """The last capture is complete."""
+        """End the last capture."""
         self._graph.capture_end()
         self._steps.append(self._graph.replay)
 
     def between(self, send: Callable[[], object]) -> None:
-        """Have ``send`` called in every replay between what has been captured and what follows, and not yet."""
+        """Record ``send``, to be called in every replay between the graphs before and after; it is not called now."""
         self.end()
         self._steps.append(send)
         self.begin()
 
     def replay(self) -> None:
-        """Do it all, on the current stream."""
+        """Replay all graphs and messages on the current stream."""
         for step in self._steps:
             step()
 
 
 @dataclass(frozen=True)
 class _Silent(Group):
-    """As many ranks, where every rank takes the others' contributions to equal its own: nothing is sent."""
+    """A group of as many ranks that sends nothing: every rank takes the others' contributions to equal its own."""
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
         """See :meth:`Group.all_gather`."""
@@ -64,9 +64,9 @@ class _Recorded(Group):
     recording: _Recording
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
-        """See :meth:`Group.all_gather`; ``x`` and the result stay where they are."""
+        """See :meth:`Group.all_gather`; ``x`` and the result keep their addresses."""
         message, result = x.contiguous(), x.new_empty((self.size, *x.shape)) if into is None else into
-        real = self.real  # not this object: the recording it knows would know it, and its memory be freed late
+        real = self.real  # not self: a cycle with the recording would free its memory late
         self.recording.between(lambda: real.all_gather(message, result).wait())
         return Pending(result)
 
@@ -74,15 +74,15 @@ class _Recorded(Group):
 def captured(run: Callable[[Group], Tensor], group: Group, device: torch.device) -> Callable[[], Tensor]:
     """Capture ``run``; the result replays it by graphs, with its all-gathers between them.
 
-    ``run`` is called before the capture, and calling it again must do no harm. Nothing is sent meanwhile: other ranks
-    may have captured theirs already.
+    ``run`` is also called before the capture, so it must be idempotent. Nothing is sent meanwhile: other ranks may have
+    captured theirs already.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(_WARM_UP):  # each writes the same slot, which the first real step overwrites
             run(_Silent(group.rank, group.size))
-        # As torch.cuda.graph does: nothing is under way, and what is kept for later may be the graphs'.
+        # As in torch.cuda.graph: wait for queued work, and free cached memory for the graphs.
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         recording = _Recording()

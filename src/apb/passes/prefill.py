@@ -1,4 +1,4 @@
-"""Reading a prompt: one pass of the model over a rank's rows for every round of the plan, attended by a strategy."""
+"""Prefill: one pass of the model over a rank's rows for every round of the plan, with a strategy's attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..planning.itinerary import Itinerary
 from ..prompt import Prompt
 from ..strategies import Strategy
 
-# Called with (tokens read, tokens of the prompt) while a prompt is read; between them layers count in proportion.
+# Called with (tokens read, tokens of the prompt) while a prompt is read; each layer of a round counts in proportion.
 Progress = Callable[[int, int], None]
 
 
@@ -39,16 +39,16 @@ def read(
 
     Args:
         attachment: the model.
-        prompt: what to read.
-        strategy: this rank's, of the plan; ready for its first round.
-        everyone: all processes at work on the prompt, those that share weights included.
+        prompt: the prompt to read.
+        strategy: this rank's strategy, of the plan; ready for its first round.
+        everyone: all processes at work on the prompt, including those that share weights.
         max_new_tokens, progress, cancelled: as in :meth:`apb.Engine.prefill`.
-        length: the length by which RoPE that depends on it turns; by default the prompt's.
+        length: the length for RoPE variants that depend on it; by default the prompt's.
 
     Returns:
         cache: this rank's shard.
         logits: (vocab,) fp32, for the token after the last one; the same on all ranks.
-        seconds: what this rank took.
+        seconds: time that this rank took.
     """
     plan, group = strategy.plan, strategy.group
     device, layers = attachment.devices[0], len(attachment.modules)
@@ -123,13 +123,13 @@ def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache
 def _running(
     attachment: Attachment, strategy: Strategy, attend: Attend, length: int | None = None
 ) -> AbstractContextManager[None]:
-    """A pass of the model by a strategy; q, k, v before RoPE are only there where something is to be selected."""
+    """A pass of the model by a strategy; q, k, v before RoPE are provided only if pairs are to be selected."""
     plan = strategy.plan
     return attachment.running(attend, length or plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
 
 
 def _check_cancelled(cancelled: Callable[[], bool] | None, everyone: Group, device: torch.device) -> None:
-    """Raise Cancelled on all ranks where rank 0 says so. Every rank gives a function, or none does."""
+    """Raise Cancelled on all ranks if rank 0's function returns True; either every rank gives a function or none."""
     if cancelled is None:
         return
     word = torch.tensor([everyone.rank == 0 and cancelled()], device=device)

@@ -1,7 +1,7 @@
-"""Decode steps on a GPU: one token each, by kernels that find everything they depend on in the GPU's memory.
+"""Decode steps on a GPU: one token each, by kernels that read everything they depend on from the GPU's memory.
 
-The addresses of keys and values lie there too, so CUDA graphs that were captured once serve every step of every session
-of an engine.
+The addresses of keys and values are read from there too, so CUDA graphs that were captured once serve every step of
+every session of an engine.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .capture import captured
 
 
 class Stepper:
-    """Reads single tokens over caches: for all sessions of an engine, in any order.
+    """Decode steps over the caches of all sessions of an engine, in any order.
 
-    A graph replays the model as it was when it was captured; whoever changes the model makes a new engine.
+    A graph replays the model as it was at capture; after a change of the model make a new engine.
     """
 
     def __init__(self, attachment: Attachment, decoding: Decoding, group: Group, graphs: bool) -> None:
-        """Get ready to step.
+        """Make a stepper; graphs are captured later, by :meth:`step`.
 
         Args:
             attachment: the model.
             decoding: attends to the cache.
             group: the ranks that hold the shards.
-            graphs: capture CUDA graphs: hundreds of kernels launched as one, with the same numbers out.
+            graphs: capture CUDA graphs: hundreds of kernels launched as one, with the same results.
         """
         self._attachment = attachment
         self._decoding = decoding
@@ -44,7 +44,7 @@ class Stepper:
         self._steps: dict[Layout, _Step] = {}
 
     def why_not(self, cache: ShardCache) -> str | None:
-        """Why a token over a cache is read by an ordinary pass; None where :meth:`step` can read it."""
+        """The reason why a token over a cache needs an ordinary pass; None if :meth:`step` can read it."""
         layout, attachment = cache.layout, self._attachment
         if self._reader is None:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
@@ -65,7 +65,7 @@ class Stepper:
         """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks. All ranks call this.
 
         Args:
-            cache: a shard that has been filled by a prefill; it grows where it is full.
+            cache: a shard that has been filled by a prefill; it grows when full.
             token: its id.
             capture: capture graphs if there are none for such a cache.
         """
@@ -80,7 +80,7 @@ class Stepper:
         return step is not None and step.captured
 
     def close(self) -> None:
-        """Let go of all graphs and capture no others."""
+        """Free all graphs and capture no others."""
         self._graphs = False
         self._steps.clear()
 
@@ -92,8 +92,8 @@ class _Step:
         from ..kernels import decode  # Triton: there where GPUs are
 
         self._group = group
-        # What changes from step to step lies in the GPU's memory, at addresses that a graph knows: the token, its
-        # position, its slot in the cache, how many keys it sees, and where these lie.
+        # Everything that changes from step to step is in the GPU's memory, at fixed addresses: the token, its position,
+        # its slot in the cache, the number of keys it sees, and their addresses.
         device = layout.device
         self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._position = position = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -107,7 +107,7 @@ class _Step:
             if layout.keeps_new:
                 decode.append(k[0, :, 0], v[0, :, 0], table, layer, slot)
 
-        # The functions here hold these, and not this object: a cycle would keep graphs alive after their engine.
+        # The functions below capture these instead of self: a cycle would keep graphs alive after their engine.
         self._cache = cache = StepCache(len(layout.heads), append)
         rows = NewRows(0, (), stored=StoredShard(table, length, group.size > 1))
 
@@ -137,7 +137,7 @@ class _Step:
         return self._group.broadcast(logits)
 
     def _place(self, cache: ShardCache, token: int) -> None:
-        """Write down what the next step depends on; fills are queued, nothing waits."""
+        """Write the inputs of the next step to the GPU; fills are queued, nothing waits."""
         cache.make_room()
         addresses = cache.addresses()
         if addresses != self._placed:  # another cache than at the last step, or it has grown

@@ -17,14 +17,14 @@ from ..layers.routing import Router
 from ..layers.shards import NewRows, merge_over_ranks, window_partial
 from .step import Stepper
 
-# Answers of fewer tokens do not repay the capture of graphs.
+# Capturing graphs does not pay for answers of fewer tokens.
 SHORTEST_CAPTURED = 8
 # Back-ends under which single tokens may be read by a stepper's kernels.
 _STEPPED = ("auto", "fused")
 
 
 class Decoder:
-    """Reads tokens over the caches of an engine's sessions, by one decode method."""
+    """Reader of tokens over the caches of an engine's sessions, by one decode method."""
 
     def __init__(
         self, attachment: Attachment, group: Group, decoding: Decoding, backend: str = "auto", graphs: bool = True
@@ -36,11 +36,11 @@ class Decoder:
         self.stepper = Stepper(attachment, decoding, group, graphs)
 
     def start(self, cache: ShardCache, new_tokens: int) -> Continuation:
-        """Get ready to read after a prefill; ``new_tokens``: how many are expected."""
+        """Prepare to read after a prefill; ``new_tokens``: the expected number."""
         return Continuation(self, cache, new_tokens)
 
     def close(self) -> None:
-        """Let go of all graphs."""
+        """Free all graphs."""
         self.stepper.close()
 
 
@@ -85,7 +85,7 @@ class Continuation:
             return merge_over_ranks(layer, out, lse, decoder.group).wait()
 
         def held(layer: AttentionInput) -> tuple[AttentionInput, NewRows]:
-            """The layer's shard and the new rows; an empty shard comes with a row of no meaning."""
+            """The layer's shard and the new rows; an empty shard comes with one dummy row."""
             places = cache.positions(layer.index)
             keys = sum(map(len, places))
             return replace(layer, k=layer.k[:keys], v=layer.v[:keys]), NewRows(start, places)

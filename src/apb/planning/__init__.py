@@ -1,1 +1,1 @@
-"""What a prefill computes, where, and what it costs, decided before anything runs: pure Python, without torch."""
+"""The plan of a prefill and its cost, decided before anything runs: pure Python, without torch."""

@@ -1,4 +1,4 @@
-"""What a plan costs: FLOPs, bytes sent, memory, and seconds where the hardware's ceilings are known.
+"""The cost of a plan: FLOPs, bytes sent, memory, and seconds if the hardware's ceilings are known.
 
 Pure Python, like the plan. Conventions: a multiply-add is 2 FLOPs; attention counts only pairs that are not masked.
 """
@@ -22,9 +22,9 @@ class Ceilings:
 
     Attributes:
         linear, attention: FLOP/s in linear maps and in attention.
-        link: bytes/s that a device sends to others of its host; 0 where there are none.
+        link: bytes/s that a device sends to others of its host; 0 if there are none.
         memory: bytes/s read and written on a device.
-        network: bytes/s that a device sends to other hosts, through an adapter of its own; 0 where there are none.
+        network: bytes/s that a device sends to other hosts, through an adapter of its own; 0 if there are none.
     """
 
     linear: float
@@ -35,7 +35,7 @@ class Ceilings:
 
     @property
     def arithmetic(self) -> Ceilings:
-        """The same, were bytes for nothing: what FLOPs alone take is the floor."""
+        """The same with free memory traffic and communication: the time of FLOPs alone is the floor."""
         return Ceilings(self.linear, self.attention, math.inf, network=math.inf)
 
 
@@ -46,10 +46,10 @@ KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=
 
 @dataclass(frozen=True)
 class RankCost:
-    """What one rank does in prefill.
+    """The cost of one rank's prefill.
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
-    between linear maps and attention. Where the layers of a rank lie on several GPUs, bytes of weights, cache and
+    between linear maps and attention. If the layers of a rank are on several GPUs, bytes of weights, cache and
     activations are those of the GPU that holds most.
     """
 
@@ -65,7 +65,7 @@ class RankCost:
 
     @property
     def peak_bytes(self) -> int:
-        """All memory at the widest moment."""
+        """Memory at its peak."""
         return self.weight_bytes + self.cache_bytes + self.activation_bytes
 
     @property
@@ -74,14 +74,14 @@ class RankCost:
         return self.linear_flops + self.attention_flops + self.scoring_flops
 
     def seconds(self, ceilings: Ceilings, hidden: bool = False) -> float:
-        """Time at the ceilings; ``hidden``: what is sent is on its way while attention is computed, else before it."""
+        """Time at the ceilings; ``hidden``: communication overlaps with attention, else precedes it."""
         attention = (self.attention_flops + self.scoring_flops) / ceilings.attention
         sending = self.sending_seconds(ceilings)
         others = self.linear_flops / ceilings.linear + self.moved_bytes / ceilings.memory
         return others + (max(attention, sending) if hidden else attention + sending)
 
     def sending_seconds(self, ceilings: Ceilings) -> float:
-        """Time to send: what stays in the host and what leaves it go at once, and the slower of the two counts."""
+        """Time to send: traffic inside the host and out of it run in parallel, so the slower of the two counts."""
         inside = self.sent_bytes - self.network_bytes
         return max(
             inside / ceilings.link if inside else 0.0,
@@ -91,9 +91,9 @@ class RankCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a plan costs: every rank's part.
+    """The cost of a plan, rank by rank.
 
-    ``overlaps``: whether its strategy computes while it sends. ``gpus``: GPUs that the layers of a rank lie on.
+    ``overlaps``: True if its strategy computes while it sends. ``gpus``: GPUs that hold the layers of a rank.
     """
 
     ranks: tuple[RankCost, ...]
@@ -102,11 +102,11 @@ class Cost:
 
     @property
     def flops(self) -> int:
-        """Over all ranks."""
+        """Floating-point operations of all ranks."""
         return sum(rank.flops for rank in self.ranks)
 
     def seconds(self, ceilings: Ceilings, hidden: bool = False) -> float:
-        """The slowest rank's time; ``hidden``: with all hidden that the strategy can hide, else nothing."""
+        """The slowest rank's time; ``hidden``: communication overlaps if the strategy can, else nothing does."""
         return max(rank.seconds(ceilings, hidden and self.overlaps) for rank in self.ranks)
 
     def to_dict(self, ceilings: Ceilings | None = None) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Cost:
 
 
 class Scoring(Protocol):
-    """What a plan's cost needs to know of a compressor."""
+    """The part of a compressor that a plan's cost depends on."""
 
     def flops(self, model: ModelShape, query: int) -> int:
         """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""
@@ -147,7 +147,7 @@ def predict(
 
     Args:
         compressor: scores the tokens that are passed; None leaves its FLOPs out.
-        ranks_per_host: how many consecutive ranks share a host; None: all of them.
+        ranks_per_host: number of consecutive ranks that share a host; None: all of them.
     """
     ranks = (
         _rank(plan, rank, model, element_bytes, compressor, sent(plan, rank, model, element_bytes, ranks_per_host))
@@ -168,7 +168,7 @@ def _rank(
             if span.kind is Kind.BLOCK:
                 kept += len(span)
                 scored += len(span) if plan.passed(span.block) else 0
-        query_pairs += plan.query * kept  # the query goes along in every round
+        query_pairs += plan.query * kept  # the query's rows run in every round
         if rank == plan.tail_rank:
             query_pairs += plan.query * (plan.query + 1) // 2
     kept += plan.query if rank == plan.tail_rank else 0
@@ -194,7 +194,7 @@ def _rank(
 
 
 def _moved(model: ModelShape) -> int:
-    """Numbers that a row of a layer costs in memory traffic beside linear maps and attention, fused as far as it goes.
+    """Memory traffic of a row in a layer, in numbers, beside linear maps and attention, fused as far as possible.
 
     Two norms and two residual additions, a pass over q and k for RoPE, gate and up to their product, a copy of the
     MLP's chunks, keys and values into the cache.
@@ -207,7 +207,7 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
     """Query-key pairs of a rank on a layer with a sliding window, in any strategy."""
 
     def reach(stop: int) -> int:
-        """Pairs of the rows at positions [0, stop), which see no further back than the window."""
+        """Pairs of the rows at positions [0, stop), each limited to its window."""
         grown = min(stop, window)
         return grown * (grown + 1) // 2 + (stop - grown) * window
 

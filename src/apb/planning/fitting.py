@@ -1,4 +1,4 @@
-"""Whether a plan fits into memory, said before anything runs; and the nearest plan that does."""
+"""Check that a plan fits into memory, before anything runs; if not, find the nearest plan that does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .shape import ModelShape
 if TYPE_CHECKING:
     from ..hardware import Hardware
 
-# Ranks that an answer to "how many would do" goes up to.
+# The largest number of ranks that is suggested.
 MOST_RANKS = 64
 
 
 def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: Scoring) -> None:
-    """DoesNotFit, with the numbers and the nearest plan that fits, where a plan is predicted to need too much."""
+    """DoesNotFit, with the numbers and the nearest plan that fits, if a plan is predicted to need too much."""
     layers, _ = shape.fullest(plan.total + new_tokens)
     answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
     room = hardware.memory - answer
@@ -52,7 +52,7 @@ def peak(cost: Cost) -> int:
 
 
 def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str:
-    """The plan that fits with the least change: in rounds, on more ranks, or of a shorter document."""
+    """The nearest plan that fits, in words: more rounds, more ranks, or a shorter document."""
     for candidate in _alternatives(plan, shape):
         if fits(candidate):
             rounds = f" in {candidate.rounds} rounds" if candidate.rounds > 1 else ""
@@ -74,7 +74,7 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
 
 
 def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
-    """Other plans for the same prompt, the least different first."""
+    """Other plans for the same prompt, the nearest first."""
     if plan.method.in_rounds and not shape.cache_width:
         for rounds in range(plan.rounds + 1, plan.blocks // plan.ranks + 1):
             yield replace(plan, rounds=rounds)

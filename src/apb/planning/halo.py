@@ -1,7 +1,7 @@
-"""Which rank sends which keys to whom on layers with a sliding window: their window is an exact halo, in pure Python.
+"""The exchange of keys on layers with a sliding window: the window is an exact halo. Pure Python.
 
-On such a layer no strategy approximates: a row of the document sees exactly the keys that the model's window gives it,
-and those that another rank holds are sent. The anchor's rows, where there are any, see the anchor alone, in the window.
+On such layers no strategy approximates: a row of the document sees exactly the keys in the model's window, and those
+held by another rank are sent. The anchor's rows, if any, see only the anchor's keys in the window.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from .plan import Kind, Plan, Span
 
 @dataclass(frozen=True)
 class Piece:
-    """Keys at positions [start, stop) among rank ``sender``'s rows, which ``span`` of rank ``receiver`` needs.
+    """Keys at positions [start, stop) among rank ``sender``'s rows, needed by ``span`` of rank ``receiver``.
 
-    ``row`` is where they begin in the sender's rows, or, where ``early``, in its blocks of earlier rounds. Sender and
+    ``row`` is the index of the first in the sender's rows or, if ``early``, in its blocks of earlier rounds. Sender and
     receiver may be the same rank.
     """
 
@@ -32,7 +32,7 @@ class Piece:
 
 
 def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
-    """All halos of a layer in a round, by receiver, span, and position; a span's follow each other without a gap."""
+    """All halos of a layer in a round, by receiver, span, and position; those of a span are contiguous."""
     found = []
     spans = [[span for span in plan.spans(rank, round) if span.kind is not Kind.QUERY] for rank in range(plan.ranks)]
     sources = [(span, rank, False) for rank, owned in enumerate(spans) for span in owned if len(span)]

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Itinerary:
-    """What one rank runs in one round of a plan: its rows in order, where they stand, and which of them stay.
+    """One rank's rows in one round of a plan: their order, their positions, and which of them the cache keeps.
 
-    A pass of the model, its cache, and everything that looks into a pass take the rows from here.
+    The model's pass, its cache, and everything that inspects a pass take the rows from here.
 
     Attributes:
-        plan, rank, round: whose rows these are.
-        spans: the rank's share of the anchor (first round), its blocks, then the query, as they follow each other.
+        plan, rank, round: the plan, and the rank and round of the rows.
+        spans: the rank's share of the anchor (first round), its blocks, then the query, in row order.
     """
 
     plan: Plan

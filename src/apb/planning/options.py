@@ -1,4 +1,4 @@
-"""Options of strategies, compressors and decode methods: dataclass fields that know their help text and their limits.
+"""Options of strategies, compressors and decode methods: dataclass fields with their help text and limits.
 
 The command line derives its options from these fields, so an option is declared once, where it is used.
 """
@@ -47,7 +47,7 @@ def given(owner: Any) -> dict[str, Any]:
 
 
 def check(options: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:
-    """InputError where a value is below its option's least; None and options without a limit pass."""
+    """InputError if a value is below its option's least; None and options without a limit pass."""
     for name, value in values.items():
         least = options[name].metadata["least"]
         if value is not None and least is not None:

@@ -1,4 +1,4 @@
-"""Who computes which rows, at which positions: pure Python arithmetic, decided before anything runs.
+"""The rows and positions that every rank computes: pure Python arithmetic, decided before anything runs.
 
 Nothing here allocates memory in proportion to the document: a plan for ten million tokens is as small as any other.
 """
@@ -34,7 +34,7 @@ class Block:
 
 
 class Kind(Enum):
-    """What the rows of a span are."""
+    """The kind of a span's rows."""
 
     ANCHOR = "anchor"
     BLOCK = "block"
@@ -56,16 +56,16 @@ class Span:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """First of these rows in the rank's row order, and the one after the last."""
+        """(first, last + 1) of these rows in the rank's row order."""
         return self.row, self.row + len(self)
 
     @property
     def rows(self) -> slice:
-        """Where these rows are in the rank's row order."""
+        """The slice of these rows in the rank's row order."""
         return slice(*self.bounds)
 
 
-# The least that each size of a request may be.
+# The lower limit of each size of a request.
 _LEAST = {"prefix": 0, "document": 1, "query": 1, "ranks": 1, "rounds": 1}
 
 
@@ -74,11 +74,11 @@ class Plan:
     """An immutable plan of one prefill. Make one with :meth:`build` or :meth:`of_method`.
 
     Attributes:
-        method: the strategy, settled: no option of it is open.
+        method: the strategy, settled: none of its options is open.
         prefix, document, query: lengths in tokens.
         ranks: number of processes, each with one device.
-        rounds: forward passes that the blocks are spread over (consecutive blocks share a round).
-        reason: why this strategy was chosen, where it was not the user who chose.
+        rounds: number of forward passes over which the blocks are spread (consecutive blocks share a round).
+        reason: the reason for this strategy, unless the user chose it.
     """
 
     method: Method
@@ -103,18 +103,18 @@ class Plan:
         rounds: int = 1,
         **options: Any,
     ) -> Plan:
-        """A plan with what is left open filled in as in the paper's table 8; raises InputError where it cannot be.
+        """A plan with open options filled in as in the paper's table 8; raises InputError if there is none.
 
         Options that the strategy does not have are ignored: exact methods choose their blocks themselves, and have
         neither anchor nor passing blocks. With one block there is nothing to approximate: anchor and passing lengths
-        are then 0 whatever was asked.
+        are then 0, whatever the options.
         """
         sizes = {"blocks": blocks, "anchor_length": anchor_length, "passing_length": passing_length, **options}
         return cls.of_method(make_method(strategy, sizes), prefix, document, query, ranks, rounds)
 
     @classmethod
     def of_method(cls, method: Method, prefix: int, document: int, query: int, ranks: int = 1, rounds: int = 1) -> Plan:
-        """The plan of a method, whose open options are filled in; raises InputError where it cannot be."""
+        """The plan of a method, whose open options are filled in; raises InputError if there is none."""
         for name, size in {
             "prefix": prefix, "document": document, "query": query, "ranks": ranks, "rounds": rounds
         }.items():  # fmt: skip
@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def anchor_length(self) -> int:
-        """l_a, tokens of the anchor; 0 where there is none."""
+        """l_a, tokens of the anchor; 0 if there is none."""
         return self.method.anchor_length
 
     @property
@@ -155,7 +155,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """True if the result is that of full attention: so with one block."""
+        """True if the result is that of full attention, as with one block."""
         return self.method.is_exact(self)
 
     @property
@@ -170,11 +170,11 @@ class Plan:
 
     @property
     def anchored(self) -> int:
-        """True positions [0, anchored) stand in the anchor: they are never selected for passing."""
+        """True positions [0, anchored) are in the anchor: they are never selected for passing."""
         return self.method.anchored(self)
 
     def anchor_tokens(self, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
-        """The tokens at positions 0, 1, ... of the anchor, of which it has the first ``anchor_length``."""
+        """Tokens at positions 0, 1, ... for the anchor, which takes the first ``anchor_length``."""
         return self.method.anchor_tokens(self, prefix, document, query)
 
     def block(self, index: int) -> Block:
@@ -203,19 +203,19 @@ class Plan:
                 yield self.block(index)
 
     def selectable(self, block: Block) -> int:
-        """How many tokens of a block may be selected: those that do not stand in the anchor (its last ones)."""
+        """Number of tokens of a block that may be selected: those not in the anchor (its last ones)."""
         return block.stop - min(max(block.start, self.anchored), block.stop)
 
     def passed(self, index: int) -> int:
-        """How many pairs per KV head block ``index`` passes on; the last block has nobody to pass to."""
+        """Number of pairs per KV head that block ``index`` passes on; 0 for the last block."""
         return self.method.passed(self, index)
 
     def contexts(self) -> tuple[int, ...]:
-        """For every block, how many pairs beside its own its rows attend to."""
+        """For every block, the number of pairs beside its own that its rows attend to."""
         return _contexts(self)
 
     def rows_by_rank(self) -> list[int]:
-        """The document's rows that every rank holds, the prefix included."""
+        """The number of the document's rows on every rank, prefix included."""
         return [sum(map(len, self.owned(rank))) for rank in range(self.ranks)]
 
     # -- the rows of a rank ------------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ class Plan:
     def spans(self, rank: int, round: int = 0) -> tuple[Span, ...]:
         """The rows of a rank in one round: its share of the anchor (first round), its blocks, then the query.
 
-        The query's rows go along in every round: they choose what its blocks pass on, by what was read so far.
+        The query's rows run in every round: they choose the pairs that its blocks pass on, given the text read so far.
         """
         spans: list[Span] = []
         row = 0
@@ -251,7 +251,7 @@ class Plan:
         return tuple(spans)
 
     def itinerary(self, rank: int, round: int = 0) -> Itinerary:
-        """What a rank runs in one round."""
+        """The rows of a rank in one round."""
         return Itinerary(self, rank, round, self.spans(rank, round))
 
     def document_spans(self, rank: int) -> Iterator[Span]:
@@ -260,7 +260,7 @@ class Plan:
             yield from (span for span in self.spans(rank, round) if span.kind is not Kind.QUERY)
 
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them, with the strategy's other options behind them."""
+        """The plan's numbers, as the command line prints them, followed by the strategy's other options."""
         numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,

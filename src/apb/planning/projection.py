@@ -1,4 +1,4 @@
-"""What predicted seconds rest on: ceilings measured in one run, carried over to machines that were not there."""
+"""The basis of predicted seconds: ceilings measured in one run, applied to other machines."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NETWORK_GBIT = 400.0
 
 @dataclass(frozen=True)
 class Basis:
-    """Ceilings, and where each is from.
+    """Ceilings and their sources.
 
     Attributes:
-        ceilings: the rates; ``link`` is 0 where none is known.
-        sources: for every rate by name, where it is from.
-        ranks: how many ranks the run had that they were measured in.
-        run: that run's results, as ``apb bench prefill`` wrote them; None where the rates are those known of a device.
+        ceilings: the rates; ``link`` is 0 if it is not known.
+        sources: the source of every rate, by name.
+        ranks: number of ranks of the run that measured them.
+        run: that run's results, as ``apb bench prefill`` wrote them; None if the rates are a device's known ones.
     """
 
     ceilings: Ceilings
@@ -34,7 +34,7 @@ class Basis:
 
     @classmethod
     def of_device(cls, device: str, network_gbit: float) -> Basis | None:
-        """What is known of a device by its name; None where nothing is."""
+        """The known rates of a device, by its name; None for an unknown device."""
         known = KNOWN_CEILINGS.get(device)
         if known is None:
             return None
@@ -43,7 +43,7 @@ class Basis:
 
     @classmethod
     def of_run(cls, path: Path, network_gbit: float) -> Basis:
-        """What ``apb bench prefill --out`` measured; a run on one rank has no link, and takes what is known of one."""
+        """The rates in a file of ``apb bench prefill --out``; a run on one rank takes the device's known link."""
         run = _read(path)
         device, ranks = run["fingerprint"]["device"], run["ranks"] * run.get("tensor_parallel", 1)
         place = f"measured in {path.name} ({ranks} x {device}, {run['fingerprint']['dtype']})"
@@ -57,16 +57,16 @@ class Basis:
         return cls(ceilings, sources, ranks, run).with_network(network_gbit)
 
     def with_network(self, gbit: float) -> Basis:
-        """With a network of so many Gbit/s a device between hosts, which nobody measured."""
+        """The same with an assumed network of ``gbit`` Gbit/s per device between hosts."""
         sources = self.sources | {"network": f"assumed: {gbit:g} Gbit/s, an adapter for each device"}
         return replace(self, ceilings=replace(self.ceilings, network=gbit * 1e9 / 8), sources=sources)
 
     def projects(self, ranks: int) -> bool:
-        """Whether so many ranks are more than there were: then what is predicted of them is a projection."""
+        """True if there are more ranks than were measured: their predictions are projections."""
         return ranks > self.ranks
 
     def check_link(self, ranks: int) -> None:
-        """InputError where there are several ranks, and nobody knows how fast they reach each other."""
+        """InputError if there are several ranks and the rate of their link is not known."""
         if ranks > 1 and not self.ceilings.link:
             raise InputError(
                 f"How fast ranks reach each other is {self.sources['link']}; give the results of a run on two or more."

@@ -1,4 +1,4 @@
-"""A model as planning knows it: pure Python, like the plan."""
+"""The shape of a model, as far as planning needs it: pure Python, like the plan."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class ModelShape:
 
     Attributes:
         layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
-        layer_parameters: weights that each row of a pass multiplies with, over all layers: those of the linear maps,
-            and of as many experts as a token is sent to.
+        layer_parameters: weights that each row of a pass is multiplied by, over all layers: those of the linear maps,
+            and of the experts that a token is routed to.
         parameters: all weights, embeddings included.
-        windows: how far back each layer with a sliding window sees, own token included; the other layers see all.
+        windows: window of each layer that has one, own token included; the other layers see all.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
-        expert_row: numbers that experts hold for one token, who all work at once; 0 without experts.
-        split: (layers, weights) of each GPU where the layers of a rank lie on several; empty where they lie on one.
+        expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
+        split: (layers, weights) of each GPU if the layers of a rank are on several; empty if they are on one.
     """
 
     layers: int
@@ -51,12 +51,12 @@ class ModelShape:
         return self.cache_width or self.pair_width
 
     def fullest(self, tokens: int) -> tuple[int, int]:
-        """(layers, weights) of the GPU that holds most of a rank with so many tokens in its cache."""
+        """(layers, weights) of the rank's fullest GPU, with ``tokens`` tokens in the cache."""
         parts = self.split or ((self.layers, self.parameters),)
         return max(parts, key=lambda part: part[1] + part[0] * tokens * self.layer_cache_row)
 
     def shared(self, size: int) -> ModelShape:
-        """One process's share where ``size`` of them share the weights: of heads, MLPs, experts and the cache."""
+        """One process's share of heads, MLPs, experts and the cache, if ``size`` processes share the weights."""
         return replace(
             self,
             heads=self.heads // size,
@@ -68,5 +68,5 @@ class ModelShape:
         )
 
     def sliding(self, total: int) -> dict[int, int]:
-        """The windows that hide something of so many tokens, and how many layers have each."""
+        """The windows shorter than ``total`` tokens, and the number of layers with each."""
         return Counter(window for window in self.windows if window < total)

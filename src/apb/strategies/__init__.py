@@ -1,4 +1,4 @@
-"""Attention of the strategies in prefill, one file each; their planning side is in :mod:`apb.planning.methods`."""
+"""Attention of the strategies in prefill: one file each; their planning side is in :mod:`apb.planning.methods`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""APB (arXiv 2502.12085): every block sees the anchor, what earlier blocks pass on, and itself."""
+"""APB (arXiv 2502.12085): every block sees the anchor, the pairs that earlier blocks pass on, and itself."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class APB(Strategy):
         """See :meth:`Strategy.begin`."""
         super().begin(itinerary)
         plan, round = self.plan, itinerary.round
-        # Where each run of pairs that this round adds lies in the gathered message: (rank, first pair, last + 1).
+        # The place of each run of this round's new pairs in the gathered message: (rank, first pair, last + 1).
         self._pieces: list[tuple[int, int, int]] = []
         filled = [0] * plan.ranks
         shares = [plan.anchor_share(rank) for rank in range(plan.ranks)] if round == 0 else []
@@ -63,7 +63,7 @@ class APB(Strategy):
             self._settle(layer, out, lse, (*self.blocks, self.anchor))
 
     def _attend_meanwhile(self, layer: AttentionInput, pending: Pending, out: Tensor) -> None:
-        """Blocks over themselves while pairs are on their way, then over the pairs, merged by log-sum-exp."""
+        """Blocks attend to themselves while pairs are on their way, then to the pairs; merged by log-sum-exp."""
         lse = self._lse(layer, out)
         others, others_lse = torch.empty_like(out), torch.empty_like(lse)
         own = [Task(*span.bounds, (self._itself(span, source=0),)) for span in self.blocks]
@@ -91,19 +91,19 @@ class APB(Strategy):
 
     @staticmethod
     def _settle(layer: AttentionInput, out: Tensor, lse: Tensor, spans: Sequence[Span | None]) -> None:
-        """Let the sinks join the softmax of rows that no merge has settled."""
+        """Add the sinks to the softmax of rows that no merge has settled."""
         for span in spans:
             if span:
                 out[span.rows] = layer.settle(out[span.rows], lse[:, span.rows])
 
     def visible(self, layer: AttentionInput) -> Visible:
-        """See :meth:`Strategy.visible`: the anchor, what earlier blocks pass on, and the block itself."""
+        """See :meth:`Strategy.visible`: the anchor, the pairs that earlier blocks pass on, and the block itself."""
         counts = ((span, self.plan.passed(span.block)) for span in self.blocks)
         passed = {span.block: self.choose(layer, span, count) + span.start for span, count in counts if count}
         return blocks_visible(self.plan, passed)
 
     def _seen(self, span: Span) -> tuple[Part, ...]:
-        """The prefix of the pairs, source 0, that a block's rows see; none for the first block."""
+        """The prefix of the pairs (source 0) that a block's rows see; none for the first block."""
         seen = self._contexts[span.block]
         return (Part(0, 0, seen, causal=False),) if seen else ()
 
@@ -116,7 +116,7 @@ class APB(Strategy):
         return [Task(*self.anchor.bounds, (Part(0, 0, self.anchor.stop, causal=True),))] if self.anchor else []
 
     def _share(self, layer: AttentionInput) -> Pending:
-        """Start to gather (2, kv_heads, pairs, head_dim) of every rank: its anchor share, then what its blocks pass."""
+        """Start to gather (2, kv_heads, pairs, head_dim) per rank: its anchor share, then its blocks' passed pairs."""
         _, kv_heads, head_dim = layer.k.shape
         message = layer.k.new_empty(2, kv_heads, self._width, head_dim)
         packed = message.transpose(1, 2)

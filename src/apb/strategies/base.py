@@ -30,7 +30,7 @@ Visible = Callable[[int, slice, Tensor, int], Tensor]
 
 
 class Strategy(ABC):
-    """One method of prefill on one rank: subclasses attend the document's rows in layers of full attention.
+    """One method of prefill on one rank; subclasses compute attention of the document's rows in full-attention layers.
 
     Layers with a sliding window, and the query's rows in all layers, are attended alike under every strategy.
     """
@@ -45,7 +45,7 @@ class Strategy(ABC):
         self.begin(plan.itinerary(group.rank, 0))
 
     def begin(self, itinerary: Itinerary) -> None:
-        """Get ready for the rows of a round; the first is ready from the start."""
+        """Prepare for the rows of a round; the first is prepared by the constructor."""
         self.itinerary = itinerary
         self.blocks, self.anchor = itinerary.blocks, itinerary.anchor
         windows = WindowLayers(itinerary, self.group, self.backend)
@@ -65,9 +65,9 @@ class Strategy(ABC):
         """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
 
     def visible(self, layer: AttentionInput) -> Visible:
-        """What the document's rows see in a layer, chosen anew from its input; exact methods see all that is causal.
+        """The keys that the document's rows see in a layer, chosen anew from its input; all causal ones if exact.
 
-        A strategy that approximates must say it, or its fidelity cannot be measured.
+        An approximate strategy must implement it for its fidelity to be measured.
         """
         if self.plan.exact:
             return causal
@@ -82,7 +82,7 @@ class Strategy(ABC):
         attend_document: Callable[[AttentionInput, Tensor], None],
         partial: Callable[[AttentionInput, NewRows, str], tuple[Tensor, Tensor]],
     ) -> Tensor:
-        out = layer.q.new_empty(layer.q.shape)  # contiguous, as the output projection wants it
+        out = layer.q.new_empty(layer.q.shape)  # contiguous, for the output projection
         query = self._start_query(layer, partial)
         attend_document(layer, out)
         out[self.itinerary.query.rows] = query.wait()
@@ -127,7 +127,7 @@ def causal(kv_head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
 
 
 def blocks_visible(plan: Plan, passed: dict[int, Tensor]) -> Visible:
-    """:data:`Visible` of a method whose rows see the anchor, their own block, and what earlier blocks passed on.
+    """:data:`Visible` of a method whose rows see the anchor, their own block, and pairs passed by earlier blocks.
 
     ``passed``: by block, true positions (kv_heads, count) of the pairs it passes to all later ones.
     """
@@ -139,7 +139,7 @@ def blocks_visible(plan: Plan, passed: dict[int, Tensor]) -> Visible:
         seen = key >= torch.tensor(starts, device=rows.device)[owner][:, None]
         if plan.blocks > 1:
             seen |= key < plan.anchored
-        # Per key the first block that it is passed to: the one after its own.
+        # For each key the first block that it is passed to: the one after its own.
         first = torch.full((keys,), plan.blocks, device=rows.device)
         for index, positions in passed.items():
             first[positions[kv_head].to(rows.device)] = index + 1

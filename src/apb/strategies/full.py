@@ -1,4 +1,4 @@
-"""Exact attention over the whole prompt on one rank: what everything else is measured against."""
+"""Exact attention over the whole prompt on one rank: the reference for all other strategies."""
 
 from __future__ import annotations
 

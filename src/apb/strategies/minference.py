@@ -12,7 +12,7 @@ from ..planning import methods
 from ..timing import timed
 from .base import Strategy, Visible, causal
 
-# The prompt's last rows, by whose attention columns and diagonals are chosen.
+# Number of the prompt's last rows whose attention chooses columns and diagonals.
 ESTIMATING_ROWS = 64
 # Always seen: the prompt's first columns (sinks) and the diagonals next to the main one.
 FIRST_COLUMNS = 30
@@ -48,7 +48,7 @@ class MInference(Strategy):
         return visible
 
     def choose(self, layer: AttentionInput) -> tuple[Tensor, Tensor]:
-        """Masks (heads, prompt tokens) of the columns and of the diagonals (0: a row's own key) that a head sees."""
+        """Masks (heads, prompt tokens) of the columns and the diagonals (0: a row's own key) that each head sees."""
         prompt, heads, _ = layer.q.shape
         vertical, slash = self.method.budgets
         group = heads // layer.k.shape[1]
@@ -57,7 +57,7 @@ class MInference(Strategy):
         first = max(prompt - ESTIMATING_ROWS, 0)
         rows = torch.arange(first, prompt, device=layer.q.device)
         hidden = torch.arange(prompt, device=layer.q.device) > rows[:, None]
-        for head in range(heads):  # one at a time: (rows, prompt) of all heads together would not be small
+        for head in range(heads):  # one at a time: (rows, prompt) weights of all heads would take much memory
             scores = capped((layer.q[first:, head] @ layer.k[:, head // group].T).float() * layer.scale, layer.softcap)
             weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
             column = weights.sum(0)
@@ -81,7 +81,7 @@ def _diagonal_sums(weights: Tensor) -> Tensor:
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Mask of the ``count`` highest of (tokens,) scores; of equal ones the earlier."""
+    """Mask of the ``count`` highest of (tokens,) scores; ties go to the earlier token."""
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     chosen[scores.sort(descending=True, stable=True).indices[:count]] = True
     return chosen

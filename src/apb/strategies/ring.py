@@ -1,4 +1,4 @@
-"""Ring attention (arXiv 2310.01889), balanced by giving every rank an early and a late block (zigzag)."""
+"""Ring attention (arXiv 2310.01889), balanced by an early and a late block on every rank (zigzag)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .base import Strategy
 
 
 class Ring(Strategy):
-    """Exact. Rank r of R holds blocks r and 2R-1-r; keys and values travel round while the part at hand is computed.
+    """Exact. Rank r of R holds blocks r and 2R-1-r; keys and values travel round the ring during the computation.
 
-    Every step after the first computes as much on every rank: the early block of an earlier rank is seen by all rows
-    and its late block by none; both blocks of a later rank are seen by the late rows alone. What is masked is skipped.
+    Every step after the first is balanced over the ranks: the early block of an earlier rank is seen by all rows and
+    its late block by none; both blocks of a later rank are seen by the late rows alone. Masked pairs are skipped.
     """
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
@@ -55,7 +55,7 @@ class Ring(Strategy):
         out[rows] = layer.settle(merged, lse)
 
     def _own_blocks(self, layer: AttentionInput, q: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows over what this rank holds, in fp32: the early block sees itself, the late one both."""
+        """Rows over this rank's own blocks, in fp32: the early block sees itself, the late one both."""
         early, late = self.blocks
         split = len(early)
         outs, lses = zip(
@@ -66,7 +66,7 @@ class Ring(Strategy):
         return torch.cat([out.float() for out in outs]), torch.cat(lses, 1)
 
     def _blocks_of(self, travelling: Tensor, source: int) -> list[Segment]:
-        """A rank's early and late block in what it sent round: (2, width, kv_heads, head_dim)."""
+        """The early and the late block of rank ``source``, in its message (2, width, kv_heads, head_dim)."""
         early, late = self._lengths[source]
         return [
             Segment(travelling[0, :early], travelling[1, :early]),

@@ -1,4 +1,4 @@
-"""Ulysses (arXiv 2309.14509): heads are scattered and the sequence gathered, by two all-to-alls a layer."""
+"""Ulysses (arXiv 2309.14509): heads are scattered and the sequence gathered, by two all-to-alls per layer."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ class Ulysses(Strategy):
             out[rows] = torch.cat(self.group.all_to_all(result.split(self._lengths), [mine] * size), 1)
 
     def _scatter_heads(self, layer: AttentionInput, share: int) -> Tensor:
-        """(tokens of the document, share + 2 KV heads, head_dim): all rows of this rank's query heads, and what they
-        read. What was packed for the others is let go of here."""
+        """All rows (tokens of the document, share + 2 KV heads, head_dim) of this rank's query heads and KV heads.
+
+        The packed messages to other ranks are freed on return.
+        """
         rows, size, group = self.blocks[0].rows, self.group.size, layer.q.shape[1] // layer.k.shape[1]
         wanted = [kv_heads_of(rank * share, share, group) for rank in range(size)]
         width = share + 2 * len(wanted[self.group.rank])

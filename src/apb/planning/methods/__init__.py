@@ -1,4 +1,4 @@
-"""The strategies that come with the package, as planning knows them: one file each, one line in :data:`METHODS`."""
+"""The planning side of the strategies that come with the package: one file each, one line in :data:`METHODS`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def method_named(name: str) -> type[Method]:
 
 
 def make_method(strategy: str | Method, options: Mapping[str, Any], compared: bool = False) -> Method:
-    """A strategy by name, with the given options that it knows; an instance is taken as it is.
+    """A strategy by name, with those of the given options that it has; an instance is taken as it is.
 
     Options of other strategies are checked and left out, so that one set of options serves several strategies.
 

@@ -1,4 +1,4 @@
-"""APB (arXiv 2502.12085): anchors that hold the query, and key/value pairs passed from block to block."""
+"""APB (arXiv 2502.12085): anchors that include the query, and key/value pairs passed from block to block."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class APB(Blockwise):
         return replace(method, anchor_length=min(anchor, prefix + document + query), passing_length=passing)
 
     def anchored(self, plan: Plan) -> int:
-        """See :meth:`Method.anchored`: the query stands in the anchor too, in front of the document's tokens."""
+        """See :meth:`Method.anchored`: the anchor also includes the query, before the document's tokens."""
         return max(plan.anchor_length - plan.query, 0)
 
     def anchor_tokens(self, plan: Plan, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
@@ -73,7 +73,7 @@ class APB(Blockwise):
             return super().held(plan, rank, rows, blocks, model, gathered)
         longest, width = max(blocks, default=0), model.heads * model.head_dim
         merging = longest * width * (2 + MERGING)
-        if plan.ranks > 1:  # attention to other ranks' pairs comes apart from that to a block itself
+        if plan.ranks > 1:  # attention to other ranks' pairs is computed apart from that to the block itself
             merging = rows * width + longest * width * MERGING
         return (1 + 2 * plan.ranks) * gathered * model.pair_width + merging
 
@@ -86,7 +86,7 @@ class APB(Blockwise):
         return replace(self, anchor_length=None, passing_length=None)
 
     def on_ranks(self, ranks: int) -> Method:
-        """See :meth:`Method.on_ranks`: the lengths stay, unless a single block left them without a meaning."""
+        """See :meth:`Method.on_ranks`: the lengths stay, unless they were meaningless with a single block."""
         if self.blocks is None or self.blocks == 1:
             return super().on_ranks(ranks)
         return replace(self, blocks=max(self.blocks, ranks))

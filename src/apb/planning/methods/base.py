@@ -1,7 +1,7 @@
-"""The planning side of a strategy: its options, its geometry, and what it computes, sends and holds.
+"""The planning side of a strategy: its options, its geometry, and its computation, communication and memory.
 
-A strategy has two halves. The :class:`Method` here is a frozen dataclass without torch: plans, costs and the command
-line ask it. The class named by ``implementation``, a :class:`apb.strategies.Strategy`, attends the rows.
+A strategy has two halves. The :class:`Method` here is a frozen dataclass without torch, used by plans, costs and the
+command line. The class named by ``implementation``, a :class:`apb.strategies.Strategy`, computes the attention.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MERGING = 6
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """A strategy as planning knows it; subclasses are frozen dataclasses whose fields are its options.
+    """The planning side of a strategy; subclasses are frozen dataclasses whose fields are its options.
 
     An instance may leave options open (None). :meth:`settled` fills them in for a prompt, and a plan holds the settled
-    one; every other method is asked of a settled instance.
+    one; all other methods expect a settled instance.
 
     Attributes:
         name: what ``--strategy`` and results call it.
@@ -42,7 +42,7 @@ class Method(ABC):
         overlaps: True if it computes while keys and values are on their way.
         uses_ranks: True if more ranks share the work of the document's rows.
         passes: True if blocks pass pairs on, chosen by a compressor.
-        blocks: number of blocks, where the method leaves the choice to the user.
+        blocks: number of blocks, if the method leaves the choice to the user.
         anchor_length: tokens of the anchor in front of every block but the first.
         passing_length: key/value pairs per KV head that a block passes on to later blocks, at most.
     """
@@ -67,19 +67,19 @@ class Method(ABC):
     # -- geometry ----------------------------------------------------------------------------------------------------
 
     def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:
-        """This method with every open option filled in for such a prompt; InputError where that cannot be."""
+        """This method with every open option filled in for such a prompt; InputError if that is impossible."""
         return self
 
     def block_count(self, ranks: int) -> int:
-        """Number of blocks the document is cut into on so many ranks."""
+        """Number of blocks that the document is cut into on ``ranks`` ranks."""
         return self.blocks
 
     def is_exact(self, plan: Plan) -> bool:
-        """True if the plan's result is that of full attention; so with a single block."""
+        """True if the plan's result is that of full attention, as with a single block."""
         return self.exact or plan.blocks == 1
 
     def anchored(self, plan: Plan) -> int:
-        """True positions [0, anchored) stand in the anchor; they are never selected for passing."""
+        """True positions [0, anchored) are in the anchor; they are never selected for passing."""
         return self.anchor_length
 
     def anchor_tokens(self, plan: Plan, prefix: Tokens, document: Tokens, query: Tokens) -> Tokens:
@@ -91,7 +91,7 @@ class Method(ABC):
         return self.anchor_length * rank // plan.ranks, self.anchor_length * (rank + 1) // plan.ranks
 
     def passed(self, plan: Plan, index: int) -> int:
-        """Pairs per KV head that block ``index`` passes on; the last block has nobody to pass to."""
+        """Pairs per KV head that block ``index`` passes on; 0 for the last block."""
         if index == plan.blocks - 1:
             return 0
         return min(self.passing_length, plan.selectable(plan.block(index)))
@@ -148,7 +148,7 @@ class Method(ABC):
     # -- checking ----------------------------------------------------------------------------------------------------
 
     def lossless(self, blocks: int) -> tuple[str, Method] | None:
-        """Options with which the result is that of full attention, and a name for them; None where there are none.
+        """(name, method) of options with which the result is that of full attention; None if there are none.
 
         ``apb check`` compares models by them: exact methods are their own, approximate ones may have a limit case.
         """
@@ -157,11 +157,11 @@ class Method(ABC):
     # -- fitting -----------------------------------------------------------------------------------------------------
 
     def check_model(self, heads: int, ranks: int) -> None:
-        """DoesNotFit where a model with so many query heads (a rank's share) cannot be read on so many ranks."""
+        """DoesNotFit if a model with ``heads`` query heads (a rank's share) cannot be read on ``ranks`` ranks."""
         return None
 
     def on_ranks(self, ranks: int) -> Method:
-        """The method to fall back on where more ranks are to share the work; by default this one."""
+        """The method to fall back on when ``ranks`` ranks share the work; by default this one."""
         return self
 
     def for_document(self, document: int) -> Method:
@@ -178,7 +178,7 @@ class Blockwise(Method):
     blocks: int | None = option(None, "Blocks the document is cut into.", least=1)  # type: ignore[assignment]
 
     def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:
-        """See :meth:`Method.settled`: eight blocks or as many more as make the ranks equal; one for short documents."""
+        """See :meth:`Method.settled`: eight blocks, or the next multiple of the ranks; one for short documents."""
         blocks = self.blocks
         if blocks is None:
             blocks = 1 if document < SHORTEST_WORTH_CUTTING else ranks * -(-DEFAULT_BLOCKS // ranks)
@@ -193,7 +193,7 @@ class Blockwise(Method):
         return self
 
     def on_ranks(self, ranks: int) -> Method:
-        """See :meth:`Method.on_ranks`: at least a block a rank."""
+        """See :meth:`Method.on_ranks`: at least one block per rank."""
         return self if self.blocks is None else replace(self.reopened(), blocks=max(self.blocks, ranks))
 
     def for_document(self, document: int) -> Method:

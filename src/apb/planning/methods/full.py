@@ -11,7 +11,7 @@ from .ring import Ring
 
 @dataclass(frozen=True)
 class Full(Method):
-    """Exact attention over the whole prompt on one rank: the baseline of everything else."""
+    """Exact attention over the whole prompt on one rank: the baseline of all other methods."""
 
     name: ClassVar[str] = "full"
     implementation: ClassVar[str] = "apb.strategies.full:Full"

@@ -19,7 +19,7 @@ DEFAULT_SLASH = 6096
 
 @dataclass(frozen=True)
 class MInference(Method):
-    """Every head sees the columns and diagonals that the last query rows weigh most, on one device."""
+    """Every head sees the columns and diagonals that the last query rows weight most, on one device."""
 
     name: ClassVar[str] = "minference"
     implementation: ClassVar[str] = "apb.strategies.minference:MInference"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Star(Blockwise):
-    """Every block sees the first block and itself; nothing is passed, and no query stands in the anchor."""
+    """Every block sees the first block and itself; nothing is passed, and the anchor does not include the query."""
 
     name: ClassVar[str] = "star"
     implementation: ClassVar[str] = "apb.strategies.star:Star"
@@ -41,7 +41,7 @@ class Star(Blockwise):
         return replace(method, anchor_length=first_block if asked is None else asked)
 
     def anchor_share(self, plan: Plan, rank: int) -> tuple[int, int]:
-        """See :meth:`Method.anchor_share`: all of it on every rank that has blocks but not block 0, which holds it."""
+        """See :meth:`Method.anchor_share`: all of it on every rank with blocks, except the one with block 0."""
         first = next(plan.owned(rank), None)
         return 0, self.anchor_length if first is not None and first.index else 0  # type: ignore[return-value]
 

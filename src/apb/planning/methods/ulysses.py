@@ -46,11 +46,11 @@ class Ulysses(Method):
         share, kept = _shares(plan, model)
         packed = rows * (width + 2 * sum(kept) * model.head_dim)
         received = rows * plan.ranks * (share + 2 * kept[rank]) * model.head_dim
-        # Put together while both are alive; then beside the outputs, packed again and received.
+        # Concatenated while both are alive; then beside the outputs, packed again and received.
         return max(packed + 2 * received, received + 3 * rows * width)
 
     def check_model(self, heads: int, ranks: int) -> None:
-        """See :meth:`Method.check_model`: every rank takes as many query heads."""
+        """See :meth:`Method.check_model`: every rank takes the same number of query heads."""
         if heads % ranks:
             raise DoesNotFit(
                 f"The strategy {self.name!r} needs query heads that divide by the ranks, and {heads} do not divide by "

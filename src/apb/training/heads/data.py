@@ -86,7 +86,7 @@ class Samples:
         return cut(Example(prompt, answer), self.max_length)
 
     def _tokens(self, fields: dict[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Prompt and answer: the prompt as it is asked, the answer as what follows it in the tokens of both."""
+        """Tokens of prompt and answer: the answer's are those after the prompt in the tokens of both together."""
         *asked, answer = self._pieces(fields)
         chat = self.template is not None
         prompt = encode(self.tokenizer, asked, special=not chat, template=self.template).ids
@@ -96,7 +96,7 @@ class Samples:
         return prompt, both[len(prompt) :]
 
     def _pieces(self, fields: dict[str, Any]) -> list[Piece]:
-        """What is asked, and last the answer."""
+        """The pieces of the prompt, followed by the answer."""
         if "messages" in fields:
             *asked, last = fields["messages"]
             turns = [Turn(turn["role"], [Piece(turn["content"], f"message {n}")]) for n, turn in enumerate(asked, 1)]
