@@ -45,8 +45,8 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention of its own": (
-        "GPTJForCausalLM",
-        {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
+        "BloomForCausalLM",
+        {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
         "attention interface",
     ),
     "chunked attention": ("Llama4ForCausalLM", {**SMALL, "num_local_experts": 2}, "chunked_attention"),
