@@ -31,8 +31,9 @@ class Record:
         prompt_tokens: how many they were.
         model: the checkpoint's name and a hash of its weights.
         heads: name and hash of the file of trained heads, where they scored.
-        asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length.
-        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: how it was read, by the plan.
+        asked: strategy, compressor and decode method, and the options that were given to them, by name.
+        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: how it was read, by the plan;
+            ``exact`` counts the decode method too.
         device, dtype: what it ran on.
         processes: how many runs shared the machine; the times tell of speed only where it is 1.
         prediction, answers, score: what was said, what is right, and 0 to 100.
@@ -81,7 +82,7 @@ class Record:
 
     @property
     def reading_name(self) -> str:
-        """How it was read, in words."""
+        """How it was read, in words; readings that differ in an option have different names."""
         parts = [self.strategy]
         if self.compressor:
             parts.append(self.compressor)
@@ -90,6 +91,8 @@ class Record:
         for name, word in (("anchor_length", "anchor"), ("passing_length", "passing")):
             if name in self.asked:
                 parts.append(f"{word} {self.asked[name]:,}" if self.asked[name] else f"no {word}")
+        said = ("strategy", "compressor", "blocks", "anchor_length", "passing_length")
+        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self.asked.items() if name not in said]
         if self.heads and self.compressor:
             parts.append(self.heads)
         if self.ranks > 1:
