@@ -1,4 +1,4 @@
-"""What happened to every sample: one line of JSON each, in a file that a run can be resumed from."""
+"""Records of answers: one line of JSON per sample and reading, in a file from which a run can be resumed."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Record:
     """One answer to one sample.
 
     Attributes:
-        suite, task, length, sample: which sample; `length` is the one it is listed under.
+        suite, task, length, sample: identify the sample; `length` is the one it is listed under.
         prompt: hash of the tokens that the model read.
-        prompt_tokens: how many they were.
+        prompt_tokens: number of these tokens.
         model: the checkpoint's name and a hash of its weights.
-        heads: name and hash of the file of trained heads, where they scored.
-        asked: strategy, compressor and decode method, and the options that were given to them, by name.
-        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: how it was read, by the plan;
-            ``exact`` counts the decode method too.
-        device, dtype: what it ran on.
-        processes: how many runs shared the machine; the times tell of speed only where it is 1.
-        prediction, answers, score: what was said, what is right, and 0 to 100.
-        seconds, prefill_s: of the whole answer, and of reading alone.
+        heads: name and hash of the file of trained heads, if they were used.
+        asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length.
+        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: the reading, by the plan;
+            ``exact`` is False too where the decode method is not.
+        device, dtype: of the run.
+        processes: number of runs that shared the machine; times measure speed only if it is 1.
+        prediction, answers, score: the model's answer, the correct ones, and 0 to 100.
+        seconds, prefill_s: of the whole answer, and of prefill alone.
     """
 
     suite: str
@@ -67,22 +67,22 @@ class Record:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What a run that is resumed must not do again: the same sample, read in the same way by the same model."""
+        """Key by which a resumed run skips a record: the same sample, read in the same way by the same model."""
         return (*self.group, self.sample, self.prompt)
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """The cell of a table that it belongs to."""
+        """The cell of a table that the record belongs to."""
         return (self.model, self.dtype, self.suite, self.task, self.length, *self.reading)
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """How it was to be read; what was left to the plan may vary with the sample."""
+        """The requested reading; options left to the plan may vary with the sample."""
         return (*sorted(self.asked.items()), self.heads, self.ranks)
 
     @property
     def reading_name(self) -> str:
-        """How it was read, in words; readings that differ in an option have different names."""
+        """The reading in words."""
         parts = [self.strategy]
         if self.compressor:
             parts.append(self.compressor)
@@ -104,7 +104,7 @@ class Record:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
-# Whether a parsed value fits a field, by the field's annotation.
+# Checks that a parsed value fits a field, by the field's annotation.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "str": lambda value: isinstance(value, str),
     "str | None": lambda value: value is None or isinstance(value, str),
@@ -122,7 +122,7 @@ def _several(value: Any) -> bool:
 
 
 def record_of(values: Any) -> Record:
-    """The record of a parsed line; ValueError where a field is missing, unknown, or of another kind."""
+    """The record of a parsed line; ValueError if a field is missing, unknown, or of another type."""
     if not isinstance(values, dict) or set(values) != set(_FIELDS):
         raise ValueError("not the fields of a record")
     for name, fits in _FIELDS.items():
@@ -140,12 +140,12 @@ def read_records(path: Path) -> Iterator[Record]:
                 if record is not None:
                     yield record
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error  # what is wrong inside a gzip file has no number
+        reason = getattr(error, "strerror", None) or error  # errors inside a gzip file have no errno
         raise InputError(f"The records {str(path)!r} cannot be read: {reason}.") from error
 
 
 def _parsed(path: Path, number: int, line: bytes) -> Record | None:
-    """The record of a line; None where it was cut short; InputError where it is none."""
+    """The record of a line; None if it was cut short; InputError if it is not a record."""
     try:
         return record_of(json.loads(line.decode()))  # here: a cut may go through a character
     except ValueError as error:
@@ -155,7 +155,7 @@ def _parsed(path: Path, number: int, line: bytes) -> Record | None:
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
-    """Write a .jsonl or .jsonl.gz file anew, or replace it at once; the same records give the same bytes."""
+    """Write a .jsonl or .jsonl.gz file, replacing it atomically; the same records give the same bytes."""
     text = "".join(record.line() for record in records).encode()
     part = path.with_name(path.name + ".part")
     part.write_bytes(gzip.compress(text, mtime=0) if path.suffix == ".gz" else text)
@@ -193,7 +193,7 @@ class Store:
         return iter(self._records.values())
 
     def get(self, key: tuple[Any, ...]) -> Record | None:
-        """The record of that key, where there is one, of this run or of another that writes to the file."""
+        """The record of that key, from this run or another one that writes to the file; None if there is none."""
         if key not in self._records and self._file is not None and os.fstat(self._file.fileno()).st_size > self._seen:
             with self._turn():
                 pass
@@ -220,16 +220,16 @@ class Store:
 
     @contextmanager
     def _turn(self) -> Iterator[FileIO]:
-        """The file, locked, when all that others have appended is known; what a run that was ended left is mended."""
+        """Lock the file, read the lines that others have appended, and remove the partial line of a killed run."""
         assert self._file is not None, "there is a file to write to"
-        with suppress(OSError):  # of file systems without locks, where lines are still appended whole
+        with suppress(OSError):  # on file systems without locks lines are still appended whole
             fcntl.flock(self._file, fcntl.LOCK_EX)
         try:
             self._file.seek(self._seen)
             for line in BytesIO(self._file.readall()):
                 record = _parsed(self._path, self._lines + 1, line)
                 if record is None:
-                    self._file.truncate(self._seen)  # cut short, and the last: nobody else is writing
+                    self._file.truncate(self._seen)  # a partial last line; under the lock nobody else is writing
                     break
                 if not line.endswith(b"\n"):
                     self._file.write(b"\n")
