@@ -32,8 +32,7 @@ class Record:
         model: the checkpoint's name and a hash of its weights.
         heads: name and hash of the file of trained heads, if they were used.
         asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length.
-        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: the reading, by the plan;
-            ``exact`` is False too where the decode method is not.
+        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: the reading, by the plan.
         device, dtype: of the run.
         processes: number of runs that shared the machine; times measure speed only if it is 1.
         prediction, answers, score: the model's answer, the correct ones, and 0 to 100.
