@@ -137,6 +137,8 @@ class Reading:
 
 
 def _method(strategy: str | Method, options: dict[str, Any]) -> Method:
+    if not isinstance(strategy, (str, Method)):
+        raise InputError(f"A strategy is a name or an object such as apb.methods.APB(blocks=8), not {strategy!r}.")
     if isinstance(strategy, str) and strategy not in METHODS:
         raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}.")
     unknown = [name for name in options if name not in OPTIONS]

@@ -116,6 +116,8 @@ class Session:
             f"the attention of layer {layer} was the first to give such numbers"
             if layer < unknown
             else "APB_CHECK_FINITE=1 in the environment names the layer where that begins"
+            if self._decoder.attachment.finite is None
+            else "the attention of all layers was finite, so that begins after the last one's"
         )
         told = len(self.token_ids) - self.plan.total
         return (

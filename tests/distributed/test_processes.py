@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import openai
 import psutil
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from apb.distributed import launch
 
@@ -51,6 +53,21 @@ def test_ranks_do_not_change_the_answer(arguments: list[str]) -> None:
     torchrun = answer("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments, *ANSWER)
     assert one["token_ids"] == two["token_ids"] == torchrun["token_ids"]
     assert [report["plan"]["ranks"] for report in (one, two, torchrun)] == [1, 2, 2]  # type: ignore[index]
+
+
+def test_scores_that_are_not_finite_are_said_once(arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """On two ranks in the words of one: the sentence alone, without an answer, status 1."""
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    given = [str(broken) if part == str(checkpoint) else part for part in arguments]
+    command = [sys.executable, "-m", *given, "--max-new-tokens", "2", "--ranks", "2"]
+    done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("apb: ")]
+    assert said.startswith("apb: The model's scores for the next token, 0 tokens into the answer, are NaN")
+    assert said.endswith("or other weights.")
 
 
 def test_torchrun_refuses_once(arguments: list[str]) -> None:

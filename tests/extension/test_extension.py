@@ -129,10 +129,12 @@ def test_a_decode_method(found: dict[int, list[dict[str, Any]]], ranks: int) -> 
 def test_evaluation(found: dict[int, list[dict[str, Any]]], ranks: int) -> None:
     """Records name both, with their options; only rank 0 keeps them."""
     first, *others = found[ranks]
-    assert [record.strategy for record in first["records"]] == ["neighbours", "apb"]
+    assert [record.strategy for record in first["records"]] == ["neighbours", "apb", "full"]
     assert first["records"][0].asked == {"strategy": "neighbours", "blocks": 5, "reach": 6}
     assert first["records"][1].compressor == "stride"
     assert first["records"][1].asked["step"] == 5
+    assert first["records"][2].asked == {"strategy": "full", "decode": "nearest", "last": 12}
+    assert not first["records"][2].exact
     assert all(other["records"] == [] for other in others)
 
 

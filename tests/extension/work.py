@@ -64,7 +64,9 @@ def use(group: Group) -> dict[str, Any]:
     found["decode"] = engine.generate(PROMPT, max_new_tokens=3).decode
     engine.close()
     engine = apb.Engine.from_model(model(), byte_tokenizer(), mesh=mesh)
-    runner = Runner(engine, "tiny", [Setting(METHOD), Setting(replace(PASSING, anchor_length=None), STRIDE)], Store())
+    settings = [Setting(METHOD), Setting(replace(PASSING, anchor_length=None), STRIDE)]
+    settings.append(Setting(apb.methods.Full(), decoding=DECODING))
+    runner = Runner(engine, "tiny", settings, Store())
     rows = list(runner.run(synthetic.items(byte_tokenizer(), "single", 700, 1, seed=3)))
     found["records"] = [record for row in rows for record in row]
     engine.close()

@@ -110,6 +110,10 @@ def test_readings_have_names() -> None:
     assert record(strategy="apb", blocks=8, compressor="query").reading_name == "apb, query, 8 blocks"
     bare = record(strategy="apb", blocks=8, asked={"strategy": "apb", "anchor_length": 0, "passing_length": 0}, ranks=2)
     assert bare.reading_name == "apb, 8 blocks, no anchor, no passing, 2 ranks"
+    asked = {"strategy": "minference", "vertical_size": 0.1, "decode": "nearest", "last": 5}
+    assert record(strategy="minference", asked=asked).reading_name == (
+        "minference, vertical size 0.1, decode nearest, last 5"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

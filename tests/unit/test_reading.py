@@ -46,6 +46,12 @@ def test_approximate_wins_on_long_documents():
     assert not choose(524288, ranks=2, approximate=True).exact
 
 
+def test_a_class_is_no_strategy():
+    """A method without its parentheses is refused with an example of an object."""
+    with pytest.raises(InputError, match=r"apb\.methods\.APB\(blocks=8\), not <class"):
+        Reading.of(type(choose(131072).method))
+
+
 def test_ulysses_only_where_heads_divide():
     """Three ranks do not divide 32 heads."""
     assert "ulysses" not in choose(131072, 3).reason

@@ -247,9 +247,13 @@ def test_the_layer_is_named_on_request(model: PreTrainedModel, monkeypatch: pyte
         asked.generate(PROMPT, max_new_tokens=3)
     with torch.no_grad():
         weight.copy_(kept)
-    with pytest.raises(apb.NotFinite, match="APB_CHECK_FINITE=1 in the environment names the layer"):
-        spoiled(model, math.nan)
+    spoiled(model, math.nan)
+    with pytest.raises(apb.NotFinite, match="the attention of all layers was finite"):
         asked.generate(PROMPT, max_new_tokens=3)
+    asked.close()
+    monkeypatch.delenv("APB_CHECK_FINITE")
+    with pytest.raises(apb.NotFinite, match="APB_CHECK_FINITE=1 in the environment names the layer"):
+        engine(model).generate(PROMPT, max_new_tokens=3)
 
 
 def test_the_command_line_says_it(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:

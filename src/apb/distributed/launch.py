@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError, RankError, at_least
+from ..errors import InputError, NotFinite, RankError, at_least
 from .collectives import Group
 
 # Time that a rank waits in a collective for a slow one; a dead one is noticed at once.
@@ -176,7 +176,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
 
     Raises:
         RankError: a rank died or failed; the message names it and the reason.
-        InputError: a rank raised it.
+        InputError, NotFinite: a rank raised it.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -198,8 +198,11 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
             elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            kind, _, sentence = _message(failure).partition(": ")
             if failure.exitcode == _WRONG_INPUT:
-                raise InputError(_message(failure).split(": ", 1)[-1]) from None  # without the error's class name
+                raise InputError(sentence) from None
+            if kind == NotFinite.__name__:  # of all ranks alike
+                raise NotFinite(sentence) from None
             raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:

@@ -90,6 +90,8 @@ class Record:
         for name, word in (("anchor_length", "anchor"), ("passing_length", "passing")):
             if name in self.asked:
                 parts.append(f"{word} {self.asked[name]:,}" if self.asked[name] else f"no {word}")
+        said = ("strategy", "compressor", "blocks", "anchor_length", "passing_length")
+        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self.asked.items() if name not in said]
         if self.heads and self.compressor:
             parts.append(self.heads)
         if self.ranks > 1:

@@ -90,7 +90,7 @@ class Runner:
             anchor_length=plan.anchor_length,
             passing_length=plan.passing_length,
             ranks=group.size,
-            exact=plan.exact,
+            exact=plan.exact and setting.decoding.exact,
             device=device_name(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
             processes=self.processes,

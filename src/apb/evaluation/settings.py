@@ -62,6 +62,7 @@ class Setting:
         return Engine.from_model(
             engine.model,
             engine.tokenizer,
+            mesh=engine.mesh,
             fused=engine.fused,
             strategy=self.method,
             compressor=self.compressor,
