@@ -20,7 +20,7 @@ from apb.hf.loading import load_config, load_model, load_tokenizer
 from models import transformers_says, without_eos
 
 FOLDER = Path(os.environ.get("APB_REAL_MODELS") or "not given")
-LENGTHS = {name: (1024, 4096) for name in ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b")}
+LENGTHS = dict.fromkeys(("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b", "qwen2.5-coder-1.5b"), (1024, 4096))
 CASES = [(name, length) for name, lengths in LENGTHS.items() for length in lengths]
 STRATEGIES = ("ring", "ulysses")
 TOKENS = 64
