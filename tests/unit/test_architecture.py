@@ -52,6 +52,8 @@ def imported(path: Path) -> Iterator[tuple[str, int]]:
     }
     depth = len(path.relative_to(PACKAGE).parts)
     for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level or (node.module or "").split(".")[0] != "apb", f"{path}:{node.lineno} is not relative"
         if not isinstance(node, ast.ImportFrom) or id(node) in typing_only or node.level < depth:
             continue
         if node.module is not None:
