@@ -160,6 +160,7 @@ def test_captured_steps(records: Records, size: int) -> None:
 
 
 @pytest.mark.triton
+# These ranks run on the CPU, where kernels need the interpreter; with a GPU they are compiled, for tests/gpu/ranks.py.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("size", [2, 3])
 def test_steps_by_graphs(records: Records, size: int) -> None:

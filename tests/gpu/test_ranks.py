@@ -32,6 +32,7 @@ KINDS = [
 def start(ranks: int, *options: str, timeout: float) -> subprocess.CompletedProcess[str]:
     """Run ranks.py by torchrun."""
     if "--shared" in options and nccl_version() < SHARING:
+        # An older NCCL refuses two ranks on one GPU, and torch chooses the version; with more GPUs the other cases run.
         pytest.skip(f"ranks share a GPU from NCCL {SHARING} on, and this is {nccl_version()}")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "tests/gpu/ranks.py"]
     # Where ranks share a GPU, those that wait must leave others room to run.

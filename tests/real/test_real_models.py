@@ -26,6 +26,7 @@ STRATEGIES = ("ring", "ulysses")
 TOKENS = 64
 
 pytestmark = [
+    # Checkpoints of gigabytes do not belong in a repository, and the tests' command must not depend on a download.
     pytest.mark.skipif(not FOLDER.is_dir(), reason="APB_REAL_MODELS names no folder of checkpoints"),
     pytest.mark.timeout(3600),
 ]
@@ -93,7 +94,7 @@ def test_two_ranks(name: str, length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", LENGTHS)
 def test_gguf(name: str) -> None:
     """The GGUF file that a checkpoint was made from, rounded to bfloat16 as that is: tokens and answer are the same."""
-    pytest.importorskip("gguf")
+    pytest.importorskip("gguf", reason="gguf is not installed: the extra gguf brings it")
     path = FOLDER / f"{name}.gguf"
     prompt, tokenizer = prompt_of(name, 1024), load_tokenizer(FOLDER / name)
     text = tokenizer.decode(prompt.document)

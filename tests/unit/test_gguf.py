@@ -14,7 +14,7 @@ import apb
 from apb.hf import loading
 from command_line import Cli
 
-gguf = pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: the extra gguf brings it")
 
 from gguf_files import save_folder, write  # noqa: E402  needs the package
 

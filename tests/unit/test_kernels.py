@@ -19,12 +19,15 @@ from apb.kernels.attention import BACKENDS, choose
 from apb.kernels.merge import merge
 
 CPU = torch.device("cpu")
-# Without a GPU, "fused" is Triton's interpreter, where there is Triton: on Linux.
-AVAILABLE = [name for name in BACKENDS if name != "fused" or fused.why_not(CPU, torch.float32, 64) is None]
+# Tensors here are on the CPU, where "fused" is Triton's interpreter. Other systems than Linux have no Triton, and where
+# there is a GPU, kernels are compiled instead, for tests/gpu.
+NO_FUSED = fused.why_not(CPU, torch.float32, 64)
 backends = pytest.mark.parametrize(
     "backend",
-    [pytest.param(name, marks=pytest.mark.skipif(name not in AVAILABLE, reason="no triton")) for name in BACKENDS]
-    + ["auto"],
+    [
+        pytest.param(name, marks=pytest.mark.skipif(name == "fused" and NO_FUSED is not None, reason=str(NO_FUSED)))
+        for name in (*BACKENDS, "auto")
+    ],
 )
 
 

@@ -53,7 +53,9 @@ def test_dtypes(folder: Path, dtype: torch.dtype) -> None:
 
 def test_torchao(folder: Path) -> None:
     """A quantization of transformers is passed through: the same numbers as its own eager attention gives."""
-    torchao = pytest.importorskip("torchao.quantization")
+    torchao = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: the extra quantization brings it"
+    )
     from transformers import TorchAoConfig
 
     quantization = TorchAoConfig(torchao.Int8WeightOnlyConfig())
@@ -66,7 +68,7 @@ def test_torchao(folder: Path) -> None:
 
 def test_adapters(folder: Path, tmp_path: Path) -> None:
     """A folder with an adapter alone is loaded onto the base model that it names."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: the extra adapters brings it")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     with torch.no_grad():
@@ -83,7 +85,7 @@ def test_adapters(folder: Path, tmp_path: Path) -> None:
 
 def test_adapters_without_a_base(tmp_path: Path) -> None:
     """An adapter that does not say what it was made for is refused."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed: the extra adapters brings it")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     with pytest.raises(apb.InputError, match="does not name its base model"):
         load_config(tmp_path)
