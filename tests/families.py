@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import apb
 from apb.distributed.mesh import Mesh
 from apb.hf.counting import head_dim
+from apb.hf.verifying import small_model
 from models import without_eos
 from oracle import masked_prefill
 
@@ -103,16 +104,7 @@ PROMPT = apb.Prompt.from_tokens(
 def make(name: str, options: dict[str, Any]) -> PreTrainedModel:
     """A random model of a class of transformers, its logits far from uniform, that never ends its answer."""
     kind = getattr(transformers, name)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = kind(kind.config_class(**options)).float().eval()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith("sinks"):
-                    weight.normal_()
-                elif weight.ndim > 1:
-                    weight.mul_(3)
-    return without_eos(model)
+    return without_eos(small_model(kind, kind.config_class(**options)))
 
 
 def read(model: PreTrainedModel, reading: str, group: Any = None) -> Tensor:

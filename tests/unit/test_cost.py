@@ -17,9 +17,10 @@ import apb
 from apb.compressors import make_compressor
 from apb.hf.counting import model_shape
 from apb.planning.cost import KNOWN_CEILINGS, Ceilings, _window_pairs, predict
+from apb.planning.itinerary import Kind
 from apb.planning.memory import activations
 from apb.planning.methods import METHODS
-from apb.planning.plan import Kind, Plan
+from apb.planning.plan import Plan
 from cases import CASES, Case
 from families import PECULIAR, PROMPT, make
 from models import FAMILIES, tiny_model

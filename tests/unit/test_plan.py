@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 import apb
 from apb.errors import InputError
 from apb.planning.cost import predict
+from apb.planning.itinerary import Kind
 from apb.planning.methods import METHODS
-from apb.planning.plan import Kind, Plan
+from apb.planning.plan import Plan
 from shapes import LLAMA_8B
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 import apb
 from apb.kernels.window import Run, window_attention
 from apb.planning.halo import pieces, sent_rows
-from apb.planning.plan import Kind, Plan
+from apb.planning.itinerary import Kind
+from apb.planning.plan import Plan
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 

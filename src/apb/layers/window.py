@@ -15,8 +15,7 @@ from ..distributed.collectives import Group
 from ..kernels.attention import Segment, attention
 from ..kernels.window import Run, window_attention
 from ..planning.halo import Piece, pieces
-from ..planning.itinerary import Itinerary
-from ..planning.plan import Kind, Span
+from ..planning.itinerary import Itinerary, Kind, Span
 from ..timing import timed
 from .base import AttentionInput
 

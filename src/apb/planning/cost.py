@@ -9,9 +9,10 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from .itinerary import Kind
 from .memory import activations
 from .network import Sent
-from .plan import Kind, Plan
+from .plan import Plan
 from .shape import ModelShape
 from .traffic import sent
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Kind, Plan, Span
+from .itinerary import Kind, Span
+from .plan import Plan
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..prompt import Prompt
-    from .plan import Plan, Span
+    from .plan import Plan
+
+
+class Kind(Enum):
+    """The kind of a span's rows."""
+
+    ANCHOR = "anchor"
+    BLOCK = "block"
+    QUERY = "query"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows of one rank's forward pass: rows [row, row + len) stand at positions [start, stop)."""
+
+    kind: Kind
+    start: int
+    stop: int
+    row: int
+    block: int = -1
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """(first, last + 1) of these rows in the rank's row order."""
+        return self.row, self.row + len(self)
+
+    @property
+    def rows(self) -> slice:
+        """The slice of these rows in the rank's row order."""
+        return slice(*self.bounds)
 
 
 @dataclass(frozen=True)
@@ -36,12 +69,12 @@ class Itinerary:
     @cached_property
     def anchor(self) -> Span | None:
         """The rank's share of the anchor, if it has one in this round."""
-        return next((span for span in self.spans if span.kind is span.kind.ANCHOR), None)
+        return next((span for span in self.spans if span.kind is Kind.ANCHOR), None)
 
     @cached_property
     def blocks(self) -> tuple[Span, ...]:
         """The blocks, in document order."""
-        return tuple(span for span in self.spans if span.kind is span.kind.BLOCK)
+        return tuple(span for span in self.spans if span.kind is Kind.BLOCK)
 
     @cached_property
     def query(self) -> Span:
@@ -61,8 +94,7 @@ class Itinerary:
     @property
     def kept_positions(self) -> tuple[range, ...]:
         """True positions of :attr:`kept`'s rows, in order."""
-        spans = (*self.blocks, self.query) if self.owns_tail and self.last else self.blocks
-        return tuple(range(span.start, span.stop) for span in spans)
+        return self._positions(with_query=self.owns_tail and self.last)
 
     @property
     def shard(self) -> slice:
@@ -72,8 +104,7 @@ class Itinerary:
     @cached_property
     def shard_positions(self) -> tuple[range, ...]:
         """True positions of :attr:`shard`'s rows, in order."""
-        spans = (*self.blocks, self.query) if self.owns_tail else self.blocks
-        return tuple(range(span.start, span.stop) for span in spans)
+        return self._positions(with_query=self.owns_tail)
 
     @cached_property
     def earlier(self) -> tuple[range, ...]:
@@ -108,3 +139,7 @@ class Itinerary:
     def _from_blocks(self, with_query: bool) -> slice:
         start = len(self.anchor) if self.anchor else 0
         return slice(start, self.query.rows.stop if with_query else self.query.row)
+
+    def _positions(self, with_query: bool) -> tuple[range, ...]:
+        spans = (*self.blocks, self.query) if with_query else self.blocks
+        return tuple(range(span.start, span.stop) for span in spans)

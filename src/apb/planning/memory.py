@@ -8,7 +8,8 @@ live tensors.
 
 from __future__ import annotations
 
-from .plan import Kind, Plan
+from .itinerary import Kind
+from .plan import Plan
 from .shape import ModelShape
 
 # Rows that a dense MLP works on at a time: on the CPU its intermediate values stay in the cache, on a GPU a chunk still

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 from functools import lru_cache
 from typing import Any
 
 from ..errors import InputError, at_least
-from .itinerary import Itinerary
+from .itinerary import Itinerary, Kind, Span
 from .methods import METHODS, Method, make_method
 from .options import options_of
 
@@ -31,38 +30,6 @@ class Block:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-
-class Kind(Enum):
-    """The kind of a span's rows."""
-
-    ANCHOR = "anchor"
-    BLOCK = "block"
-    QUERY = "query"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Consecutive rows of one rank's forward pass: rows [row, row + len) stand at positions [start, stop)."""
-
-    kind: Kind
-    start: int
-    stop: int
-    row: int
-    block: int = -1
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def bounds(self) -> tuple[int, int]:
-        """(first, last + 1) of these rows in the rank's row order."""
-        return self.row, self.row + len(self)
-
-    @property
-    def rows(self) -> slice:
-        """The slice of these rows in the rank's row order."""
-        return slice(*self.bounds)
 
 
 # The lower limit of each size of a request.

@@ -13,8 +13,8 @@ from ..kernels.attention import Part, Task
 from ..kernels.merge import merge
 from ..kernels.selection import choose, pack
 from ..layers.base import AttentionInput
-from ..planning.itinerary import Itinerary
-from ..planning.plan import Plan, Span
+from ..planning.itinerary import Itinerary, Span
+from ..planning.plan import Plan
 from ..timing import timed
 from .base import Strategy, Visible, blocks_visible
 

@@ -17,8 +17,8 @@ from ..layers.base import AttentionInput, LayerKind
 from ..layers.routing import Router
 from ..layers.shards import Merging, NewRows, full_partial, merge_over_ranks, window_partial
 from ..layers.window import WindowLayers
-from ..planning.itinerary import Itinerary
-from ..planning.plan import Plan, Span
+from ..planning.itinerary import Itinerary, Span
+from ..planning.plan import Plan
 from ..timing import timed
 
 # Called with (layer, block, true positions (kv_heads, count) of the pairs that the block passes on, ascending).

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from ...errors import InputError
+from ..itinerary import Kind
 from ..options import check, option, options_of
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Method(ABC):
         contexts = plan.contexts()
         pairs = 0
         for span in plan.document_spans(rank):
-            if span.block < 0:
+            if span.kind is Kind.ANCHOR:
                 pairs += (span.stop * (span.stop + 1) - span.start * (span.start + 1)) // 2
             else:
                 pairs += self.block_pairs(len(span), contexts[span.block])
