@@ -133,7 +133,12 @@ class Variant(Setting):
     def engine(self, engine: Engine) -> Engine:
         kind = AskedAfter if self.asked_after else Engine
         return kind.from_model(
-            engine.model, engine.tokenizer, fused=engine.fused, strategy=self.method, compressor=self.compressor
+            engine.model,
+            engine.tokenizer,
+            fused=engine.fused,
+            strategy=self.method,
+            compressor=self.compressor,
+            verify=False,
         )
 
 

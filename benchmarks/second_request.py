@@ -24,7 +24,8 @@ import torch
 
 import apb
 from apb.hardware import fingerprint
-from apb.hf.loading import pick_device
+from apb.hf.config import vocabulary
+from apb.hf.loading import pick_device, pick_dtype
 from apb.hf.random_weights import random_model, shape_config
 
 REPLAYS = 64
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = pick_device(None)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = pick_dtype(None, device)
     options: dict[str, Any] = {"strategy": "apb", "allow_extrapolation": True}
     if arguments.model:
         warm = apb.Engine.from_pretrained(arguments.model, **options)
@@ -86,8 +87,9 @@ def captured() -> Iterator[list[torch.cuda.CUDAGraph]]:
 def ask(engine: apb.Engine, length: int, tokens: int, graphs: list[torch.cuda.CUDAGraph]) -> dict[str, Any]:
     """One request: what it waited for, and what its graph takes while its cache is there."""
     before = len(graphs)
-    vocabulary = engine.model.config.get_text_config().vocab_size
-    drawn = torch.randint(vocabulary, (length,), generator=torch.Generator().manual_seed(before)).tolist()
+    drawn = torch.randint(
+        vocabulary(engine.model.config), (length,), generator=torch.Generator().manual_seed(before)
+    ).tolist()
     session = engine.prefill(apb.Prompt.from_tokens([], drawn[:-16], drawn[-16:]), max_new_tokens=tokens)
     steps = []
     for _ in range(tokens):

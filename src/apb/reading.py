@@ -143,7 +143,8 @@ def _method(strategy: str | Method, options: dict[str, Any]) -> Method:
         raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}, or {AUTO}.")
     unknown = [name for name in options if name not in OPTIONS]
     if unknown:
-        raise TypeError(f"unexpected option {unknown[0]!r}; there are {', '.join((*OPTIONS, *COMPRESSOR_OPTIONS))}")
+        known = (*OPTIONS, *COMPRESSOR_OPTIONS, *DECODING_OPTIONS)
+        raise TypeError(f"unexpected option {unknown[0]!r}; there are {', '.join(known)}")
     return make_method(strategy, options)
 
 

@@ -24,9 +24,10 @@ table = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(table)
 
 
-def test_a_sound_model_passes() -> None:
+@pytest.mark.parametrize("vocabulary", [256000, 300])
+def test_a_sound_model_passes(vocabulary: int) -> None:
     """Every comparison is made and is within rounding, and not because there is nothing to see."""
-    card = check(AutoConfig.for_model("gemma2"))
+    card = check(AutoConfig.for_model("gemma2", vocab_size=vocabulary))
     assert card.supported
     assert {"full = transformers", "apb, everything passed = full", "ring = full"} <= {r.name for r in card.results}
     errors = [result.error for result in card.results if "=" in result.name]

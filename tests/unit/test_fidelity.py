@@ -89,11 +89,15 @@ def test_columns_and_diagonals_that_rows_see(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_layers_that_are_not_plain_are_refused() -> None:
-    """A sliding window hides what full attention would weigh: the sentence names a layer and a way out."""
-    engine = apb.Engine.from_model(make(*PECULIAR["mistral"]), strategy="full")
+    """A sliding window hides what full attention would weigh: the sentence names a layer and a way out; the model is
+    given back as it was."""
+    model = make(*PECULIAR["mistral"])
+    before = model.config._attn_implementation
+    engine = apb.Engine.from_model(model, strategy="full")
     with pytest.raises(apb.InputError, match=r"Layer 0 has a sliding window.*apb eval"):
         measure(engine, CASES["full"].prompt, [Setting.of("apb", blocks=3)], rows=5)
     engine.close()
+    assert model.config._attn_implementation == before != "apb"
 
 
 def test_rows_are_of_the_document_and_repeatable() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import apb
 from apb.hf import loading
@@ -115,6 +117,11 @@ def test_files_that_cannot_be_read(folder: Path, tmp_path: Path, monkeypatch: py
         shutil.copy(path, tmp_path)
     (tmp_path / "parts-00003-of-00004.gguf").unlink()
     cli(*generate, tmp_path / "parts-00001-of-00004.gguf").refused("Part 3 of 4", "parts-00003-of-00004.gguf")
+    with monkeypatch.context() as full, pytest.raises(torch.OutOfMemoryError):  # says what it says of other files
+        full.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=torch.OutOfMemoryError))
+        loading.load_model(folder / "whole.gguf", torch.float32, torch.device("cpu"))
+    with pytest.raises(apb.InputError, match=r"^The weights of a GGUF file .* leave the quantization out\.$"):
+        loading.load_model(folder / "whole.gguf", torch.float32, torch.device("cpu"), quantization=Mock())
     monkeypatch.setattr("apb.hf.gguf.is_gguf_available", lambda: False)
     cli(*generate, folder / "whole.gguf").refused("package gguf", "pip install 'apb[gguf]'")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import apb
+from apb.evaluation.settings import Setting
 from apb.hf import verifying
 from byte_checkpoint import save_checkpoint
 from families import PECULIAR, PROMPT, SMALL, make
@@ -63,6 +65,12 @@ def test_others_that_differ_are_refused(kind: str, settings: dict[str, Any], rea
     model = make(kind, {**SMALL, **settings})
     with pytest.raises(apb.InputError, match=reason):
         apb.Engine.from_model(model)
+
+
+def test_engines_that_compare_readings_do_not_ask_again() -> None:
+    """A model that was taken all the same, unverified, is taken by the evaluation's engines as well."""
+    with closing(apb.Engine.from_model(make("DogeForCausalLM", SMALL), verify=False)) as engine:
+        Setting.of("full").engine(engine).close()
 
 
 def test_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ..distributed.mesh import Mesh
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
-from ..hf.config import vocabulary
+from ..hf.config import softcap, vocabulary
 from ..kernels.attention import choose
 from ..planning.cost import Ceilings, predict
 from ..planning.methods import make_method
@@ -139,7 +139,7 @@ def _measure(
     baseline: float | None,
 ) -> Row:
     prompt = random_prompt(engine, length)
-    backend = choose(engine.backend, engine.device, engine.dtype, shape.head_dim)[0]
+    backend = choose(engine.backend, engine.device, engine.dtype, shape.head_dim, softcap(engine.model.config))[0]
     try:
         plan = engine.plan(prompt)
     except DoesNotFit as error:

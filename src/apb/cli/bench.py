@@ -139,9 +139,9 @@ def decode(
     from ..reading import Reading
 
     at_least("tokens", tokens, 1)
-    reading = Reading.of(strategy, **values(chosen), **values(decoding))
-    asked = {"tokens": tokens, "strategy": strategy, **values(chosen), **values(decoding)}
-    _launch("decode", common, options.Ranks(ranks), asked, reading.compressor, out, as_json)
+    how = {"strategy": strategy, **values(chosen), **values(decoding)}
+    compressor = Reading.of(**how).compressor
+    _launch("decode", common, options.Ranks(ranks), {"tokens": tokens, **how}, compressor, out, as_json)
 
 
 def _launch(

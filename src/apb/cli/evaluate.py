@@ -16,6 +16,7 @@ from .groups import expanded
 if TYPE_CHECKING:
     from ..engine import Engine
     from ..evaluation.items import Item, Skipped
+    from ..evaluation.settings import Setting
 
 app = typer.Typer(help="Measure the accuracy of the model's answers, strategy by strategy.")
 
@@ -50,11 +51,11 @@ class Common:
 
 @dataclass(frozen=True)
 class Request:
-    """Everything a rank needs; plain values, so that it travels."""
+    """Everything a rank needs; picklable values, so that it travels."""
 
     suite: str
     samples: dict[str, Any]
-    readings: dict[str, Any]
+    readings: list[Setting]
     loading: dict[str, Any]
     out: str | None
     as_json: bool
@@ -126,7 +127,6 @@ def jsonl(
     common: Common,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
-
     at_least("max_new_tokens", max_new_tokens, 1)
     if not data.is_file():
         raise InputError(f"The file {str(data)!r} does not exist; name a JSONL file of document, query and answers.")
@@ -148,12 +148,11 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
     for name, number in (("samples", samples["count"]), ("length", samples.get("limit"))):
         if number is not None:
             at_least(name, number, 1)
-    place, _ = check_readings(common.model, options.Ranks(common.ranks), common.readings)
+    place, readings = check_readings(common.model, options.Ranks(common.ranks), common.readings)
     if common.out is not None:
         Store(common.out).close()  # an invalid file fails before anything is loaded
     if suite == "synthetic":  # fail before hours are spent on the shorter lengths
         check_lengths(samples["lengths"], place.config)
-    readings = common.readings.arguments()
     request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
     launch.run(run, place.processes, request)
 
@@ -165,7 +164,6 @@ def run(request: Request) -> None:
     from ..evaluation.items import Skipped
     from ..evaluation.records import Store, model_name
     from ..evaluation.runner import Runner
-    from ..evaluation.settings import settings
     from .progress import Bar
     from .quiet import quiet_libraries
 
@@ -176,9 +174,8 @@ def run(request: Request) -> None:
     items, total = samples_of(request, engine, skipped)
     for reason in skipped.reasons if first else ():
         print(f"apb: {reason}", file=sys.stderr)
-    readings = settings(**request.readings)
     store = Store(Path(request.out) if request.out and first else None)
-    runner = Runner(engine, model_name(engine.model, request.loading["model"]), readings, store)
+    runner = Runner(engine, model_name(engine.model, request.loading["model"]), request.readings, store)
     done = 0
     records = []
     with Bar("Answering", "sample", shown=first) as bar:
@@ -186,7 +183,7 @@ def run(request: Request) -> None:
         def tell() -> None:
             nonlocal done
             done += 1
-            bar.update(done, total * len(readings))
+            bar.update(done, total * len(request.readings))
 
         for answered in runner.run(items, tell):
             records += answered

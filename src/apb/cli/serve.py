@@ -60,9 +60,10 @@ def serve(
     from ..prompt import Prompt
 
     tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
-    template_of(tokenizer, chat_template)
+    template = template_of(tokenizer, chat_template)
     if chat_template is not None:  # one that cannot be applied is refused here, not with every request
         Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
+        chat_template = template  # its text: the file is read once, and may change or go
     server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens)
     launch.run(work, place.processes, server)
 

@@ -12,6 +12,7 @@ The question's own rows see everything under every strategy; their prediction is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any
@@ -116,9 +117,8 @@ def measure(
     sights, plans, predictions = [], [], []
     for setting in settings:
         sight = Sight()
-        reader = setting.engine(engine)
-        plan, logits = reader.inspect(prompt, wanted, sight.look)
-        reader.close()
+        with closing(setting.engine(engine)) as reader:
+            plan, logits = reader.inspect(prompt, wanted, sight.look)
         sights.append(sight)
         plans.append(plan)
         predictions.append(logits.log_softmax(-1))
@@ -132,9 +132,8 @@ def measure(
         for mass, shares in zip(masses, held, strict=True):
             mass.append(shares)
 
-    full = Setting(Full()).engine(engine)
-    _, logits = full.inspect(prompt, wanted, look)
-    full.close()
+    with closing(Setting(Full()).engine(engine)) as full:
+        _, logits = full.inspect(prompt, wanted, look)
     if done is not None:
         done()
     expected = logits.log_softmax(-1)

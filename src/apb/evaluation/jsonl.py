@@ -39,11 +39,14 @@ def items(
             skipped.add(path, number, str(error))
             continue
         made += 1
-        tokens = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+        length = limit
+        if length is None:
+            tokens = len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
+            length = 1 << (tokens - 1).bit_length()
         yield Item(
             suite="jsonl",
             task=path.stem,
-            length=limit or 1 << (tokens - 1).bit_length(),
+            length=length,
             sample=str(number),
             document=document,
             query=query,

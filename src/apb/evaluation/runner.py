@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -53,8 +54,8 @@ class Runner:
             items: the items to answer; an iterator is consumed one at a time.
             done: called after every answer.
         """
-        engines = [setting.engine(self.engine) for setting in self.settings]
-        try:
+        with ExitStack() as open_engines:
+            engines = [open_engines.enter_context(closing(setting.engine(self.engine))) for setting in self.settings]
             for item in items:
                 prompt = item.prompt(self.tokenizer)
                 name = prompt_hash(prompt)
@@ -66,9 +67,6 @@ class Runner:
                     if done is not None:
                         done()
                 yield records
-        finally:
-            for engine in engines:
-                engine.close()
 
     def _answer(self, item: Item, prompt: Prompt, name: str, setting: Setting, engine: Engine) -> Record | None:
         """The record of an answer, from the store or new; None on ranks other than 0."""
@@ -110,14 +108,12 @@ class Runner:
         seconds = time.perf_counter() - start
         if group.rank:
             return None
-        record = Record(
-            **{
-                **vars(blank),
-                "prediction": result.text,
-                "score": METRICS[item.metric](result.text, item.answers),
-                "seconds": round(seconds, 6),
-                "prefill_s": round(result.timing["prefill_s"], 6),
-            }
+        record = replace(
+            blank,
+            prediction=result.text,
+            score=METRICS[item.metric](result.text, item.answers),
+            seconds=round(seconds, 6),
+            prefill_s=round(result.timing["prefill_s"], 6),
         )
         self.store.add(record)
         return record

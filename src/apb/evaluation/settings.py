@@ -26,7 +26,7 @@ class Setting:
 
     @classmethod
     def of(cls, strategy: str | Method, compressor: str | Compressor | None = None, **options: Any) -> Setting:
-        """A setting by names and options, as :class:`apb.Engine` takes them."""
+        """A setting by names and options of strategy and compressor, as :class:`apb.Engine` takes them."""
         scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
         method = make_method(strategy, options)
         return cls(method, make_compressor(compressor, scoring) if method.passes else None)
@@ -67,6 +67,7 @@ class Setting:
             strategy=self.method,
             compressor=self.compressor,
             decoding=self.decoding,
+            verify=False,  # done, or left out on request, when the other engine was made
         )
 
 

@@ -43,9 +43,9 @@ class Attachment:
         self.total = 0
         self.layers = layer_count(model.config)
         self.kv_heads = kv_heads(model.config)
-        # RoPE variants of the model that read the largest position on the host, which CUDA graphs cannot capture.
-        self.length_dependent = length_dependent(model.config)
         text = model.config.get_text_config()
+        # RoPE variants of the model that read the largest position on the host, which CUDA graphs cannot capture.
+        self.length_dependent = length_dependent(text)
         # Lengths beyond which a prompt must be read again (longrope).
         self.switches = switches(text)
         self._windows = not_handed_over(text)

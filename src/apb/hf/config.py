@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .windows import layer_windows
+from .windows import windows
 
 
 def kv_heads(config: Any) -> int:
@@ -41,10 +41,10 @@ def tied_embeddings(config: Any) -> bool:
 def layers_in_words(config: Any) -> str:
     """The kinds of layers of a model, in a few words."""
     text = config.get_text_config()
-    windows = [window for window in layer_windows(text) if window is not None]
+    lengths = windows(text)
     kinds = []
-    if windows:
-        kinds.append(f"{len(windows)} of {text.num_hidden_layers} layers see {windows[0]:,} tokens")
+    if lengths:
+        kinds.append(f"{len(lengths)} of {text.num_hidden_layers} layers see {lengths[0]:,} tokens")
     if softcap(config) is not None:
         kinds.append("capped logits")
     if text.model_type == "gpt_oss":

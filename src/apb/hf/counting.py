@@ -12,7 +12,8 @@ from ..errors import InputError, first_line
 from ..planning.shape import ModelShape
 from . import placement
 from .attach import attention_modules
-from .windows import layer_windows
+from .config import kv_heads, layer_count, query_heads, vocabulary
+from .windows import windows
 
 # Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
@@ -46,13 +47,13 @@ def _count(config: Any, gpus: int) -> ModelShape:
         split = placement.split(model, attention_modules(model), placement.balanced(model, gpus, torch.bfloat16))
     embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
     return ModelShape(
-        layers=text.num_hidden_layers,
-        heads=text.num_attention_heads,
-        kv_heads=text.num_attention_heads if latent else _kv_heads(text),
+        layers=layer_count(config),
+        heads=query_heads(config),
+        kv_heads=query_heads(config) if latent else kv_heads(config),
         head_dim=head_dim(config),
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
-        vocabulary=text.vocab_size,
+        vocabulary=vocabulary(config),
         layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         windows=tuple(windows(text)),
@@ -68,15 +69,6 @@ def head_dim(config: Any) -> int:
     if getattr(text, "kv_lora_rank", None):
         return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-
-def _kv_heads(text: Any) -> int:
-    return getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-
-
-def windows(text: Any) -> list[int]:
-    """Window lengths, in tokens, of the layers with a sliding window."""
-    return [window for window in layer_windows(text) if window is not None]
 
 
 def _expert_row(model: PreTrainedModel, text: Any) -> int:

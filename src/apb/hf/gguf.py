@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import modeling_gguf_pytorch_utils as expanding
@@ -35,9 +36,7 @@ def is_gguf(model: str | Path) -> bool:
 def load_config(model: str | Path) -> Any:
     """The configuration of a file, with the scaling of its RoPE; InputError if it cannot be read."""
     with _reading(model) as (reader, source):
-        config = AutoConfig.from_pretrained(**source)
-        _complete(config.get_text_config(), reader, str(model))
-    return config
+        return _config(reader, source, str(model))
 
 
 def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
@@ -51,10 +50,12 @@ def load_model(model: str | Path, kind: Any, options: dict[str, Any]) -> tuple[P
     """A file's weights by ``kind.from_pretrained`` with these options, and its report of missing ones."""
     if "quantization_config" in options:
         raise InputError(f"The weights of a GGUF file such as {str(model)!r} are expanded: leave the quantization out.")
-    options = {"config": load_config(model), **options}
+    options = dict(options)
     if hasattr(transformers, "GgufConfig"):  # newer versions may leave weights packed
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with _reading(model) as (reader, source):
+        if "config" not in options:
+            options["config"] = _config(reader, source, str(model))
         loaded, found = kind.from_pretrained(**source, **options)
         ends = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     # An answer ends at the end of a turn too; of the two ids transformers reads only the first.
@@ -99,7 +100,7 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
             # From an empty folder: a tokenizer.json in the file's own would be taken for what is in the file.
             empty = undone.enter_context(TemporaryDirectory())
             yield reader, {"pretrained_model_name_or_path": empty, "gguf_file": str(files[0])}
-    except InputError:
+    except (InputError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of damaged files, or files with contents unknown to transformers or gguf
         reason = first_line(error) or type(error).__name__
@@ -141,6 +142,12 @@ def _read(files: list[Path]) -> Any:
 def _value(reader: Any, name: str) -> Any:
     field = reader.get_field(name)
     return None if field is None else field.contents()
+
+
+def _config(reader: Any, source: dict[str, str], name: str) -> Any:
+    config = AutoConfig.from_pretrained(**source)
+    _complete(config.get_text_config(), reader, name)
+    return config
 
 
 def _complete(text: Any, reader: Any, name: str) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
+from .config import kv_heads, layer_count, query_heads
 from .counting import head_dim
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
@@ -32,14 +33,7 @@ class HeadShape:
     @classmethod
     def of(cls, config: Any) -> HeadShape:
         """The sizes in a model's configuration."""
-        text = config.get_text_config()
-        heads = text.num_attention_heads
-        return cls(
-            text.num_hidden_layers,
-            heads,
-            getattr(text, "num_key_value_heads", None) or heads,
-            head_dim(config),
-        )
+        return cls(layer_count(config), query_heads(config), kv_heads(config), head_dim(config))
 
     @property
     def features(self) -> int:

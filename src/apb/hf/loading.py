@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, gguf, placement, rope
+from .config import query_heads
 from .counting import head_dim
 from .tensor_parallel import settings, shared
 
@@ -122,6 +123,8 @@ def load_model(
             loaded = gguf.load_model(model, kind, options)
         else:
             loaded = kind.from_pretrained(str(model), **options)
+    except InputError:  # a sentence already
+        raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, NotImplementedError) as error:
         method = damaged.quantizer(load_config(model, trust_remote_code), quantization)
         missing = damaged.missing_quantizer(model, method) if method and isinstance(error, ImportError) else None
@@ -221,7 +224,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
-    plan.method.check_model(text.num_attention_heads // tensor, plan.ranks)
+    plan.method.check_model(query_heads(config) // tensor, plan.ranks)
     if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "

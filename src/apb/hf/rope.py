@@ -67,9 +67,9 @@ def switches(text: Any) -> list[int]:
 _LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
 
-def length_dependent(config: Any) -> list[str]:
-    """The RoPE variants of a model whose frequencies depend on the length, by name."""
-    return sorted({*map(kind, parameter_sets(config.get_text_config()).values())} & _LENGTH_DEPENDENT)
+def length_dependent(text: Any) -> list[str]:
+    """The RoPE variants of a decoder's configuration whose frequencies depend on the length, by name."""
+    return sorted({*map(kind, parameter_sets(text).values())} & _LENGTH_DEPENDENT)
 
 
 def pin_length(model: PreTrainedModel, total: Callable[[], int]) -> Callable[[], None]:

@@ -14,7 +14,6 @@ VOCABULARY = 503
 POSITIONS = 128
 # Settings that are lowered to these values wherever a configuration has larger ones.
 _SMALL = {
-    "vocab_size": VOCABULARY,
     "intermediate_size": 96,
     "ffn_dim": 96,
     "ffn_hidden_size": 96,
@@ -85,6 +84,7 @@ def shrink(config: Any) -> Any:
             _set(part, (*_LAYERS, "num_blocks"), 1)
     for name in _SPECIAL:
         setattr(small, name, 0)
+    small.vocab_size = VOCABULARY  # for prompts with ids up to that, which smaller vocabularies lack
     small.dtype = "float32"
     small._attn_implementation = "eager"
     return small

@@ -18,6 +18,11 @@ def layer_windows(text: Any) -> list[int | None]:
     return [window if kind == "sliding_attention" else None for kind in types] if types else [window] * count
 
 
+def windows(text: Any) -> list[int]:
+    """Window lengths, in tokens, of the layers with a sliding window."""
+    return [window for window in layer_windows(text) if window is not None]
+
+
 def not_handed_over(text: Any) -> list[int | None]:
     """As :func:`layer_windows`, for layers that do not pass the window to their attention; None for all others."""
     return layer_windows(text) if text.model_type in _IN_MASK_ALONE else [None] * text.num_hidden_layers
