@@ -6,6 +6,7 @@ Kernels are interpreted; what stands in for graphs replays every operation from 
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from collections.abc import Iterator
 from functools import cache
@@ -104,7 +105,9 @@ def test_a_full_cache_grows(captures: list[torch.device], monkeypatch: pytest.Mo
     grown = session._cache.layers[0].keys.shape[2]
     assert grown > len(asked) + 8
     several = list(range(40, 46))  # more than there is room for
+    assert session.captured
     assert close_to(session.extend(several), wanted.extend(several))
+    assert not session.captured
     assert session._cache.layers[0].keys.shape[2] > grown
     assert close_to(read(session), read(wanted))
     assert len(captures) == 1
@@ -114,6 +117,20 @@ def test_a_full_cache_grows(captures: list[torch.device], monkeypatch: pytest.Mo
             assert y is not None
             assert x.shape[1] == len(asked) + len(tokens) + len(several) + len(TOKENS)
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_are_looked_at_in_later_sessions(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a graph notes of a layer's attention is read of every session that it steps."""
+    monkeypatch.setenv("APB_CHECK_FINITE", "1")
+    ours = engine()
+    for spoiled in (None, 1, None, 0):
+        session = ours.prefill(prompt(30), max_new_tokens=8)
+        if spoiled is not None:
+            session._cache.layers[spoiled].values[:, :, 3] = math.nan
+        assert bool(read(session).isfinite().all()) == (spoiled is None)
+        where = "all layers was finite" if spoiled is None else f"layer {spoiled} was the first"
+        assert where in session.what_is_not_finite(ours.group)
+    assert len(captures) == 1
 
 
 def test_short_answers_do_not_capture(captures: list[torch.device]) -> None:

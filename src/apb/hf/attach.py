@@ -173,6 +173,11 @@ class Attachment:
             self.finite[index] = torch.ones((), dtype=torch.bool, device=out.device)
         self.finite[index].logical_and_(out.isfinite().all())
 
+    def forget_not_finite(self) -> None:
+        """Begin to look anew; in place, because captured steps write to these addresses."""
+        for finite in (self.finite or {}).values():
+            finite.fill_(True)
+
     def first_not_finite(self) -> int | None:
         """The first layer whose attention was not finite; None if all were, or if it was not checked."""
         return next((index for index, finite in sorted((self.finite or {}).items()) if not finite), None)

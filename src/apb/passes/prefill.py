@@ -73,8 +73,7 @@ def read(
             progress(now + (after - now) * attended // layers, plan.total)
         return out
 
-    if attachment.finite is not None:
-        attachment.finite.clear()
+    attachment.forget_not_finite()
     group.barrier()
     watch = Stopwatch(device)
     for itinerary in itineraries:

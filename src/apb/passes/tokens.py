@@ -26,9 +26,7 @@ _STEPPED = ("auto", "fused")
 class Decoder:
     """Reader of tokens over the caches of an engine's sessions, by one decode method."""
 
-    def __init__(
-        self, attachment: Attachment, group: Group, decoding: Decoding, backend: str = "auto", graphs: bool = True
-    ) -> None:
+    def __init__(self, attachment: Attachment, group: Group, decoding: Decoding, backend: str, graphs: bool) -> None:
         self.attachment = attachment
         self.group = group
         self.decoding = decoding
@@ -70,6 +68,7 @@ class Continuation:
             logits = self._decoder.stepper.step(self._cache, token_ids[0], self._capture)
             self.captured = self._decoder.stepper.captured(self._cache)
             return logits
+        self.captured = False
         return self._pass(token_ids)
 
     def _pass(self, token_ids: Sequence[int]) -> Tensor:
