@@ -27,6 +27,7 @@ class Session:
         plan: the plan the prompt was read by.
         timing: ``prefill_s``, seconds this rank took.
         token_ids: the prompt's tokens and those given to :meth:`extend`.
+        decoding: the decode method, as an object.
     """
 
     def __init__(
@@ -39,8 +40,8 @@ class Session:
         decoder: Decoder,
         new_tokens: int,
         read_again: Callable[[int], ShardCache],
-        tensor: Group | None = None,
-        limit: int | None = None,
+        tensor: Group,
+        limit: int | None,
     ) -> None:
         """Make a session; called by :meth:`apb.Engine.prefill`.
 
@@ -52,6 +53,7 @@ class Session:
             token_ids: the prompt's tokens.
             decoder: reads further tokens.
             new_tokens: number of new tokens that the cache has room for.
+            read_again: reads the prompt anew as the beginning of a text of so many tokens; see :meth:`extend`.
             tensor: the processes that share the weights of this rank.
             limit: positions that may be read; None: any number.
         """
@@ -61,11 +63,8 @@ class Session:
         self.token_ids = list(token_ids)
         self._cache = cache
         self._group = decoder.group
-        self._tensor = tensor or Group()
-        self._vocabulary = decoder.attachment.vocabulary
-        self._kv_heads = decoder.attachment.kv_heads
+        self._tensor = tensor
         self._limit = limit
-        self._switches = decoder.attachment.switches
         self._decoder = decoder
         self._new_tokens = new_tokens
         self._read_again = read_again
@@ -82,14 +81,14 @@ class Session:
         token_ids = whole_numbers(token_ids)
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
-        check_tokens(token_ids, self._vocabulary)
+        check_tokens(token_ids, self._decoder.attachment.vocabulary)
         total = len(self.token_ids) + len(token_ids)
         if self._limit is not None and total > self._limit:
             raise InputError(
                 f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
                 f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
             )
-        if any(len(self.token_ids) <= length < total for length in self._switches):
+        if any(len(self.token_ids) <= length < total for length in self._decoder.attachment.switches):
             self._start_over(total)
             token_ids = [*self.token_ids[self.plan.total :], *token_ids]
             del self.token_ids[self.plan.total :]
@@ -173,7 +172,7 @@ class Session:
 
     def _shares_heads(self, keys: Tensor) -> bool:
         """True if the processes of a rank hold different KV heads; some models hold all of them in every process."""
-        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == self._kv_heads
+        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == self._decoder.attachment.kv_heads
 
     def _places(self, layer: int) -> list[list[range]]:
         """For every rank, the true positions of the tokens in its shard of a layer, in the order it holds them."""

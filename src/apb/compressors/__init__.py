@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..planning.options import check, options_of, union
+from ..planning.options import check, options_of, refuse_beside, union
 from .base import BlockView, Compressor
 from .query import Query
 from .query_edge import QueryEdge
@@ -60,11 +60,7 @@ def make_compressor(
     if compressor is None:
         compressor = Retaining.name if "heads" in named else QueryEdge.name
     if isinstance(compressor, Compressor):
-        if named:
-            raise InputError(
-                f"The option {next(iter(named))!r} was given beside a compressor object; "
-                f"give it to {type(compressor).__name__}(...) itself."
-            )
+        refuse_beside("compressor", compressor, named)
         return compressor
     kind = compressor_named(compressor)
     if kind is Retaining and "heads" not in named:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from ..planning.options import check, options_of
+from ..planning.options import Checked
 from ..planning.plan import Block
 from ..planning.shape import ModelShape
 
@@ -46,7 +46,7 @@ class BlockView:
 
 
 @dataclass(frozen=True)
-class Compressor(ABC):
+class Compressor(Checked, ABC):
     """Scores the tokens of a block; the ``passing_length`` best per KV head are passed to later blocks.
 
     Subclasses are frozen dataclasses whose fields, made by :func:`apb.planning.options.option`, are their options.
@@ -60,10 +60,6 @@ class Compressor(ABC):
     name: ClassVar[str]
     needs_before_rope: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        options = options_of(self)
-        check(options, {name: getattr(self, name) for name in options})
 
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:

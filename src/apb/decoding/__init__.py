@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..planning.options import check, options_of, union
-from .base import Decoding, Reader, Shard
+from ..planning.options import check, options_of, refuse_beside, union
+from .base import Decoding, Reader, Shard, StoredReader
 from .dense import Dense
 
-__all__ = ["DECODINGS", "EXACT", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "make_decoding"]
+__all__ = ["DECODINGS", "EXACT", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "StoredReader", "make_decoding"]
 
 DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense,)}
 # The default: every token attends to every key.
@@ -31,11 +31,7 @@ def make_decoding(decoding: str | Decoding = Dense.name, options: Mapping[str, A
     """
     named = {name: value for name, value in (options or {}).items() if value is not None}
     if isinstance(decoding, Decoding):
-        if named:
-            raise InputError(
-                f"The option {next(iter(named))!r} was given beside a decode method object; "
-                f"give it to {type(decoding).__name__}(...) itself."
-            )
+        refuse_beside("decode method", decoding, named)
         return decoding
     if decoding not in DECODINGS:
         raise InputError(f"Unknown decode method {decoding!r}; choose one of {', '.join(sorted(DECODINGS))}.")

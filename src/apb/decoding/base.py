@@ -6,13 +6,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ..planning.options import check, options_of
+from ..planning.options import Checked
 
 if TYPE_CHECKING:  # a decode method can be named without torch
     from torch import Tensor
 
     from ..layers.base import AttentionInput
-    from ..layers.shards import NewRows
+    from ..layers.shards import NewRows, StoredShard
 
 
 class Shard(Protocol):
@@ -50,8 +50,16 @@ class Reader(ABC):
         """
 
 
+class StoredReader(ABC):
+    """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`."""
+
+    @abstractmethod
+    def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
+        """As :meth:`Reader.attend`, for one new row, whose own k, v (1, kv_heads, head_dim) the shard has already."""
+
+
 @dataclass(frozen=True)
-class Decoding(ABC):
+class Decoding(Checked, ABC):
     """A method of attention of new tokens over the cache; subclasses are frozen dataclasses of their options.
 
     Layers with a sliding window are attended exactly under every method.
@@ -64,16 +72,12 @@ class Decoding(ABC):
     name: ClassVar[str]
     exact: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        options = options_of(self)
-        check(options, {name: getattr(self, name) for name in options})
-
     @abstractmethod
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
         """Build the reader of a shard, once after prefill; ``backend``: of :func:`apb.attention`."""
 
-    def stored_reader(self) -> Reader | None:
-        """A reader of any shard by ``rows.stored``, so that a step captured as CUDA graphs serves every cache.
+    def stored_reader(self) -> StoredReader | None:
+        """A reader of any shard, so that a step captured as CUDA graphs serves every cache.
 
         None, the default, if there is no such reader: tokens are then read by ordinary passes.
         """

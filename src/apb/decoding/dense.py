@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Decoding, Reader, Shard
+from .base import Decoding, Reader, Shard, StoredReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..layers.base import AttentionInput
-    from ..layers.shards import NewRows
+    from ..layers.shards import NewRows, StoredShard
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Dense(Decoding):
         """See :meth:`Decoding.prepare`: nothing is built."""
         return DenseReader(backend)
 
-    def stored_reader(self) -> Reader:
+    def stored_reader(self) -> StoredReader:
         """See :meth:`Decoding.stored_reader`."""
-        return DenseReader("auto")
+        return DenseStoredReader()
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,18 @@ class DenseReader(Reader):
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`."""
-        if rows.stored is not None:
-            from ..kernels import decode  # Triton: there where GPUs are
-
-            kv_heads = layer.k.shape[1]
-            table, length, partial = rows.stored.table, rows.stored.length, rows.stored.several
-            return decode.cached_attention(layer.q, table, layer.index, kv_heads, layer.scale, length, partial=partial)
         from ..layers.shards import full_partial
 
         return full_partial(layer, rows, self.backend)
+
+
+class DenseStoredReader(StoredReader):
+    """Attends to all keys of a shard, by a kernel that reads their addresses when it runs."""
+
+    def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
+        """See :meth:`StoredReader.attend`."""
+        from ..kernels import decode  # Triton: there where GPUs are
+
+        return decode.cached_attention(
+            layer.q, shard.table, layer.index, layer.k.shape[1], layer.scale, shard.length, partial=shard.several
+        )

@@ -63,7 +63,7 @@ def attention(
             CAUSAL=causal, CAPPED=softcap is not None, **options,
         )  # fmt: skip
 
-    # The number of splits depends on the capacity alone: a graph must not change with the length.
+    # No more splits than the capacity has work for: the length is on the device, and reading it would wait.
     return _in_parts(q, kv_heads, capacity, partial, split)
 
 

@@ -58,7 +58,8 @@ class AttentionInput:
         """Convert merged results (rows, heads, head_dim) with lse (heads, rows) to the model's attention output.
 
         The sinks join the softmax here, once, after all partial results have been merged. ``heads``: those of ``out``.
+        The result has out's dtype, or is fp32: assigned to rows of the output, it is rounded and copied at once.
         """
         if self.sinks is not None:
             out = out * torch.sigmoid(lse - self.sinks[heads].float()[:, None]).T.unsqueeze(-1)
-        return out.to(self.q.dtype)
+        return out

@@ -45,14 +45,11 @@ class NewRows:
         positions: true positions of the keys in the layer's k and v, one range after the other; the rank whose last
             range ends where the rows do holds the rows' own keys, which they see causally.
         earlier: the same of ``layer.earlier``.
-        stored: the shard on the device, in a step that is captured; k and v of the layer are then the row's own alone,
-            and ``first`` and ``positions`` have no meaning.
     """
 
     first: int
     positions: Sequence[range]
     earlier: Sequence[range] = ()
-    stored: StoredShard | None = None
 
     def holds_own(self, rows: int) -> bool:
         """True if the shard ends with the keys of the rows themselves."""
@@ -67,12 +64,13 @@ class Merging:
     partial: Pending | tuple[Tensor, Tensor]
 
     def wait(self) -> Tensor:
-        """The merged output (rows, heads, head_dim), the same on every rank."""
+        """The merged output (rows, heads, head_dim) in q's dtype, the same on every rank."""
         if not isinstance(self.partial, Pending):
-            return self.layer.settle(*self.partial)
+            return self.layer.settle(*self.partial).to(self.layer.q.dtype)
         with timed("communication"):
             packed = self.partial.wait()
-        return self.layer.settle(*merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)))
+        merged = merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
+        return self.layer.settle(*merged).to(self.layer.q.dtype)
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
@@ -84,7 +82,7 @@ def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Gro
     return Merging(layer, group.all_gather(packed))
 
 
-def full_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def full_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
     """Rows over this rank's shard: out (rows, heads, head_dim) and lse (heads, rows) fp32."""
     segments = [] if layer.earlier is None else [Segment(*layer.earlier)]
     segments.append(Segment(layer.k, layer.v, causal=rows.holds_own(layer.q.shape[0])))
@@ -92,7 +90,7 @@ def full_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") ->
         return attention(layer.q, segments, layer.scale, backend, layer.softcap)
 
 
-def window_partial(layer: AttentionInput, rows: NewRows, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def window_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
     """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not read."""
     assert layer.window is not None
     runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier)

@@ -23,7 +23,7 @@ from .base import AttentionInput
 class WindowLayers:
     """The layers with a sliding window in one round, on one rank."""
 
-    def __init__(self, itinerary: Itinerary, group: Group, backend: str = "auto") -> None:
+    def __init__(self, itinerary: Itinerary, group: Group, backend: str) -> None:
         self._itinerary = itinerary
         self._group = group
         self._backend = backend

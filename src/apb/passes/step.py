@@ -11,13 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..decoding import Decoding, Reader
+from ..decoding import Decoding, StoredReader
 from ..distributed.collectives import Group
 from ..hf.attach import Attachment
 from ..hf.cache import Layout, ShardCache, StepCache
 from ..kernels import fused
 from ..layers.base import AttentionInput
-from ..layers.shards import NewRows, StoredShard, merge_over_ranks
+from ..layers.shards import StoredShard, merge_over_ranks
 from .capture import captured
 
 
@@ -88,7 +88,7 @@ class Stepper:
 class _Step:
     """Reads one token over any cache of one layout."""
 
-    def __init__(self, attachment: Attachment, reader: Reader, layout: Layout, group: Group) -> None:
+    def __init__(self, attachment: Attachment, reader: StoredReader, layout: Layout, group: Group) -> None:
         from ..kernels import decode  # Triton: there where GPUs are
 
         self._group = group
@@ -109,11 +109,11 @@ class _Step:
 
         # The functions below capture these instead of self: a cycle would keep graphs alive after their engine.
         self._cache = cache = StepCache(len(layout.heads), append)
-        rows = NewRows(0, (), stored=StoredShard(table, length, group.size > 1))
+        shard = StoredShard(table, length, group.size > 1)
 
         def run(group: Group) -> Tensor:
             def attend(layer: AttentionInput) -> Tensor:
-                return merge_over_ranks(layer, *reader.attend(layer, rows), group).wait()
+                return merge_over_ranks(layer, *reader.attend(layer, shard), group).wait()
 
             with torch.no_grad(), attachment.running(attend, cache.total):
                 return attachment.last_logits(ids, position, cache)

@@ -54,6 +54,22 @@ def check(options: Mapping[str, Field[Any]], values: Mapping[str, Any]) -> None:
             at_least(name.replace("_", " "), value, least)
 
 
+class Checked:
+    """Base of frozen dataclasses of options: a value below its least is refused when an object is made."""
+
+    def __post_init__(self) -> None:
+        options = options_of(self)
+        check(options, {name: getattr(self, name) for name in options})
+
+
+def refuse_beside(what: str, owner: object, named: Iterable[str]) -> None:
+    """InputError if options were given by name beside an object, which has its own; ``what``: the kind of object."""
+    for name in named:
+        raise InputError(
+            f"The option {name!r} was given beside a {what} object; give it to {type(owner).__name__}(...) itself."
+        )
+
+
 def union(owners: Iterable[Any]) -> dict[str, Field[Any]]:
     """The options of several dataclasses by name; of those that share a name, the first one's field."""
     found: dict[str, Field[Any]] = {}

@@ -81,9 +81,9 @@ class APB(Strategy):
                 out[rows] = layer.settle(*merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows])))
             if self.anchor:
                 rows = self.anchor.rows
-                out[rows], lse[:, rows] = others[rows], others_lse[:, rows]
+                out[rows] = layer.settle(others[rows], others_lse[:, rows])
         if layer.sinks is not None:
-            self._settle(layer, out, lse, (*(span for span in self.blocks if span not in seeing), self.anchor))
+            self._settle(layer, out, lse, [span for span in self.blocks if span not in seeing])
 
     @staticmethod
     def _lse(layer: AttentionInput, out: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Ulysses(Strategy):
         kv_heads = (gathered.shape[1] - share) // 2
         q, k, v = gathered.split([share, kv_heads, kv_heads], 1)
         attended = self.attention(layer, q, [Segment(k, v, causal=True)])
-        result = layer.settle(*attended, heads=slice(rank * share, (rank + 1) * share))
+        result = layer.settle(*attended, heads=slice(rank * share, (rank + 1) * share)).to(layer.q.dtype)
         mine = (len(self.blocks[0]), share, layer.q.shape[2])
         with timed("communication"):
             out[rows] = torch.cat(self.group.all_to_all(result.split(self._lengths), [mine] * size), 1)

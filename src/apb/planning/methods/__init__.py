@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import InputError
-from ..options import check, options_of, union
+from ..options import check, options_of, refuse_beside, union
 from .apb import APB
 from .base import SHORTEST_WORTH_CUTTING, Blockwise, Method
 from .full import Full
@@ -29,19 +29,11 @@ __all__ = [
     "Ulysses",
     "kv_heads_of",
     "make_method",
-    "method_named",
 ]
 
 METHODS: dict[str, type[Method]] = {kind.name: kind for kind in (Full, APB, Star, Ring, Ulysses, MInference)}
 # Every option of these methods by name.
 OPTIONS = union(METHODS.values())
-
-
-def method_named(name: str) -> type[Method]:
-    """The class of a strategy; InputError for an unknown name."""
-    if name not in METHODS:
-        raise InputError(f"Unknown strategy {name!r}; choose one of {', '.join(sorted(METHODS))}.")
-    return METHODS[name]
 
 
 def make_method(strategy: str | Method, options: Mapping[str, Any], compared: bool = False) -> Method:
@@ -62,13 +54,11 @@ def make_method(strategy: str | Method, options: Mapping[str, Any], compared: bo
     if unknown:
         raise InputError(f"Unknown option {unknown[0]!r}; strategies have {', '.join(OPTIONS)}.")
     if isinstance(strategy, Method):
-        if named:
-            raise InputError(
-                f"The option {next(iter(named))!r} was given beside a strategy object; "
-                f"give it to {type(strategy).__name__}(...) itself."
-            )
+        refuse_beside("strategy", strategy, named)
         return strategy
-    kind = method_named(strategy)
+    if strategy not in METHODS:
+        raise InputError(f"Unknown strategy {strategy!r}; choose one of {', '.join(sorted(METHODS))}.")
+    kind = METHODS[strategy]
     check(OPTIONS, named)
     known = {name: each for name, each in options_of(kind).items() if each.metadata["compared"] or not compared}
     return kind(**{name: value for name, value in named.items() if name in known})

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from ...errors import InputError
 from ..itinerary import Kind
-from ..options import check, option, options_of
+from ..options import Checked, option
 
 if TYPE_CHECKING:
     from ..network import Hosts, Sent
@@ -29,7 +29,7 @@ MERGING = 6
 
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Checked, ABC):
     """The planning side of a strategy; subclasses are frozen dataclasses whose fields are its options.
 
     An instance may leave options open (None). :meth:`settled` fills them in for a prompt, and a plan holds the settled
@@ -60,10 +60,6 @@ class Method(ABC):
     blocks = 1
     anchor_length = 0
     passing_length = 0
-
-    def __post_init__(self) -> None:
-        options = options_of(self)
-        check(options, {name: getattr(self, name) for name in options})
 
     # -- geometry ----------------------------------------------------------------------------------------------------
 
