@@ -198,6 +198,7 @@ class Engine:
             on_selection: called layer by layer with the pairs that each of this rank's blocks passes on.
         """
         plan = self.plan(prompt, max_new_tokens)
+        prompt = self.reading.arranged(prompt)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
         read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
@@ -236,6 +237,7 @@ class Engine:
         if self.group.size > 1:
             raise InputError(f"Looking into a prefill takes one rank, and there are {self.group.size}; use one.")
         plan = replace(self.plan(prompt), rounds=1)
+        prompt = self.reading.arranged(prompt)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         return plan, prefill.inspect(self._attachment, prompt, strategy, positions, look)
 
@@ -327,6 +329,7 @@ class Engine:
                 "exact": session.decoding.exact or share >= 1,
                 "share": share,
             },
+            prompt_tokens=session.plan.total,
             choice=session.plan.reason,
         )
 

@@ -133,6 +133,7 @@ def explain(
     check_passes(engine.reading.methods)
     if engine.group.size > 1:
         raise InputError(f"Explaining works on one rank, and there are {engine.group.size}; start one process.")
+    prompt = engine.reading.arranged(prompt)
     plan = engine.plan(prompt, max_new_tokens)
     check_plan(plan)
     tokenizer = engine.tokenizer

@@ -81,7 +81,8 @@ class Generation:
 
     ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill was that of full attention;
     ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
-    attended to; ``choice`` is the reason for the choice of the strategy "auto"; ``notes`` are sentences for the user.
+    attended to; ``prompt_tokens`` is the number of tokens read; ``choice`` is the reason for the choice of the strategy
+    "auto"; ``notes`` are sentences for the user.
     """
 
     text: str
@@ -94,12 +95,14 @@ class Generation:
     memory: dict[str, int]
     fingerprint: dict[str, str]
     decode: dict[str, Any]
+    prompt_tokens: int
     choice: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain Python values; ``choice`` and ``notes`` only if there are any."""
+        """All fields but ``prompt_tokens`` as plain Python values; ``choice`` and ``notes`` only if there are any."""
         fields = asdict(self)
+        del fields["prompt_tokens"]
         return {name: value for name, value in fields.items() if value or name not in ("choice", "notes")}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Separates the document from the question.
 _BLANK = "\n\n"
+# Characters of a document's beginning with which the text before it is encoded as it is before all of it.
+_ENOUGH = 64
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,23 @@ class Prompt:
     The model reads ``prefix + document + query`` at positions 0, 1, 2, ... These are the tokens that transformers makes
     of the whole text; a token that straddles a border of the document belongs to it. Documents, questions and system
     texts are plain text: names of control tokens in them, such as ``</s>``, do not become those tokens.
+
+    ``front`` replaces the prefix where the question is asked before the document too: the prefix, the question (without
+    what closes the turn) and an empty line. A prompt of tokens has the prefix and the whole query there.
     """
 
     prefix: tuple[int, ...]
     document: tuple[int, ...]
     query: tuple[int, ...]
+    front: tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.document:
             raise InputError("The document is empty; give a text with at least one token.")
         if not self.query:
             raise InputError("The query is empty; give the question to ask of the document.")
+        if not self.front:
+            object.__setattr__(self, "front", self.prefix + self.query)
 
     def __len__(self) -> int:
         return len(self.prefix) + len(self.document) + len(self.query)
@@ -43,6 +51,11 @@ class Prompt:
     def token_ids(self) -> tuple[int, ...]:
         """All token ids in the order in which an ordinary forward pass would read them."""
         return self.prefix + self.document + self.query
+
+    @property
+    def question_first(self) -> Prompt:
+        """This prompt with the question in front of the document as well; document and query keep their tokens."""
+        return replace(self, prefix=self.front)
 
     @classmethod
     def from_tokens(cls, prefix: Sequence[int], document: Sequence[int], query: Sequence[int]) -> Prompt:
@@ -62,7 +75,9 @@ class Prompt:
 
         _check_texts(document, query, answer_prefix)
         pieces = [Piece(document, "document"), Piece(_BLANK), Piece(query + answer_prefix, "query")]
-        return cls(*encode(tokenizer, pieces, special=True).around(0))
+        ahead = [Piece(query, "query"), Piece(_BLANK), Piece(document[:_ENOUGH], "document")]
+        front = encode(tokenizer, ahead, special=True).around(2)[0]
+        return cls(*encode(tokenizer, pieces, special=True).around(0), front)
 
     @classmethod
     def from_chat(
@@ -98,8 +113,11 @@ class Prompt:
         if system is not None:
             turns.insert(0, Turn("system", [Piece(system, "system text")]))
         pieces = [*rendered(tokenizer, template, turns), Piece(answer_prefix, "answer prefix")]
-        place = next(number for number, piece in enumerate(pieces) if piece.source == "document")
-        return cls(*encode(tokenizer, pieces, special=False, template=template).around(place))
+        place, text = next((number, piece.text) for number, piece in enumerate(pieces) if piece.source == "document")
+        question = next(piece for piece in pieces if piece.source == "query")
+        ahead = [*pieces[:place], question, Piece(_BLANK), Piece(text[:_ENOUGH], "document")]
+        front = encode(tokenizer, ahead, special=False, template=template).around(place + 2)[0]
+        return cls(*encode(tokenizer, pieces, special=False, template=template).around(place), front)
 
     @classmethod
     def for_model(

@@ -85,6 +85,10 @@ class Reading:
         methods = (make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
         return cls(tuple(methods), scorer, decoder, True, rounds, allow_extrapolation)
 
+    def arranged(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is read: with the question in front as well, if the strategy says so."""
+        return prompt.question_first if self.methods[0].question_first else prompt
+
     def plan(
         self,
         prompt: Prompt,
@@ -109,6 +113,7 @@ class Reading:
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit
 
+        prompt = self.arranged(prompt)
         lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
         shape = replace(model_shape(config).shared(tensor), split=split)
         plan = self.choose(lengths, ranks, shape, hardware)
@@ -124,7 +129,8 @@ class Reading:
             return plan if self.rounds is not None else in_rounds(plan, shape, hardware, self.compressor)
         if lengths[1] < SHORTEST_WORTH_CUTTING and ranks == 1:
             reason = f"the document has fewer than {SHORTEST_WORTH_CUTTING} tokens"
-            return replace(Plan.of_method(Full(), *lengths), reason=reason)
+            method = Full(question_first=self.methods[0].question_first)
+            return replace(Plan.of_method(method, *lengths), reason=reason)
         costs = []
         for method in self.methods:
             try:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from apb import Engine, Prompt
-from apb.evaluation.synthetic import Setting, evaluate
+from apb.evaluation.synthetic import NEEDLE_BUDGET, Setting, evaluate
 from apb.evaluation.tasks import generate
 from apb.hf.loading import load_model, load_tokenizer, shipped_model
 
@@ -61,7 +61,7 @@ def test_what_passing_is_for(needle):
         Setting.of("apb", blocks=8, passing_length=0),
         Setting.of("star", blocks=8, anchor_length=0),
     ]
-    passed, nothing, alone = evaluate(engine, ["headings"], [LENGTH], chosen, count=8, seed=6)
+    passed, nothing, alone = evaluate(engine, ["headings"], [LENGTH + NEEDLE_BUDGET], chosen, count=8, seed=6)
     engine.close()
     assert passed.score == 100.0
     assert nothing.score < 90.0

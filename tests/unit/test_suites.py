@@ -143,7 +143,7 @@ def test_own_questions(tmp_path: Path) -> None:
         {"document": "y", "query": "Who?", "answers": "a"},
     )
     skipped = Skipped()
-    first, second = jsonl.items(path, byte_tokenizer(), skipped, max_new_tokens=9)
+    first, second = jsonl.items(path, byte_tokenizer(), skipped)
     assert (first.task, first.length, first.answers, first.metric) == ("mine", 128, ("a", "7"), "words")
     assert (second.sample, second.answers) == ("3", ("a",))
     assert len(skipped.reasons) == 1
@@ -158,7 +158,7 @@ def test_lines_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_bytes(b"\n".join([*lines, good]))
     skipped = Skipped()
-    found = list(jsonl.items(path, byte_tokenizer(), skipped, max_new_tokens=9))
+    found = list(jsonl.items(path, byte_tokenizer(), skipped))
     assert [item.sample for item in found] == ["1", "8"]
     reasons = ("not UTF-8", "lone surrogate", "neither text", "neither text", "not UTF-8", "lone surrogate")
     for number, (reason, told) in enumerate(zip(reasons, skipped.reasons, strict=True), 2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +27,12 @@ Limit = Annotated[
     int | None, typer.Option("--length", help="Most tokens of prompt and answer: longer documents lose their middle.")
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens", help="Longest answer, in tokens, for all kinds of questions: more for models that think."
+    ),
+]
 Count = Annotated[int | None, typer.Option("--samples", help="Only the first so many of each task.")]
 
 
@@ -41,6 +47,7 @@ class Common:
 
     readings: options.Readings
     model: options.Model
+    max_new_tokens: Budget = None
     ranks: options.RankCount = None
     out: Annotated[
         Path | None,
@@ -123,15 +130,12 @@ def jsonl(
     data: Annotated[Path, typer.Option(help="JSONL file of document, query and answers.")],
     samples: Count = None,
     length: Limit = None,
-    max_new_tokens: options.MaxNewTokens = 64,
     common: Common,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
-    at_least("max_new_tokens", max_new_tokens, 1)
     if not data.is_file():
         raise InputError(f"The file {str(data)!r} does not exist; name a JSONL file of document, query and answers.")
-    chosen = {"data": str(data), "count": samples, "limit": length, "max_new_tokens": max_new_tokens}
-    _start("jsonl", chosen, common)
+    _start("jsonl", {"data": str(data), "count": samples, "limit": length}, common)
 
 
 def _path(path: Path | None) -> str | None:
@@ -145,7 +149,8 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
     from ..evaluation.synthetic import check_lengths
     from .checks import check_readings
 
-    for name, number in (("samples", samples["count"]), ("length", samples.get("limit"))):
+    limits = {"samples": samples["count"], "length": samples.get("limit"), "max_new_tokens": common.max_new_tokens}
+    for name, number in limits.items():
         if number is not None:
             at_least(name, number, 1)
     place, readings = check_readings(common.model, options.Ranks(common.ranks), common.readings)
@@ -153,6 +158,7 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
         Store(common.out).close()  # an invalid file fails before anything is loaded
     if suite == "synthetic":  # fail before hours are spent on the shorter lengths
         check_lengths(samples["lengths"], place.config)
+    samples["budget"] = common.max_new_tokens
     request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
     launch.run(run, place.processes, request)
 
@@ -172,8 +178,6 @@ def run(request: Request) -> None:
     first = engine.group.rank == 0
     skipped = Skipped()
     items, total = samples_of(request, engine, skipped)
-    for reason in skipped.reasons if first else ():
-        print(f"apb: {reason}", file=sys.stderr)
     store = Store(Path(request.out) if request.out and first else None)
     runner = Runner(engine, model_name(engine.model, request.loading["model"]), request.readings, store)
     done = 0
@@ -190,6 +194,10 @@ def run(request: Request) -> None:
     store.close()
     launch.leave()
     if first:
+        for reason in skipped.reasons:
+            print(f"apb: {reason}", file=sys.stderr)
+        if not records:
+            raise InputError("Not one sample could be made; ask for a greater length.")
         from .tables import print_results
 
         print_results(records, request.as_json, request.notes, len(skipped.reasons))
@@ -209,7 +217,8 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
         passages = None if wanted["passages"] is None else load_passages(Path(wanted["passages"]))
         cells = list(product(wanted["tasks"], wanted["lengths"]))
         count, seed = wanted["count"], wanted["seed"]
-        made = (synthetic.items(tokenizer, task, length, count, seed, passages) for task, length in cells)
+        rest = {"budget": wanted["budget"], "skipped": skipped}
+        made = (synthetic.items(tokenizer, task, length, count, seed, passages, **rest) for task, length in cells)
         return chain.from_iterable(made), len(cells) * count
     path = Path(wanted["data"])
     found: list[Item]
@@ -222,8 +231,9 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
         read = [infinitebench.items(files[task], task, skipped, wanted["limit"], wanted["count"]) for task in files]
         found = [item for part in read for item in part]
     else:
-        most, limit = wanted["max_new_tokens"], wanted["limit"]
-        found = list(jsonl.items(path, tokenizer, skipped, most, wanted["count"], limit))
+        found = list(jsonl.items(path, tokenizer, skipped, wanted["count"], wanted["limit"]))
+    if wanted["budget"] is not None:
+        found = [replace(item, max_new_tokens=wanted["budget"]) for item in found]
     if not found:
         reason = f": {skipped.reasons[0]}" if skipped.reasons else ""
         raise InputError(f"There is no sample in {str(path)!r}{reason}.")

@@ -111,7 +111,7 @@ def answer(request: Request) -> None:
         print(f"apb: {note}", file=sys.stderr)
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
-        f"read {len(request.prompt)} tokens in {result.timing['prefill_s']:.2f} s, "
+        f"read {result.prompt_tokens} tokens in {result.timing['prefill_s']:.2f} s, "
         f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
         file=sys.stderr,
     )

@@ -36,7 +36,7 @@ class Derived:
         for name, option in self.options.items():
             kind: Any = str if option.metadata["kind"] is Share else option.metadata["kind"]
             text = option.metadata["help"]
-            if option.default not in (MISSING, None, ""):
+            if option.default not in (MISSING, None, "", False):
                 text += f" By default {option.default}."
             if name in self.repeatable:
                 kind, text = GenericAlias(list, kind), f"{text.rstrip('.')}; repeatable."

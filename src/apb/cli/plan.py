@@ -95,7 +95,8 @@ def plan_of(strategy: str, length: int, ranks: int, given: dict[str, Any], round
     """The plan of a strategy; options apply to strategies that have them, rounds to those that read in rounds."""
     method = make_method(strategy, given, compared=True)
     taken = rounds if rounds is not None and method.in_rounds else 1
-    return Plan.of_method(method, 1, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, taken)
+    prefix = 1 + (QUERY_TOKENS if method.question_first else 0)
+    return Plan.of_method(method, prefix, length, QUERY_TOKENS, ranks if method.uses_ranks else 1, taken)
 
 
 def _row(

@@ -6,12 +6,24 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InputError
+
 if TYPE_CHECKING:
     from ..evaluation.records import Record
 
 
 def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], skipped: int) -> None:
-    """Print scores with their intervals, and the difference of every reading to a baseline on the same samples."""
+    """Print scores with their intervals, and the difference of every reading to a baseline on the same samples.
+
+    Raises:
+        InputError: there is not one answer.
+    """
+    failed = [record.error for record in records if record.error is not None]
+    if len(failed) == len(records):
+        raise InputError(f"No sample has an answer: {failed[0]}")
+    if failed:
+        print(f"apb: {len(failed)} samples have no answer and count as 0, the first: {failed[0]}", file=sys.stderr)
+
     from ..evaluation.statistics import cell, compare, grouped
 
     cells = [cell(group).to_dict() for group in grouped(records, lambda record: record.group).values()]
@@ -23,13 +35,15 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    columns = ("task", "length", "strategy", "compressor", "blocks", "samples", "score", "95 %", "prefill s")
+    columns = ("task", "length", "strategy", "question first", "compressor", "blocks", "samples", "score", "95 %",
+               "prefill s")  # fmt: skip
     table = Table(*columns)
     for row in cells:
         table.add_row(
             row["task"],
             f"{row['length']:,}",
             row["strategy"],
+            "yes" if row["question_first"] else "",
             row["compressor"] or "",
             str(row["blocks"]),
             str(row["samples"]),
@@ -40,12 +54,13 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
     console.print(table)
     if not differences:
         return
-    title = f"Difference to {differences[0]['baseline']}, same samples, mean over tasks"
-    table = Table("length", "reading", "tasks", "samples", "differ", "points", "95 %", title=title)
+    title = "Differences on the same samples, mean over tasks"
+    table = Table("length", "reading", "to", "tasks", "samples", "differ", "points", "95 %", title=title)
     for row in differences:
         table.add_row(
             f"{row['length']:,}",
             row["reading"],
+            row["baseline"],
             str(row["tasks"]),
             str(row["samples"]),
             str(row["differing"]),

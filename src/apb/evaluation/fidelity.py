@@ -112,6 +112,10 @@ def measure(
         seed: of the sampling.
         done: called after every prefill (one for each setting, and one in full).
     """
+    first = settings[0].method.question_first
+    if any(setting.method.question_first is not first for setting in settings):
+        raise InputError("Readings with and without the question in front have other rows; compare them apart.")
+    prompt = prompt.question_first if first else prompt
     positions = sample_rows(prompt, rows, seed)
     wanted = [*positions, len(prompt) - 1]
     sights, plans, predictions = [], [], []

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 
 from .items import Item, Skipped, answers_field, text_field
 
+BUDGET = 64
+"""Longest answer, in tokens."""
+
 
 def items(
     path: Path,
     tokenizer: PreTrainedTokenizerBase,
     skipped: Skipped,
-    max_new_tokens: int,
     count: int | None = None,
     limit: int | None = None,
 ) -> Iterator[Item]:
@@ -52,6 +54,6 @@ def items(
             query=query,
             answers=answers,
             metric="words",
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=BUDGET,
             limit=limit,
         )

@@ -42,23 +42,25 @@ def plots(summary: Summary) -> list[tuple[str, str]]:
         for table in summary.tables:
             figure = new_figure(figsize=(max(6.0, 1.2 + 1.3 * len(table.tasks)), 3.4), layout="constrained")
             by_task(figure, table, summary)
-            drawn.append((f"Accuracy by task, {place(table)}; bars: 95 % intervals", figure))
-        for suite in dict.fromkeys(table.suite for table in summary.tables):
-            tables = [table for table in summary.tables if table.suite == suite]
+            drawn.append((f"Accuracy by task, {place(table, summary)}; bars: 95 % intervals", figure))
+        for model, suite in dict.fromkeys((table.model, table.suite) for table in summary.tables):
+            tables = [table for table in summary.tables if (table.model, table.suite) == (model, suite)]
             if len(tables) > 1:
                 figure = new_figure(figsize=(6.4, 3.6), layout="constrained")
                 by_length(figure, tables, summary)
-                drawn.append((f"Mean accuracy of the tasks against length, {suite}", figure))
+                whose = f"{model}, " if len(summary.models) > 1 else ""
+                drawn.append((f"Mean accuracy of the tasks against length, {whose}{suite}", figure))
         for table in summary.tables:
             figure = new_figure(figsize=(6.4, 3.6), layout="constrained")
             if by_speed(figure, table, summary):
-                drawn.append((f"Mean accuracy of the tasks against speed of prefill, {place(table)}", figure))
+                drawn.append((f"Mean accuracy of the tasks against speed of prefill, {place(table, summary)}", figure))
         return [(caption, svg(figure, caption)) for caption, figure in drawn]
 
 
-def place(table: Table) -> str:
-    """Suite and length as text."""
-    return f"{table.suite}, {table.length:,} tokens"
+def place(table: Table, summary: Summary) -> str:
+    """Suite and length as text, and the model if there are several."""
+    model = f"{table.model}, " if len(summary.models) > 1 else ""
+    return f"{model}{table.suite}, {table.length:,} tokens"
 
 
 def look(summary: Summary, reading: str) -> tuple[str, str]:
@@ -106,7 +108,7 @@ def by_speed(figure: Figure, table: Table, summary: Summary) -> bool:
     drawn = False
     for speed in summary.speeds:
         average = table.average(speed.reading) if speed.reading in table.cells else None
-        if (speed.suite, speed.length) == (table.suite, table.length) and average is not None:
+        if speed.place == table.place and average is not None:
             colour, mark = look(summary, speed.reading)
             axes.scatter(speed.tokens_per_s, average, color=colour, marker=mark, label=speed.reading, zorder=3)
             drawn = True

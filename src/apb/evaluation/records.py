@@ -37,6 +37,7 @@ class Record:
         processes: number of runs that shared the machine; times measure speed only if it is 1.
         prediction, answers, score: the model's answer, the correct ones, and 0 to 100.
         seconds, prefill_s: of the whole answer, and of prefill alone.
+        error: why there is no answer, as a sentence; the score is then 0, and a resumed run tries again.
     """
 
     suite: str
@@ -63,6 +64,7 @@ class Record:
     score: float
     seconds: float
     prefill_s: float
+    error: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -91,7 +93,9 @@ class Record:
             if name in self.asked:
                 parts.append(f"{word} {self.asked[name]:,}" if self.asked[name] else f"no {word}")
         said = ("strategy", "compressor", "blocks", "anchor_length", "passing_length")
-        parts += [f"{name.replace('_', ' ')} {value}" for name, value in self.asked.items() if name not in said]
+        for name, value in self.asked.items():
+            if name not in said:
+                parts.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
         if self.heads and self.compressor:
             parts.append(self.heads)
         if self.ranks > 1:
@@ -122,11 +126,11 @@ def _several(value: Any) -> bool:
 
 def record_of(values: Any) -> Record:
     """The record of a parsed line; ValueError if a field is missing, unknown, or of another type."""
-    if not isinstance(values, dict) or set(values) != set(_FIELDS):
+    if not isinstance(values, dict) or set(values) | {"error"} != set(_FIELDS):  # older records have no "error"
         raise ValueError("not the fields of a record")
-    for name, fits in _FIELDS.items():
-        if not fits(values[name]):
-            raise ValueError(f"the field {name!r} cannot be {values[name]!r}")
+    for name, value in values.items():
+        if not _FIELDS[name](value):
+            raise ValueError(f"the field {name!r} cannot be {value!r}")
     return Record(**{**values, "answers": tuple(values["answers"])})
 
 
@@ -192,19 +196,22 @@ class Store:
         return iter(self._records.values())
 
     def get(self, key: tuple[Any, ...]) -> Record | None:
-        """The record of that key, from this run or another one that writes to the file; None if there is none."""
+        """The answer of that key, from this run or another one that writes to the file; None if there is none."""
         if key not in self._records and self._file is not None and os.fstat(self._file.fileno()).st_size > self._seen:
             with self._turn():
                 pass
-        return self._records.get(key)
+        return self._records[key] if self._answered(key) else None
+
+    def _answered(self, key: tuple[Any, ...]) -> bool:
+        return key in self._records and self._records[key].error is None
 
     def add(self, record: Record) -> None:
-        """Keep a record, unless another run has added one of its key by now; on disk when this returns."""
+        """Keep a record, unless another run has added an answer of its key by now; on disk when this returns."""
         if self._file is None:
             self._records[record.key] = record
             return
         with self._turn() as file:
-            if record.key not in self._records:
+            if not self._answered(record.key):
                 line = record.line().encode()
                 left = memoryview(line)
                 while left:
@@ -233,7 +240,8 @@ class Store:
                 if not line.endswith(b"\n"):
                     self._file.write(b"\n")
                     self._seen += 1
-                self._records.setdefault(record.key, record)
+                if not self._answered(record.key):
+                    self._records[record.key] = record
                 self._lines, self._seen = self._lines + 1, self._seen + len(line)
             yield self._file
         finally:

@@ -7,7 +7,7 @@ from html import escape
 
 from .plots import place, plots
 from .statistics import Cell, Difference
-from .summary import Summary, Table
+from .summary import Comparison, Summary, Table
 
 TITLE = "apb: accuracy of every way to read"
 STYLE = """
@@ -44,11 +44,13 @@ def html(summary: Summary, sources: list[str]) -> str:
     parts = [f"<h1>{escape(TITLE)}</h1>", *(f"<p>{escape(line)}</p>" for line in about(summary, sources))]
     drawn = plots(summary)
     for table in summary.tables:
-        parts.append(f"<h2>{escape(place(table))}</h2>")
+        parts.append(f"<h2>{escape(place(table, summary))}</h2>")
+        parts.append(html_table(*overview(table, summary)))
         parts.append(html_table(*scores(table), mark=best_marks(table)))
-        if table.differences:
-            parts.append(f"<p>Difference to {escape(table.baseline)}, in points:</p>")
-            parts.append(html_table(*differences(table), mark=sign_marks(table)))
+        for one in table.comparisons:
+            if one.whole:
+                parts.append(f"<p>Difference to {escape(one.baseline)}, in points:</p>")
+                parts.append(html_table(*differences(table, one), mark=sign_marks(table, one)))
     parts.append("<h2>Plots</h2>")
     parts += [f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>" for caption, svg in drawn]
     if summary.speeds:
@@ -70,9 +72,11 @@ def markdown(summary: Summary, sources: list[str]) -> str:
     """The report's tables as Markdown."""
     parts = [f"# {TITLE}", *about(summary, sources)]
     for table in summary.tables:
-        parts += [f"## {place(table)}", markdown_table(*scores(table))]
-        if table.differences:
-            parts += [f"Difference to {table.baseline}, in points:", markdown_table(*differences(table))]
+        parts += [f"## {place(table, summary)}", markdown_table(*overview(table, summary))]
+        parts.append(markdown_table(*scores(table)))
+        for one in table.comparisons:
+            if one.whole:
+                parts += [f"Difference to {one.baseline}, in points:", markdown_table(*differences(table, one))]
     if summary.speeds:
         parts += ["## Speed of prefill", markdown_table(*speeds(summary))]
     return "\n\n".join([*parts, "## How to read this", *NOTES]) + "\n"
@@ -110,11 +114,30 @@ def score(cell: Cell | None, with_count: bool) -> tuple[str, str]:
     return f"{cell.score:.1f}", f"{low:.1f} to {high:.1f}" + (f", n {cell.samples}" if with_count else "")
 
 
-def differences(table: Table) -> Content:
-    """Differences to the baseline, per task and over all tasks."""
+def overview(table: Table, summary: Summary) -> Content:
+    """Averages over the tasks, their differences to the baselines, and seconds of prefill where they are known."""
+    seconds = {speed.reading: speed for speed in summary.speeds if speed.place == table.place}
+    compared = [one for one in table.comparisons if one.whole]
     rows = []
-    for reading, whole in table.differences.items():
-        found = [table.by_task[reading].get(task) for task in table.tasks]
+    for reading in table.cells:
+        average = table.average(reading)
+        figures = [("" if average is None else f"{average:.1f}", "")]
+        for one in compared:
+            whole = one.whole.get(reading)
+            figures.append(points(whole if whole and whole.tasks == len(table.tasks) else None))
+        if seconds:
+            speed = seconds.get(reading)
+            figures.append((f"{speed.seconds:.3f}", f"n {speed.samples}") if speed else ("", ""))
+        rows.append((reading, figures))
+    heads = [f"{len(table.tasks)} tasks", "average", *(f"to {one.baseline}" for one in compared)]
+    return heads + (["prefill s, median"] if seconds else []), rows
+
+
+def differences(table: Table, compared: Comparison) -> Content:
+    """Differences to a baseline, per task and over all tasks."""
+    rows = []
+    for reading, whole in compared.whole.items():
+        found = [compared.by_task[reading].get(task) for task in table.tasks]
         rows.append((reading, [points(one) for one in [*found, whole if whole.tasks == len(table.tasks) else None]]))
     return ["", *table.tasks, "average"], rows
 
@@ -128,14 +151,16 @@ def points(one: Difference | None) -> tuple[str, str]:
 
 
 def speeds(summary: Summary) -> Content:
-    """Median tokens per second, one column per suite and length."""
-    columns = sorted({(speed.suite, speed.length) for speed in summary.speeds})
-    known = {(speed.reading, speed.suite, speed.length): speed for speed in summary.speeds}
+    """Median tokens per second, one column per suite and length, and model if there are several."""
+    columns = sorted({speed.place for speed in summary.speeds})
+    known = {(speed.reading, speed.place): speed for speed in summary.speeds}
     rows = []
     for reading in dict.fromkeys(speed.reading for speed in summary.speeds):
-        row = [known.get((reading, *column)) for column in columns]
+        row = [known.get((reading, column)) for column in columns]
         rows.append((reading, [(f"{one.tokens_per_s:,.0f}", f"n {one.samples}") if one else ("", "") for one in row]))
-    return ["tokens/s, median", *(f"{suite} {length:,}" for suite, length in columns)], rows
+    several = len(summary.models) > 1
+    names = [f"{f'{model} ' if several else ''}{suite} {length:,}" for model, suite, length in columns]
+    return ["tokens/s, median", *names], rows
 
 
 Mark = Callable[[int, int], str]
@@ -157,14 +182,14 @@ def best_marks(table: Table) -> Mark:
     return mark
 
 
-def sign_marks(table: Table) -> Mark:
+def sign_marks(table: Table, compared: Comparison) -> Mark:
     """Mark a difference if its interval does not contain 0."""
-    readings = list(table.differences)
+    readings = list(compared.whole)
 
     def mark(row: int, column: int) -> str:
         reading = readings[row]
         whole = column == len(table.tasks)
-        one = table.differences[reading] if whole else table.by_task[reading].get(table.tasks[column])
+        one = compared.whole[reading] if whole else compared.by_task[reading].get(table.tasks[column])
         if one is None or one.interval[0] <= 0 <= one.interval[1] or (whole and one.tasks < len(table.tasks)):
             return ""
         return "better" if one.difference > 0 else "worse"

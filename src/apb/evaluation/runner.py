@@ -11,8 +11,9 @@ from functools import cache
 import torch
 
 from ..engine import Engine
-from ..errors import InputError
+from ..errors import InputError, NotFinite, unexpected
 from ..hardware import device_name
+from ..hf.sampling import ends_turn
 from ..prompt import Prompt
 from .items import Item, prompt_hash
 from .records import Record, Store, file_name
@@ -46,6 +47,7 @@ class Runner:
             raise InputError("Evaluation needs a tokenizer; give one to Engine.from_model.")
         self.tokenizer = self.engine.tokenizer
         self._heads = cache(file_name)
+        self._ends = ends_turn(self.engine.model, self.tokenizer)
 
     def run(self, items: Iterable[Item], done: Callable[[], None] | None = None) -> Iterator[list[Record]]:
         """Yield every item's records in the order of the settings on rank 0, and empty lists on the others.
@@ -57,38 +59,42 @@ class Runner:
         with ExitStack() as open_engines:
             engines = [open_engines.enter_context(closing(setting.engine(self.engine))) for setting in self.settings]
             for item in items:
-                prompt = item.prompt(self.tokenizer)
-                name = prompt_hash(prompt)
+                prompt = self._prompt(item)
                 records = []
                 for setting, engine in zip(self.settings, engines, strict=True):
-                    record = self._answer(item, prompt, name, setting, engine)
+                    record = self._answer(item, prompt, setting, engine)
                     if record is not None:
                         records.append(record)
                     if done is not None:
                         done()
                 yield records
 
-    def _answer(self, item: Item, prompt: Prompt, name: str, setting: Setting, engine: Engine) -> Record | None:
-        """The record of an answer, from the store or new; None on ranks other than 0."""
+    def _prompt(self, item: Item) -> Prompt | InputError:
+        try:
+            return item.prompt(self.tokenizer)
+        except InputError as error:
+            return error
+
+    def _answer(self, item: Item, prompt: Prompt | InputError, setting: Setting, engine: Engine) -> Record | None:
+        """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0."""
         group = engine.group
-        plan = engine.plan(prompt, item.max_new_tokens)
         blank = Record(
             suite=item.suite,
             task=item.task,
             length=item.length,
             sample=item.sample,
-            prompt=name,
-            prompt_tokens=len(prompt),
+            prompt="",
+            prompt_tokens=0,
             model=self.model,
             asked=setting.asked,
             strategy=setting.strategy,
-            compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
-            heads=self._heads(setting.heads) if plan.passing_length else None,
-            blocks=plan.blocks,
-            anchor_length=plan.anchor_length,
-            passing_length=plan.passing_length,
+            compressor=None,
+            heads=None,
+            blocks=0,
+            anchor_length=0,
+            passing_length=0,
             ranks=group.size,
-            exact=plan.exact and setting.decoding.exact,
+            exact=False,
             device=device_name(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
             processes=self.processes,
@@ -98,22 +104,43 @@ class Runner:
             seconds=0.0,
             prefill_s=0.0,
         )
-        known = self.store.get(blank.key)
-        # Only rank 0 has the file, and all ranks must take the same branch.
-        told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
-        if group.broadcast(told).item():
-            return known
-        start = time.perf_counter()
-        result = engine.generate(prompt, max_new_tokens=item.max_new_tokens)
-        seconds = time.perf_counter() - start
+        try:
+            if isinstance(prompt, InputError):
+                raise prompt
+            blank = replace(blank, prompt=prompt_hash(prompt), prompt_tokens=len(engine.reading.arranged(prompt)))
+            plan = engine.plan(prompt, item.max_new_tokens)
+            blank = replace(
+                blank,
+                compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
+                heads=self._heads(setting.heads) if plan.passing_length else None,
+                blocks=plan.blocks,
+                anchor_length=plan.anchor_length,
+                passing_length=plan.passing_length,
+                exact=plan.exact and setting.decoding.exact,
+            )
+            known = self.store.get(blank.key)
+            # Only rank 0 has the file, and all ranks must take the same branch.
+            told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
+            if group.broadcast(told).item():
+                return known
+            start = time.perf_counter()
+            result = engine.generate(prompt, max_new_tokens=item.max_new_tokens, stopping_criteria=self._ends)
+            seconds = time.perf_counter() - start
+        except (InputError, NotFinite) as error:  # raised on all ranks
+            record = replace(blank, error=str(error))
+        except torch.OutOfMemoryError as error:
+            if engine.mesh.everyone.size > 1:
+                raise
+            record = replace(blank, error=unexpected(error))
+        else:
+            record = replace(
+                blank,
+                prediction=result.text,
+                score=METRICS[item.metric](result.text, item.answers),
+                seconds=round(seconds, 6),
+                prefill_s=round(result.timing["prefill_s"], 6),
+            )
         if group.rank:
             return None
-        record = replace(
-            blank,
-            prediction=result.text,
-            score=METRICS[item.metric](result.text, item.answers),
-            seconds=round(seconds, 6),
-            prefill_s=round(result.timing["prefill_s"], 6),
-        )
         self.store.add(record)
         return record

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import numpy
@@ -32,7 +33,10 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table: the mean score, 0 to 100, of one task, length and reading, with the plan's numbers."""
+    """One cell of the table: the mean score, 0 to 100, of one task, length and reading, with the plan's numbers.
+
+    Samples without an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
+    """
 
     suite: str
     task: str
@@ -45,7 +49,9 @@ class Cell:
     anchor_length: int
     passing_length: int
     ranks: int
+    question_first: bool
     samples: int
+    failed: int
     score: float
     interval: tuple[float, float]
     prefill_s: float
@@ -71,7 +77,9 @@ def cell(records: Sequence[Record]) -> Cell:
         first.anchor_length,
         first.passing_length,
         first.ranks,
+        bool(first.asked.get("question_first")),
         count,
+        sum(record.error is not None for record in records),
         mean,
         interval(mean, count),
         sum(record.prefill_s for record in records) / count,
@@ -136,22 +144,21 @@ def grouped(records: Iterable[Record], by: Callable[[Record], Any]) -> dict[Any,
     return groups
 
 
-def baseline_of(readings: Iterable[str]) -> str:
-    """Name of the reading that the others are compared with: full attention if present, else the first."""
+def baselines(readings: Iterable[str]) -> list[str]:
+    """Names of the readings that the others are compared with: those of full attention if any, else the first."""
     names = list(readings)
-    return next((name for name in names if name.startswith("full")), names[0])
+    return [name for name in names if name.startswith("full")] or names[:1]
 
 
 def compare(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Differences to a baseline (:func:`baseline_of`) per suite, length and reading.
+    """Differences to each baseline (:func:`baselines`) per suite, length and reading.
 
     Each is a :class:`Difference` as plain values, plus ``suite``, ``length``, ``reading`` and ``baseline``.
     """
     rows = []
     for (suite, length), part in grouped(records, lambda record: (record.suite, record.length)).items():
         readings = grouped(part, lambda record: record.reading_name)
-        baseline = baseline_of(readings)
-        for name, group in readings.items():
+        for baseline, (name, group) in product(baselines(readings), readings.items()):
             found = difference(group, readings[baseline]) if name != baseline else None
             if found is not None:
                 where = {"suite": suite, "length": length, "reading": name, "baseline": baseline}

@@ -13,18 +13,27 @@ if TYPE_CHECKING:
 from ..engine import Engine
 from ..errors import InputError
 from ..hf.loading import position_limit
-from .items import Item
+from ..prompt import Prompt
+from .items import Item, Skipped
 from .records import Store
 from .runner import Runner
 from .settings import Setting, settings
 from .statistics import Cell, cell
-from .tasks import SHORTEST, TASKS, generate
+from .tasks import SHORTEST, TASKS, Question, TaskError, generate
 from .tasks.passages import Passages
 
 __all__ = ["Setting", "check", "check_lengths", "evaluate", "items", "settings"]
 
-# Tokens that a model may generate beyond the length of the expected answer.
-_SPARE_TOKENS = 8
+NEEDLE_BUDGET = 128
+"""Longest answer, in tokens, of the kinds that are not in :data:`BUDGETS`: RULER's for needles."""
+BUDGETS = {"variable_tracking": 30, "common_words": 120, "frequent_words": 50, "qa": 32}
+"""RULER's longest answers, in tokens, of the other kinds."""
+# RULER's limits for lists presuppose that the answer begins with the list, so chat models are given its beginning.
+_BEGINNINGS = {
+    "variable_tracking": "The variables are:",
+    "common_words": "The ten most common words are:",
+    "frequent_words": "The three most frequent code words are:",
+}
 # Samples of different base seeds do not overlap if fewer than this many are drawn.
 _SEED_STRIDE = 1_000_000
 
@@ -65,15 +74,43 @@ def items(
     seed: int,
     passages: Passages | None = None,
     first: int = 0,
+    *,
+    budget: int | None = None,
+    skipped: Skipped | None = None,
 ) -> Iterator[Item]:
-    """Yield samples ``first`` to ``first + count - 1`` of a task, of ``length`` tokens including room for the answer.
+    """Yield samples ``first`` to ``first + count - 1`` of a task, of at most ``length`` tokens.
 
-    The same arguments give the same samples on every machine.
+    Everything counts: the chat template, the document, the question behind and in front of it (whether a reading asks
+    it there or not, so that all readings get the same samples), the answer's beginning and its budget. The same
+    arguments give the same samples on every machine.
+
+    Args:
+        tokenizer: the model's.
+        task, length, count, seed, first: as above.
+        passages: for the task qa.
+        budget: longest answer, in tokens; RULER's for the task if left out.
+        skipped: takes a sentence on the samples that cannot be made, which are then left out.
+
+    Raises:
+        TaskError: a sample cannot be made, and ``skipped`` is left out.
     """
+    budget = BUDGETS.get(task, NEEDLE_BUDGET) if budget is None else budget
+    beginning = _BEGINNINGS.get(task, "") if tokenizer.chat_template is not None else ""
+
+    def measure(document: str, question: Question) -> int:
+        prompt = Prompt.for_model(tokenizer, document or ".", question.text, answer_prefix=beginning)
+        return len(prompt.question_first) + budget
+
+    failed: list[TaskError] = []
     for number in range(first, first + count):
         options: dict[str, Any] = {"passages": passages, "number": number} if task == "qa" else {}
-        sample = generate(task, tokenizer, length, seed * _SEED_STRIDE + number, **options)
-        room = len(tokenizer(sample.answer, add_special_tokens=False)["input_ids"]) + _SPARE_TOKENS
+        try:
+            sample = generate(task, tokenizer, length, seed * _SEED_STRIDE + number, measure, **options)
+        except TaskError as error:
+            if skipped is None:
+                raise
+            failed.append(error)
+            continue
         yield Item(
             suite="synthetic",
             task=task,
@@ -83,8 +120,12 @@ def items(
             query=sample.query,
             answers=sample.answers,
             metric="ruler_part" if task == "qa" else "words",
-            max_new_tokens=room,
+            max_new_tokens=budget,
+            answer_prefix=beginning,
         )
+    if failed and skipped is not None:
+        samples = f"{len(failed)} of {count} samples" if count > 1 else "the sample"
+        skipped.reasons.append(f"{samples} of {task} at {length:,} tokens were left out: {failed[0]}")
 
 
 def evaluate(

@@ -63,6 +63,25 @@ def template_of(tokenizer: PreTrainedTokenizerBase, asked: str | Path | None = N
         ) from error
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The control token with which the tokenizer's chat template closes the assistant's turn; None if there is none.
+
+    A checkpoint's generation configuration may lack it; an answer ends there nevertheless.
+    """
+    template = template_of(tokenizer)
+    if template is None:
+        return None
+    mark = f"{secrets.randbelow(10**20) + 10**20}"
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
+    try:
+        text = str(tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False))
+    except Exception:  # a template is code and may fail in any way: then its end of turn is unknown
+        return None
+    control = {name: number for number, name in control_tokens(tokenizer, template).items()}
+    found = any_of(control).match(text.rpartition(mark)[2].lstrip())
+    return control[found[0]] if found else None
+
+
 def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:
     """A template's output for a chat, up to the beginning of the assistant's turn, in pieces.
 

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
 
 from ..errors import InputError, first_line
+from .chat import end_of_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +46,12 @@ _CALLERS: dict[str, tuple[Any, ...]] = {
     "top_k": (None, 0),
     "top_p": (None, 1),
 }
+
+
+def ends_turn(model: Any, tokenizer: PreTrainedTokenizerBase) -> StoppingCriteriaList | None:
+    """Ends an answer at the end of the assistant's turn; None where the model's own settings already do."""
+    token = end_of_turn(tokenizer)
+    return None if token is None or token in eos_ids(model) else StoppingCriteriaList([EosTokenCriteria(token)])
 
 
 def eos_ids(model: Any) -> list[int]:

@@ -13,17 +13,27 @@ from typing import Any
 from ..errors import InputError, at_least
 
 
-def option(default: Any, help: str, *, least: int | None = None, kind: type = int, compared: bool = True) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: int | None = None,
+    kind: type = int,
+    compared: bool = True,
+    keyword: bool = False,
+) -> Any:
     """A dataclass field that is an option.
 
     Args:
         default: the value where the user gives none; None leaves the choice to the plan.
         help: one sentence for ``--help``.
         least: the smallest value allowed, for whole numbers.
-        kind: the type on the command line: int, float, str, or :class:`Share`.
+        kind: the type on the command line: int, float, str, bool (a flag), or :class:`Share`.
         compared: False keeps it out of commands that give one set of options to several strategies side by side.
+        keyword: True for a field that all subclasses have, which would otherwise come before their own.
     """
-    return field(default=default, metadata={"help": help, "least": least, "kind": kind, "compared": compared})
+    metadata = {"help": help, "least": least, "kind": kind, "compared": compared}
+    return field(default=default, metadata=metadata, kw_only=keyword)
 
 
 class Share:

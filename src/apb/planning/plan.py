@@ -227,7 +227,7 @@ class Plan:
             yield from (span for span in self.spans(rank, round) if span.kind is not Kind.QUERY)
 
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them, followed by the strategy's other options."""
+        """The plan's numbers, as the command line prints them, and the strategy's other options, except flags not set."""
         numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,
@@ -237,7 +237,8 @@ class Plan:
             "document_tokens": self.document,
             "query_tokens": self.query,
         }
-        return numbers | {name: getattr(self.method, name) for name in options_of(self.method) if name not in numbers}
+        others = {name: getattr(self.method, name) for name in options_of(self.method) if name not in numbers}
+        return numbers | {name: value for name, value in others.items() if value is not False}
 
 
 @lru_cache(maxsize=8)  # asked for by every rank of a plan

@@ -52,9 +52,9 @@ class Metrics:
         waiting = Gauge("apb_waiting_requests", "Requests in the queue.", registry=registry)
         waiting.set_function(lambda: worker.waiting)
 
-    def count(self, prompt: Prompt, result: Generation) -> None:
+    def count(self, result: Generation) -> None:
         """Record an answered request."""
-        self.prompt.inc(len(prompt))
+        self.prompt.inc(result.prompt_tokens)
         self.answer.inc(len(result.token_ids))
         self.prefill.observe(result.timing["prefill_s"])
         self.decode.observe(result.timing["decode_s"])
@@ -116,7 +116,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
         job = Job(prompt, sampling, lambda event: _tell(loop, events, event))
         if not worker.submit(job):
             raise Refusal(503, f"{worker.waiting} requests are waiting; try again later.", "server_error", "overloaded")
-        reply = Reply(name, prompt)
+        reply = Reply(name)
         if body.stream:
             usage = body.stream_options is not None and body.stream_options.include_usage
             pieces = _streamed(job, events, reply, metrics, usage)
@@ -125,7 +125,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
             result = await _result(events, request)
         finally:
             job.cancelled.set()
-        metrics.count(prompt, result)
+        metrics.count(result)
         return JSONResponse(reply.whole(result))
 
     @app.get("/v1/models")
@@ -168,8 +168,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
 class Reply:
     """Response bodies of one answer."""
 
-    def __init__(self, model: str, prompt: Prompt) -> None:
-        self._prompt = prompt
+    def __init__(self, model: str) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, result: Generation) -> dict[str, Any]:
@@ -190,7 +189,7 @@ class Reply:
 
     def figures(self, result: Generation) -> dict[str, Any]:
         """Token usage, and under "apb" how the prompt was read and the answer decoded, whether exactly, and notes."""
-        read, written = len(self._prompt), len(result.token_ids)
+        read, written = result.prompt_tokens, len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
         kept = ("strategy", "exact", "plan", "timing", "decode", "choice", "notes")
         return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
@@ -239,7 +238,7 @@ async def _streamed(
                     told = time.monotonic()
                     yield f": {read}\n\n"
             elif isinstance(event, Generation):
-                metrics.count(job.prompt, event)
+                metrics.count(event)
                 yield reply.chunk({}, event.finish_reason, apb=reply.figures(event)["apb"])
                 if usage:
                     yield reply.usage(event)

@@ -2,6 +2,17 @@
 
 from .base import QUERY_START, SHORTEST, TASKS, TAUGHT, Sample, generate, score
 from .filler import FILLERS
-from .material import TaskError
+from .material import Question, TaskError
 
-__all__ = ["FILLERS", "QUERY_START", "SHORTEST", "TASKS", "TAUGHT", "Sample", "TaskError", "generate", "score"]
+__all__ = [
+    "FILLERS",
+    "QUERY_START",
+    "SHORTEST",
+    "TASKS",
+    "TAUGHT",
+    "Question",
+    "Sample",
+    "TaskError",
+    "generate",
+    "score",
+]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from random import Random
 from typing import Any
 
@@ -58,6 +59,9 @@ TASKS: dict[str, Builder] = {
 }
 """Builders of all task kinds by name; `qa` needs the option `passages`."""
 
+Measure = Callable[[str, Question], int]
+"""(document, question) -> number of tokens of a whole sample."""
+
 QUERY_START = "\n\n"
 """Separator between the document and the question."""
 
@@ -87,9 +91,11 @@ def size(text: str, tokenizer: Tokenizer) -> int:
     return len(tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
 
-def size_of_ends(question: Question, tokenizer: Tokenizer) -> int:
-    """Number of tokens of a question, its answers and EOS."""
-    return size(QUERY_START + question.text, tokenizer) + size(" " + ", ".join(question.answers), tokenizer) + 1
+def plain_size(tokenizer: Tokenizer, document: str, question: Question) -> int:
+    """Number of tokens of BOS, if the tokenizer has it, a document, a question, its answers and EOS."""
+    prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
+    answers = size(" " + ", ".join(question.answers), tokenizer)
+    return prefix + size(document, tokenizer) + size(QUERY_START + question.text, tokenizer) + answers + 1
 
 
 @lru_cache(maxsize=4)
@@ -107,7 +113,9 @@ def arrange(material: Material, rng: Random, room: int, encoder: Encoder) -> str
     return "".join(weave(material.facts, sentences, rng, room, encoder))
 
 
-def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options: Any) -> Sample:
+def generate(
+    task: str, tokenizer: Tokenizer, length: int, seed: int, measure: Measure | None = None, **options: Any
+) -> Sample:
     """Generate a sample of `length` tokens: prefix (BOS), document, query, and room for the answer and EOS.
 
     The sample never has more tokens than that, and at most about one percent fewer. It depends on the arguments alone.
@@ -117,6 +125,8 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
         tokenizer: anything with `encode(text, add_special_tokens=False)`.
         length: total number of tokens.
         seed: the same seed gives the same sample.
+        measure: the number of tokens of a document (which may be empty) with a question and all that goes with them,
+            if they are not read as above, as with a chat template.
         options: options of the task's builder, e.g. `distractor_needles`, `hops`, `haystack`.
 
     Raises:
@@ -129,20 +139,20 @@ def generate(task: str, tokenizer: Tokenizer, length: int, seed: int, **options:
     if options.get("haystack") not in (None, *FILLERS):
         raise TaskError(f"There is no haystack {options['haystack']!r}: choose one of {', '.join(FILLERS)}.")
     encoder = encoder_of(tokenizer)
-    prefix = 0 if getattr(tokenizer, "bos_token_id", None) is None else 1
+    measure = measure or partial(plain_size, tokenizer)
     goal, made = length, None
     for _ in range(8):
         # Counts by segment are exact for word-level tokenizers; for others the goal is corrected by the true count.
         rng = Random(f"{task} {seed}")
         material = TASKS[task](rng, goal - 64, encoder, **options)
         question = material.questions[0]
-        ends = size_of_ends(question, tokenizer)
+        room = goal - measure("", question)
         if material.body is not None:
             rng = Random(f"{task} {seed}")
-            material = TASKS[task](rng, goal - prefix - ends, encoder, **options)
+            material = TASKS[task](rng, room, encoder, **options)
             question = material.questions[0]
-        document = arrange(material, rng, goal - prefix - ends, encoder)
-        total = prefix + size(document, tokenizer) + size_of_ends(question, tokenizer)
+        document = arrange(material, rng, room, encoder)
+        total = measure(document, question)
         if total <= length:
             made = Sample(task, document, question.text, question.answers, seed, total)
         if 0.988 * length <= total <= length:

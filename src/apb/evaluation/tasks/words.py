@@ -69,7 +69,8 @@ def frequent_words(
     slots = room / mean_size(encoder)
     words = rng.sample(CODES, min(distinct, max(answers + 4, int(slots / 6))))
     weights = [(rank + 1) ** -alpha for rank in range(len(words))]
-    scale = slots / sum(weights)
+    sizes = [len(encoder.ids(word)) for word in words]
+    scale = room / sum(weight * size for weight, size in zip(weights, sizes, strict=True))
     counts = {word: max(1, int(weight * scale)) for word, weight in zip(words, weights, strict=True)}
     trim(counts, words[answers + 1 :], room, encoder)
     counts = dict(sorted(counts.items(), key=lambda item: -item[1]))

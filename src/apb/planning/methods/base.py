@@ -46,6 +46,7 @@ class Method(Checked, ABC):
         blocks: number of blocks, if the method leaves the choice to the user.
         anchor_length: tokens of the anchor in front of every block but the first.
         passing_length: key/value pairs per KV head that a block passes on to later blocks, at most.
+        question_first: True if the question is asked before the document as well, as part of the prefix.
     """
 
     name: ClassVar[str]
@@ -55,6 +56,10 @@ class Method(Checked, ABC):
     overlaps: ClassVar[bool] = False
     uses_ranks: ClassVar[bool] = True
     passes: ClassVar[bool] = False
+
+    question_first: bool = option(
+        False, "Ask the question before the document as well as after it.", kind=bool, keyword=True
+    )
 
     # Options of some methods; these stand for them in the others.
     blocks = 1

@@ -62,4 +62,4 @@ class MInference(Method):
 
     def on_ranks(self, ranks: int) -> Method:
         """See :meth:`Method.on_ranks`."""
-        return Ring()
+        return Ring(question_first=self.question_first)
