@@ -23,15 +23,15 @@ def pool(model: str, jobs: int, threads: int = 1) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(jobs, context, _take_place, (model, places, threads))
 
 
-def start(model: str, device: str, threads: int = 1) -> None:
-    """Load the model in this process."""
+def start(model: str, device: str, threads: int = 1, fused: bool | None = False) -> None:
+    """Load the model in this process; ``fused`` as in :meth:`apb.Engine.from_model`."""
     import torch
 
     from apb.engine import Engine
 
     global _engine  # noqa: PLW0603  # one model per process, for all its tasks
     torch.set_num_threads(threads)
-    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=False)
+    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=fused)
 
 
 def engine() -> Engine:

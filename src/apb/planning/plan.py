@@ -227,7 +227,7 @@ class Plan:
             yield from (span for span in self.spans(rank, round) if span.kind is not Kind.QUERY)
 
     def to_dict(self) -> dict[str, int]:
-        """The plan's numbers, as the command line prints them, and the strategy's other options, except flags not set."""
+        """The plan's numbers, as the command line prints them, and the strategy's other options that are set."""
         numbers = {
             "blocks": self.blocks,
             "ranks": self.ranks,
