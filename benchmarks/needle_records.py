@@ -14,12 +14,11 @@ import argparse
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import engines
+from answering import Unit, answer, remaining, run
 
 from apb.evaluation.settings import Setting
 
@@ -34,17 +33,6 @@ BLOCKS = (8, 4)
 NEED_EARLIER = ("headings",)
 # Answers by a single process, per length and reading, after one that is not counted.
 TIMED = 3
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Some samples of one task and length, and the settings that read them."""
-
-    task: str
-    length: int
-    settings: tuple[Setting, ...]
-    first: int
-    count: int
 
 
 def readings(task: str, heads: str | None) -> list[Setting]:
@@ -72,7 +60,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                     # Few readings per unit, so that the processes finish together.
                     for start in range(0, len(chosen), 5):
                         count = min(arguments.shard, arguments.samples - first)
-                        yield Unit(task, length, tuple(chosen[start : start + 5]), first, count)
+                        yield Unit(task, length, tuple(chosen[start : start + 5]), FIRST_SEED, first, count)
 
 
 def described(task: str, length: int, setting: Setting) -> str:
@@ -82,40 +70,13 @@ def described(task: str, length: int, setting: Setting) -> str:
     )
 
 
-def answer(unit: Unit, processes: int) -> list[Record]:
-    """The records of a unit."""
-    from apb.evaluation.records import Store, model_name
-    from apb.evaluation.runner import Runner
-    from apb.evaluation.synthetic import items
-
-    engine = engines.engine()
-    name = model_name(engine.model, str(engine.model.name_or_path))
-    runner = Runner(engine, name, unit.settings, Store(), processes)
-    drawn = items(runner.tokenizer, unit.task, unit.length, unit.count, FIRST_SEED, first=unit.first)
-    return [record for row in runner.run(drawn) for record in row]
-
-
 def timed(model: str, device: str, heads: str | None) -> Iterator[Record]:
     """Yield answers of this single process by every reading except the ablations of passing."""
     engines.start(model, device)
     chosen = tuple(readings("multikey", heads))
     for length in LENGTHS:
-        answer(Unit("multikey", length, chosen, 0, 1), 1)
-        yield from answer(Unit("multikey", length, chosen, 0, TIMED), 1)
-
-
-def remaining(unit: Unit, known: set[tuple[object, ...]]) -> Unit:
-    """The unit with only those readings that have unanswered samples."""
-    first = FIRST_SEED * 1_000_000 + unit.first
-    names = [str(number) for number in range(first, first + unit.count)]
-    settings = [s for s in unit.settings if any((unit.task, unit.length, n, asked(s)) not in known for n in names)]
-    return replace(unit, settings=tuple(settings))
-
-
-def asked(setting: Setting) -> str:
-    """A setting in the form of a record's field ``asked``."""
-    given = {name: value for name, value in asdict(setting).items() if value is not None and name != "heads"}
-    return repr(sorted(given.items()))
+        answer(Unit("multikey", length, chosen, FIRST_SEED, 0, 1), 1)
+        yield from answer(Unit("multikey", length, chosen, FIRST_SEED, 0, TIMED), 1)
 
 
 def main() -> None:
@@ -140,30 +101,15 @@ def main() -> None:
     if arguments.heads is None and shipped.is_file():
         arguments.heads = str(shipped)
     store = Store(arguments.out)
-    known: set[tuple[object, ...]] = {
-        (record.task, record.length, record.sample, repr(sorted(record.asked.items()))) for record in store
-    }
-    missing = [unit for unit in (remaining(unit, known) for unit in units(arguments)) if unit.settings]
+    missing = remaining(units(arguments), store)
     speeds: list[Record] = []
     if not arguments.no_speeds:
         # This also fills the compilers' disk caches for the other processes.
         speeds = list(timed(model, "cuda:0" if device == "cuda" else "cpu", arguments.heads))
         print(f"{time.perf_counter() - began:.0f} s: speeds", flush=True)
-    with engines.pool(model, arguments.jobs) as pool:
-        running: dict[Future[list[Record]], Unit] = {}
-        while missing or running:
-            while missing and len(running) < 2 * arguments.jobs and time.perf_counter() - began < arguments.seconds:
-                unit = missing.pop(0)
-                running[pool.submit(answer, unit, arguments.jobs)] = unit
-            if not running:
-                break
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                unit = running.pop(future)
-                for record in future.result():
-                    store.add(record)
-                print(f"{time.perf_counter() - began:.0f} s {unit.task} {unit.length}, {len(missing)} left", flush=True)
-    if missing:
-        print(f"Out of time with {len(missing)} units left: run the command again to continue.", flush=True)
+    left = run(model, missing, arguments.jobs, began + arguments.seconds, store.add)
+    if left:
+        print(f"Out of time with {left} units left: run the command again to continue.", flush=True)
     whole = sorted(store, key=lambda r: (r.length, TASKS.index(r.task), r.sample, r.reading_name))
     write_records(arguments.out.with_suffix(".jsonl.gz"), [*whole, *speeds])
     print(f"{time.perf_counter() - began:.0f} s in all", flush=True)

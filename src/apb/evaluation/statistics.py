@@ -28,7 +28,7 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
     middle = (share + _Z**2 / (2 * samples)) / denominator
     half = _Z / denominator * math.sqrt(share * (1 - share) / samples + _Z**2 / (4 * samples**2))
     # The mean lies inside the interval, also after rounding.
-    return min(mean, 100 * (middle - half)), max(mean, 100 * (middle + half))
+    return min(mean, max(0.0, 100 * (middle - half))), max(mean, 100 * (middle + half))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,132 @@
+"""Every answer of public checkpoints, reading by reading: the records of the report on real models.
+
+    python benchmarks/real_models.py --model FOLDER --length 4096 --length 32768 --jobs 6 --out real_models.jsonl
+
+All readings answer the same samples of all generated kinds. A run that was stopped, by ``--seconds`` or otherwise,
+goes on when the command is given again; when all is answered, ``apb report`` makes the tables.
+``benchmarks/real_models.sh`` runs it for all checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import engines
+from answering import Unit, answer, remaining, run
+
+from apb.evaluation.settings import Setting
+
+SEED = 200
+BLOCKS = (512, 1024, 2048, 4096)
+"""Lengths of blocks, in tokens."""
+ABLATED = 1024
+"""The length of block at which compressors, passing lengths and anchor lengths are compared."""
+TIMED_TASK = "multikey"
+TIMED = 3
+# Readings that a process answers side by side: a unit is short, and the processes finish together.
+SIDE_BY_SIDE = 4
+
+
+def cut(strategy: str, length: int, block: int, compressor: str | None = None, **options: object) -> Setting:
+    """A reading in blocks of about ``block`` tokens."""
+    return Setting.of(strategy, compressor, blocks=max(2, round(length / block)), **options)
+
+
+def main_readings(length: int) -> list[Setting]:
+    """Both baselines, the strategies, and the lengths of blocks."""
+    blocks = [block for block in BLOCKS if 2 * block <= length]
+    found = [Setting.of("full"), Setting.of("full", question_first=True)]
+    found += [cut("apb", length, block) for block in blocks]
+    found += [cut("star", length, block) for block in blocks if block in (ABLATED, 4096)]
+    found += [cut("star", length, ABLATED, question_first=True), cut("apb", length, ABLATED, question_first=True)]
+    return found
+
+
+def ablations(length: int, heads: str | None) -> list[Setting]:
+    """What is passed on, how much of it, and anchors, at one length of block."""
+    block = length // max(2, round(length / ABLATED))
+    found = [cut("apb", length, ABLATED, name) for name in ("query", "recent", "random")]
+    if heads is not None:
+        found.append(cut("apb", length, ABLATED, "retaining", heads=heads))
+    found += [cut("apb", length, ABLATED, passing_length=size) for size in (0, block // 16, block // 4, block // 2)]
+    found += [cut("apb", length, ABLATED, anchor_length=size) for size in (block // 2, block)]
+    return found
+
+
+def units(arguments: argparse.Namespace) -> Iterator[Unit]:
+    """All samples: of one set of readings and one length after the other, so that what is there can be reported."""
+    from apb.evaluation.tasks import TASKS
+
+    tasks = arguments.task or [task for task in TASKS if task != "qa"]
+    for name in arguments.set:
+        for length in arguments.length:
+            sets = {
+                "main": main_readings(length),
+                "ablations": ablations(length, arguments.heads),
+                "minference": [Setting.of("minference")],
+            }
+            for first in range(0, arguments.samples, arguments.shard):
+                count = min(arguments.shard, arguments.samples - first)
+                for task in tasks:
+                    for start in range(0, len(sets[name]), SIDE_BY_SIDE):
+                        chosen = tuple(sets[name][start : start + SIDE_BY_SIDE])
+                        yield Unit(task, length, chosen, SEED, first, count)
+
+
+def timed(arguments: argparse.Namespace, device: str, settings: list[Setting], length: int) -> None:
+    """Append the answers of this process alone to a file of their own: their times measure speed."""
+    from apb.evaluation.records import Store
+
+    store = Store(arguments.speeds)
+    unit = Unit(TIMED_TASK, length, tuple(settings), SEED, 0, TIMED)
+    missing = remaining([unit], store)
+    for left in missing:
+        engines.start(arguments.model, device, fused=None)
+        answer(replace(left, count=1), 1)  # kernels are compiled
+        for record in answer(left, 1):
+            store.add(record)
+    store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--length", type=int, action="append", required=True, help="tokens of a sample; repeatable")
+    parser.add_argument("--set", action="append", choices=("main", "ablations", "minference"), help="all if left out")
+    parser.add_argument("--task", action="append", help="all that need no file if left out")
+    parser.add_argument("--heads", help="file of retaining heads")
+    parser.add_argument("--samples", type=int, default=25, help="of each kind and length")
+    parser.add_argument("--shard", type=int, default=25, help="samples of a unit")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=1e9, help="start no unit after that time")
+    parser.add_argument("--speeds", type=Path, help="measure seconds of the main readings, and append them here")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
+    arguments = parser.parse_args()
+    arguments.set = arguments.set or ["main", "ablations", "minference"]
+
+    from apb.evaluation.records import Store
+    from apb.hf.loading import pick_device
+
+    began = time.perf_counter()
+    if arguments.speeds is not None:
+        device = "cuda:0" if pick_device(None).type == "cuda" else "cpu"
+        for length in arguments.length:
+            timed(arguments, device, [*main_readings(length), Setting.of("minference")], length)
+        return
+    store = Store(arguments.out)
+    left = run(
+        arguments.model, remaining(units(arguments), store), arguments.jobs, began + arguments.seconds, store.add
+    )
+    store.close()
+    if left:
+        print(f"Out of time with {left} units left: run the command again to continue.", flush=True)
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    main()
