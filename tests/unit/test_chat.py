@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import apb
-from apb.hf.chat import Turn, rendered, template_of
+from apb.hf.chat import Turn, end_of_turn, rendered, template_of
 from apb.hf.texts import Piece
 from byte_checkpoint import BOS, TEMPLATE, byte_tokenizer
 from command_line import Cli
@@ -50,6 +50,20 @@ ODD = {
     ),
     "twice": ("[u]{{ messages[-1].content }}[again]{{ messages[-1].content }}[a]", DOCUMENT, QUERY),
 }
+
+
+CLOSED = "{% for m in messages %}[u]{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [(CLOSED, True), (CLOSED.replace("<end>", " ."), False), ("{{ raise_exception('no') }}", False), (None, False)],
+)
+def test_the_end_of_the_assistants_turn(template: str | None, ends: bool) -> None:
+    """The control token with which the template closes a turn; none if it closes with text, or refuses the chat."""
+    tokenizer = byte_tokenizer(template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    assert end_of_turn(tokenizer) == (tokenizer.convert_tokens_to_ids("<end>") if ends else None)
 
 
 def own(pieces: list[Piece], source: str) -> str:

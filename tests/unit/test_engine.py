@@ -73,6 +73,27 @@ def test_one_block_is_full(strategy: str) -> None:
         close(session.logits, logits)
 
 
+@pytest.mark.parametrize("strategy", ["full", "apb", "star", "ring", "ulysses", "minference", "auto"])
+def test_the_question_in_front_as_well(strategy: str) -> None:
+    """`question_first` reads prefix, query, document, query; transformers agrees where the strategy is exact."""
+    model = llama()
+    options: dict[str, Any] = {"blocks": 4} if strategy in ("apb", "star") else {}
+    engine = apb.Engine.from_model(model, strategy=strategy, question_first=True, **options)
+    session = engine.prefill(PROMPT)
+    written = apb.Prompt(PROMPT.prefix + PROMPT.query, PROMPT.document, PROMPT.query)
+    assert tuple(session.token_ids) == written.token_ids
+    assert session.plan.to_dict()["question_first"] is True
+    assert engine.generate(PROMPT, max_new_tokens=2).prompt_tokens == len(written)
+    engine.close()
+    plain = apb.Engine.from_model(model, strategy=strategy, **options)
+    same = plain.prefill(written)
+    close(session.logits, same.logits, 1e-6)
+    assert "question_first" not in same.plan.to_dict()
+    plain.close()
+    if session.plan.exact:
+        close(session.logits, transformers_logits(model, written.token_ids))
+
+
 # --- approximate: the oracle ---------------------------------------------------------------------------------------
 
 

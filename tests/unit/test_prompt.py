@@ -62,6 +62,23 @@ def test_from_chat_with_system_text() -> None:
     assert prompt.query == bytes_of("\n\nq[assistant]")
 
 
+@given(texts, texts)
+def test_the_question_in_front(document: str, query: str) -> None:
+    """The question and an empty line before the document, inside the turn, without what closes it or begins an answer;
+    document and query keep their tokens."""
+    plain = apb.Prompt.from_text(PLAIN, document, query, answer_prefix="It").question_first
+    assert plain.token_ids == (BOS, *bytes_of(f"{query}\n\n{document}\n\n{query}It"))
+    chat = apb.Prompt.from_chat(CHAT, document, query, "s", answer_prefix="It")
+    assert chat.question_first.prefix == (BOS, *bytes_of(f"[system]s[user]{query}\n\n"))
+    assert chat.question_first.token_ids[-len(chat.document + chat.query) :] == chat.document + chat.query
+    assert chat.question_first.question_first == chat.question_first
+    assert chat.prefix == (BOS, *b"[system]s[user]")
+
+
+def test_the_question_in_front_of_tokens() -> None:
+    assert apb.Prompt.from_tokens([1], [2, 3], [4]).question_first.token_ids == (1, 4, 2, 3, 4)
+
+
 def test_a_document_may_look_like_a_template() -> None:
     """Text of the document is never taken for the template's: special tokens and jinja in it stay text."""
     document = "{{ bos_token }} {% for %} [assistant]"

@@ -124,7 +124,7 @@ def items(
             answer_prefix=beginning,
         )
     if failed and skipped is not None:
-        samples = f"{len(failed)} of {count} samples" if count > 1 else "the sample"
+        samples = f"{len(failed)} of {count} samples"
         skipped.reasons.append(f"{samples} of {task} at {length:,} tokens were left out: {failed[0]}")
 
 
