@@ -194,10 +194,10 @@ def run(request: Request) -> None:
     store.close()
     launch.leave()
     if first:
+        if not records:
+            raise InputError(f"Not one sample could be made, so ask for a greater length: {skipped.reasons[0]}")
         for reason in skipped.reasons:
             print(f"apb: {reason}", file=sys.stderr)
-        if not records:
-            raise InputError("Not one sample could be made; ask for a greater length.")
         from .tables import print_results
 
         print_results(records, request.as_json, request.notes, len(skipped.reasons))
