@@ -13,8 +13,8 @@ from .errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Separates the document from the question.
-_BLANK = "\n\n"
+# Separates the document from the question, unless the caller says what does.
+BLANK_LINE = "\n\n"
 
 
 @dataclass(frozen=True)
@@ -51,18 +51,55 @@ class Prompt:
 
     @classmethod
     def from_text(
-        cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, *, answer_prefix: str = ""
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        document: str,
+        query: str,
+        *,
+        separator: str = BLANK_LINE,
+        answer_prefix: str = "",
     ) -> Prompt:
-        """A plain-text prompt: the document, an empty line, the query; BOS in front if the tokenizer adds one.
+        """A plain-text prompt: the document, the separator, the query; BOS in front if the tokenizer adds one.
 
-        The ids are those of ``tokenizer(document + "\\n\\n" + query)``. ``answer_prefix`` is the forced beginning of
+        The ids are those of ``tokenizer(document + separator + query)``. ``answer_prefix`` is the forced beginning of
         the answer: it follows the query directly.
         """
         from .hf.texts import Piece, encode
 
-        _check_texts(document, query, answer_prefix)
-        pieces = [Piece(document, "document"), Piece(_BLANK), Piece(query + answer_prefix, "query")]
+        _check_texts(document, query, separator=separator, answer_prefix=answer_prefix)
+        pieces = [Piece(document, "document"), Piece(separator), Piece(query + answer_prefix, "query")]
         return cls(*encode(tokenizer, pieces, special=True).around(0))
+
+    @classmethod
+    def from_rendered(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        opening: str,
+        document: str,
+        query: str,
+        *,
+        separator: str = BLANK_LINE,
+        answer_prefix: str = "",
+    ) -> Prompt:
+        """A prompt whose text a chat template has been applied to already; no template is added.
+
+        Names of control tokens are those tokens wherever they stand. The ids are those of ``tokenizer(text)`` of the
+        whole text, in the order of the arguments, but a text that begins with BOS gets no second one.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            opening: what the template wrote before the document; it becomes the prefix.
+            document: the document.
+            query: the question and what the template wrote after it.
+            separator: the text between document and query.
+            answer_prefix: forced beginning of the answer; it follows the query directly.
+        """
+        from .hf.texts import Piece, encode
+
+        _check_texts(document, query, opening=opening, separator=separator, answer_prefix=answer_prefix)
+        begun = bool(tokenizer.bos_token) and opening.startswith(str(tokenizer.bos_token))
+        pieces = [Piece(opening), Piece(document), Piece(separator + query + answer_prefix)]
+        return cls(*encode(tokenizer, pieces, special=not begun).around(1))
 
     @classmethod
     def from_chat(
@@ -73,9 +110,10 @@ class Prompt:
         system: str | None = None,
         *,
         chat_template: str | Path | None = None,
+        separator: str = BLANK_LINE,
         answer_prefix: str = "",
     ) -> Prompt:
-        """The tokenizer's chat template around one user turn: the document, an empty line and the query.
+        """The tokenizer's chat template around one user turn: the document, the separator and the query.
 
         ``prefix`` is the template's text before the document; ``query`` is the question and the template's text after
         it, up to the beginning of the assistant's turn. The ids are those of ``apply_chat_template``.
@@ -85,6 +123,7 @@ class Prompt:
             document, query, system: texts; the system text has a turn of its own, before the user's.
             chat_template: the name of one of the tokenizer's templates, a file, or a template's text, instead of the
                 tokenizer's own.
+            separator: the text between document and query.
             answer_prefix: forced beginning of the answer; it follows the template's text directly.
         """
         from .hf.chat import Turn, rendered, template_of
@@ -93,8 +132,8 @@ class Prompt:
         template = template_of(tokenizer, chat_template)
         if template is None:
             raise InputError("This tokenizer has no chat template; use Prompt.from_text instead of Prompt.from_chat.")
-        _check_texts(document, query, answer_prefix, system or "")
-        turns = [Turn("user", [Piece(document, "document"), Piece(_BLANK), Piece(query, "query")])]
+        _check_texts(document, query, system_text=system, separator=separator, answer_prefix=answer_prefix)
+        turns = [Turn("user", [Piece(document, "document"), Piece(separator), Piece(query, "query")])]
         if system is not None:
             turns.insert(0, Turn("system", [Piece(system, "system text")]))
         pieces = [*rendered(tokenizer, template, turns), Piece(answer_prefix, "answer prefix")]
@@ -110,16 +149,23 @@ class Prompt:
         system: str | None = None,
         *,
         chat_template: str | Path | None = None,
+        separator: str = BLANK_LINE,
         answer_prefix: str = "",
     ) -> Prompt:
         """``from_chat`` where the tokenizer has a chat template or one is given, else ``from_text``."""
         if tokenizer.chat_template is not None or chat_template is not None:
             return cls.from_chat(
-                tokenizer, document, query, system, chat_template=chat_template, answer_prefix=answer_prefix
+                tokenizer,
+                document,
+                query,
+                system,
+                chat_template=chat_template,
+                separator=separator,
+                answer_prefix=answer_prefix,
             )
         if system is not None:
             raise InputError("This model has no chat template, so it takes no system text; leave the system text out.")
-        return cls.from_text(tokenizer, document, query, answer_prefix=answer_prefix)
+        return cls.from_text(tokenizer, document, query, separator=separator, answer_prefix=answer_prefix)
 
 
 def whole_numbers(token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -140,13 +186,14 @@ def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _check_texts(document: str, query: str, answer_prefix: str, system: str = "") -> None:
-    texts = {"document": document, "query": query, "system text": system, "answer's prefix": answer_prefix}
+def _check_texts(document: str, query: str, **others: str | None) -> None:
+    texts = {"document": document, "query": query, **others}
     for name, text in texts.items():
         try:
-            text.encode()
+            (text or "").encode()
         except UnicodeEncodeError as error:  # lone surrogates: bytes of the command line that were not UTF-8
-            raise InputError(f"The {name} is not valid text at character {error.start}; give it as UTF-8.") from error
+            what = name.replace("_", " ")
+            raise InputError(f"The {what} is not valid text at character {error.start}; give it as UTF-8.") from error
     if not document.strip():
         raise InputError("The document is empty; give a text with at least one word.")
     if not query.strip():

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
-from .control import any_of, control_tokens
+from .control import IN_BRACKETS, any_of, control_tokens
 from .texts import Piece
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Templates for other purposes than answering a user.
 _OTHERS = {"tool_use", "rag"}
+# What templates write before a turn: names in brackets, or the speaker's.
+_MARKS = re.compile(rf"{IN_BRACKETS.pattern}|\b(?:USER|User|ASSISTANT|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ def template_of(tokenizer: PreTrainedTokenizerBase, asked: str | Path | None = N
         raise InputError(
             f"The chat template {str(asked)!r} is neither a text file nor the name of one of the tokenizer's: {there}."
         ) from error
+
+
+def marks_in(text: str) -> list[str]:
+    """The names in a text that look like a chat template's, this tokenizer's or another's."""
+    return _MARKS.findall(text)
+
+
+def unknown_marks(tokenizer: PreTrainedTokenizerBase, marks: Sequence[str]) -> list[str]:
+    """Those that are neither control tokens of the tokenizer nor in the text of its own template."""
+    template = template_of(tokenizer)
+    names = set(control_tokens(tokenizer, template).values())
+    return [mark for mark in marks if mark not in names and mark not in (template or "")]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:
