@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .items import Item, Skipped, answers_field, field, text_field
+from .items import Item, Skipped, answers_field, check_folder, field, text_field
 
 Words = Callable[[Mapping[str, Any]], str]
 
@@ -97,6 +97,8 @@ def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
+    check_folder(folder, "passkey.jsonl and so on")
+    for task in tasks:
         if not (folder / f"{task}.jsonl").is_file():
             path = str(folder / f"{task}.jsonl")
             raise InputError(f"InfiniteBench's file for {task!r} is missing: it is expected at {path!r}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -33,6 +33,7 @@ class Runner:
         settings: the readings to compare.
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
+        cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
 
     engine: Engine
@@ -40,6 +41,7 @@ class Runner:
     settings: Sequence[Setting]
     store: Store
     processes: int = 1
+    cuts: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.engine.tokenizer is None:
@@ -57,7 +59,8 @@ class Runner:
         with ExitStack() as open_engines:
             engines = [open_engines.enter_context(closing(setting.engine(self.engine))) for setting in self.settings]
             for item in items:
-                prompt = item.prompt(self.tokenizer)
+                prompt, cut = item.fitted(self.tokenizer)
+                self.cuts += [cut] if cut else []
                 name = prompt_hash(prompt)
                 records = []
                 for setting, engine in zip(self.settings, engines, strict=True):
