@@ -77,6 +77,7 @@ def test_ruler_file(tmp_path: Path) -> None:
         '{"input": ',
         "[1]",
         sample(NIAH, ["7"]) | {"length": "x"},
+        sample(NIAH, ["7"]) | {"length": 0},
     ]
     path = write(tmp_path / "niah_single_1" / "validation.jsonl", good, *bad, "", sample(NIAH, ["8"]))
     write(tmp_path / "qa_2.jsonl", sample(QA, ["Maud", "Ann"]))
@@ -85,10 +86,10 @@ def test_ruler_file(tmp_path: Path) -> None:
     assert files["niah_single_1"] == path
     skipped = Skipped()
     first, last = ruler.items(path, "niah_single_1", byte_tokenizer(), skipped)
-    assert (first.sample, last.sample, first.answers, last.answers) == ("1", "9", ("7",), ("8",))
+    assert (first.sample, last.sample, first.answers, last.answers) == ("1", "10", ("7",), ("8",))
     assert (first.length, first.metric, first.max_new_tokens) == (4096, "ruler_all", 128)
     assert first.answer_prefix == " The number is"
-    assert [reason.split()[1] for reason in skipped.reasons] == ["2", "3", "4", "5", "6", "7"]
+    assert [reason.split()[1] for reason in skipped.reasons] == ["2", "3", "4", "5", "6", "7", "8"]
     assert all(str(path) in reason and "was skipped" in reason for reason in skipped.reasons)
     (question,) = ruler.items(files["qa_2"], "qa_2", byte_tokenizer(), skipped)
     assert (question.metric, question.max_new_tokens, question.answers) == ("ruler_part", 32, ("Maud", "Ann"))
@@ -267,12 +268,9 @@ def test_longbench2_file(tmp_path: Path, listed: bool) -> None:
     else:
         write(path, *bad[:4], "7", *entries[5:])
     skipped = Skipped()
-    medium, short, other = longbench2.items(path, [], skipped, limit=900)
-    assert [(item.task, item.sample) for item in (medium, short, other)] == [
-        ("medium", "66f"),
-        ("short", "66f"),
-        ("medium", "67a"),
-    ]
+    short, medium, other = longbench2.items(path, [], skipped, limit=900)
+    found = [(item.task, item.sample) for item in (short, medium, other)]
+    assert found == [("short", "66f"), ("medium", "66f"), ("medium", "67a")]
     assert (medium.length, medium.limit, medium.answers, medium.max_new_tokens) == (900, 900, ("C",), 128)
     tokenizer = byte_tokenizer()
     prompt = medium.prompt(tokenizer)
@@ -288,6 +286,16 @@ def test_longbench2_file_that_is_cut_short(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([CHOICE])[:-5])
     with pytest.raises(InputError, match=r"data.json' begins as a list but is not JSON"):
         list(longbench2.items(tmp_path / "data.json", [], Skipped(), limit=900))
+
+
+def test_infinitebench_answer_that_is_no_number(tmp_path: Path) -> None:
+    """Math.Find compares values: a line without one is unusable."""
+    line = {"id": 3, "context": "1 2"} | LINES["math_find"][0]
+    path = write(tmp_path / "math_find.jsonl", line | {"answer": "x"}, line | {"answer": "-1.5"})
+    skipped = Skipped()
+    (item,) = infinitebench.items(path, "math_find", skipped, limit=1000)
+    assert item.answers == ("-1.5",)
+    assert "has no number in field 'answer'" in skipped.reasons[0]
 
 
 def test_own_questions(tmp_path: Path) -> None:
@@ -386,6 +394,7 @@ def test_documents_longer_than_the_model(cli: Cli, checkpoint: Path, tmp_path: P
     # BOS, the document, an empty line and the question, room for the answer.
     lost = 1 + 4200 + 2 + len("Which?") + 8 - 4096
     assert (done.json["cut_documents"], done.json["most_cut_tokens"]) == (1, lost)
+    assert [row["length"] for row in done.json["results"]] == [4096, 64]
     assert f"apb: 1 of 2 documents lost their middle, at most {lost} tokens" in done.err
     assert [json.loads(line)["prompt_tokens"] for line in out.read_text().splitlines()] == [4088, 69]
     cli("eval", "jsonl", *place, "--length", 5000).refused("5000", "4096 positions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -231,7 +231,7 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
     from itertools import chain, product
 
     from ..evaluation import infinitebench, jsonl, longbench2, ruler, synthetic
-    from ..evaluation.limits import needed_limit
+    from ..evaluation.limits import needed_limit, within
     from ..evaluation.tasks.passages import load_passages
     from ..hf.loading import position_limit
 
@@ -262,5 +262,4 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
     if not found:
         reason = f": {skipped.reasons[0]}" if skipped.reasons else ""
         raise InputError(f"There is no sample in {str(path)!r}{reason}.")
-    positions = position_limit(config)
-    return [item if item.limit else replace(item, limit=positions) for item in found], len(found)
+    return [within(item, position_limit(config)) for item in found], len(found)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import InputError
 from ..hf.loading import position_limit
+from .items import Item
 
 
 def check_length(length: int, config: Any) -> None:
@@ -24,6 +26,13 @@ def needed_limit(asked: int | None, config: Any) -> int:
     if limit is None:
         raise InputError("This model's configuration gives no number of positions; say how long samples are: --length.")
     return limit
+
+
+def within(item: Item, positions: int | None) -> Item:
+    """An item that has no limit yet with the model's positions as one, and listed under no more than those."""
+    if item.limit is not None or positions is None:
+        return item
+    return replace(item, limit=positions, length=min(item.length, positions))
 
 
 def cut_note(cuts: Sequence[int], samples: int) -> str:

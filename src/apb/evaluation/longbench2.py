@@ -9,6 +9,7 @@ LongBench cuts the whole prompt there, whose middle is the context's.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,20 @@ def check_tasks(tasks: Sequence[str]) -> None:
 
 
 def items(path: Path, tasks: Sequence[str], skipped: Skipped, limit: int, count: int | None = None) -> Iterator[Item]:
-    """Yield the first ``count`` samples of each task, all if ``tasks`` is empty, truncated to ``limit`` tokens.
+    """Yield the first ``count`` samples of each task, task by task, truncated to ``limit`` tokens.
 
-    Bad entries go to ``skipped``.
+    All tasks if ``tasks`` is empty. Bad entries go to ``skipped``.
     """
-    made = dict.fromkeys(tasks or TASKS, 0)
+    found: dict[str, list[Item]] = {task: [] for task in tasks or TASKS}
     for number, fields in skipped.entries(path):
         try:
             item = item_of(fields, number, limit)
         except ValueError as error:
             skipped.add(path, number, str(error))
             continue
-        if item.task in made and made[item.task] != count:
-            made[item.task] += 1
-            yield item
+        if item.task in found and len(found[item.task]) != count:
+            found[item.task].append(item)
+    yield from chain.from_iterable(found.values())
 
 
 def item_of(fields: Mapping[str, Any], number: int, limit: int) -> Item:

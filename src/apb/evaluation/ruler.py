@@ -141,8 +141,8 @@ def item_of(fields: Mapping[str, Any], task: str, number: int, text: str) -> Ite
     kind = KINDS[task.split("_")[0]]
     document, separator, query = split(kind, text)
     length = field(fields, "length")
-    if not isinstance(length, int):
-        raise ValueError("has no integer in field 'length'")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError("has no number of tokens in field 'length'")
     return Item(
         suite="ruler",
         task=task,
