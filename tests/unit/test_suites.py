@@ -113,8 +113,9 @@ VICUNA = "A chat. USER: {} ASSISTANT:"
         (byte_level, "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\n", 3),
         (space_first, "[INST] {} [/INST]", "<s> [INST] ", 1),  # names that are text in a template of this tokenizer
         (space_first, "<s>[INST] {} [/INST]", "<s>[INST] ", 1),
+        (lambda: byte_tokenizer(TEMPLATE), "<s>[user]{}[assistant]", "<s>[user]", 1),  # named by the turn's role
     ],
-    ids=["control tokens", "words", "BOS"],
+    ids=["control tokens", "words", "BOS", "roles"],
 )
 @pytest.mark.parametrize("task", ["niah_single_1", "vt", "cwe"])
 def test_ruler_files_with_the_models_template(

@@ -71,10 +71,15 @@ def marks_in(text: str) -> list[str]:
 
 
 def unknown_marks(tokenizer: PreTrainedTokenizerBase, marks: Sequence[str]) -> list[str]:
-    """Those that are neither control tokens of the tokenizer nor in the text of its own template."""
+    """Those that are neither control tokens of the tokenizer nor what its own template writes around a user's text."""
     template = template_of(tokenizer)
     names = set(control_tokens(tokenizer, template).values())
-    return [mark for mark in marks if mark not in names and mark not in (template or "")]
+    others = [mark for mark in marks if mark not in names]
+    if template is None or not others:
+        return others
+    pieces = rendered(tokenizer, template, [Turn("user", [Piece("A text.", "text")])])
+    frame = "".join(piece.text for piece in pieces if piece.source is None)
+    return [mark for mark in others if mark not in frame]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:
