@@ -13,8 +13,8 @@ from .errors import InputError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Separates the document from the question.
-_BLANK = "\n\n"
+# Separates the document from the question, unless the caller says what does.
+BLANK_LINE = "\n\n"
 # Characters of a document's beginning with which the text before it is encoded as it is before all of it.
 _ENOUGH = 64
 
@@ -64,20 +64,61 @@ class Prompt:
 
     @classmethod
     def from_text(
-        cls, tokenizer: PreTrainedTokenizerBase, document: str, query: str, *, answer_prefix: str = ""
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        document: str,
+        query: str,
+        *,
+        separator: str = BLANK_LINE,
+        answer_prefix: str = "",
     ) -> Prompt:
-        """A plain-text prompt: the document, an empty line, the query; BOS in front if the tokenizer adds one.
+        """A plain-text prompt: the document, the separator, the query; BOS in front if the tokenizer adds one.
 
-        The ids are those of ``tokenizer(document + "\\n\\n" + query)``. ``answer_prefix`` is the forced beginning of
+        The ids are those of ``tokenizer(document + separator + query)``. ``answer_prefix`` is the forced beginning of
         the answer: it follows the query directly.
         """
         from .hf.texts import Piece, encode
 
-        _check_texts(document, query, answer_prefix)
-        pieces = [Piece(document, "document"), Piece(_BLANK), Piece(query + answer_prefix, "query")]
-        ahead = [Piece(query, "query"), Piece(_BLANK), Piece(document[:_ENOUGH], "document")]
+        _check_texts(document, query, separator=separator, answer_prefix=answer_prefix)
+        pieces = [Piece(document, "document"), Piece(separator), Piece(query + answer_prefix, "query")]
+        ahead = [Piece(query, "query"), Piece(BLANK_LINE), Piece(document[:_ENOUGH], "document")]
         front = encode(tokenizer, ahead, special=True).around(2)[0]
         return cls(*encode(tokenizer, pieces, special=True).around(0), front)
+
+    @classmethod
+    def from_rendered(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        opening: str,
+        document: str,
+        query: str,
+        *,
+        separator: str = BLANK_LINE,
+        answer_prefix: str = "",
+    ) -> Prompt:
+        """A prompt whose text a chat template has been applied to already; no template is added.
+
+        Names of control tokens are those tokens wherever they stand. The ids are those of ``tokenizer(text)`` of the
+        whole text, in the order of the arguments, but a text that begins with BOS gets no second one.
+
+        Args:
+            tokenizer: the model's tokenizer.
+            opening: what the template wrote before the document; it becomes the prefix.
+            document: the document.
+            query: the question and what the template wrote after it, from the first control token on.
+            separator: the text between document and query.
+            answer_prefix: forced beginning of the answer; it follows the query directly.
+        """
+        from .hf.control import any_of, control_tokens
+        from .hf.texts import Piece, encode
+
+        _check_texts(document, query, opening=opening, separator=separator, answer_prefix=answer_prefix)
+        begun = bool(tokenizer.bos_token) and opening.startswith(str(tokenizer.bos_token))
+        pieces = [Piece(opening), Piece(document), Piece(separator + query + answer_prefix)]
+        question = any_of(control_tokens(tokenizer, None).values()).split(query)[0].rstrip()
+        ahead = [Piece(f"{opening}{question}{BLANK_LINE}"), Piece(document[:_ENOUGH])]
+        front = encode(tokenizer, ahead, special=not begun).around(1)[0]
+        return cls(*encode(tokenizer, pieces, special=not begun).around(1), front)
 
     @classmethod
     def from_chat(
@@ -88,9 +129,10 @@ class Prompt:
         system: str | None = None,
         *,
         chat_template: str | Path | None = None,
+        separator: str = BLANK_LINE,
         answer_prefix: str = "",
     ) -> Prompt:
-        """The tokenizer's chat template around one user turn: the document, an empty line and the query.
+        """The tokenizer's chat template around one user turn: the document, the separator and the query.
 
         ``prefix`` is the template's text before the document; ``query`` is the question and the template's text after
         it, up to the beginning of the assistant's turn. The ids are those of ``apply_chat_template``.
@@ -100,6 +142,7 @@ class Prompt:
             document, query, system: texts; the system text has a turn of its own, before the user's.
             chat_template: the name of one of the tokenizer's templates, a file, or a template's text, instead of the
                 tokenizer's own.
+            separator: the text between document and query.
             answer_prefix: forced beginning of the answer; it follows the template's text directly.
         """
         from .hf.chat import Turn, rendered, template_of
@@ -108,14 +151,14 @@ class Prompt:
         template = template_of(tokenizer, chat_template)
         if template is None:
             raise InputError("This tokenizer has no chat template; use Prompt.from_text instead of Prompt.from_chat.")
-        _check_texts(document, query, answer_prefix, system or "")
-        turns = [Turn("user", [Piece(document, "document"), Piece(_BLANK), Piece(query, "query")])]
+        _check_texts(document, query, system_text=system, separator=separator, answer_prefix=answer_prefix)
+        turns = [Turn("user", [Piece(document, "document"), Piece(separator), Piece(query, "query")])]
         if system is not None:
             turns.insert(0, Turn("system", [Piece(system, "system text")]))
         pieces = [*rendered(tokenizer, template, turns), Piece(answer_prefix, "answer prefix")]
         place, text = next((number, piece.text) for number, piece in enumerate(pieces) if piece.source == "document")
         question = next(piece for piece in pieces if piece.source == "query")
-        ahead = [*pieces[:place], question, Piece(_BLANK), Piece(text[:_ENOUGH], "document")]
+        ahead = [*pieces[:place], question, Piece(BLANK_LINE), Piece(text[:_ENOUGH], "document")]
         front = encode(tokenizer, ahead, special=False, template=template).around(place + 2)[0]
         return cls(*encode(tokenizer, pieces, special=False, template=template).around(place), front)
 
@@ -128,16 +171,23 @@ class Prompt:
         system: str | None = None,
         *,
         chat_template: str | Path | None = None,
+        separator: str = BLANK_LINE,
         answer_prefix: str = "",
     ) -> Prompt:
         """``from_chat`` where the tokenizer has a chat template or one is given, else ``from_text``."""
         if tokenizer.chat_template is not None or chat_template is not None:
             return cls.from_chat(
-                tokenizer, document, query, system, chat_template=chat_template, answer_prefix=answer_prefix
+                tokenizer,
+                document,
+                query,
+                system,
+                chat_template=chat_template,
+                separator=separator,
+                answer_prefix=answer_prefix,
             )
         if system is not None:
             raise InputError("This model has no chat template, so it takes no system text; leave the system text out.")
-        return cls.from_text(tokenizer, document, query, answer_prefix=answer_prefix)
+        return cls.from_text(tokenizer, document, query, separator=separator, answer_prefix=answer_prefix)
 
 
 def whole_numbers(token_ids: Sequence[int]) -> tuple[int, ...]:
@@ -158,13 +208,14 @@ def check_tokens(token_ids: Sequence[int], vocabulary: int) -> None:
         )
 
 
-def _check_texts(document: str, query: str, answer_prefix: str, system: str = "") -> None:
-    texts = {"document": document, "query": query, "system text": system, "answer's prefix": answer_prefix}
+def _check_texts(document: str, query: str, **others: str | None) -> None:
+    texts = {"document": document, "query": query, **others}
     for name, text in texts.items():
         try:
-            text.encode()
+            (text or "").encode()
         except UnicodeEncodeError as error:  # lone surrogates: bytes of the command line that were not UTF-8
-            raise InputError(f"The {name} is not valid text at character {error.start}; give it as UTF-8.") from error
+            what = name.replace("_", " ")
+            raise InputError(f"The {what} is not valid text at character {error.start}; give it as UTF-8.") from error
     if not document.strip():
         raise InputError("The document is empty; give a text with at least one word.")
     if not query.strip():

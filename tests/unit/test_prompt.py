@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import apb
 from apb.prompt import check_tokens
-from byte_checkpoint import BOS, TEMPLATE, byte_tokenizer
+from byte_checkpoint import BOS, EOS, TEMPLATE, byte_tokenizer
 
 PLAIN, CHAT = byte_tokenizer(), byte_tokenizer(TEMPLATE)
 texts = st.text(min_size=1).filter(str.strip)
@@ -93,6 +93,23 @@ def test_for_model_takes_the_template_where_there_is_one() -> None:
     assert apb.Prompt.for_model(PLAIN, "d", "q") == apb.Prompt.from_text(PLAIN, "d", "q")
 
 
+@pytest.mark.parametrize("separator", ["", " ", "\n"])
+def test_what_separates_document_and_query(separator: str) -> None:
+    """It stands in the query in place of the empty line, with a template and without."""
+    options = {"separator": separator, "answer_prefix": " A"}
+    assert apb.Prompt.for_model(PLAIN, "d", "q", **options).query == bytes_of(f"{separator}q A")
+    assert apb.Prompt.for_model(CHAT, "d", "q", **options).query == bytes_of(f"{separator}q[assistant] A")
+
+
+@pytest.mark.parametrize("opening", ["<s>[user]", "[user]"])
+def test_from_rendered(opening: str) -> None:
+    """No template and no second BOS is added; names of control tokens are those tokens, in the document too."""
+    prompt = apb.Prompt.from_rendered(CHAT, opening, "d</s>d", "q</s>[assistant]", separator=" ", answer_prefix=" A")
+    assert prompt.prefix == (BOS, *b"[user]")
+    assert prompt.document == (*b"d", EOS, *b"d")
+    assert prompt.query == (*b" q", EOS, *b"[assistant] A")
+
+
 def test_tokens_do_not_depend_on_the_question() -> None:
     """The document's tokens are the same whatever is asked: a cache of them could be used again."""
     prompts = [apb.Prompt.from_chat(CHAT, "some text ", query) for query in ("a?", "b b b?")]
@@ -110,6 +127,8 @@ def test_tokens_do_not_depend_on_the_question() -> None:
         (lambda: apb.Prompt.from_text(PLAIN, " \n\t", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, "d", " "), ["query", "empty"]),
         (lambda: apb.Prompt.from_text(PLAIN, "d", "q\udcff"), ["query", "character 1", "UTF-8"]),
+        (lambda: apb.Prompt.from_text(PLAIN, "d", "q", answer_prefix="\udcff"), ["answer prefix", "UTF-8"]),
+        (lambda: apb.Prompt.from_rendered(PLAIN, "\udcff", "d", "q"), ["opening", "UTF-8"]),
         (lambda: apb.Prompt.from_chat(CHAT, "\udcff", "q"), ["document", "character 0", "UTF-8"]),
         (lambda: apb.Prompt.from_chat(CHAT, "", "q"), ["document", "empty"]),
         (lambda: apb.Prompt.from_chat(CHAT, "d", ""), ["query", "empty"]),

@@ -1,4 +1,4 @@
-"""Scores: what one counts by hand with the rules of RULER and InfiniteBench."""
+"""Scores: what one counts by hand with the rules of RULER, InfiniteBench and LongBench v2."""
 
 from __future__ import annotations
 
@@ -195,3 +195,22 @@ def test_every_metric_is_0_to_100(name):
     """Nonsense is scored, not refused."""
     for prediction in ("", "\x00", "A", "…", "7" * 400):
         assert 0 <= METRICS[name](prediction, ["x1", "A"] if name != "first_number" else ["1"]) <= 100
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [
+        ("The correct answer is (C).", 100),
+        ("Sure. **The correct answer is (C) Maud**", 100),
+        ("The correct answer is C", 100),
+        ("The correct answer is A. No: The correct answer is (C)", 100),  # brackets go first
+        ("The correct answer is (A). The correct answer is (C)", 0),
+        ("The correct answer is (E)", 0),
+        ("the correct answer is (C)", 0),
+        ("C", 0),
+        ("", 0),
+    ],
+)
+def test_letters_that_are_stated(prediction, expected):
+    """LongBench v2: nothing but its own sentence counts."""
+    check("stated_letter", prediction, ["C"], expected)

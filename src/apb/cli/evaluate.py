@@ -24,7 +24,11 @@ Task = Annotated[list[str], typer.Option(help="Kind of question; repeat it for s
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only these tasks; repeatable. All if left out.")]
 Length = Annotated[list[int], typer.Option(help="Tokens of prompt and answer together; repeatable.")]
 Limit = Annotated[
-    int | None, typer.Option("--length", help="Most tokens of prompt and answer: longer documents lose their middle.")
+    int | None,
+    typer.Option(
+        "--length",
+        help="Most tokens of prompt and answer: longer documents lose their middle. The model's positions if left out.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same samples.")]
 Budget = Annotated[
@@ -111,9 +115,9 @@ def ruler(
 def infinitebench(
     *,
     data: Annotated[Path, typer.Option(help="Folder with InfiniteBench's own files, TASK.jsonl.")],
-    length: Annotated[int, typer.Option(help="Most tokens of prompt and answer: longer contexts lose their middle.")],
     task: Tasks = None,
     samples: Count = None,
+    length: Limit = None,
     common: Common,
 ) -> None:
     """InfiniteBench's own data files, with its scoring."""
@@ -121,6 +125,25 @@ def infinitebench(
 
     find(data, task or [])
     _start("infinitebench", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, common)
+
+
+@app.command()
+@expanded
+def longbench2(
+    *,
+    data: Annotated[Path, typer.Option(help="LongBench v2's data.json, or the same as JSONL.")],
+    task: Annotated[list[str] | None, typer.Option(help="Only these: short, medium, long; repeatable.")] = None,
+    samples: Count = None,
+    length: Limit = None,
+    common: Common,
+) -> None:
+    """LongBench v2's own data file, with its prompt and its scoring."""
+    from ..evaluation.items import check_file
+    from ..evaluation.longbench2 import check_tasks
+
+    check_tasks(task or [])
+    check_file(data, "LongBench v2's data.json")
+    _start("longbench2", {"data": str(data), "tasks": task or [], "count": samples, "limit": length}, common)
 
 
 @app.command()
@@ -133,8 +156,9 @@ def jsonl(
     common: Common,
 ) -> None:
     """Questions of your own: a JSONL file of document, query and answers."""
-    if not data.is_file():
-        raise InputError(f"The file {str(data)!r} does not exist; name a JSONL file of document, query and answers.")
+    from ..evaluation.items import check_file
+
+    check_file(data, "a JSONL file of document, query and answers")
     _start("jsonl", {"data": str(data), "count": samples, "limit": length}, common)
 
 
@@ -145,6 +169,7 @@ def _path(path: Path | None) -> str | None:
 def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str, Any] | None = None) -> None:
     """Check the common parameters of all suites, and run the ranks."""
     from ..distributed import launch
+    from ..evaluation.limits import check_length
     from ..evaluation.records import Store
     from ..evaluation.synthetic import check_lengths
     from .checks import check_readings
@@ -158,6 +183,8 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
         Store(common.out).close()  # an invalid file fails before anything is loaded
     if suite == "synthetic":  # fail before hours are spent on the shorter lengths
         check_lengths(samples["lengths"], place.config)
+    elif samples["limit"] is not None:
+        check_length(samples["limit"], place.config)
     samples["budget"] = common.max_new_tokens
     request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
     launch.run(run, place.processes, request)
@@ -168,6 +195,7 @@ def run(request: Request) -> None:
     from ..distributed import launch
     from ..engine import Engine
     from ..evaluation.items import Skipped
+    from ..evaluation.limits import cut_note
     from ..evaluation.records import Store, model_name
     from ..evaluation.runner import Runner
     from .progress import Bar
@@ -196,19 +224,24 @@ def run(request: Request) -> None:
     if first:
         if not records:
             raise InputError(f"Not one sample could be made, so ask for a greater length: {skipped.reasons[0]}")
-        for reason in skipped.reasons:
-            print(f"apb: {reason}", file=sys.stderr)
+        for note in skipped.reasons + skipped.notes:
+            print(f"apb: {note}", file=sys.stderr)
         from .tables import print_results
 
-        print_results(records, request.as_json, request.notes, len(skipped.reasons))
+        if runner.cuts:
+            print(f"apb: {cut_note(runner.cuts, total)}", file=sys.stderr)
+        cut = {"cut_documents": len(runner.cuts), "most_cut_tokens": max(runner.cuts, default=0)}
+        print_results(records, request.as_json, request.notes | cut, len(skipped.reasons))
 
 
 def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any, int]:
     """The samples of a request's suite (iterable) and their number; InputError if there are none."""
     from itertools import chain, product
 
-    from ..evaluation import infinitebench, jsonl, ruler, synthetic
+    from ..evaluation import infinitebench, jsonl, longbench2, ruler, synthetic
+    from ..evaluation.limits import needed_limit, within
     from ..evaluation.tasks.passages import load_passages
+    from ..hf.loading import position_limit
 
     wanted = request.samples
     tokenizer = engine.tokenizer
@@ -220,21 +253,24 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
         rest = {"budget": wanted["budget"], "skipped": skipped}
         made = (synthetic.items(tokenizer, task, length, count, seed, passages, **rest) for task, length in cells)
         return chain.from_iterable(made), len(cells) * count
-    path = Path(wanted["data"])
+    path, count, limit = Path(wanted["data"]), wanted["count"], wanted["limit"]
+    config = engine.model.config
     found: list[Item]
     if request.suite == "ruler":
         files = ruler.find(path, wanted["tasks"])
-        parts = [ruler.items(files[task], task, skipped, wanted["count"], wanted["limit"]) for task in files]
+        parts = [ruler.items(files[task], task, tokenizer, skipped, count, limit) for task in files]
         found = [item for part in parts for item in part]
     elif request.suite == "infinitebench":
-        files = infinitebench.find(path, wanted["tasks"])
-        read = [infinitebench.items(files[task], task, skipped, wanted["limit"], wanted["count"]) for task in files]
+        files, limit = infinitebench.find(path, wanted["tasks"]), needed_limit(limit, config)
+        read = [infinitebench.items(files[task], task, skipped, limit, count) for task in files]
         found = [item for part in read for item in part]
+    elif request.suite == "longbench2":
+        found = list(longbench2.items(path, wanted["tasks"], skipped, needed_limit(limit, config), count))
     else:
-        found = list(jsonl.items(path, tokenizer, skipped, wanted["count"], wanted["limit"]))
+        found = list(jsonl.items(path, tokenizer, skipped, count, limit))
     if wanted["budget"] is not None:
         found = [replace(item, max_new_tokens=wanted["budget"]) for item in found]
     if not found:
         reason = f": {skipped.reasons[0]}" if skipped.reasons else ""
         raise InputError(f"There is no sample in {str(path)!r}{reason}.")
-    return found, len(found)
+    return [within(item, position_limit(config)) for item in found], len(found)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .items import Item, Skipped, answers_field, field, text_field
+from .items import Item, Skipped, answers_field, check_folder, field, text_field
 
 Words = Callable[[Mapping[str, Any]], str]
 
@@ -28,14 +28,14 @@ class Task:
         metric: a name in scoring.METRICS.
         max_new_tokens: as in InfiniteBench's scripts.
         before: function from a line's fields to the text before the context.
-        options: True if the answer is one of four options, given by its text and its letter.
+        answers: function from a line's fields to the right answers.
     """
 
     query: Words
     metric: str
     max_new_tokens: int
     before: Words = lambda fields: ""
-    options: bool = False
+    answers: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda fields: answers_field(fields, "answer")
 
 
 def _input(fields: Mapping[str, Any]) -> str:
@@ -56,6 +56,26 @@ def _number(fields: Mapping[str, Any]) -> str:
     return f"Look for the {asked[1]} in this list:\n\n"
 
 
+def _numeric(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    answers = answers_field(fields, "answer")
+    try:
+        float(answers[0])
+    except ValueError as error:
+        raise ValueError("has no number in field 'answer'") from error
+    return answers
+
+
+def _option(fields: Mapping[str, Any]) -> tuple[str, str]:
+    """Text and letter of the right option, from either of the two forms in the files; ValueError if it is neither."""
+    answers = answers_field(fields, "answer")
+    if len(answers) == 2 and answers[1] in "ABCD":
+        return answers[0], answers[1]
+    options = [str(text) for text in field(fields, "options")]
+    if len(answers) != 1 or answers[0] not in options:
+        raise ValueError("does not have one of its options in field 'answer'")
+    return answers[0], "ABCD"[options.index(answers[0])]
+
+
 TASKS = {
     "passkey": Task(_input, "first_integer", 6),
     "number_string": Task(_input, "first_integer", 12),
@@ -66,7 +86,7 @@ TASKS = {
         lambda fields: f"{_input(fields)}\n{_four(fields)}\nName the letter of the right option, nothing else.",
         "chosen_option",
         40,
-        options=True,
+        answers=_option,
     ),
     "longdialogue_qa_eng": Task(
         lambda fields: "Whose name stands where the script above has $$MASK$$? Give that one name alone.",
@@ -74,7 +94,7 @@ TASKS = {
         40,
     ),
     "longbook_qa_chn": Task(lambda fields: f"{_input(fields)}\n请用几个字回答。", "chinese_f1", 40),
-    "math_find": Task(_input, "first_number", 3, before=_number),
+    "math_find": Task(_input, "first_number", 3, _number, _numeric),
     "code_debug": Task(
         lambda fields: (
             "Exactly one function of the code above has an obvious error put into it. Which one?\n"
@@ -82,7 +102,7 @@ TASKS = {
         ),
         "named_function",
         5,
-        options=True,
+        answers=_option,
     ),
 }
 """The ten tasks, by the names of InfiniteBench's files."""
@@ -97,6 +117,8 @@ def find(folder: Path, tasks: Sequence[str]) -> dict[str, Path]:
     for task in tasks:
         if task not in TASKS:
             raise InputError(f"Unknown task {task!r}; choose one of {', '.join(TASKS)}.")
+    check_folder(folder, "passkey.jsonl and so on")
+    for task in tasks:
         if not (folder / f"{task}.jsonl").is_file():
             path = str(folder / f"{task}.jsonl")
             raise InputError(f"InfiniteBench's file for {task!r} is missing: it is expected at {path!r}.")
@@ -123,7 +145,7 @@ def items(path: Path, task: str, skipped: Skipped, limit: int, count: int | None
                 sample=str(fields.get("id", number)),
                 document=how.before(fields) + text_field(fields, "context"),
                 query=how.query(fields),
-                answers=option(fields) if how.options else answers_field(fields, "answer"),
+                answers=how.answers(fields),
                 metric=how.metric,
                 max_new_tokens=how.max_new_tokens,
                 limit=limit,
@@ -133,14 +155,3 @@ def items(path: Path, task: str, skipped: Skipped, limit: int, count: int | None
             continue
         made += 1
         yield item
-
-
-def option(fields: Mapping[str, Any]) -> tuple[str, str]:
-    """Text and letter of the right option, from either of the two forms in the files; ValueError if it is neither."""
-    answers = answers_field(fields, "answer")
-    if len(answers) == 2 and answers[1] in "ABCD":
-        return answers[0], answers[1]
-    options = [str(text) for text in field(fields, "options")]
-    if len(answers) != 1 or answers[0] not in options:
-        raise ValueError("does not have one of its options in field 'answer'")
-    return answers[0], "ABCD"[options.index(answers[0])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -34,6 +34,7 @@ class Runner:
         settings: the readings to compare.
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
+        cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
 
     engine: Engine
@@ -41,6 +42,7 @@ class Runner:
     settings: Sequence[Setting]
     store: Store
     processes: int = 1
+    cuts: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.engine.tokenizer is None:
@@ -70,10 +72,13 @@ class Runner:
                 yield records
 
     def _prompt(self, item: Item) -> Prompt | InputError:
+        first = any(setting.method.question_first for setting in self.settings)
         try:
-            return item.prompt(self.tokenizer)
+            prompt, cut = item.fitted(self.tokenizer, first)
         except InputError as error:
             return error
+        self.cuts += [cut] if cut else []
+        return prompt
 
     def _answer(self, item: Item, prompt: Prompt | InputError, setting: Setting, engine: Engine) -> Record | None:
         """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0."""

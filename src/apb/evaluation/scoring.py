@@ -1,4 +1,4 @@
-"""Scores of a prediction, 0 to 100, by name: our own, RULER's and InfiniteBench's, equal to theirs."""
+"""Scores of a prediction, 0 to 100, by name: our own, and those of RULER, InfiniteBench and LongBench v2."""
 
 from __future__ import annotations
 
@@ -254,6 +254,19 @@ def _after_phrase(text: str, phrases: tuple[str, ...]) -> str | None:
     return None
 
 
+# -- LongBench v2 (arXiv 2412.15204), pred.py ----------------------------------------------------------------------
+
+
+def stated_letter(prediction: str, answers: Sequence[str]) -> float:
+    """100 if the prediction says "The correct answer is (A)" of the right letter, or the same without brackets.
+
+    Asterisks do not count. The first such sentence with brackets decides, else the first without.
+    """
+    text = prediction.replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", text) or re.search(r"The correct answer is ([A-D])", text)
+    return 100.0 * (found is not None and found[1] == answers[0])
+
+
 METRICS: dict[str, Metric] = {
     metric.__name__: metric
     for metric in (
@@ -269,6 +282,7 @@ METRICS: dict[str, Metric] = {
         english_f1,
         chinese_f1,
         summary,
+        stated_letter,
     )
 }
 """All metrics by name."""

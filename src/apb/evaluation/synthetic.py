@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 from ..engine import Engine
 from ..errors import InputError
-from ..hf.loading import position_limit
 from ..prompt import Prompt
 from .items import Item, Skipped
+from .limits import check_length
 from .records import Store
 from .runner import Runner
 from .settings import Setting, settings
@@ -56,14 +56,10 @@ def check(tasks: Sequence[str], count: int, passages: Passages | None = None) ->
 
 def check_lengths(lengths: Sequence[int], config: Any) -> None:
     """Raise InputError if samples are too short for a task, or longer than the model's maximum position."""
-    positions = position_limit(config)
     for length in lengths:
         if length < SHORTEST:
             raise InputError(f"A sample of {length} tokens is too short; ask for {SHORTEST} or more.")
-        if positions is not None and length > positions:
-            raise InputError(
-                f"Samples of {length} tokens do not fit into the model's {positions} positions; ask for at most that."
-            )
+        check_length(length, config)
 
 
 def items(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, first_line
-from .control import any_of, control_tokens
+from .control import IN_BRACKETS, any_of, control_tokens
 from .texts import Piece
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 # Templates for other purposes than answering a user.
 _OTHERS = {"tool_use", "rag"}
+# What templates write before a turn: names in brackets, or the speaker's.
+_MARKS = re.compile(rf"{IN_BRACKETS.pattern}|\b(?:USER|User|ASSISTANT|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,23 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     control = {name: number for number, name in control_tokens(tokenizer, template).items()}
     found = any_of(control).match(text.rpartition(mark)[2].lstrip())
     return control[found[0]] if found else None
+
+
+def marks_in(text: str) -> list[str]:
+    """The names in a text that look like a chat template's, this tokenizer's or another's."""
+    return _MARKS.findall(text)
+
+
+def unknown_marks(tokenizer: PreTrainedTokenizerBase, marks: Sequence[str]) -> list[str]:
+    """Those that are neither control tokens of the tokenizer nor what its own template writes around a user's text."""
+    template = template_of(tokenizer)
+    names = set(control_tokens(tokenizer, template).values())
+    others = [mark for mark in marks if mark not in names]
+    if template is None or not others:
+        return others
+    pieces = rendered(tokenizer, template, [Turn("user", [Piece("A text.", "text")])])
+    frame = "".join(piece.text for piece in pieces if piece.source is None)
+    return [mark for mark in others if mark not in frame]
 
 
 def rendered(tokenizer: PreTrainedTokenizerBase, template: str, turns: Sequence[Turn]) -> list[Piece]:

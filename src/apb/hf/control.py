@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # An added token in brackets is a control token, except for the HTML tags that Gemma has single tokens for.
-_IN_BRACKETS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+IN_BRACKETS = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _TAG = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|sub|sup|code|p|pre|a|ul|ol|li)>"
 )
@@ -41,7 +41,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase, template: str | None) -> 
         if name.isalnum():
             return False
         written = template is not None and name in template
-        return written or (_IN_BRACKETS.fullmatch(name) is not None and _TAG.fullmatch(name) is None)
+        return written or (IN_BRACKETS.fullmatch(name) is not None and _TAG.fullmatch(name) is None)
 
     return {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if controls(token)}
 
