@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_answers_are_the_engines_up_to_the_stop(checkpoint: Path, tmp_path: Path
     if not torch.cuda.is_available():  # a GPU rounds in its own way
         assert json.loads(results.read_text())["results"]["local_needles"]["exact_match,none"] == 0.5
         assert said == [[answer]] * 2
-    run(["--model", "dummy"], tmp_path)
+    run(["--model", "hf", "--model_args", f"pretrained={checkpoint}"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,9 @@ def test_answers_are_those_of_hf(models: tuple[EngineLM, HFLM], options: dict[st
     expected = hf.generate_until(requests("generate_until", [(text, {"max_gen_toks": 32, **theirs}) for text in texts]))
     if "max_gen_toks" not in theirs and len(theirs) > ("until" in theirs):
         expected = hf.generate_until(requests("generate_until", [(text, theirs) for text in texts]))
+    given = deepcopy(options)
     assert ours.generate_until(requests("generate_until", [(text, options) for text in texts])) == expected
+    assert options == given  # the harness keeps answers by them
     assert len(set(expected)) > 3
 
 

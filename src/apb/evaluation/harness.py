@@ -32,7 +32,7 @@ try:
     from lm_eval.api.registry import register_model
 
     # lm_eval.models registers the harness's own models, which the harness itself does only while there are no others.
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+    from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.models.utils_hf import stop_sequences_criteria
 except ImportError as error:
     raise InputError(
@@ -168,13 +168,14 @@ class EngineLM(TemplateLM):
 
     def _generate(self, prompt: Prompt, asked: Mapping[str, Any]) -> str:
         given = {name: value for name, value in asked.items() if value is not None}
-        until = handle_stop_sequences(given.pop("until", None), eos=self.tokenizer.eos_token)
+        until = given.pop("until", ())
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        stops.append(self.tokenizer.eos_token)
         options: dict[str, Any] = dict(normalize_gen_kwargs(_values(given), self.max_gen_toks))
         if unknown := sorted(set(options) - _GENERATION):
             utils.warning_once(log, f"Left out of the task's generation options: {', '.join(unknown)}.")
         if options["max_gen_toks"] == 0:
             return ""
-        stops = [stop for stop in until if stop]
         sampling: dict[str, Any] = {"max_new_tokens": options["max_gen_toks"]}
         if options["do_sample"]:
             sampling["temperature"] = options.get("temperature") or 1.0
