@@ -162,6 +162,17 @@ def test_stops_at_eos_of_the_tokenizer(models: tuple[EngineLM, HFLM], monkeypatc
     assert answers == hf.generate_until(asked) == [ours.tokenizer.decode(tokens[:4])]
 
 
+def test_tokenizers_without_special_tokens(models: tuple[EngineLM, HFLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers need neither BOS nor EOS; a text without a context does."""
+    ours, _ = models
+    bare = byte_tokenizer(adds_bos=False)
+    bare.bos_token = bare.eos_token = None  # type: ignore[assignment]
+    monkeypatch.setattr(ours, "tokenizer", bare)
+    assert ours.generate_until(requests("generate_until", [(TEXT, {"max_gen_toks": 4})]))[0]
+    with pytest.raises(apb.InputError, match="BOS or EOS"):
+        ours.loglikelihood(requests("loglikelihood", [("", "a")]))
+
+
 @pytest.mark.parametrize("template", [None, LLAMA])
 def test_likelihoods_are_those_of_hf(models: tuple[EngineLM, HFLM], template: str | None) -> None:
     """Of one token and of several, after spaces, after nothing; a context is read once for all its continuations."""

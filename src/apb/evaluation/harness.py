@@ -105,8 +105,12 @@ class EngineLM(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token that a text without a context follows."""
-        bos = self.tokenizer.bos_token_id
-        return self.eot_token_id if bos is None else int(bos)
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        if bos is None and eos is None:
+            raise InputError(
+                "A text without a context follows BOS or EOS, and this tokenizer has neither; name another."
+            )
+        return int(eos if bos is None else bos)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The turns rendered by the tokenizer's chat template; without the system's if it refuses that role."""
@@ -147,8 +151,8 @@ class EngineLM(TemplateLM):
 
     def _special(self, text: str) -> bool:
         """True if the tokenizer is to add its special tokens to a text."""
-        begun = text.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        return not begun and self._adds_bos is not False
+        first = self.tokenizer.bos_token or self.tokenizer.eos_token
+        return not (first and text.startswith(first)) and self._adds_bos is not False
 
     def _prompt(self, text: str, sample: object, rendered: str | None = None) -> Prompt:
         """A text as a prompt; ``rendered``: the text that it is the beginning of, if a chat template has made one."""
@@ -169,8 +173,8 @@ class EngineLM(TemplateLM):
     def _generate(self, prompt: Prompt, asked: Mapping[str, Any]) -> str:
         given = {name: value for name, value in asked.items() if value is not None}
         until = given.pop("until", ())
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        stops.append(self.tokenizer.eos_token)
+        until = [until] if isinstance(until, str) else until
+        stops = [stop for stop in (*until, self.tokenizer.eos_token) if stop]
         options: dict[str, Any] = dict(normalize_gen_kwargs(_values(given), self.max_gen_toks))
         if unknown := sorted(set(options) - _GENERATION):
             utils.warning_once(log, f"Left out of the task's generation options: {', '.join(unknown)}.")
