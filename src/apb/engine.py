@@ -204,8 +204,8 @@ class Engine:
         read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
         cache, logits, seconds = read(strategy, progress=progress, cancelled=cancelled)
 
-        def read_again(length: int) -> ShardCache:
-            return read(make_strategy(plan, self.group, self._compressor, self.backend), length=length)[0]
+        def read_again(length: int) -> tuple[ShardCache, Tensor]:
+            return read(make_strategy(plan, self.group, self._compressor, self.backend), length=length)[:2]
 
         return Session(
             plan,

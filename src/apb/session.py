@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .distributed.collectives import Group
-from .errors import InputError
+from .errors import InputError, NotFinite
 from .hf.cache import ShardCache, dynamic_cache
 from .passes.tokens import Decoder
 from .planning.plan import Plan
@@ -17,6 +17,16 @@ from .prompt import check_tokens, whole_numbers
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
+
+# Tokens scored in one pass: logits of more rows would take gigabytes.
+_ROWS = 256
+
+
+def token_scores(logits: Tensor, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (rows,) fp32 of a token in each row of logits (rows, vocab), and if it is the likeliest."""
+    chosen = torch.tensor(list(token_ids), device=logits.device)
+    log_probabilities = logits.float().log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+    return log_probabilities, logits.argmax(-1) == chosen
 
 
 class Session:
@@ -39,7 +49,7 @@ class Session:
         token_ids: Sequence[int],
         decoder: Decoder,
         new_tokens: int,
-        read_again: Callable[[int], ShardCache],
+        read_again: Callable[[int], tuple[ShardCache, Tensor]],
         tensor: Group,
         limit: int | None,
     ) -> None:
@@ -53,7 +63,8 @@ class Session:
             token_ids: the prompt's tokens.
             decoder: reads further tokens.
             new_tokens: number of new tokens that the cache has room for.
-            read_again: reads the prompt anew as the beginning of a text of so many tokens; see :meth:`extend`.
+            read_again: reads the prompt anew as the beginning of a text of so many tokens, for its cache and the logits
+                after it; see :meth:`extend`.
             tensor: the processes that share the weights of this rank.
             limit: positions that may be read; None: any number.
         """
@@ -78,17 +89,8 @@ class Session:
         If the text outgrows a length beyond which RoPE rotates every position by other angles (longrope), prompt and
         answer are read again with those, as in transformers.
         """
-        token_ids = whole_numbers(token_ids)
-        if not token_ids:
-            raise InputError("No tokens were given to read; pass at least one token id.")
-        check_tokens(token_ids, self._decoder.attachment.vocabulary)
-        total = len(self.token_ids) + len(token_ids)
-        if self._limit is not None and total > self._limit:
-            raise InputError(
-                f"With {len(token_ids)} more tokens there are {total}, {total - self._limit} more than the model's "
-                f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
-            )
-        if any(len(self.token_ids) <= length < total for length in self._decoder.attachment.switches):
+        token_ids, total = self._checked(token_ids, read=len(token_ids))
+        if self._switches(total):
             self._start_over(total)
             token_ids = [*self.token_ids[self.plan.total :], *token_ids]
             del self.token_ids[self.plan.total :]
@@ -96,11 +98,62 @@ class Session:
         self.token_ids.extend(token_ids)
         return self.logits
 
-    def _start_over(self, total: int) -> None:
-        """Read the prompt again, as the beginning of a text of ``total`` tokens; the old cache is freed first."""
+    def score(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """How likely these tokens are to follow; the session stays as it is, so that others may be scored after them.
+
+        They are read as :meth:`extend` reads several tokens, except for the last, which nothing follows.
+
+        Returns:
+            log_probabilities: (tokens,) fp32, of each token after those before it.
+            likeliest: (tokens,) bool, True where greedy decoding would choose the token.
+        """
+        token_ids, total = self._checked(token_ids, read=len(token_ids) - 1)
+        switches = self._switches(total)
+        again = self.token_ids[self.plan.total :] if switches else []
+        logits = self._start_over(total) if switches else self.logits
+        wanted = [*again, *token_ids]
+        parts = [token_scores(logits.unsqueeze(0), wanted[:1])]
+        for start in range(0, len(wanted) - 1, _ROWS):
+            rows = self._continuation.read_rows(wanted[start : min(start + _ROWS, len(wanted) - 1)])
+            parts.append(token_scores(rows, wanted[start + 1 : start + 1 + _ROWS]))
+        if switches:
+            self._start_over(len(self.token_ids))
+            if again:
+                self._continuation.read(again)
+        else:
+            self._cache.forget(len(self.token_ids))
+        log_probabilities, likeliest = (torch.cat(part)[len(again) :] for part in zip(*parts, strict=True))
+        if log_probabilities.isnan().any():
+            raise NotFinite(self.what_is_not_finite(self._group))
+        return log_probabilities, likeliest
+
+    def _checked(self, token_ids: Sequence[int], read: int) -> tuple[Sequence[int], int]:
+        """The tokens as Python's own numbers, and the length of the text once ``read`` of them are; or InputError."""
+        token_ids = whole_numbers(token_ids)
+        if not token_ids:
+            raise InputError("No tokens were given to read; pass at least one token id.")
+        check_tokens(token_ids, self._decoder.attachment.vocabulary)
+        total = len(self.token_ids) + read
+        if self._limit is not None and total > self._limit:
+            raise InputError(
+                f"With {read} more tokens there are {total}, {total - self._limit} more than the model's "
+                f"{self._limit} positions; read fewer, or make the engine with allow_extrapolation=True."
+            )
+        return token_ids, total
+
+    def _switches(self, total: int) -> bool:
+        """True if a text of ``total`` tokens is rotated by other angles than the text so far."""
+        return any(len(self.token_ids) <= length < total for length in self._decoder.attachment.switches)
+
+    def _start_over(self, total: int) -> Tensor:
+        """Read the prompt again, as the beginning of a text of ``total`` tokens; the old cache is freed first.
+
+        Returns the logits (vocab,) after the prompt.
+        """
         del self._continuation, self._cache
-        self._cache = self._read_again(total)
+        self._cache, logits = self._read_again(total)
         self._continuation = self._decoder.start(self._cache, self._new_tokens)
+        return logits
 
     def what_is_not_finite(self, everyone: Group) -> str:
         """A sentence about logits that are not finite; every process must call it, and all get the same one.

@@ -59,6 +59,7 @@ class Record:
     peculiar: dict[tuple[str, str], tuple[Tensor, int]] = field(default_factory=dict)  # logits, bytes in a prefill
     ropes: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)  # by kind, strategy, length: the answer
     replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
+    scored: list[Tensor] = field(default_factory=list)  # log-probabilities, logits of a token read after them
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
@@ -95,6 +96,7 @@ def record(group: Group) -> Record:
     seen.generated = generate(group)
     seen.collectives = collect(group)
     seen.replayed = replay(group)
+    seen.scored = score(group)
     if group.size in (2, 3) and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         seen.stepped = [step_in_turns(group, by_graphs) for by_graphs in (False, True)]
     seen.exact = read_exactly(group)
@@ -168,6 +170,17 @@ def generate(group: Group) -> dict[str, Any]:
         "unseeded": unseeded.token_ids,
         "stopped": stopped.to_dict(),
     }
+
+
+def score(group: Group) -> list[Tensor]:
+    """Log-probabilities of tokens that may follow, and the logits of others that do."""
+    engine = CASES["five blocks"].engine(group=group)
+    session = engine.prefill(PROMPT)
+    results = [session.score(tokens)[0] for tokens in ([7, 8, 9], [7])]
+    results.append(session.extend([5, 6]))
+    results.append(session.score([7, 8])[0])
+    engine.close()
+    return results
 
 
 def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]]:

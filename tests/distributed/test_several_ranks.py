@@ -122,6 +122,16 @@ def test_exact_strategies_are_full_attention(records: Records, size: int) -> Non
         assert len(tokens) == 32
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_scores_are_those_of_one_rank(records: Records, size: int) -> None:
+    """Tokens that may follow are scored alike on all ranks, and leave nothing behind on the one that keeps new ones."""
+    for record in records[size]:
+        assert len(record.scored) == 4
+        for mine, first, alone in zip(record.scored, records[size][0].scored, records[1][0].scored, strict=True):
+            assert torch.equal(mine, first)
+            torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_rope_that_changes_with_the_length(records: Records) -> None:
     """Prompt and answer on either side of where dynamic and longrope change: transformers' tokens, on both ranks."""
     first, second = (record.ropes for record in records[2])

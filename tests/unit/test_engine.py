@@ -184,6 +184,39 @@ def test_extend_takes_any_sequence_of_whole_numbers() -> None:
     assert torch.equal(session.extend([7]), other.extend([7]))
 
 
+@pytest.mark.parametrize("strategy", ["apb", "full"])
+def test_scores_are_those_of_tokens_read_one_by_one(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of tokens that may follow, in passes of any number of rows; the session stays as it was."""
+    session = apb.Engine.from_model(llama(), strategy=strategy, blocks=3).prefill(PROMPT)
+    session.extend([9])
+    before, keys = session.logits.clone(), [session.gather_kv(layer)[0] for layer in range(3)]
+    monkeypatch.setattr("apb.session._ROWS", 2)
+    best = int(before.argmax())
+    scores = {tokens: session.score(tokens) for tokens in (ANSWER, ANSWER[:1], (best, 12))}
+    assert torch.equal(session.logits, before)
+    assert session.token_ids == [*PROMPT.token_ids, 9]
+    assert all(torch.equal(keys[layer], session.gather_kv(layer)[0]) for layer in range(3))  # type: ignore[arg-type]
+    assert scores[best, 12][1][0]
+    assert not scores[ANSWER][1].any()
+    close(scores[ANSWER][0][:1], scores[ANSWER[:1]][0])
+    for token, score in zip(ANSWER, scores[ANSWER][0], strict=True):
+        close(score, session.logits.double().log_softmax(-1)[token].float())
+        session.extend([token])
+
+
+def test_scores_of_text_longer_than_the_model_reads() -> None:
+    """The last token is not read, so one token more than there are positions is scored; NaN is no score."""
+    engine = apb.Engine.from_model(llama(), blocks=3)
+    session = engine.prefill(PROMPT)
+    room = 4096 - len(PROMPT)
+    assert session.score([5] * (room + 1))[0].shape == (room + 1,)
+    with pytest.raises(apb.InputError, match="1 more than the model's 4096 positions"):
+        session.score([5] * (room + 2))
+    session.logits[3] = torch.nan
+    with pytest.raises(apb.NotFinite, match="NaN"):
+        session.score([5])
+
+
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_gather_kv_of_no_layer(layer: int) -> None:
     """A layer that the model does not have is refused with those it has."""

@@ -107,6 +107,25 @@ def test_longrope_reads_again(name: str, strategy: str) -> None:
         torch.testing.assert_close(expected.logits, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("cut", [0, 3])
+def test_scores_across_the_switch(cut: int) -> None:
+    """Tokens that reach beyond the switch are scored by the long factors, as in one pass of transformers over the
+    whole, and the session goes on with the short ones."""
+    model, prompt, more = scaled("longrope"), prompt_of(60), [7, 300, 12, 45, 96, 8, 11, 402]
+    engine = apb.Engine.from_model(model, strategy="full")
+    session, untouched = engine.prefill(prompt), engine.prefill(prompt)
+    for each in (session, untouched):
+        if cut:
+            each.extend(more[:cut])
+    scores, _ = session.score(more[cut:])
+    torch.testing.assert_close(session.extend([5]), untouched.extend([5]), rtol=1e-4, atol=1e-4)
+    engine.close()
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt.token_ids, *more[:-1]]])).logits[0, cut - len(more) :]
+    theirs = logits.log_softmax(-1).gather(1, torch.tensor(more[cut:]).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(scores, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["yarn", "linear", "dynamic"])
 def test_scaled_lengths_are_allowed(name: str) -> None:
     """Prompt and answer may fill what the scaling makes room for, and not a token more, with the number of it."""

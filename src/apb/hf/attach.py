@@ -103,6 +103,11 @@ class Attachment:
         )
         return output.logits[0, -1].float().contiguous()
 
+    def all_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """As :meth:`last_logits`, of every row: logits (rows, vocab) fp32."""
+        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        return output.logits[0].float().contiguous()
+
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
         """As :meth:`last_logits`, without a cache: logits (len(rows), vocab) fp32 of some rows."""
         # No tensor of rows: the last layer may be on another device than the first.

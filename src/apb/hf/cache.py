@@ -76,6 +76,15 @@ class ShardLayer(CacheLayerMixin):
             elif each:
                 self.positions.append(each)
 
+    def forget(self, start: int) -> None:
+        """Drop the tokens at true positions from ``start`` on, which must have been the last to be appended."""
+        while self.positions and self.positions[-1].stop > start:
+            last = self.positions.pop()
+            kept = range(last.start, max(last.start, start))
+            self.length -= len(last) - len(kept)
+            if kept:
+                self.positions.append(kept)
+
     def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
@@ -189,6 +198,12 @@ class ShardCache(Cache):
                 layer.length += 1
                 layer.place((range(self.total, self.total + 1),))
         self.total += 1
+
+    def forget(self, total: int) -> None:
+        """Return to the state after the first ``total`` tokens; those after them must have been read by passes."""
+        for layer in self._kept():
+            layer.forget(total)
+        self.total = total
 
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""

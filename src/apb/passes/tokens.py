@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -69,10 +69,15 @@ class Continuation:
             self.captured = self._decoder.stepper.captured(self._cache)
             return logits
         self.captured = False
-        return self._pass(token_ids)
+        return self._pass(token_ids, self._decoder.attachment.last_logits)
 
-    def _pass(self, token_ids: Sequence[int]) -> Tensor:
-        """Read tokens in one ordinary pass."""
+    def read_rows(self, token_ids: Sequence[int]) -> Tensor:
+        """As :meth:`read`, always in one ordinary pass; logits (tokens, vocab) fp32 after each of the tokens."""
+        self.captured = False
+        return self._pass(token_ids, self._decoder.attachment.all_logits)
+
+    def _pass(self, token_ids: Sequence[int], run: Callable[[Tensor, Tensor, ShardCache], Tensor]) -> Tensor:
+        """Read tokens in one ordinary pass; ``run``: the attachment's, whose logits are returned."""
         cache, decoder = self._cache, self._decoder
         start, count = cache.total, len(token_ids)
         device = decoder.attachment.devices[0]
@@ -99,4 +104,4 @@ class Continuation:
 
         router = Router({LayerKind.FULL: attend_full, LayerKind.WINDOW: attend_window})
         with torch.no_grad(), decoder.attachment.running(router, cache.total):
-            return decoder.group.broadcast(decoder.attachment.last_logits(ids, positions, cache))
+            return decoder.group.broadcast(run(ids, positions, cache))
