@@ -86,6 +86,8 @@ def run(model: str, missing: list[Unit], jobs: int, until: float, keep: Callable
             while missing and len(running) < 2 * jobs and time.perf_counter() < until:
                 unit = missing.pop(0)
                 running[pool.submit(partial(answer, unit, jobs))] = unit
+            if time.perf_counter() >= until:  # what waits in the pool is left as well
+                missing = [running.pop(future) for future in list(running) if future.cancel()] + missing
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--task", action="append", help="all that need no file if left out")
     parser.add_argument("--heads", help="file of retaining heads")
     parser.add_argument("--samples", type=int, default=25, help="of each kind and length")
-    parser.add_argument("--shard", type=int, default=25, help="samples of a unit")
+    parser.add_argument("--shard", type=int, default=5, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1e9, help="start no unit after that time")
     parser.add_argument("--speeds", type=Path, help="measure seconds of the main readings, and append them here")
