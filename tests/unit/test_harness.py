@@ -250,7 +250,7 @@ def test_chats_rendered_before_are_split_as_well(models: tuple[EngineLM, HFLM]) 
     """The harness can keep the texts of requests; then the template's closing is found in them."""
     ours, _ = models
     ours.tokenizer.chat_template = LLAMA
-    ours.__dict__.pop("_closing", None)
+    ours.__dict__.pop("_frame", None)
     text = ours.apply_chat_template([{"role": "user", "content": f"{TEXT}\n\n{TEXT}\nWho?"}])
     known = ours._prompt(text, {})
     assert bytes(token for token in known.query if token < BOS) == b"\nWho?<assistant>\n\n"

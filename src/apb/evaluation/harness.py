@@ -133,16 +133,18 @@ class EngineLM(TemplateLM):
 
     def _kept_turn(self, text: str) -> Span | None:
         """Where the user's text may be in a chat that was rendered before: the harness can keep requests on disk."""
-        end = text.rfind(self._closing) if self._closing else -1
-        return (0, end) if end > 0 else None
+        opening, closing = self._frame
+        end = text.rfind(closing) if closing else -1
+        return (len(opening) if text.startswith(opening) else 0, end) if end > 0 else None
 
     @cached_property
-    def _closing(self) -> str:
-        """What the chat template writes between the last user turn and the answer."""
+    def _frame(self) -> tuple[str, str]:
+        """What the chat template writes before a user turn, and between the last one and the answer."""
         if self.tokenizer.chat_template is None:
-            return ""
+            return "", ""
         render = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        return around(render, [{"role": "user", "content": ""}], 0)[1].rstrip()
+        opening, closing = around(render, [{"role": "user", "content": ""}], 0)
+        return opening, closing.rstrip()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens of a text."""
