@@ -356,7 +356,7 @@ def test_plan_json(cli: Cli, checkpoint: Path) -> None:
             assert row[field] > 0
         assert type(row["sent_bytes_per_rank"]) is int
         assert row["seconds"] is None or row["seconds"] > 0
-    assert (rows["apb"]["plan"]["blocks"], rows["apb"]["plan"]["ranks"]) == (8, 4)
+    assert (rows["apb"]["plan"]["blocks"], rows["apb"]["plan"]["ranks"]) == (64, 4)
     assert rows["full"]["plan"] == rows["full"]["plan"] | {"blocks": 1, "ranks": 1, "anchor_length": 0}
 
 

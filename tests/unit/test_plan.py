@@ -201,22 +201,36 @@ K = 1024
 
 
 @pytest.mark.parametrize(
-    ("document", "anchor_length", "passing_length"),
+    ("document", "blocks", "anchor_length", "passing_length"),
     [
-        (32 * K, 1 * K, K // 2),
-        (64 * K, 2 * K, 1 * K),
-        (128 * K, 4 * K, 2 * K),
-        (256 * K, 8 * K, 4 * K),
-        (512 * K, 8 * K, 8 * K),
-        (1024 * K, 8 * K, 8 * K),
+        (32 * K, 8, 1 * K, K // 2),
+        (64 * K, 8, 2 * K, 1 * K),
+        (128 * K, 8, 4 * K, 2 * K),
+        (256 * K, 8, 8 * K, 4 * K),
+        (512 * K, 8, 8 * K, 8 * K),
+        (1024 * K, 8, 8 * K, 8 * K),
+        (32 * K, None, K // 2, K // 4),
     ],
 )
-def test_defaults_are_the_papers_table(document: int, anchor_length: int, passing_length: int) -> None:
-    """Eight blocks; anchor = block / 4 and passing = block / 8, both capped at 8K (paper, table 8)."""
-    plan = Plan.build(prefix=4, document=document, query=30)
-    assert plan.blocks == 8
+def test_default_lengths_are_the_papers_table(
+    document: int, blocks: int | None, anchor_length: int, passing_length: int
+) -> None:
+    """Anchor = block / 4 and passing = block / 8, both capped at 8K (paper, table 8, which has eight blocks)."""
+    plan = Plan.build(prefix=4, document=document, query=30, blocks=blocks)
     assert (plan.anchor_length, plan.passing_length) == (anchor_length, passing_length)
-    assert plan == Plan.build(4, document, 30, blocks=8, anchor_length=anchor_length, passing_length=passing_length)
+    assert plan == Plan.build(
+        4, document, 30, blocks=plan.blocks, anchor_length=anchor_length, passing_length=passing_length
+    )
+
+
+@pytest.mark.parametrize(
+    ("document", "apb"), [(8 * K, 8), (16 * K, 8), (18 * K, 9), (32 * K, 16), (128 * K, 64), (1024 * K, 64)]
+)
+def test_default_blocks(document: int, apb: int) -> None:
+    """APB's have 2K tokens, but there are at least 8 and at most 64 of them; star has 8."""
+    assert Plan.build(4, document, 30).blocks == apb
+    assert Plan.build(4, document, 30, ranks=3).blocks == -(-apb // 3) * 3
+    assert Plan.build(4, document, 30, strategy="star").blocks == 8
 
 
 def test_short_documents_are_read_exactly_by_default() -> None:

@@ -70,7 +70,7 @@ class Plan:
         rounds: int = 1,
         **options: Any,
     ) -> Plan:
-        """A plan with open options filled in as in the paper's table 8; raises InputError if there is none.
+        """A plan with open options filled in; raises InputError if there is none.
 
         Options that the strategy does not have are ignored: exact methods choose their blocks themselves, and have
         neither anchor nor passing blocks. With one block there is nothing to approximate: anchor and passing lengths
