@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import compressors, decoding, methods
+    from .document import Document
     from .engine import Engine
     from .errors import Cancelled, InputError, NotFinite
     from .generation import Generation
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Cancelled": ".errors",
+    "Document": ".document",
     "Engine": ".engine",
     "Generation": ".generation",
     "InputError": ".errors",
@@ -34,6 +36,7 @@ _HOMES = {
 _SUBMODULES = ("compressors", "decoding", "methods")
 __all__ = [
     "Cancelled",
+    "Document",
     "Engine",
     "Generation",
     "InputError",

@@ -11,18 +11,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .answering import Answering, whole
+from .asking import Asking, OfText, OfTokens
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
+from .document import Document
 from .errors import InputError, at_least
-from .generation import Detokenizer, Generation, Sampling, decode
-from .hardware import Hardware, Stopwatch, fingerprint, peak_bytes
+from .generation import Generation, Sampling
+from .hardware import Hardware, Stopwatch
 from .hf import fusing, loading, placement, verifying
 from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
-from .hf.sampling import left_out
 from .hf.tensor_parallel import check_shards
 from .kernels.attention import choose
 from .layers.base import AttentionInput
@@ -203,9 +205,17 @@ class Engine:
         strategy.on_selection = on_selection
         read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
         cache, logits, seconds = read(strategy, progress=progress, cancelled=cancelled)
+        return self.session(plan, prompt, cache, logits, seconds, max_new_tokens)
+
+    def session(
+        self, plan: Plan, prompt: Prompt, cache: ShardCache, logits: Tensor, seconds: float, max_new_tokens: int
+    ) -> Session:
+        """The session of a prompt (as it is read, in its arrangement) whose cache and logits are there already."""
 
         def read_again(length: int) -> tuple[ShardCache, Tensor]:
-            return read(make_strategy(plan, self.group, self._compressor, self.backend), length=length)[:2]
+            strategy = make_strategy(plan, self.group, self._compressor, self.backend)
+            read = partial(prefill.read, self._attachment, prompt, strategy, self._everyone)
+            return read(max_new_tokens=max_new_tokens, length=length)[:2]
 
         return Session(
             plan,
@@ -219,6 +229,60 @@ class Engine:
             self.mesh.tensor,
             None if self.reading.allow_extrapolation else loading.position_limit(self.model.config),
         )
+
+    def read(
+        self,
+        text: str | None = None,
+        *,
+        tokens: Sequence[int] | None = None,
+        prefix: Sequence[int] = (),
+        question: str | Sequence[int] | None = None,
+        questions: Sequence[str] = (),
+        system: str | None = None,
+        chat_template: str | Path | None = None,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Document:
+        """Read a document once, to be asked about any number of times.
+
+        Args:
+            text: the document; or
+            tokens: its token ids, with those of ``prefix`` before it.
+            question: what it is read for, if that is known: blocks pass on what this question attends to. Token ids
+                if the document is given as such.
+            questions: several typical questions instead.
+            system, chat_template: as in :meth:`apb.Prompt.from_chat`.
+            progress, cancelled: as in :meth:`prefill`.
+        """
+        if (text is None) == (tokens is None):
+            raise InputError("Give either the text of a document or its tokens.")
+        if text is None:
+            asking: Asking = OfTokens(tuple(prefix), tuple(tokens or ()))
+        else:
+            asking = OfText(self.needed_tokenizer(), text, system, chat_template)
+        prompt, read_for = asking.first(question, questions)
+        return Document(self, asking, self.prefill(prompt, progress=progress, cancelled=cancelled), prompt, read_for)
+
+    def read_on(self, cache: ShardCache, token_ids: Sequence[int], max_new_tokens: int) -> tuple[Tensor, float]:
+        """Read tokens after what a cache holds: logits (vocab,) fp32 of the next one, and the seconds it took."""
+        watch = Stopwatch(self.device)
+        return self._decoder.start(cache, max_new_tokens).read(token_ids), watch.seconds()
+
+    def check(self, plan: Plan, token_ids: Sequence[int], max_new_tokens: int) -> None:
+        """InputError if tokens that a plan ends with are not the model's, or do not fit with an answer."""
+        at_least("max_new_tokens", max_new_tokens, 0)
+        allowed = self.reading.allow_extrapolation
+        loading.check_fit(self.model.config, plan, max_new_tokens, allowed, self.mesh.tensor.size)
+        check_tokens(token_ids, self._attachment.vocabulary)
+
+    def turns_otherwise(self, start: int, total: int) -> bool:
+        """True if RoPE rotates a text of ``total`` tokens by other angles than its first ``start`` tokens alone."""
+        return any(start <= length < total for length in self._attachment.switches)
+
+    @property
+    def closed(self) -> bool:
+        """True once :meth:`close` was called."""
+        return self._closed
 
     def inspect(
         self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, AttentionInput], None]
@@ -253,12 +317,7 @@ class Engine:
 
         ``progress`` and ``cancelled`` as in :meth:`prefill`; rank 0's ``cancelled`` is also called before every token.
         """
-        tokens = self._tokens(prompt, Sampling(**sampling), progress, cancelled)
-        while True:
-            try:
-                next(tokens)
-            except StopIteration as stop:
-                return stop.value
+        return whole(self._stream(prompt, Sampling(**sampling), progress, cancelled))
 
     def stream(
         self,
@@ -272,66 +331,25 @@ class Engine:
 
         The generator's return value is the :class:`Generation`.
         """
-        if self.tokenizer is None:
-            raise InputError("Streaming text needs a tokenizer; give one to Engine.from_model.")
-        return self._tokens(prompt, Sampling(**sampling), progress, cancelled)
+        self.needed_tokenizer()
+        return self._stream(prompt, Sampling(**sampling), progress, cancelled)
 
-    def _tokens(
-        self,
-        prompt: Prompt,
-        sampling: Sampling,
-        progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
+    def _stream(
+        self, prompt: Prompt, sampling: Sampling, progress: Progress | None, cancelled: Callable[[], bool] | None
     ) -> Generator[str, None, Generation]:
-        """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
         session = self.prefill(prompt, max_new_tokens=sampling.max_new_tokens, progress=progress, cancelled=cancelled)
-        watch = Stopwatch(self.device)
-        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
-        token_ids: list[int] = []
-        text, ended = "", False
-        for token, ended in decode(session, sampling, self.model, self._everyone, cancelled, self.tokenizer):
-            token_ids.append(token)
-            if detokenizer is not None:
-                last = ended or len(token_ids) == sampling.max_new_tokens
-                piece = detokenizer.add(token, last)
-                text += piece
-                if piece:
-                    yield piece
-        result = self._result(session, text, token_ids, ended, watch.seconds())
-        result.notes += left_out(self.model, sampling, self.tokenizer)
-        return result
+        return (yield from self.answering.stream(session, sampling, cancelled))
 
-    def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
-        # The slowest and the largest rank count, and every rank reports the same.
-        largest = max(map(peak_bytes, self.devices))
-        figures = torch.tensor(
-            [session.timing["prefill_s"], decode_s, largest, session.share], dtype=torch.float64, device=self.device
-        )
-        every = self._everyone.all_gather(figures).wait()
-        prefill_s, decode_s, peak, _ = every.amax(0).tolist()
-        share = float(every[:, 3].mean())
-        return Generation(
-            text=text,
-            token_ids=token_ids,
-            finish_reason="stop" if ended else "length",
-            strategy=session.plan.strategy,
-            exact=session.plan.exact,
-            plan=session.plan.to_dict(),
-            timing={
-                "prefill_s": prefill_s,
-                "decode_s": decode_s,
-                "decode_tokens_per_s": len(token_ids) / decode_s if decode_s else 0.0,
-            },
-            memory={"peak_bytes": int(peak)},
-            fingerprint=fingerprint(self.device, self.dtype),
-            decode={
-                "method": session.decoding.name,
-                "exact": session.decoding.exact or share >= 1,
-                "share": share,
-            },
-            prompt_tokens=session.plan.total,
-            choice=session.plan.reason,
-        )
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer; InputError if the engine has none."""
+        if self.tokenizer is None:
+            raise InputError("Text needs a tokenizer; give one to Engine.from_model.")
+        return self.tokenizer
+
+    @property
+    def answering(self) -> Answering:
+        """What answers this engine's sessions."""
+        return Answering(self.model, self.tokenizer, self.devices, self._everyone)
 
     @property
     def _everyone(self) -> Group:

@@ -82,7 +82,7 @@ class Generation:
     ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill was that of full attention;
     ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
     attended to; ``prompt_tokens`` is the number of tokens read; ``choice`` is the reason for the choice of the strategy
-    "auto"; ``notes`` are sentences for the user.
+    "auto"; ``read_for`` says for which question a :class:`apb.Document` was read; ``notes`` are sentences for the user.
     """
 
     text: str
@@ -97,13 +97,14 @@ class Generation:
     decode: dict[str, Any]
     prompt_tokens: int
     choice: str | None = None
+    read_for: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields but ``prompt_tokens`` as plain Python values; ``choice`` and ``notes`` only if there are any."""
+        """All fields but ``prompt_tokens`` as plain Python values; those without a value are left out."""
         fields = asdict(self)
         del fields["prompt_tokens"]
-        return {name: value for name, value in fields.items() if value or name not in ("choice", "notes")}
+        return {name: value for name, value in fields.items() if value or name not in ("choice", "read_for", "notes")}
 
 
 # Signals that rank 0 sends to the others in every step.

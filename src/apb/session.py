@@ -81,6 +81,18 @@ class Session:
         self._read_again = read_again
         self._continuation = decoder.start(cache, new_tokens)
         self.decoding = decoder.decoding
+        self._ended: str | None = None
+
+    @property
+    def cache(self) -> ShardCache:
+        """This rank's shard of the cache."""
+        if self._ended is not None:
+            raise RuntimeError(self._ended)
+        return self._cache
+
+    def end(self, reason: str) -> None:
+        """Refuse all further use, with this reason: the cache is going to hold something else."""
+        self._ended = reason
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Read more tokens after the prompt, over all ranks' shards; return the new ``logits`` (vocab,).
@@ -129,6 +141,8 @@ class Session:
 
     def _checked(self, token_ids: Sequence[int], read: int) -> tuple[Sequence[int], int]:
         """The tokens as Python's own numbers, and the length of the text once ``read`` of them are; or InputError."""
+        if self._ended is not None:
+            raise RuntimeError(self._ended)
         token_ids = whole_numbers(token_ids)
         if not token_ids:
             raise InputError("No tokens were given to read; pass at least one token id.")
@@ -192,7 +206,7 @@ class Session:
 
         Tokens are in document order: prefix, document, query, then those read since. Every rank must call it.
         """
-        if layer not in self._cache.indices:
+        if layer not in self.cache.indices:
             raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
         places = self._places(layer)
         keys, values = (self._gather(shard, places) for shard in self._cache.shard(layer))
@@ -207,7 +221,7 @@ class Session:
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values that this rank holds, over all layers."""
-        shards = (self._cache.shard(layer) for layer in self._cache.indices)
+        shards = (self.cache.shard(layer) for layer in self._cache.indices)
         return sum(part.numel() * part.element_size() for shard in shards for part in shard)
 
     def to_dynamic_cache(self) -> DynamicCache | None:

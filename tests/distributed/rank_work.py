@@ -60,6 +60,7 @@ class Record:
     ropes: dict[tuple[str, str, int], list[int]] = field(default_factory=dict)  # by kind, strategy, length: the answer
     replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
     scored: list[Tensor] = field(default_factory=list)  # log-probabilities, logits of a token read after them
+    asked: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: logits or tokens of one question each
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
@@ -97,6 +98,7 @@ def record(group: Group) -> Record:
     seen.collectives = collect(group)
     seen.replayed = replay(group)
     seen.scored = score(group)
+    seen.asked = ask(group)
     if group.size in (2, 3) and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         seen.stepped = [step_in_turns(group, by_graphs) for by_graphs in (False, True)]
     seen.exact = read_exactly(group)
@@ -170,6 +172,33 @@ def generate(group: Group) -> dict[str, Any]:
         "unseeded": unseeded.token_ids,
         "stopped": stopped.to_dict(),
     }
+
+
+ASKED = [tuple((7 * i + 31 * j + 2) % VOCABULARY for j in range(2 + i)) for i in (0, 5, 2, 0)]
+
+
+def ask(group: Group) -> dict[str, list[Any]]:
+    """Questions about a document that stays read, a kept one among them; its own question's logits come first."""
+    model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
+    found: dict[str, list[Any]] = {}
+    for strategy in ("full", "ring", "ulysses", "apb"):
+        if strategy == "full" and group.size > 1:
+            continue
+        if strategy == "ulysses" and 2 % group.size:
+            continue
+        blocks = {"blocks": 5} if strategy == "apb" else {}
+        engine = apb.Engine.from_model(model, strategy=strategy, mesh=Mesh.of(group), **blocks)
+        document = engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query)
+        said: list[Any] = [engine.prefill(PROMPT).logits]
+        for number, query in enumerate(ASKED):
+            said.append(document.ask(query, keep=number == 2, max_new_tokens=6).token_ids)
+        said.append(document.prefill(ASKED[1]).logits)
+        document = engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query)
+        document.ask(ASKED[1], max_new_tokens=6)
+        said.append(document.prefill(PROMPT.query).logits)
+        found[strategy] = said
+        engine.close()
+    return found
 
 
 def score(group: Group) -> list[Tensor]:

@@ -132,6 +132,24 @@ def test_scores_are_those_of_one_rank(records: Records, size: int) -> None:
             torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_documents_answer_as_on_one_rank(records: Records, size: int) -> None:
+    """Questions in a row, one of them kept: the same on all ranks, under exact strategies as under full attention on
+    one; a document's own question is answered as a prompt is."""
+    wanted = records[1][0].asked
+    for record in records[size]:
+        assert record.asked.keys() >= {"ring", "apb"}
+        for strategy, said in record.asked.items():
+            expected = wanted[strategy if strategy == "apb" else "full"]
+            for mine, first, alone in zip(said, records[size][0].asked[strategy], expected, strict=True):
+                if isinstance(mine, list):
+                    assert mine == first == alone
+                else:
+                    assert torch.equal(mine, first)
+                    torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(said[-1], said[0], rtol=0, atol=0)
+
+
 def test_rope_that_changes_with_the_length(records: Records) -> None:
     """Prompt and answer on either side of where dynamic and longrope change: transformers' tokens, on both ranks."""
     first, second = (record.ropes for record in records[2])

@@ -64,8 +64,7 @@ class ShardLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         arrival = self._shard.arrival(self.index)
         if arrival.kept is not None:
-            self._append(key_states[:, :, arrival.kept], value_states[:, :, arrival.kept])
-            self.place(arrival.positions)
+            self.append(key_states[:, :, arrival.kept], value_states[:, :, arrival.kept], arrival.positions)
         return self.view(at_least=1) if arrival.whole else (key_states, value_states)
 
     def place(self, positions: Sequence[range]) -> None:
@@ -84,6 +83,19 @@ class ShardLayer(CacheLayerMixin):
             self.length -= len(last) - len(kept)
             if kept:
                 self.positions.append(kept)
+
+    def tail(self, start: int) -> tuple[Tensor, Tensor, list[range]]:
+        """Copies of the tokens at true positions from ``start`` on, the last to be appended, and their positions."""
+        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        positions = [range(max(each.start, start), each.stop) for each in self.positions if each.stop > start]
+        first = self.length - sum(map(len, positions))
+        parts = (x[:, :, first : self.length].clone() for x in (self.keys, self.values))
+        return *parts, positions  # type: ignore[return-value]
+
+    def append(self, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
+        """Append tokens at these true positions."""
+        self._append(keys, values)
+        self.place(positions)
 
     def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
@@ -118,6 +130,17 @@ class ShardLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The last tokens of a shard: by layer keys, values (1, kv_heads, tokens, head_dim) and true positions.
+
+    ``total`` is the number of tokens of all ranks with them.
+    """
+
+    layers: dict[int, tuple[Tensor, Tensor, list[range]]]
+    total: int
 
 
 @dataclass(frozen=True)
@@ -204,6 +227,18 @@ class ShardCache(Cache):
         for layer in self._kept():
             layer.forget(total)
         self.total = total
+
+    def cut(self, total: int) -> Tail:
+        """As :meth:`forget`, but return what is dropped."""
+        tail = Tail({layer.index: layer.tail(total) for layer in self._kept()}, self.total)
+        self.forget(total)
+        return tail
+
+    def restore(self, tail: Tail) -> None:
+        """Append what :meth:`cut` returned, in the state in which it left the cache."""
+        for index, (keys, values, positions) in tail.layers.items():
+            self._layer(index).append(keys, values, positions)
+        self.total = tail.total
 
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""

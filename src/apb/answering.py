@@ -1,0 +1,96 @@
+"""Answers after a session: tokens chosen one by one, their text, and how it all came about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .distributed.collectives import Group
+from .generation import Detokenizer, Generation, Sampling, decode
+from .hardware import Stopwatch, fingerprint, peak_bytes
+from .hf.sampling import left_out
+from .session import Session
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Answers sessions of one engine.
+
+    Attributes:
+        model, tokenizer: the engine's.
+        devices: those that the model is on, the first one first.
+        everyone: all processes at work on a prompt.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    devices: Sequence[torch.device]
+    everyone: Group
+
+    def stream(
+        self, session: Session, sampling: Sampling, cancelled: Callable[[], bool] | None
+    ) -> Generator[str, None, Generation]:
+        """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
+        watch = Stopwatch(self.devices[0])
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
+        token_ids: list[int] = []
+        text, ended = "", False
+        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer):
+            token_ids.append(token)
+            if detokenizer is not None:
+                last = ended or len(token_ids) == sampling.max_new_tokens
+                piece = detokenizer.add(token, last)
+                text += piece
+                if piece:
+                    yield piece
+        result = self._result(session, text, token_ids, ended, watch.seconds())
+        result.notes += left_out(self.model, sampling, self.tokenizer)
+        return result
+
+    def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
+        # The slowest and the largest rank count, and every rank reports the same.
+        device = self.devices[0]
+        largest = max(map(peak_bytes, self.devices))
+        figures = torch.tensor(
+            [session.timing["prefill_s"], decode_s, largest, session.share], dtype=torch.float64, device=device
+        )
+        every = self.everyone.all_gather(figures).wait()
+        prefill_s, decode_s, peak, _ = every.amax(0).tolist()
+        share = float(every[:, 3].mean())
+        return Generation(
+            text=text,
+            token_ids=token_ids,
+            finish_reason="stop" if ended else "length",
+            strategy=session.plan.strategy,
+            exact=session.plan.exact,
+            plan=session.plan.to_dict(),
+            timing={
+                "prefill_s": prefill_s,
+                "decode_s": decode_s,
+                "decode_tokens_per_s": len(token_ids) / decode_s if decode_s else 0.0,
+            },
+            memory={"peak_bytes": int(peak)},
+            fingerprint=fingerprint(device, self.model.dtype),
+            decode={
+                "method": session.decoding.name,
+                "exact": session.decoding.exact or share >= 1,
+                "share": share,
+            },
+            prompt_tokens=session.plan.total,
+            choice=session.plan.reason,
+        )
+
+
+def whole(pieces: Generator[str, None, Generation]) -> Generation:
+    """The result of a stream, read to its end."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as stop:
+            return stop.value
