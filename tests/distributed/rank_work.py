@@ -179,7 +179,7 @@ ASKED = [tuple((7 * i + 31 * j + 2) % VOCABULARY for j in range(2 + i)) for i in
 
 def ask(group: Group) -> dict[str, list[Any]]:
     """Questions about a document that stays read, a kept one among them; its own question's logits come first."""
-    model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY))
+    model = without_eos(Case(1).model())
     found: dict[str, list[Any]] = {}
     for strategy in ("full", "ring", "ulysses", "apb"):
         if strategy == "full" and group.size > 1:
