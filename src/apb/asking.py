@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError
 from .prompt import BLANK_LINE, Prompt, whole_numbers
@@ -32,6 +32,10 @@ class Asking(ABC):
     @abstractmethod
     def query(self, question: Question) -> tuple[int, ...]:
         """The tokens of a question about the document, and of what closes the turn."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """What a loaded document needs of it to be asked again, as JSON's own values."""
 
     @abstractmethod
     def turn(self, unread: Sequence[int], question: Question) -> tuple[int, ...]:
@@ -63,6 +67,15 @@ class OfTokens(Asking):
             raise InputError("The query is empty; give the question to ask of the document.")
         return query
 
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Asking.to_dict`."""
+        return {}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> OfTokens:
+        """The inverse of :meth:`to_dict`."""
+        return cls((), ())
+
     def turn(self, unread: Sequence[int], question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.turn`: what closes a turn is up to the caller."""
         return (*unread, *self.query(question))
@@ -84,8 +97,24 @@ class OfText(Asking):
 
     def query(self, question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.query`: the tokens that stand behind the document in its prompt with this question."""
+        return self._prompt(self._end, _text(question)).query
+
+    def to_dict(self) -> dict[str, Any]:
+        """See :meth:`Asking.to_dict`: the text's end, and the source of the chat template that was asked for."""
+        from .hf.chat import template_of
+
+        asked = None if self.chat_template is None else template_of(self.tokenizer, self.chat_template)
+        return {"text": self._end, "system": self.system, "chat_template": asked}
+
+    @classmethod
+    def from_dict(cls, tokenizer: PreTrainedTokenizerBase, fields: Mapping[str, Any]) -> OfText:
+        """The inverse of :meth:`to_dict`."""
+        return cls(tokenizer, fields["text"], fields["system"], fields["chat_template"])
+
+    @property
+    def _end(self) -> str:
         end = self.text[-_ENOUGH:]
-        return self._prompt(end if end.strip() else self.text, _text(question)).query
+        return end if end.strip() else self.text
 
     def turn(self, unread: Sequence[int], question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.turn`: what the chat template writes after an answer up to the next one."""

@@ -3,18 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from .answering import whole
 from .asking import Asking, Question
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
+from .hf.cache import ShardCache, Tail
+from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+@dataclass
+class State:
+    """What one rank keeps of a document.
+
+    Attributes:
+        plan: how it was read.
+        prefix, document: its tokens as they were read.
+        query: the tokens of what it was read for.
+        read_for: the questions that these are of, if any.
+        compressor: name of what chose the pairs that blocks passed on.
+        cache: keys and values of prefix, document and kept turns.
+        tail: those of ``query``, which is answered from there as if it had been asked at once.
+        logits: (vocab,) fp32, after ``query``.
+        prefill_s: seconds it took to read.
+        kept: tokens after the document that stay.
+        unread: the last token of the last kept answer, which has been chosen but not read.
+    """
+
+    plan: Plan
+    prefix: tuple[int, ...]
+    document: tuple[int, ...]
+    query: tuple[int, ...]
+    read_for: tuple[Question, ...]
+    compressor: str
+    cache: ShardCache
+    tail: Tail
+    logits: Tensor
+    prefill_s: float
+    kept: tuple[int, ...] = ()
+    unread: tuple[int, ...] = ()
+
+    @classmethod
+    def of_session(cls, session: Session, prompt: Prompt, read_for: tuple[Question, ...], compressor: str) -> State:
+        """The state after a prompt (as it was read, in its arrangement), without its question."""
+        plan, cache = session.plan, session.cache
+        tail, seconds = cache.cut(plan.query_start), session.timing["prefill_s"]
+        parts = prompt.prefix, prompt.document, prompt.query
+        return cls(plan, *parts, read_for, compressor, cache, tail, session.logits, seconds)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens that stay read: prefix, document, kept turns."""
+        return self.prefix + self.document + self.kept
+
 
 THIS, ANOTHER, NONE = "this question", "another question", "no question"
 """For which question the document was read, seen from the question that is asked."""
@@ -30,29 +81,35 @@ class Document:
     Under several ranks every rank makes the same calls and gets the same answers.
 
     Attributes:
-        plan: how the document was read; its query is what it was read for.
-        read_for: the questions that it was read for, if any.
-        timing: ``prefill_s``, seconds this rank took.
+        state: what is kept of it.
     """
 
-    def __init__(
-        self, engine: Engine, asking: Asking, session: Session, prompt: Prompt, read_for: tuple[Question, ...]
-    ) -> None:
-        """Called by :meth:`apb.Engine.read`, with the session of the prompt by which the document was read."""
-        self.plan = session.plan
-        self.read_for = read_for
-        self.timing = dict(session.timing)
+    def __init__(self, engine: Engine, asking: Asking, state: State) -> None:
+        """Called by :meth:`apb.Engine.read` and :meth:`apb.Engine.load`."""
+        self.state = state
         self._engine = engine
         self._asking = asking
-        self._prompt = engine.reading.arranged(prompt)
-        self._query = prompt.query
-        self._cache = session.cache
-        self._logits = session.logits
-        # What the question left behind: it is answered from there, as if it had been asked at once.
-        self._read = self._cache.cut(self.plan.query_start)
-        self._kept: tuple[int, ...] = ()  # tokens after the document that stay
-        self._answer: Generation | None = None  # the last kept answer, of which the last token has not been read
         self._session: Session | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """How the document was read; its query is what it was read for."""
+        return self.state.plan
+
+    @property
+    def read_for(self) -> tuple[Question, ...]:
+        """The questions that it was read for, if any."""
+        return self.state.read_for
+
+    def save(self, folder: str | Path) -> None:
+        """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        from .store import save
+
+        save(self._engine, self._asking, self.state, Path(folder))
 
     @property
     def exact(self) -> bool:
@@ -62,13 +119,13 @@ class Document:
     @property
     def token_ids(self) -> tuple[int, ...]:
         """All tokens that stay read: prefix, document, kept turns."""
-        return self._prompt.prefix + self._prompt.document + self._kept
+        return self.state.token_ids
 
     def read_for_as_seen_from(self, query: Question) -> str:
         """For what the document was read, seen from a question: :data:`THIS`, :data:`ANOTHER` or :data:`NONE`."""
         if not self.read_for:
             return NONE
-        return THIS if not self._kept and self._asking.query(query) == self._query else ANOTHER
+        return THIS if not self.state.kept and self._asking.query(query) == self.state.query else ANOTHER
 
     def prefill(self, query: Question, *, max_new_tokens: int = 1) -> Session:
         """Read a question; the session of document and question. It ends when the document is asked again.
@@ -80,10 +137,9 @@ class Document:
         Raises:
             InputError: an empty question, or one that does not fit with its answer.
         """
-        if self._answer is None:
-            return self._after(self._asking.query(query), max_new_tokens)
-        unread = self._answer.token_ids[-1:]
-        return self._after(self._asking.turn(unread, query), max_new_tokens)
+        state = self.state
+        tokens = self._asking.turn(state.unread, query) if state.kept else self._asking.query(query)
+        return self._after(tokens, max_new_tokens)
 
     def ask(
         self, query: Question, *, keep: bool = False, cancelled: Callable[[], bool] | None = None, **sampling: Any
@@ -113,30 +169,30 @@ class Document:
         answer = yield from self._engine.answering.stream(session, sampling, cancelled)
         answer.read_for = seen
         if keep:
-            self._kept = tuple(session.token_ids[self.plan.query_start :])
-            self._answer = answer
-            self._cache = session.cache
+            state = self.state
+            state.kept, state.unread = tuple(session.token_ids[self.plan.query_start :]), (answer.token_ids[-1],)
+            state.cache = session.cache
         return answer
 
     def _after(self, query: tuple[int, ...], max_new_tokens: int) -> Session:
         """The session after all that is kept and these tokens."""
-        engine, start = self._engine, len(self.token_ids)
+        engine, state, start = self._engine, self.state, len(self.token_ids)
         if engine.closed:
             raise RuntimeError(CLOSED)
-        prefix, everything = self._prompt.prefix, self._kept + query
-        prompt = Prompt(prefix, self._prompt.document, everything, front=prefix)
+        everything = state.kept + query
+        prompt = Prompt(state.prefix, state.document, everything, front=state.prefix)
         plan = replace(self.plan, query=len(everything))
         engine.check(plan, query, max_new_tokens)
         if self._session is not None:
             self._session.end("The document has been asked another question, and this session lasted until then.")
-        self._cache.forget(start)
-        if everything == self._query:
-            self._cache.restore(self._read)
-            session = engine.session(plan, prompt, self._cache, self._logits, 0.0, max_new_tokens)
+        state.cache.forget(start)
+        if everything == state.query:
+            state.cache.restore(state.tail)
+            session = engine.session(plan, prompt, state.cache, state.logits, 0.0, max_new_tokens)
         elif engine.turns_otherwise(start, plan.total):
             session = engine.prefill(prompt, max_new_tokens=max_new_tokens)
         else:
-            logits, seconds = engine.read_on(self._cache, query, max_new_tokens)
-            session = engine.session(plan, prompt, self._cache, logits, seconds, max_new_tokens)
+            logits, seconds = engine.read_on(state.cache, query, max_new_tokens)
+            session = engine.session(plan, prompt, state.cache, logits, seconds, max_new_tokens)
         self._session = session
         return session

@@ -16,7 +16,7 @@ from .asking import Asking, OfText, OfTokens
 from .distributed.collectives import Group
 from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
-from .document import Document
+from .document import Document, State
 from .errors import InputError, at_least
 from .generation import Generation, Sampling
 from .hardware import Hardware, Stopwatch
@@ -261,7 +261,25 @@ class Engine:
         else:
             asking = OfText(self.needed_tokenizer(), text, system, chat_template)
         prompt, read_for = asking.first(question, questions)
-        return Document(self, asking, self.prefill(prompt, progress=progress, cancelled=cancelled), prompt, read_for)
+        session = self.prefill(prompt, progress=progress, cancelled=cancelled)
+        compressor = self.reading.compressor.name
+        return Document(self, asking, State.of_session(session, self.reading.arranged(prompt), read_for, compressor))
+
+    def load(self, folder: str | Path, *, verify: bool = True) -> Document:
+        """A document that :meth:`apb.Document.save` has written; every rank must call it.
+
+        It may have been written on another number of ranks. Its keys and values are read straight to the device.
+
+        Args:
+            folder: where it is.
+            verify: compare the checksums of the files, which takes as long as reading them again.
+
+        Raises:
+            InputError: there is no document, it is damaged or of a newer version, or of another model or dtype.
+        """
+        from .store import load
+
+        return Document(self, *load(self, Path(folder), verify))
 
     def read_on(self, cache: ShardCache, token_ids: Sequence[int], max_new_tokens: int) -> tuple[Tensor, float]:
         """Read tokens after what a cache holds: logits (vocab,) fp32 of the next one, and the seconds it took."""
@@ -278,6 +296,10 @@ class Engine:
     def turns_otherwise(self, start: int, total: int) -> bool:
         """True if RoPE rotates a text of ``total`` tokens by other angles than its first ``start`` tokens alone."""
         return any(start <= length < total for length in self._attachment.switches)
+
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys and values are."""
+        return placement.device_of(self._attachment.modules[layer])
 
     @property
     def closed(self) -> bool:

@@ -61,6 +61,7 @@ class Record:
     replayed: list[tuple[Tensor, Tensor, int]] = field(default_factory=list)  # run, replayed, messages of a replay
     scored: list[Tensor] = field(default_factory=list)  # log-probabilities, logits of a token read after them
     asked: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: logits or tokens of one question each
+    stored: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: what a loaded document says
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
     alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
 
@@ -74,6 +75,7 @@ def everything(folder: str) -> None:
         group = Group(rank, size, dist.new_group(range(size)))
         if rank < size:
             records[size] = record(group)
+            records[size].stored = store(group, Path(folder))
         dist.barrier()
     torch.save(records, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
@@ -197,6 +199,23 @@ def ask(group: Group) -> dict[str, list[Any]]:
         document.ask(ASKED[1], max_new_tokens=6)
         said.append(document.prefill(PROMPT.query).logits)
         found[strategy] = said
+        engine.close()
+    return found
+
+
+def store(group: Group, folder: Path) -> dict[str, list[Any]]:
+    """Questions about documents that fewer ranks have written (the first one: read now), written again by these."""
+    found: dict[str, list[Any]] = {}
+    for strategy in ("ring", "apb"):
+        blocks = {"blocks": 5} if strategy == "apb" else {}
+        engine = apb.Engine.from_model(without_eos(Case(1).model()), strategy=strategy, mesh=Mesh.of(group), **blocks)
+        place = folder / strategy
+        if group.size == 1:
+            engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(place)
+        document = engine.load(place)
+        found[strategy] = [document.ask(query, max_new_tokens=6).token_ids for query in ASKED]
+        found[strategy] += [document.prefill(query).logits for query in (PROMPT.query, ASKED[1])]
+        document.save(place)
         engine.close()
     return found
 

@@ -150,6 +150,20 @@ def test_documents_answer_as_on_one_rank(records: Records, size: int) -> None:
             torch.testing.assert_close(said[-1], said[0], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_documents_on_disk_serve_any_number_of_ranks(records: Records, size: int) -> None:
+    """Written by 1 rank, read and written by 2, and so on: what one rank said when it had read the text."""
+    wanted = records[1][0].stored
+    for record in records[size]:
+        assert record.stored.keys() == {"ring", "apb"}
+        for strategy, said in record.stored.items():
+            for mine, alone in zip(said, wanted[strategy], strict=True):
+                if isinstance(mine, list):
+                    assert mine == alone
+                else:
+                    torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_rope_that_changes_with_the_length(records: Records) -> None:
     """Prompt and answer on either side of where dynamic and longrope change: transformers' tokens, on both ranks."""
     first, second = (record.ropes for record in records[2])

@@ -35,6 +35,7 @@ TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12
 # Every command that reads, or plans to: what it must be given beside options of reading, {} for files.
 COMMANDS = {
     "generate": "--document {document} --query Who? --max-new-tokens 1",
+    "read": "--document {document} --out {folder}/store",
     "serve": "--port 0",
     "explain": "--document {document} --query Who? --max-new-tokens 1 --out {folder}/page.html",
     "plan": "--length 600",

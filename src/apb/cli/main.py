@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from ..errors import InputError, NotFinite, RankError, unexpected
-from . import bench, check, doctor, evaluate, explain, fidelity, generate, plan, report, serve, train
+from . import bench, check, doctor, documents, evaluate, explain, fidelity, generate, plan, report, serve, train
 
 app = typer.Typer(
     name="apb",
@@ -22,6 +22,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("generate")(generate.generate)
+app.command("read")(documents.read)
+app.command("ask")(documents.ask)
+app.command("documents")(documents.documents)
 app.command("explain")(explain.explain)
 app.command("plan")(plan.plan)
 app.command("serve")(serve.serve)

@@ -259,9 +259,7 @@ def file_name(path: str | None) -> str | None:
 
 def model_name(model: torch.nn.Module, name: str) -> str:
     """A checkpoint's name (folder, file or id) with 8 hex digits of its weights: 64 values of every parameter."""
-    digest = hashlib.sha256()
-    for parameter_name, parameter in sorted(model.named_parameters()):
-        values = parameter.detach().flatten()[:64].float().cpu().numpy()
-        digest.update(f"{parameter_name} {tuple(parameter.shape)} ".encode() + values.tobytes())
+    from ..hf.identity import weights_digest
+
     path = Path(name)
-    return f"{path.resolve().name if path.exists() else name} {digest.hexdigest()[:8]}"
+    return f"{path.resolve().name if path.exists() else name} {weights_digest(model).hexdigest()[:8]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -239,6 +239,14 @@ class ShardCache(Cache):
         for index, (keys, values, positions) in tail.layers.items():
             self._layer(index).append(keys, values, positions)
         self.total = tail.total
+
+    def fill(self, layer: int, parts: Iterable[tuple[Tensor, Tensor, range]]) -> None:
+        """Write a layer of an empty cache: keys, values (1, kv_heads, tokens, head_dim) and their true positions."""
+        into = self._layer(layer)
+        for keys, values, positions in parts:
+            if not into.is_initialized:
+                into.lazy_initialization(keys, values)
+            into.append(keys, values, [positions])
 
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""

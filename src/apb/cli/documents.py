@@ -1,0 +1,231 @@
+"""``apb read``, ``apb ask`` and ``apb documents``: texts that are read once and asked many times."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import InputError
+from . import options
+from .generate import read_document
+from .groups import expanded, values
+
+Store = Annotated[Path, typer.Argument(help="Folder of a document that apb read has written.")]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Everything a rank needs to read a document and store it; plain values, so that it travels."""
+
+    text: str
+    questions: list[str]
+    chat_template: str | None
+    out: str
+    loading: dict[str, Any]
+    reading: dict[str, Any]
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Everything a rank needs to answer questions about a stored document."""
+
+    store: str
+    queries: list[str]
+    verify: bool
+    loading: dict[str, Any]
+    strategy: str
+    sampling: dict[str, Any]
+    as_json: bool
+
+
+@expanded
+def read(
+    *,
+    document: options.Document,
+    out: Annotated[Path, typer.Option(help="Folder to write; what is in it already is replaced once this is whole.")],
+    question: Annotated[
+        list[str] | None, typer.Option(help="What it will be asked, if that is known; repeat it for typical questions.")
+    ] = None,
+    model: options.RemoteModel,
+    reading: options.Reading,
+    ranks: options.Ranks,
+    chat_template: options.ChatTemplate = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Read a document and keep it on disk, to be asked with apb ask."""
+    text = read_document(document)
+
+    from .checks import check_reading
+
+    place, _ = check_reading(model, ranks, reading)
+
+    from ..distributed import launch
+
+    request = Reading(text, question or [], chat_template, str(out), place.loading, values(reading), as_json)
+    launch.run(_read, place.processes, request)
+
+
+def _read(request: Reading) -> None:
+    """One rank's part of reading; rank 0 prints."""
+    from ..distributed import launch
+    from ..engine import Engine
+    from ..store import manifest_of
+    from .progress import Bar
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    engine = Engine.from_pretrained(**request.loading, **request.reading)
+    prints = engine.mesh.everyone.rank == 0
+    one = request.questions[0] if len(request.questions) == 1 else None
+    with Bar("Reading", "token", shown=prints) as progress:
+        document = engine.read(
+            request.text,
+            question=one,
+            questions=[] if one else request.questions,
+            chat_template=request.chat_template,
+            progress=progress.update,
+        )
+    document.save(request.out)
+    launch.leave()
+    if prints:
+        summary = summary_of(Path(request.out), manifest_of(Path(request.out)))
+        if request.as_json:
+            print(json.dumps(summary))
+        else:
+            print(f"apb: {request.out}: {told(summary)}", file=sys.stderr)
+
+
+@expanded
+def ask(
+    *,
+    store: Store,
+    query: Annotated[
+        list[str] | None, typer.Option(help="A question; repeatable. If left out they are read from standard input.")
+    ] = None,
+    model: options.RemoteModel,
+    ranks: options.Ranks,
+    sampling: options.Sampling,
+    verify: Annotated[bool, typer.Option(help="Compare the checksums of the files.")] = True,
+    as_json: options.AsJson = False,
+) -> None:
+    """Ask a document that apb read has kept; each question reads its own rows alone."""
+    from ..store import manifest_of
+
+    manifest = manifest_of(store)
+    if model.model is None:
+        model = replace(model, model=manifest["model"]["name"])
+    if model.dtype is None:
+        model = replace(model, dtype=manifest["dtype"])
+
+    from ..distributed import launch
+    from ..generation import Sampling
+    from .checks import check
+
+    Sampling(**values(sampling))
+    place = check(model, ranks)
+    if query is None and place.processes > 1:
+        raise InputError("Questions are read from standard input on one rank only; give them with --query.")
+    request = Asking(str(store), query or [], verify, place.loading, manifest["strategy"], values(sampling), as_json)
+    launch.run(_ask, place.processes, request)
+
+
+def _ask(request: Asking) -> None:
+    """One rank's part of the answers; rank 0 prints."""
+    from ..distributed import launch
+    from ..engine import Engine
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+    engine = Engine.from_pretrained(**request.loading, strategy=request.strategy)
+    prints = engine.mesh.everyone.rank == 0
+    document = engine.load(request.store, verify=request.verify)
+    answers = []
+    for query in request.queries or _typed():
+        pieces = document.stream(query, **request.sampling)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as stop:
+                answers.append(stop.value)
+                break
+            if prints and not request.as_json:
+                print(piece, end="", flush=True)
+        if prints and not request.as_json:
+            print(flush=True)
+            answer = answers[-1]
+            kind = "exact" if answer.exact else "approximate"
+            print(
+                f"apb: {answer.strategy} ({kind}), read for {answer.read_for}; the question took "
+                f"{answer.timing['prefill_s']:.2f} s",
+                file=sys.stderr,
+            )
+    launch.leave()
+    if not answers:
+        raise InputError("No question was given; give --query, or questions on standard input, a line each.")
+    if prints and request.as_json:
+        found = [answer.to_dict() for answer in answers]
+        print(json.dumps(found[0] if len(found) == 1 else found))
+
+
+def _typed() -> Iterator[str]:
+    """Questions from standard input, a line each; a terminal is shown where to type."""
+    while True:
+        if sys.stdin.isatty():
+            print("? ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def documents(
+    store: Annotated[Path, typer.Argument(help="A document's folder, or a folder of such folders.")],
+    as_json: options.AsJson = False,
+) -> None:
+    """List the documents of a folder: their sizes, and what they were read by and for."""
+    from ..store import documents as found_in
+
+    found = [summary_of(path, manifest) for path, manifest in found_in(store)]
+    if as_json:
+        print(json.dumps(found))
+        return
+    if not found:
+        raise InputError(f"There is no document in {str(store)!r}; apb read --out FOLDER writes one.")
+    for each in found:
+        print(f"{each['store']}: {told(each)}")
+
+
+def summary_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is told of a document."""
+    kept = ("created", "apb", "dtype", "tokens", "tokens_sha256")
+    how = ("strategy", "options", "exact", "compressor", "read_for")
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    return {
+        "store": str(folder),
+        "model": manifest["model"]["name"],
+        "fingerprint": manifest["model"]["fingerprint"],
+        **{name: manifest[name] for name in (*kept, *how)},
+        "ranks": len(manifest["shards"]),
+        "bytes": size,
+        "prefill_s": manifest["prefill_s"],
+    }
+
+
+def told(summary: dict[str, Any]) -> str:
+    """A summary in words."""
+    exact = "exact" if summary["exact"] else "approximate"
+    wanted = [each if isinstance(each, str) else "tokens" for each in summary["read_for"]]
+    return (
+        f"{summary['tokens']:,} tokens, {summary['bytes'] / 2**20:,.1f} MiB on {summary['ranks']} ranks, by "
+        f"{summary['strategy']} ({exact}) in {summary['prefill_s']:.2f} s, for "
+        f"{', '.join(map(repr, wanted)) if wanted else 'no question'}; {summary['model']}, {summary['dtype']}, "
+        f"{summary['created']}"
+    )

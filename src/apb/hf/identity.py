@@ -1,0 +1,30 @@
+"""What tells models apart: their configuration and their weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+# Fields of a configuration that say where it comes from and how it is run, not what the model computes.
+_CIRCUMSTANCES = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+def weights_digest(model: torch.nn.Module) -> Any:
+    """A sha256 of 64 values of every parameter, with their names and shapes."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        values = parameter.detach().flatten()[:64].float().cpu().numpy()
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode() + values.tobytes())
+    return digest
+
+
+def fingerprint(model: Any) -> str:
+    """16 hex digits of a model's configuration and weights."""
+    fields = {name: value for name, value in model.config.to_dict().items() if name not in _CIRCUMSTANCES}
+    digest = weights_digest(model)
+    digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
+    return str(digest.hexdigest()[:16])

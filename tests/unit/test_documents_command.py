@@ -1,0 +1,82 @@
+"""`apb read`, `apb ask`, `apb documents`: what is kept is what the library keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import apb
+from command_line import Cli
+
+TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12
+
+
+@pytest.fixture
+def stored(cli: Cli, checkpoint: Path, tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    place = ("--model", checkpoint, "--device", "cpu")
+    done = cli("read", "--document", tmp_path / "text.txt", "--out", tmp_path / "a", "--blocks", 4, *place)
+    assert (done.status, done.out) == (0, "")
+    assert "577 tokens" in done.err
+    assert "by apb (approximate)" in done.err
+    assert "for no question" in done.err
+    return tmp_path / "a"
+
+
+def test_answers_are_the_librarys(cli: Cli, checkpoint: Path, stored: Path) -> None:
+    """One object for one question, a list for several; the model and its dtype are those it was read by."""
+    engine = apb.Engine.from_pretrained(checkpoint, blocks=4, device="cpu")
+    document = engine.read(TEXT)
+    expected = [document.ask(query, max_new_tokens=7).token_ids for query in ("Who?", "Where?")]
+    engine.close()
+    given = ("ask", stored, "--device", "cpu", "--max-new-tokens", 7)
+    one = cli(*given, "--query", "Who?", "--json").json
+    assert (one["token_ids"], one["read_for"]) == (expected[0], "no question")
+    assert (one["exact"], one["strategy"]) == (False, "apb")
+    several = cli(*given, "--query", "Who?", "--query", "Where?", "--json").json
+    assert [each["token_ids"] for each in several] == expected
+    plain = cli(*given, "--query", "Who?")
+    assert plain.out == one["text"] + "\n"
+    assert "apb: apb (approximate), read for no question" in plain.err
+
+
+def test_questions_from_standard_input(cli: Cli, stored: Path) -> None:
+    given = ("ask", stored, "--device", "cpu", "--max-new-tokens", 3, "--json")
+    assert len(cli(*given, stdin=b"Who?\n\nWhere?\n").json) == 2
+    cli(*given).refused("No question was given")
+
+
+def test_what_is_there(cli: Cli, checkpoint: Path, stored: Path) -> None:
+    for place in (stored, stored.parent):
+        (found,) = cli("documents", place, "--json").json
+        assert (found["store"], found["tokens"], found["strategy"], found["ranks"]) == (str(stored), 577, "apb", 1)
+        assert found["bytes"] == sum(path.stat().st_size for path in stored.glob("*.safetensors"))
+        assert (found["read_for"], found["dtype"], found["model"]) == ([], "float32", str(checkpoint))
+        assert f"{stored}: 577 tokens, " in cli("documents", place).out
+
+
+def test_questions_it_is_read_for(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    given: Any = ("read", "--document", tmp_path / "text.txt", "--model", checkpoint, "--device", "cpu", "--json")
+    one = cli(*given, "--out", tmp_path / "one", "--question", "Who?").json
+    assert one["read_for"] == ["Who?"]
+    two = cli(*given, "--out", tmp_path / "two", "--question", "Who?", "--question", "Where?").json
+    assert two["read_for"] == ["Who?", "Where?"]
+    answer = cli("ask", tmp_path / "one", "--query", "Who?", "--device", "cpu", "--max-new-tokens", 1, "--json").json
+    assert answer["read_for"] == "this question"
+
+
+def test_what_is_refused(cli: Cli, stored: Path, tmp_path: Path) -> None:
+    """One sentence, status 2."""
+    cli("ask", tmp_path / "nowhere", "--query", "Who?").refused("There is no document")
+    cli("documents", tmp_path / "nowhere").refused("does not exist")
+    (tmp_path / "empty").mkdir()
+    cli("documents", tmp_path / "empty").refused("There is no document")
+    cli("ask", stored, "--query", "Who?", "--dtype", "bfloat16", "--device", "cpu").refused("float32", "bfloat16")
+    cli("ask", stored, "--query", " ", "--device", "cpu").refused("query is empty")
+    cli("ask", stored, "--ranks", 2, "--device", "cpu").refused("--query")
+    for path in stored.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    cli("ask", stored, "--query", "Who?", "--device", "cpu").refused("damaged", "bytes")
