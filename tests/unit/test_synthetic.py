@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 import apb
 from answers import record, run_of
-from apb.evaluation.items import Item, Skipped
+from apb.evaluation.items import Item, Skipped, each_with_another_query
 from apb.evaluation.records import Store, read_records
 from apb.evaluation.runner import Runner
 from apb.evaluation.settings import Setting
@@ -160,3 +160,32 @@ def test_evaluation_with_the_question_in_front(cli: Cli, checkpoint: Path, tmp_p
     assert plain.prompt == first.prompt
     assert first.prompt_tokens > plain.prompt_tokens
     assert len(compare([plain, first])) == 2
+
+
+def test_questions_asked_after_reading(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """For this question: the answers of reading at once; for others or none, told apart in the report. Full attention
+    says the same whatever it has read for."""
+    path = tmp_path / "a.jsonl"
+    given = ("eval", "synthetic", "--task", "single", "--length", 800, "--samples", 2, "--model", checkpoint)
+    more = ("--device", "cpu", "--strategy", "full", "--strategy", "apb", "--blocks", 4, "--out", path, "--json")
+    for when in (None, "this", "other", "none"):
+        cli(*given, *more, *(() if when is None else ("--ask-after", when)), "--max-new-tokens", 9)
+    said: dict[tuple[str, str | None], list[str]] = {}
+    for each in read_records(path):
+        said.setdefault((each.strategy, each.asked.get("ask_after")), []).append(each.prediction)
+    assert len(said) == 8
+    assert all(said["full", when] == said["full", None] for when in ("this", "other", "none"))
+    assert said["apb", "this"] == said["apb", None]
+    assert len({tuple(said["apb", when]) for when in ("this", "other", "none")}) > 1
+    assert "apb, query-edge, 4 blocks, ask after other" in {each.reading_name for each in read_records(path)}
+    cli(*given, "--ask-after", "never").refused("this, other, none", "'never'")
+
+
+def test_other_questions_are_of_the_same_task() -> None:
+    items_of = [
+        Item("s", task, 9, str(n), "d", query, ("a",), "words", 1)
+        for n, (task, query) in enumerate((("t", "1"), ("u", "2"), ("t", "3"), ("t", "4")))
+    ]
+    assert [item.other_query for item in each_with_another_query(items_of)] == ["3", "2", "4", "1"]
+    (item,) = items(words(None), "single", 1024, 1, seed=0)
+    assert item.other_query not in ("", item.query)

@@ -52,6 +52,12 @@ class Common:
     readings: options.Readings
     model: options.Model
     max_new_tokens: Budget = None
+    ask_after: Annotated[
+        str | None,
+        typer.Option(
+            help="Read the document first, for this question, another or none, and ask afterwards: this, other or none."
+        ),
+    ] = None
     ranks: options.RankCount = None
     out: Annotated[
         Path | None,
@@ -171,14 +177,19 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
     from ..distributed import launch
     from ..evaluation.limits import check_length
     from ..evaluation.records import Store
+    from ..evaluation.settings import ASK_AFTER
     from ..evaluation.synthetic import check_lengths
     from .checks import check_readings
 
+    if common.ask_after not in (None, *ASK_AFTER):
+        raise InputError(f"--ask-after takes {', '.join(ASK_AFTER)}, not {common.ask_after!r}.")
     limits = {"samples": samples["count"], "length": samples.get("limit"), "max_new_tokens": common.max_new_tokens}
     for name, number in limits.items():
         if number is not None:
             at_least(name, number, 1)
     place, readings = check_readings(common.model, options.Ranks(common.ranks), common.readings)
+    if common.ask_after is not None:
+        readings = [replace(setting, ask_after=common.ask_after) for setting in readings]
     if common.out is not None:
         Store(common.out).close()  # an invalid file fails before anything is loaded
     if suite == "synthetic":  # fail before hours are spent on the shorter lengths
@@ -239,6 +250,7 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
     from itertools import chain, product
 
     from ..evaluation import infinitebench, jsonl, longbench2, ruler, synthetic
+    from ..evaluation.items import each_with_another_query
     from ..evaluation.limits import needed_limit, within
     from ..evaluation.tasks.passages import load_passages
     from ..hf.loading import position_limit
@@ -273,4 +285,4 @@ def samples_of(request: Request, engine: Engine, skipped: Skipped) -> tuple[Any,
     if not found:
         reason = f": {skipped.reasons[0]}" if skipped.reasons else ""
         raise InputError(f"There is no sample in {str(path)!r}{reason}.")
-    return [within(item, position_limit(config)) for item in found], len(found)
+    return [within(item, position_limit(config)) for item in each_with_another_query(found)], len(found)

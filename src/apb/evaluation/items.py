@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +33,7 @@ class Item:
         max_new_tokens: limit on the answer's tokens.
         separator: the text between document and query.
         answer_prefix: forced beginning of the answer, appended to the question.
+        other_query: another question of the kind, about another document.
         limit: maximum tokens of prompt and answer together; a longer document is truncated in the middle.
         opening: what a chat template wrote before the document, if the texts have been through one already, whose text
             after the question is in ``query``; None for texts that the model's template is still to be put around.
@@ -51,6 +52,7 @@ class Item:
     answer_prefix: str = ""
     limit: int | None = None
     opening: str | None = None
+    other_query: str = ""
 
     def prompt(self, tokenizer: PreTrainedTokenizerBase) -> Prompt:
         """The model's prompt, as :meth:`fitted` makes it."""
@@ -87,6 +89,16 @@ class Item:
         if self.opening is None:
             return Prompt.for_model(tokenizer, self.document, self.query, **texts)
         return Prompt.from_rendered(tokenizer, self.opening, self.document, self.query, **texts)
+
+
+def each_with_another_query(items: Sequence[Item]) -> list[Item]:
+    """Items with the query of the next one of their task (the first one's, for the last) as their other query."""
+    following: dict[str, str] = {item.task: item.query for item in reversed(items)}
+    found = []
+    for item in reversed(items):
+        found.append(replace(item, other_query=following[item.task]))
+        following[item.task] = item.query
+    return found[::-1]
 
 
 def without_middle(tokens: tuple[int, ...], room: int) -> tuple[int, ...]:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import torch
 
+from ..asking import NEUTRAL, OfTokens
+from ..document import Document, State
 from ..engine import Engine
 from ..errors import InputError, NotFinite, unexpected
 from ..hardware import device_name
@@ -80,6 +83,15 @@ class Runner:
         self.cuts += [cut] if cut else []
         return prompt
 
+    def _read(self, item: Item, prompt: Prompt, ask_after: str, engine: Engine) -> Document:
+        """The document of a prompt, read for its own question, another one or none, without the question's rows."""
+        query = {"this": item.query, "other": item.other_query, "none": NEUTRAL}[ask_after]
+        asked = replace(item, query=query, limit=None).prompt(self.tokenizer)
+        read = replace(prompt, query=asked.query, front=asked.front)
+        session = engine.prefill(read)
+        state = State.of_session(session, engine.reading.arranged(read), (), engine.reading.compressor.name)
+        return Document(engine, OfTokens(prompt.prefix, prompt.document), state)
+
     def _answer(self, item: Item, prompt: Prompt | InputError, setting: Setting, engine: Engine) -> Record | None:
         """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0."""
         group = engine.group
@@ -129,7 +141,13 @@ class Runner:
             if group.broadcast(told).item():
                 return known
             start = time.perf_counter()
-            result = engine.generate(prompt, max_new_tokens=item.max_new_tokens, stopping_criteria=self._ends)
+            sampling: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stopping_criteria": self._ends}
+            if setting.ask_after is None:
+                result = engine.generate(prompt, **sampling)
+            else:
+                document = self._read(item, prompt, setting.ask_after, engine)
+                result = document.ask(prompt.query, **sampling)
+                result.timing["prefill_s"] += document.state.prefill_s
             seconds = time.perf_counter() - start
         except (InputError, NotFinite) as error:  # raised on all ranks
             record = replace(blank, error=str(error))

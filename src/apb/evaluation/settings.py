@@ -15,14 +15,26 @@ from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
 from ..planning.options import check, given, options_of
 
+ASK_AFTER = ("this", "other", "none")
+"""A document that stays read may have been read for the question that is asked, for another one, or for none."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to read and answer the samples; ``compressor`` is None where the method passes nothing on."""
+    """One way to read and answer the samples.
+
+    Attributes:
+        method: the strategy.
+        compressor: None where the method passes nothing on.
+        decoding: the decode method.
+        ask_after: None to read question and document at once; or one of :data:`ASK_AFTER`: for which question the
+            document is read before its own is asked.
+    """
 
     method: Method
     compressor: Compressor | None = None
     decoding: Decoding = EXACT
+    ask_after: str | None = None
 
     @classmethod
     def of(cls, strategy: str | Method, compressor: str | Compressor | None = None, **options: Any) -> Setting:
@@ -49,7 +61,7 @@ class Setting:
                 asked[part] = owner.name
                 options = {name: value for name, value in given(owner).items() if name != "heads"}
                 asked |= {f"{owner.name} {name}" if name in asked else name: options[name] for name in options}
-        return asked
+        return asked | ({} if self.ask_after is None else {"ask_after": self.ask_after})
 
     @property
     def heads(self) -> str | None:

@@ -19,7 +19,7 @@ from .records import Store
 from .runner import Runner
 from .settings import Setting, settings
 from .statistics import Cell, cell
-from .tasks import SHORTEST, TASKS, Question, TaskError, generate
+from .tasks import SHORTEST, TASKS, Question, Sample, TaskError, generate
 from .tasks.passages import Passages
 
 __all__ = ["Setting", "check", "check_lengths", "evaluate", "items", "settings"]
@@ -34,6 +34,8 @@ _BEGINNINGS = {
     "common_words": "The ten most common words are:",
     "frequent_words": "The three most frequent code words are:",
 }
+# Length of a sample that is made for its question alone.
+_SHORT = 4096
 # Samples of different base seeds do not overlap if fewer than this many are drawn.
 _SEED_STRIDE = 1_000_000
 
@@ -118,10 +120,20 @@ def items(
             metric="ruler_part" if task == "qa" else "words",
             max_new_tokens=budget,
             answer_prefix=beginning,
+            other_query=_another(task, tokenizer, min(length, _SHORT), -sample.seed - 1, passages, number).query,
         )
     if failed and skipped is not None:
         samples = f"{len(failed)} of {count} samples"
         skipped.reasons.append(f"{samples} of {task} at {length:,} tokens were left out: {failed[0]}")
+
+
+def _another(
+    task: str, tokenizer: PreTrainedTokenizerBase, length: int, seed: int, passages: Passages | None, number: int
+) -> Sample:
+    """Another sample of a task."""
+    if task != "qa" or passages is None:
+        return generate(task, tokenizer, length, seed)
+    return generate(task, tokenizer, length, seed, passages=passages, number=(number + 1) % len(passages.asked))
 
 
 def evaluate(
