@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .answering import whole
 from .asking import Asking, Question
+from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
 from .hf.cache import ShardCache, Tail
@@ -20,6 +21,12 @@ from .session import Session
 
 if TYPE_CHECKING:
     from .engine import Engine
+
+
+# Tokens at a document's end that may change where its text goes on.
+_SEAM = 16
+# Rows that a growing document reads in one pass.
+_ROWS = 4096
 
 
 @dataclass
@@ -101,6 +108,40 @@ class Document:
         """The questions that it was read for, if any."""
         return self.state.read_for
 
+    def grow(self, asking: Asking, prompt: Prompt) -> None:
+        """Go on to a longer text, of which this document is the beginning; kept turns are forgotten.
+
+        What was read stays; the rest is read exactly over it. Called by :meth:`apb.Engine.read`.
+
+        Args:
+            asking: makes the prompts of the longer text.
+            prompt: one of them, as it would be read.
+
+        Raises:
+            InputError: the text does not begin with this document, or does not fit.
+        """
+        state, engine = self.state, self._engine
+        before, after = state.prefix + state.document, prompt.prefix + prompt.document
+        same = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
+        # The last tokens of a text may be others once it goes on.
+        if prompt.prefix != state.prefix or min(same, len(after)) < len(before) - _SEAM:
+            raise InputError(
+                "The text does not begin with the document that it is to go on from; read it without after=."
+            )
+        plan = replace(self.plan, document=len(prompt.document))
+        engine.check(plan, after[same:] or after[-1:], 0)
+        if engine.turns_otherwise(same, len(after)):
+            raise InputError("The model rotates positions of so long a text otherwise; read it without after=.")
+        self._end_session()
+        state.cache.forget(min(same, len(after)))
+        for start in range(same, len(after), _ROWS):
+            _, seconds = engine.read_on(state.cache, after[start : start + _ROWS], 0)
+            state.prefill_s += seconds
+        self._asking = asking
+        self.state = replace(
+            state, plan=plan, document=prompt.document, query=(), tail=state.cache.cut(len(after)), kept=(), unread=()
+        )
+
     def save(self, folder: str | Path) -> None:
         """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
 
@@ -174,6 +215,11 @@ class Document:
             state.cache = session.cache
         return answer
 
+    def _end_session(self) -> None:
+        if self._session is not None:
+            self._session.end("The document has been asked another question, and this session lasted until then.")
+            self._session = None
+
     def _after(self, query: tuple[int, ...], max_new_tokens: int) -> Session:
         """The session after all that is kept and these tokens."""
         engine, state, start = self._engine, self.state, len(self.token_ids)
@@ -183,8 +229,7 @@ class Document:
         prompt = Prompt(state.prefix, state.document, everything, front=state.prefix)
         plan = replace(self.plan, query=len(everything))
         engine.check(plan, query, max_new_tokens)
-        if self._session is not None:
-            self._session.end("The document has been asked another question, and this session lasted until then.")
+        self._end_session()
         state.cache.forget(start)
         if everything == state.query:
             state.cache.restore(state.tail)

@@ -240,6 +240,7 @@ class Engine:
         questions: Sequence[str] = (),
         system: str | None = None,
         chat_template: str | Path | None = None,
+        after: Document | None = None,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Document:
@@ -252,6 +253,8 @@ class Engine:
                 if the document is given as such.
             questions: several typical questions instead.
             system, chat_template: as in :meth:`apb.Prompt.from_chat`.
+            after: a document that this one begins with: it grows, and is returned. Its part stays as it was read, and
+                the rest is read exactly over it, so that the whole is exact if that part is.
             progress, cancelled: as in :meth:`prefill`.
         """
         if (text is None) == (tokens is None):
@@ -261,6 +264,9 @@ class Engine:
         else:
             asking = OfText(self.needed_tokenizer(), text, system, chat_template)
         prompt, read_for = asking.first(question, questions)
+        if after is not None:
+            after.grow(asking, self.reading.arranged(prompt))
+            return after
         session = self.prefill(prompt, progress=progress, cancelled=cancelled)
         compressor = self.reading.compressor.name
         return Document(self, asking, State.of_session(session, self.reading.arranged(prompt), read_for, compressor))

@@ -179,6 +179,39 @@ def test_texts_and_turns_are_the_templates(template: str | None, ended: bool) ->
     assert tokens == expected
 
 
+@pytest.mark.parametrize("strategy", ["full", "apb"])
+def test_a_text_that_goes_on(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning stays as it was read, the rest is read exactly over it, in passes of any number of rows."""
+    monkeypatch.setattr("apb.document._ROWS", 7)
+    model = llama()
+    engine = engine_of(model, strategy)
+    document = read(engine, question=PROMPT.query)
+    document.ask(QUESTIONS[3], keep=True, max_new_tokens=3)
+    longer = (*PROMPT.document[:-2], *((5 * i + 1) % VOCABULARY for i in range(40)))
+    start = len(PROMPT.prefix) + len(PROMPT.document) - 2
+    session = engine.prefill(PROMPT)
+    layers = [session.gather_kv(layer) for layer in range(3)]
+    assert engine.read(tokens=longer, prefix=PROMPT.prefix, after=document) is document
+    assert document.token_ids == PROMPT.prefix + longer
+    said = document.prefill(PROMPT.query).logits
+    assert document.ask(PROMPT.query, max_new_tokens=1).read_for == "another question"
+    assert document.plan.document == len(longer)
+    engine.close()
+    expected = over(model, layers, start, [*longer[len(PROMPT.document) - 2 :], *PROMPT.query])
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_text_that_does_not_go_on() -> None:
+    """Another text, or one that ends earlier, is refused, and the document stays."""
+    engine = engine_of(llama(), "full")
+    document = read(engine)
+    logits = document.prefill(QUESTIONS[0]).logits
+    for tokens in ((9, *PROMPT.document), PROMPT.document[:20], (*PROMPT.document, *[1] * 5000)):
+        with pytest.raises(apb.InputError):
+            engine.read(tokens=tokens, prefix=PROMPT.prefix, after=document)
+    assert torch.equal(document.prefill(QUESTIONS[0]).logits, logits)
+
+
 def test_a_session_lasts_until_the_next_question() -> None:
     document = read(engine_of(llama(), "full"))
     session = document.prefill(QUESTIONS[0])
