@@ -184,19 +184,17 @@ def ask(group: Group) -> dict[str, list[Any]]:
     model = without_eos(Case(1).model())
     found: dict[str, list[Any]] = {}
     for strategy in ("full", "ring", "ulysses", "apb"):
-        if strategy == "full" and group.size > 1:
-            continue
-        if strategy == "ulysses" and 2 % group.size:
+        if strategy in ("full", "ulysses") and group.size != (1 if strategy == "full" else 2):
             continue
         blocks = {"blocks": 5} if strategy == "apb" else {}
         engine = apb.Engine.from_model(model, strategy=strategy, mesh=Mesh.of(group), **blocks)
         document = engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query)
         said: list[Any] = [engine.prefill(PROMPT).logits]
         for number, query in enumerate(ASKED):
-            said.append(document.ask(query, keep=number == 2, max_new_tokens=6).token_ids)
+            said.append(document.ask(query, keep=number == 2, max_new_tokens=3).token_ids)
         said.append(document.prefill(ASKED[1]).logits)
         document = engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query)
-        document.ask(ASKED[1], max_new_tokens=6)
+        document.ask(ASKED[1], max_new_tokens=1)
         said.append(document.prefill(PROMPT.query).logits)
         found[strategy] = said
         engine.close()
@@ -213,7 +211,7 @@ def store(group: Group, folder: Path) -> dict[str, list[Any]]:
         if group.size == 1:
             engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(place)
         document = engine.load(place)
-        found[strategy] = [document.ask(query, max_new_tokens=6).token_ids for query in ASKED]
+        found[strategy] = [document.ask(query, max_new_tokens=3).token_ids for query in ASKED[1:]]
         found[strategy] += [document.prefill(query).logits for query in (PROMPT.query, ASKED[1])]
         document.save(place)
         engine.close()
