@@ -19,13 +19,16 @@ from pathlib import Path
 import engines
 from answering import Unit, answer, remaining, run
 
-from apb.evaluation.settings import Setting
+from apb.evaluation.settings import ASK_AFTER, Setting
 
 SEED = 200
+SETS = ("main", "ablations", "minference", "follow-ups")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
 """The length of block at which compressors, passing lengths and anchor lengths are compared."""
+FOLLOWED = 2048
+"""The length of block at which questions are asked after reading."""
 TIMED_TASK = "multikey"
 TIMED = 3
 # Readings that a process answers side by side: a unit is short, and the processes finish together.
@@ -58,6 +61,21 @@ def ablations(length: int, heads: str | None) -> list[Setting]:
     return found
 
 
+def follow_ups(length: int) -> list[Setting]:
+    """Questions asked after the document was read: for them, for another question, or for none."""
+    half = length // max(2, round(length / FOLLOWED)) // 2
+    found = [replace(cut("apb", length, FOLLOWED), ask_after=when) for when in ASK_AFTER]
+    for unasked in (
+        cut("apb", length, FOLLOWED, passing_length=half),
+        cut("apb", length, FOLLOWED, "recent"),
+        cut("apb", length, FOLLOWED, "random"),
+        cut("star", length, 4096),
+        Setting.of("full"),
+    ):
+        found.append(replace(unasked, ask_after="none"))
+    return found
+
+
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
     """All samples: of one set of readings and one length after the other, so that what is there can be reported."""
     from apb.evaluation.tasks import TASKS
@@ -69,6 +87,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "main": main_readings(length),
                 "ablations": ablations(length, arguments.heads),
                 "minference": [Setting.of("minference")],
+                "follow-ups": follow_ups(length),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)
@@ -97,7 +116,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--length", type=int, action="append", required=True, help="tokens of a sample; repeatable")
-    parser.add_argument("--set", action="append", choices=("main", "ablations", "minference"), help="all if left out")
+    parser.add_argument("--set", action="append", choices=SETS, help="all if left out")
     parser.add_argument("--task", action="append", help="all that need no file if left out")
     parser.add_argument("--heads", help="file of retaining heads")
     parser.add_argument("--samples", type=int, default=25, help="of each kind and length")
@@ -107,7 +126,7 @@ def main() -> None:
     parser.add_argument("--speeds", type=Path, help="measure seconds of the main readings, and append them here")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
     arguments = parser.parse_args()
-    arguments.set = arguments.set or ["main", "ablations", "minference"]
+    arguments.set = arguments.set or list(SETS)
 
     from apb.evaluation.records import Store
     from apb.hf.loading import pick_device
