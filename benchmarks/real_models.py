@@ -18,7 +18,9 @@ from pathlib import Path
 
 import engines
 from answering import Unit, answer, remaining, run
+from candidates import Observers
 
+from apb.compressors import Compressor
 from apb.evaluation.settings import ASK_AFTER, Setting
 
 SEED = 200
@@ -35,7 +37,9 @@ TIMED = 3
 SIDE_BY_SIDE = 4
 
 
-def cut(strategy: str, length: int, block: int, compressor: str | None = None, **options: object) -> Setting:
+def cut(
+    strategy: str, length: int, block: int, compressor: str | Compressor | None = None, **options: object
+) -> Setting:
     """A reading in blocks of about ``block`` tokens."""
     return Setting.of(strategy, compressor, blocks=max(2, round(length / block)), **options)
 
@@ -69,6 +73,8 @@ def follow_ups(length: int) -> list[Setting]:
         cut("apb", length, FOLLOWED, passing_length=half),
         cut("apb", length, FOLLOWED, "recent"),
         cut("apb", length, FOLLOWED, "random"),
+        cut("apb", length, FOLLOWED, Observers()),
+        cut("apb", length, FOLLOWED, Observers(), passing_length=half),
         cut("star", length, 4096),
         Setting.of("full"),
     ):

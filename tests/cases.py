@@ -88,7 +88,9 @@ class Case:
         def score(layer: int, index: int) -> Tensor:
             block = plan.block(index)
             empty = torch.empty(len(block), self.kv_heads, 0)
-            return make_compressor("random", seed=self.seed).score(BlockView(layer, block, empty, empty, empty, 1.0, 0))
+            return make_compressor("random", seed=self.seed).score(
+                BlockView(layer, block, empty, empty, empty, empty, 1.0, 0)
+            )
 
         return score
 

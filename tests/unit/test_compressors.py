@@ -42,6 +42,7 @@ def view(tokens: int = 12, rows: int = 3, layer: int = 1, block: int = 2, seed: 
         scale=0.3,
         passed=passed,
         before_rope=draw(tokens, FEATURES),
+        q=draw(tokens, HEADS, HEAD_DIM),
     )
 
 

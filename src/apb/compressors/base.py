@@ -26,6 +26,7 @@ class BlockView:
         layer: index of the layer.
         block: the block, with its true positions.
         k, v: (tokens, kv_heads, head_dim), keys after RoPE.
+        q: (tokens, heads, head_dim), the block's own query rows after RoPE.
         query: (query tokens, heads, head_dim), the true query rows after RoPE, at their true positions.
         scale: the layer's factor on q.k.
         passed: key/value pairs that the block passes on, per KV head.
@@ -38,6 +39,7 @@ class BlockView:
     block: Block
     k: Tensor
     v: Tensor
+    q: Tensor
     query: Tensor
     scale: float
     passed: int

@@ -143,6 +143,7 @@ class APB(Strategy):
             block=block,
             k=layer.k[span.rows],
             v=layer.v[span.rows],
+            q=layer.q[span.rows],
             query=layer.q[self.itinerary.query.rows],
             scale=layer.scale,
             passed=count,
