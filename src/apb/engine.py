@@ -14,7 +14,6 @@ from torch import Tensor
 from .answering import Answering, whole
 from .asking import Asking, OfText, OfTokens
 from .distributed.collectives import Group
-from .distributed.launch import check_split, local_device
 from .distributed.mesh import Mesh
 from .document import Document, State
 from .errors import InputError, at_least
@@ -25,7 +24,7 @@ from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
-from .hf.tensor_parallel import check_shards
+from .hf.opening import Checkpoint
 from .kernels.attention import choose
 from .layers.base import AttentionInput
 from .passes import prefill
@@ -121,17 +120,9 @@ class Engine:
             options: see :meth:`from_model`.
         """
         Reading.of(**{name: value for name, value in options.items() if name not in _NOT_OF_READING})
-        config = loading.load_config(model, trust_remote_code)
-        loading.check_supported(config)
-        if options.get("verify", True):  # before its weights are read
-            verifying.verify(config)
-        place = local_device(loading.pick_device(device), gpus_per_rank)
-        check_split(place, gpus_per_rank, tensor_parallel)
-        weights = loading.pick_dtype(dtype, place)
-        tokenizer = loading.load_tokenizer(model, trust_remote_code)
-        check_shards(config, tensor_parallel)
-        mesh = Mesh.join(place, tensor_parallel, gpus_per_rank)
-        loaded = loading.load_model(model, weights, place, trust_remote_code, mesh.devices, quantization, gpus_per_rank)
+        place = tensor_parallel, quantization, gpus_per_rank
+        checkpoint = Checkpoint(model, dtype, device, trust_remote_code, *place)
+        loaded, tokenizer, mesh = checkpoint.opened(options.get("verify", True))
         return cls(loaded, tokenizer, mesh=mesh, **options)
 
     @classmethod
@@ -257,12 +248,12 @@ class Engine:
                 the rest is read exactly over it, so that the whole is exact if that part is.
             progress, cancelled: as in :meth:`prefill`.
         """
-        if (text is None) == (tokens is None):
-            raise InputError("Give either the text of a document or its tokens.")
-        if text is None:
-            asking: Asking = OfTokens(tuple(prefix), tuple(tokens or ()))
+        if text is not None and tokens is None:
+            asking: Asking = OfText(self.needed_tokenizer(), text, system, chat_template)
+        elif tokens is not None and text is None:
+            asking = OfTokens(tuple(prefix), tuple(tokens))
         else:
-            asking = OfText(self.needed_tokenizer(), text, system, chat_template)
+            raise InputError("Give either the text of a document or its tokens.")
         prompt, read_for = asking.first(question, questions)
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
