@@ -34,7 +34,7 @@ class Runner:
         settings: the readings to compare.
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
-        budget: the longest answer, in tokens, if the user chose it instead of the suite: then it is part of the reading.
+        budget: the longest answer, in tokens, if the user chose it and not the suite: then it is part of the reading.
         cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
 

@@ -35,7 +35,8 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
 class Cell:
     """One cell of the table: the mean score, 0 to 100, of one task, length and reading.
 
-    The plan's numbers are those of the first sample, ``prefill_s`` is the mean of the samples answered. Samples without an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
+    The plan's numbers are those of the first sample, ``prefill_s`` is the mean of the samples answered. Samples without
+    an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
     """
 
     suite: str
