@@ -17,6 +17,7 @@ from apb.compressors import Random, Recent
 from apb.errors import InputError
 from apb.evaluation.items import Item
 from apb.evaluation.records import Store, model_name, read_records, write_records
+from apb.evaluation.report import score
 from apb.evaluation.runner import Runner
 from apb.evaluation.settings import Setting, settings
 from apb.evaluation.statistics import compare, difference, interval
@@ -132,6 +133,7 @@ def test_a_reading_is_one_row_whatever_the_plan_chose() -> None:
     found = table.cells["apb, query"]["t"]
     assert (found.samples, found.failed, found.blocks, found.prefill_s) == (3, 1, 16, 2.0)
     assert found.score == pytest.approx(200 / 3)
+    assert score(found, with_count=True)[1].endswith(", n 3, 1 failed")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
