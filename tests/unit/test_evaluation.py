@@ -17,6 +17,7 @@ from apb.compressors import Random, Recent
 from apb.errors import InputError
 from apb.evaluation.items import Item
 from apb.evaluation.records import Store, model_name, read_records, write_records
+from apb.evaluation.report import score
 from apb.evaluation.runner import Runner
 from apb.evaluation.settings import Setting, settings
 from apb.evaluation.statistics import compare, difference, interval
@@ -107,13 +108,32 @@ def test_records_tell_objects_apart_by_all_that_they_were_made_with() -> None:
 
 
 def test_readings_have_names() -> None:
-    assert record(strategy="apb", blocks=8, compressor="query").reading_name == "apb, query, 8 blocks"
-    bare = record(strategy="apb", blocks=8, asked={"strategy": "apb", "anchor_length": 0, "passing_length": 0}, ranks=2)
+    asked = {"strategy": "apb", "compressor": "query", "blocks": 8}
+    assert record(strategy="apb", asked=asked).reading_name == "apb, query, 8 blocks"
+    bare = record(strategy="apb", asked=asked | {"anchor_length": 0, "passing_length": 0}, heads="h 1f", ranks=2)
     assert bare.reading_name == "apb, 8 blocks, no anchor, no passing, 2 ranks"
     asked = {"strategy": "minference", "vertical_size": 0.1, "decode": "nearest", "last": 5}
     assert record(strategy="minference", asked=asked).reading_name == (
         "minference, vertical size 0.1, decode nearest, last 5"
     )
+
+
+def test_a_reading_is_one_row_whatever_the_plan_chose() -> None:
+    """Blocks that were left open vary with the document, and a sample that fails has no plan: neither is a reading
+    of its own. A failed sample counts as 0, but it took no time."""
+    asked = {"strategy": "apb", "compressor": "query"}
+    plans: list[dict[str, Any]] = [
+        {"error": "It does not fit.", "score": 0.0, "prefill_s": 0.0},
+        {"blocks": 16, "compressor": "query", "passing_length": 255, "prefill_s": 3.0},
+        {"blocks": 1, "prefill_s": 1.0},
+    ]
+    records = [record("t", number, strategy="apb", asked=asked, **plan) for number, plan in enumerate(plans)]
+    (table,) = summarize(records).tables
+    assert list(table.cells) == ["apb, query"]
+    found = table.cells["apb, query"]["t"]
+    assert (found.samples, found.failed, found.blocks, found.prefill_s) == (3, 1, 16, 2.0)
+    assert found.score == pytest.approx(200 / 3)
+    assert score(found, with_count=True)[1].endswith(", n 3, 1 failed")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])

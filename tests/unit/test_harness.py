@@ -148,6 +148,16 @@ def test_generation_options_in_other_words(models: tuple[EngineLM, HFLM], caplog
     assert len({answers[0], *ours.generate_until(requests("generate_until", drawn))}) == 3
 
 
+def test_stops_are_not_found_in_a_question_asked_twice(checkpoint: Path) -> None:
+    """With the question in front the prompt is longer than its text, and a stop string in it ends no answer."""
+    lm = EngineLM(pretrained=str(checkpoint), device="cpu", strategy="full", question_first="true")
+    text = f"{TEXT}\n\nWho?"
+    expected = lm.engine.generate(split(text, lm.tokenizer, special=True), max_new_tokens=12).text
+    asked = requests("generate_until", [(text, {"max_gen_toks": 12, "until": ["Who?"]})])
+    assert lm.generate_until(asked) == [expected]
+    lm.engine.close()
+
+
 def test_stops_at_eos_of_the_tokenizer(models: tuple[EngineLM, HFLM], monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where the checkpoint's generation settings name another token."""
     ours, hf = models

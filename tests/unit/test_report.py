@@ -35,7 +35,7 @@ def results(tmp_path: Path) -> Path:
         for strategy, lost, seconds in (("full", 0, 2.0), ("star", 30, 1.0)):
             scores = {"a<b": [100.0] * (50 - lost) + [0.0] * lost, "b": [100.0] * 50}
             records += run_of(strategy, scores, length=length, prefill_s=seconds)
-        asked = {"strategy": "apb", "compressor": "query"}
+        asked = {"strategy": "apb", "compressor": "query", "blocks": 4}
         records += [
             record("b", number, 100, "apb", length=length, compressor="query", blocks=4, asked=asked)
             for number in range(50)

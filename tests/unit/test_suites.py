@@ -379,7 +379,7 @@ def test_files_through_the_command(cli: Cli, checkpoint: Path, tmp_path: Path) -
     assert (row["suite"], row["task"], row["length"], row["strategy"]) == ("infinitebench", "passkey", 300, "full")
     report = cli("eval", "jsonl", "--data", tmp_path / "own.jsonl", "--max-new-tokens", 3, *place).json
     assert [row["blocks"] for row in report["results"]] == [1, 3]
-    assert [row["reading"] for row in report["differences"]] == ["star, 3 blocks"]
+    assert [row["reading"] for row in report["differences"]] == ["star, 3 blocks, max new tokens 3"]
     write(tmp_path / "data.json", json.dumps([CHOICE], indent=1))
     (row,) = cli("eval", "longbench2", "--data", tmp_path / "data.json", *here, "--json").json["results"]
     assert (row["suite"], row["task"], row["length"]) == ("longbench2", "medium", 4096)

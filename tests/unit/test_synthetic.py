@@ -149,6 +149,18 @@ def test_models_have_tables_of_their_own() -> None:
     ]
 
 
+def test_another_budget_is_another_reading(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """Answers that a small budget has cut off are not taken for those of a larger one, though the prompts are equal."""
+    data, path = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    data.write_text('{"document": "The cat sat on the mat.", "query": "Who sat?", "answers": ["cat"]}\n')
+    given = ("eval", "jsonl", "--data", data, "--model", checkpoint, "--device", "cpu", "--strategy", "full")
+    for budget in (3, 9, 9):
+        assert cli(*given, "--out", path, "--max-new-tokens", budget, "--json").status == 0
+    short, long = read_records(path)
+    assert len(short.prediction) < len(long.prediction)
+    assert [row["reading"] for row in compare([short, long])] == ["full, max new tokens 9", "full, max new tokens 3"]
+
+
 def test_evaluation_with_the_question_in_front(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     """Two commands, one file: the same samples, told apart, and paired in the report."""
     path = tmp_path / "a.jsonl"

@@ -218,7 +218,8 @@ def run(request: Request) -> None:
     skipped = Skipped()
     items, total = samples_of(request, engine, skipped)
     store = Store(Path(request.out) if request.out and first else None)
-    runner = Runner(engine, model_name(engine.model, request.loading["model"]), request.readings, store)
+    name, budget = model_name(engine.model, request.loading["model"]), request.samples["budget"]
+    runner = Runner(engine, name, request.readings, store, budget=budget)
     done = 0
     records = []
     with Bar("Answering", "sample", shown=first) as bar:

@@ -186,7 +186,8 @@ class EngineLM(TemplateLM):
         if options["do_sample"]:
             sampling["temperature"] = options.get("temperature") or 1.0
             sampling |= {name: options[name] for name in ("top_k", "top_p") if name in options}
-        criteria = stop_sequences_criteria(self.tokenizer, stops, len(prompt), 1)
+        read = len(self.engine.reading.arranged(prompt))  # stops are looked for after it
+        criteria = stop_sequences_criteria(self.tokenizer, stops, read, 1)
         text = self.engine.generate(prompt, stopping_criteria=criteria, **sampling).text
         return str(postprocess_generated_text(text, stops, None))
 

@@ -79,7 +79,8 @@ class Item:
         if room < 1:
             raise InputError(
                 f"Sample {self.sample} of {self.task} does not fit into {self.limit} tokens: its question and answer "
-                f"alone need {self.limit - room}; ask for a greater length, or for a model of more positions."
+                f"alone need {self.limit - room}; ask for a greater length, for a shorter answer (--max-new-tokens), "
+                "or for a model of more positions."
             )
         document = without_middle(prompt.document, room)
         return replace(prompt, document=document), len(prompt.document) - len(document)

@@ -30,8 +30,8 @@ class Record:
         prompt: hash of the tokens that the model read.
         prompt_tokens: number of these tokens.
         model: the checkpoint's name and a hash of its weights.
-        heads: name and hash of the file of trained heads, if they were used.
-        asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length.
+        heads: name and hash of the file of trained heads, if they were asked for.
+        asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length, max_new_tokens.
         strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: the reading, by the plan.
         device, dtype: of the run.
         processes: number of runs that shared the machine; times measure speed only if it is 1.
@@ -83,12 +83,12 @@ class Record:
 
     @property
     def reading_name(self) -> str:
-        """The reading in words."""
-        parts = [self.strategy]
-        if self.compressor:
-            parts.append(self.compressor)
-        if self.blocks > 1:
-            parts.append(f"{self.blocks} blocks")
+        """The reading in words: what was asked for, as the plan's own choices may differ between its samples."""
+        parts, passes = [self.strategy], self.asked.get("passing_length") != 0
+        if passes and "compressor" in self.asked:
+            parts.append(self.asked["compressor"])
+        if self.asked.get("blocks", 1) > 1:
+            parts.append(f"{self.asked['blocks']} blocks")
         for name, word in (("anchor_length", "anchor"), ("passing_length", "passing")):
             if name in self.asked:
                 parts.append(f"{word} {self.asked[name]:,}" if self.asked[name] else f"no {word}")
@@ -96,7 +96,7 @@ class Record:
         for name, value in self.asked.items():
             if name not in said:
                 parts.append(name.replace("_", " ") + ("" if value is True else f" {value}"))
-        if self.heads and self.compressor:
+        if self.heads and passes:
             parts.append(self.heads)
         if self.ranks > 1:
             parts.append(f"{self.ranks} ranks")

@@ -30,7 +30,8 @@ svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
 """
 NOTES = (
-    "Scores are 0 to 100. Under each: its 95 % interval (Wilson). Average: the mean of the tasks.",
+    "Scores are 0 to 100. Under each: its 95 % interval (Wilson). Samples that failed count as 0. "
+    "Average: the mean of the tasks.",
     "Differences are paired: the same samples, read in the other way; 3/100: of 100 samples 3 have another score. "
     "Their 95 % intervals come from 10,000 bootstrap resamples of the samples within each task. Where no sample "
     "differs the interval has no width; then, with n samples, fewer than 1 - 0.05^(1/n) of all differ, with 95 % "
@@ -107,11 +108,14 @@ def scores(table: Table) -> Content:
 
 
 def score(cell: Cell | None, with_count: bool) -> tuple[str, str]:
-    """A score and its interval."""
+    """A score and its interval, and how many samples have no answer, if any."""
     if cell is None:
         return "", ""
     low, high = cell.interval
-    return f"{cell.score:.1f}", f"{low:.1f} to {high:.1f}" + (f", n {cell.samples}" if with_count else "")
+    remarks = [f"{low:.1f} to {high:.1f}"]
+    remarks += [f"n {cell.samples}"] if with_count else []
+    remarks += [f"{cell.failed} failed"] if cell.failed else []
+    return f"{cell.score:.1f}", ", ".join(remarks)
 
 
 def overview(table: Table, summary: Summary) -> Content:
@@ -129,7 +133,11 @@ def overview(table: Table, summary: Summary) -> Content:
             speed = seconds.get(reading)
             figures.append((f"{speed.seconds:.3f}", f"n {speed.samples}") if speed else ("", ""))
         rows.append((reading, figures))
-    heads = [f"{len(table.tasks)} tasks", "average", *(f"to {one.baseline}" for one in compared)]
+    heads = [
+        f"{len(table.tasks)} task{'s' * (len(table.tasks) > 1)}",
+        "average",
+        *(f"to {one.baseline}" for one in compared),
+    ]
     return heads + (["prefill s, median"] if seconds else []), rows
 
 

@@ -37,6 +37,7 @@ class Runner:
         settings: the readings to compare.
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
+        budget: the longest answer, in tokens, if the user chose it and not the suite: then it is part of the reading.
         cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
 
@@ -45,6 +46,7 @@ class Runner:
     settings: Sequence[Setting]
     store: Store
     processes: int = 1
+    budget: int | None = None
     cuts: list[int] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +97,7 @@ class Runner:
     def _answer(self, item: Item, prompt: Prompt | InputError, setting: Setting, engine: Engine) -> Record | None:
         """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0."""
         group = engine.group
+        chosen = {} if self.budget is None else {"max_new_tokens": self.budget}
         blank = Record(
             suite=item.suite,
             task=item.task,
@@ -103,10 +106,10 @@ class Runner:
             prompt="",
             prompt_tokens=0,
             model=self.model,
-            asked=setting.asked,
+            asked=setting.asked | chosen,
             strategy=setting.strategy,
             compressor=None,
-            heads=None,
+            heads=self._heads(setting.heads),
             blocks=0,
             anchor_length=0,
             passing_length=0,
@@ -129,7 +132,6 @@ class Runner:
             blank = replace(
                 blank,
                 compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
-                heads=self._heads(setting.heads) if plan.passing_length else None,
                 blocks=plan.blocks,
                 anchor_length=plan.anchor_length,
                 passing_length=plan.passing_length,

@@ -33,9 +33,10 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table: the mean score, 0 to 100, of one task, length and reading, with the plan's numbers.
+    """One cell of the table: the mean score, 0 to 100, of one task, length and reading.
 
-    Samples without an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
+    The plan's numbers are those of the first sample, ``prefill_s`` is the mean of the samples answered. Samples without
+    an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
     """
 
     suite: str
@@ -63,7 +64,8 @@ class Cell:
 
 def cell(records: Sequence[Record]) -> Cell:
     """The cell of records of one task, length and reading."""
-    first, count = records[0], len(records)
+    answered, count = [record for record in records if record.error is None], len(records)
+    first = (answered or records)[0]
     mean = sum(record.score for record in records) / count
     return Cell(
         first.suite,
@@ -79,10 +81,10 @@ def cell(records: Sequence[Record]) -> Cell:
         first.ranks,
         bool(first.asked.get("question_first")),
         count,
-        sum(record.error is not None for record in records),
+        count - len(answered),
         mean,
         interval(mean, count),
-        sum(record.prefill_s for record in records) / count,
+        sum(record.prefill_s for record in answered) / max(1, len(answered)),
     )
 
 

@@ -94,7 +94,7 @@ def summarize(records: Sequence[Record]) -> Summary:
     answered_first = sorted(records, key=lambda record: record.error is not None)
     unique = list({record.key: record for record in reversed(answered_first)}.values())[::-1]
     # Full attention first, then strategy by strategy.
-    unique.sort(key=lambda r: (r.strategy != BASELINE, r.strategy, r.blocks, r.reading_name))
+    unique.sort(key=lambda r: (r.strategy != BASELINE, r.strategy, r.asked.get("blocks", 0), r.reading_name))
     tables, speeds = [], []
     for place, part in sorted(grouped(unique, _place).items()):
         readings = grouped(part, lambda record: record.reading_name)

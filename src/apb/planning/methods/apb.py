@@ -62,7 +62,7 @@ class APB(Blockwise):
 
     def usual_blocks(self, document: int) -> int:
         """See :meth:`Blockwise.usual_blocks`: of ``BLOCK_LENGTH`` tokens each, from 8 to ``MOST_BLOCKS``."""
-        return min(max(super().usual_blocks(document), document // BLOCK_LENGTH), MOST_BLOCKS)
+        return min(max(super().usual_blocks(document), round(document / BLOCK_LENGTH)), MOST_BLOCKS)
 
     def anchored(self, plan: Plan) -> int:
         """See :meth:`Method.anchored`: the anchor also includes the query, before the document's tokens."""
