@@ -137,6 +137,14 @@ def test_the_question_in_front_is_a_baseline_of_its_own() -> None:
     assert table.cells["full, question first"]["a"].question_first
 
 
+def test_only_plain_full_attention_is_a_baseline() -> None:
+    """Not on ranks, with another decode method, or asked after reading; without it the first reading is."""
+    asked = {"asked": {"strategy": "full", "ask_after": "none"}}
+    records = run_of("star", {"a": [0]}) + run_of("full", {"a": [9]}, **asked) + run_of("full", {"a": [5]}, ranks=2)
+    assert {row["baseline"] for row in compare(records)} == {"star"}
+    assert {row["baseline"] for row in compare(records + run_of("full", {"a": [7]}))} == {"full"}
+
+
 def test_models_have_tables_of_their_own() -> None:
     records = run_of("full", {"a": [0]}) + run_of("full", {"a": [100]}, model="n", prefill_s=4.0)
     assert [(table.model, table.average("full")) for table in summarize(records).tables] == [
@@ -189,7 +197,9 @@ def test_questions_asked_after_reading(cli: Cli, checkpoint: Path, tmp_path: Pat
     assert all(said["full", when] == said["full", None] for when in ("this", "other", "none"))
     assert said["apb", "this"] == said["apb", None]
     assert len({tuple(said["apb", when]) for when in ("this", "other", "none")}) > 1
-    assert "apb, query-edge, 4 blocks, ask after other" in {each.reading_name for each in read_records(path)}
+    assert "apb, query-edge, 4 blocks, ask after other, max new tokens 9" in {
+        each.reading_name for each in read_records(path)
+    }
     cli(*given, "--ask-after", "never").refused("this, other, none", "'never'")
 
 

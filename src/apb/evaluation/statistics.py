@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any
 
 import numpy
 
+from ..planning.methods import METHODS
 from .records import Record
 
 # Two-sided 95 % of the normal distribution.
 _Z = 1.959964
 RESAMPLES = 10_000
+BASELINE = next(iter(METHODS))
+"""Full attention, which other strategies are compared with and tables list first."""
 
 
 def interval(mean: float, samples: int) -> tuple[float, float]:
@@ -146,10 +149,17 @@ def grouped(records: Iterable[Record], by: Callable[[Record], Any]) -> dict[Any,
     return groups
 
 
-def baselines(readings: Iterable[str]) -> list[str]:
-    """Names of the readings that the others are compared with: those of full attention if any, else the first."""
-    names = list(readings)
-    return [name for name in names if name.startswith("full")] or names[:1]
+def baselines(readings: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Names of the readings that the others are compared with: full attention, the question in front or not.
+
+    If there is neither, the first one.
+    """
+    found = [name for name, group in readings.items() if group[0].strategy == BASELINE and _is_plain(group[0])]
+    return found or list(readings)[:1]
+
+
+def _is_plain(record: Record) -> bool:
+    return record.ranks == 1 and not set(record.asked) - {"strategy", "question_first", "max_new_tokens"}
 
 
 def compare(records: Iterable[Record]) -> list[dict[str, Any]]:

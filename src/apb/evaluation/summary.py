@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..planning.methods import METHODS
 from .records import Record
-from .statistics import Cell, Difference, baselines, cell, difference, grouped
+from .statistics import BASELINE, Cell, Difference, baselines, cell, difference, grouped
 
-# Full attention, which tables list first.
-BASELINE = next(iter(METHODS))
 Place = tuple[str, str, int]
 """Model with its dtype, suite, length."""
 
