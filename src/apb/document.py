@@ -133,13 +133,28 @@ class Document:
         if engine.turns_otherwise(same, len(after)):
             raise InputError("The model rotates positions of so long a text otherwise; read it without after=.")
         self._end_session()
-        state.cache.forget(min(same, len(after)))
-        for start in range(same, len(after), _ROWS):
-            _, seconds = engine.read_on(state.cache, after[start : start + _ROWS], 0)
-            state.prefill_s += seconds
         self._asking = asking
+        same = min(same, len(after))
+        state.cache.forget(same)
+        self._become(after[:same])
+        for start in range(same, len(after), _ROWS):  # whatever happens, it is a document of what has been read
+            read = after[start : start + _ROWS]
+            _, seconds = engine.read_on(state.cache, read, 0)
+            self._become(after[: start + len(read)], seconds)
+
+    def _become(self, tokens: tuple[int, ...], seconds: float = 0.0) -> None:
+        """Be the document of these tokens, which are what the cache holds, read for nothing in particular."""
+        state = self.state
+        document = tokens[len(state.prefix) :]
         self.state = replace(
-            state, plan=plan, document=prompt.document, query=(), tail=state.cache.cut(len(after)), kept=(), unread=()
+            state,
+            plan=replace(state.plan, document=len(document)),
+            document=document,
+            query=(),
+            tail=state.cache.cut(len(tokens)),
+            prefill_s=state.prefill_s + seconds,
+            kept=(),
+            unread=(),
         )
 
     def save(self, folder: str | Path) -> None:

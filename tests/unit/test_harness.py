@@ -269,6 +269,17 @@ def test_chats_rendered_before_are_split_as_well(models: tuple[EngineLM, HFLM]) 
     assert bytes(ours._prompt(f"{TEXT}\n\nWho?", {}).query) == b"\n\nWho?"
 
 
+def test_a_document_of_fewer_tokens_than_blocks(models: tuple[EngineLM, HFLM], checkpoint: Path) -> None:
+    """One short prompt among long ones does not end the run: it is read in full."""
+    model = EngineLM(pretrained=str(checkpoint), device="cpu", strategy="apb", blocks=64)
+    asked = [("ab Who?", {"until": [], "max_gen_toks": 6})]
+    requests = [Instance("generate_until", {}, args, 0) for args in asked]
+    assert model.generate_until(requests) == models[0].generate_until(requests)
+    scored = [Instance("loglikelihood", {}, ("ab Who?", " Maud"), 0)]
+    assert model.loglikelihood(scored) == models[0].loglikelihood(scored)
+    model.engine.close()
+
+
 def test_what_is_refused(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Batches, and a GPU where there is none, if it was asked for; the harness's default is not."""
     with pytest.raises(apb.InputError, match="one at a time"):

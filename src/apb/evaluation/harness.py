@@ -186,9 +186,10 @@ class EngineLM(TemplateLM):
         if options["do_sample"]:
             sampling["temperature"] = options.get("temperature") or 1.0
             sampling |= {name: options[name] for name in ("top_k", "top_p") if name in options}
-        read = len(self.engine.reading.arranged(prompt))  # stops are looked for after it
+        engine = self._engine_for(prompt)
+        read = len(engine.reading.arranged(prompt))  # stops are looked for after it
         criteria = stop_sequences_criteria(self.tokenizer, stops, read, 1)
-        text = self.engine.generate(prompt, stopping_criteria=criteria, **sampling).text
+        text = engine.generate(prompt, stopping_criteria=criteria, **sampling).text
         return str(postprocess_generated_text(text, stops, None))
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[Score]:
@@ -236,7 +237,7 @@ class EngineLM(TemplateLM):
         # White space at a context's end has gone to the continuations.
         prompt = self._prompt(text.rstrip(), self._samples.get(text), text) if text else of_tokens(context)
         assert prompt.token_ids == tuple(context), "both are the tokens of the text"
-        engine = self.engine if text else self._exact
+        engine = self._engine_for(prompt) if text else self._exact
         session = engine.prefill(prompt, max_new_tokens=max(0, *(len(each) - 1 for each in continuations)))
         return [_total(*session.score(each)) if each else (0.0, True) for each in continuations]
 
@@ -252,6 +253,11 @@ class EngineLM(TemplateLM):
             rest, all_greedy = _total(*session.score(continuation[1:]))
             score, greedy = score + rest, greedy and all_greedy
         return score, greedy
+
+    def _engine_for(self, prompt: Prompt) -> Engine:
+        """The engine; the exact one for a document of fewer tokens than the blocks that were asked for."""
+        asked = max(method.blocks or 1 for method in self.engine.reading.methods)
+        return self.engine if asked <= len(prompt.document) else self._exact
 
     @cached_property
     def _exact(self) -> Engine:
