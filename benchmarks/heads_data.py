@@ -11,10 +11,8 @@ import ast
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import get_context
 from pathlib import Path
 from random import Random
 
@@ -23,7 +21,7 @@ from apb.evaluation.tasks import TASKS, TAUGHT, generate
 from apb.evaluation.tasks.base import arrange, encoder_of
 from apb.evaluation.tasks.filler import Sentence
 from apb.evaluation.tasks.material import Encoder, Fact
-from apb.training.heads.generated import FIRST_SEED, tokenizer_of
+from apb.training.heads.generated import FIRST_SEED, tokenizer_of, write
 from apb.training.heads.generated import TASKS as NEEDLES
 
 KINDS = [name for name in TASKS if name != "qa" and name not in (set(TAUGHT) - set(NEEDLES))]
@@ -165,12 +163,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     at_least("samples", arguments.samples, 1)
-    make = partial(line, model=arguments.model)
-    with (
-        ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool,
-        arguments.out.open("w") as file,
-    ):
-        file.writelines(pool.map(make, range(arguments.samples), chunksize=16))
+    write(arguments.out, partial(line, model=arguments.model), arguments.samples, arguments.jobs)
 
 
 if __name__ == "__main__":

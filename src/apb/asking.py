@@ -71,11 +71,6 @@ class OfTokens(Asking):
         """See :meth:`Asking.to_dict`."""
         return {}
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> OfTokens:
-        """The inverse of :meth:`to_dict`."""
-        return cls((), ())
-
     def turn(self, unread: Sequence[int], question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.turn`: what closes a turn is up to the caller."""
         return (*unread, *self.query(question))

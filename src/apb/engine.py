@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .answering import Answering, whole
 from .asking import Asking, OfText, OfTokens
+from .decoding import EXACT
 from .distributed.collectives import Group
 from .distributed.mesh import Mesh
 from .document import Document, State
@@ -279,9 +280,15 @@ class Engine:
         return Document(self, *load(self, Path(folder), verify))
 
     def read_on(self, cache: ShardCache, token_ids: Sequence[int], max_new_tokens: int) -> tuple[Tensor, float]:
-        """Read tokens after what a cache holds: logits (vocab,) fp32 of the next one, and the seconds it took."""
+        """Read tokens after what a cache holds, exactly, whatever the decode method, as a prefill reads its question.
+
+        Returns:
+            logits: (vocab,) fp32 of the next token.
+            seconds: time that this rank took.
+        """
         watch = Stopwatch(self.device)
-        return self._decoder.start(cache, max_new_tokens).read(token_ids), watch.seconds()
+        exact = Decoder(self._attachment, self.group, EXACT, self.backend, graphs=False)
+        return exact.start(cache, max_new_tokens).read(token_ids), watch.seconds()
 
     def check(self, plan: Plan, token_ids: Sequence[int], max_new_tokens: int) -> None:
         """InputError if tokens that a plan ends with are not the model's, or do not fit with an answer."""

@@ -78,16 +78,19 @@ def save(engine: Engine, asking: Asking, state: State, folder: Path) -> None:
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    """The tensors of a rank's shard; keys and values are (kv_heads, tokens, head_dim)."""
+    """The tensors of a rank's shard; keys and values are (kv_heads, tokens, head_dim).
+
+    They are copied on the host: a second cache may not fit on the device.
+    """
     found = {"logits": state.logits.contiguous()}
     for name in ("prefix", "document", "query", "kept", "unread"):
         found[name] = torch.tensor(getattr(state, name), dtype=torch.long)
     state.cache.forget(len(state.token_ids))
     for layer in state.cache.indices:
         for name, part in zip(("keys", "values"), state.cache.shard(layer), strict=True):
-            found[f"{layer}.{name}"] = part.transpose(0, 1).contiguous()
+            found[f"{layer}.{name}"] = part.transpose(0, 1).cpu().contiguous()
         keys, values, _ = state.tail.layers[layer]
-        found |= {f"read.{layer}.keys": keys[0].contiguous(), f"read.{layer}.values": values[0].contiguous()}
+        found |= {f"read.{layer}.keys": keys[0].cpu(), f"read.{layer}.values": values[0].cpu()}
     return found
 
 
@@ -225,7 +228,7 @@ def _checked_files(folder: Path, manifest: dict[str, Any], verify: bool) -> list
 
 def _asking(engine: Engine, manifest: dict[str, Any]) -> Asking:
     fields = manifest["asking"]
-    return OfTokens.from_dict(fields) if "text" not in fields else OfText.from_dict(engine.needed_tokenizer(), fields)
+    return OfTokens((), ()) if "text" not in fields else OfText.from_dict(engine.needed_tokenizer(), fields)
 
 
 def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) -> State:

@@ -14,6 +14,7 @@ import apb
 import ropes
 from byte_checkpoint import TEMPLATE, byte_tokenizer
 from cases import VOCABULARY, Case
+from extension.nearest import Nearest
 from families import PECULIAR, make
 from models import tiny_model, transformers_says, without_eos
 
@@ -104,6 +105,16 @@ def test_other_layers(family: str) -> None:
     for query in (QUESTIONS[9], QUESTIONS[0], QUESTIONS[9]):
         expected = engine.prefill(with_query(query)).logits
         torch.testing.assert_close(document.prefill(query).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("query", [QUESTIONS[4], QUESTIONS[0][:1]])
+def test_questions_are_read_exactly_whatever_decodes(query: Sequence[int]) -> None:
+    """A decode method that sees a few keys is for the answer's tokens, not for the question's."""
+    engine = engine_of(llama(), "full", decoding=Nearest(8))
+    expected, anew = engine.prefill(with_query(query)).logits, engine.generate(with_query(query), max_new_tokens=6)
+    document = read(engine)
+    torch.testing.assert_close(document.prefill(query).logits, expected, rtol=1e-4, atol=1e-4)
+    assert document.ask(query, max_new_tokens=6).token_ids == anew.token_ids
 
 
 def test_a_question_beyond_a_length_where_rope_changes() -> None:

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import InputError
 from . import options
-from .generate import read_document
+from .generate import printed, read_document
 from .groups import expanded, values
 
 Store = Annotated[Path, typer.Argument(help="Folder of a document that apb read has written.")]
@@ -148,15 +148,7 @@ def _ask(request: Asking) -> None:
     document = engine.load(request.store, verify=request.verify)
     answers = []
     for query in request.queries or _typed():
-        pieces = document.stream(query, **request.sampling)
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as stop:
-                answers.append(stop.value)
-                break
-            if prints and not request.as_json:
-                print(piece, end="", flush=True)
+        answers.append(printed(document.stream(query, **request.sampling), prints and not request.as_json))
         if prints and not request.as_json:
             print(flush=True)
             answer = answers[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from . import options
 from .groups import expanded, values
 
 if TYPE_CHECKING:
+    from ..generation import Generation
     from ..prompt import Prompt
     from ..reading import Reading
     from .checks import Place
@@ -88,15 +90,7 @@ def answer(request: Request) -> None:
     prints = engine.mesh.everyone.rank == 0
     with Bar("Reading", "token", shown=prints) as progress:
         pieces = engine.stream(request.prompt, progress=progress.update, **request.sampling)
-        while True:
-            try:
-                piece = next(pieces)
-            except StopIteration as stop:
-                result = stop.value
-                break
-            progress.close()
-            if prints and not request.as_json:
-                print(piece, end="", flush=True)
+        result = printed(pieces, prints and not request.as_json, progress.close)
     launch.leave()
     if not prints:
         return
@@ -115,6 +109,20 @@ def answer(request: Request) -> None:
         f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
         file=sys.stderr,
     )
+
+
+def printed(
+    pieces: Generator[str, None, Generation], shown: bool, first: Callable[[], None] = lambda: None
+) -> Generation:
+    """The result of a stream, its pieces printed as they come if ``shown``; ``first`` is called before each."""
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as stop:
+            return stop.value
+        first()
+        if shown:
+            print(piece, end="", flush=True)
 
 
 def _prompt(text: str, query: str, template: str | None, place: Place, reading: Reading, new_tokens: int) -> Prompt:

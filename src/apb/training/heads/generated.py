@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from multiprocessing import get_context
@@ -46,12 +47,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     at_least("samples", arguments.samples, 1)
-    make = partial(line, model=arguments.model, length=arguments.length)
-    with (
-        ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool,
-        arguments.out.open("w") as file,
-    ):
-        file.writelines(pool.map(make, range(arguments.samples), chunksize=16))
+    write(
+        arguments.out, partial(line, model=arguments.model, length=arguments.length), arguments.samples, arguments.jobs
+    )
+
+
+def write(out: Path, make: Callable[[int], str], samples: int, jobs: int) -> None:
+    """Write the lines of so many samples to a file, made by several processes; ``make``: from an index to a line."""
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool, out.open("w") as file:
+        file.writelines(pool.map(make, range(samples), chunksize=16))
 
 
 if __name__ == "__main__":
