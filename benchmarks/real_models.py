@@ -31,6 +31,9 @@ ABLATED = 1024
 """The length of block at which compressors, passing lengths and anchor lengths are compared."""
 FOLLOWED = 2048
 """The length of block at which questions are asked after reading."""
+EVERY_ROW = Observers(observers=1 << 20)
+"""Each key is scored by all rows of its block, as if the text were repeated (KVzip, arXiv 2505.23416, without reading
+it twice)."""
 TIMED_TASK = "multikey"
 TIMED = 3
 # Readings that a process answers side by side: a unit is short, and the processes finish together.
@@ -65,21 +68,21 @@ def ablations(length: int, heads: str | None) -> list[Setting]:
     return found
 
 
-def follow_ups(length: int) -> list[Setting]:
+def follow_ups(length: int, heads: str | None) -> list[Setting]:
     """Questions asked after the document was read: for them, for another question, or for none."""
     half = length // max(2, round(length / FOLLOWED)) // 2
-    found = [replace(cut("apb", length, FOLLOWED), ask_after=when) for when in ASK_AFTER]
-    for unasked in (
-        cut("apb", length, FOLLOWED, passing_length=half),
-        cut("apb", length, FOLLOWED, "recent"),
-        cut("apb", length, FOLLOWED, "random"),
-        cut("apb", length, FOLLOWED, Observers()),
-        cut("apb", length, FOLLOWED, Observers(), passing_length=half),
-        cut("star", length, 4096),
-        Setting.of("full"),
-    ):
-        found.append(replace(unasked, ask_after="none"))
-    return found
+
+    def blocks(compressor: str | Compressor | None = None, **options: object) -> Setting:
+        return cut("apb", length, FOLLOWED, compressor, **options)
+
+    found = [replace(blocks(), ask_after=when) for when in ASK_AFTER]
+    found += [replace(blocks(passing_length=half), ask_after=when) for when in ("none", "typical")]
+    unasked = [Setting.of("full"), cut("star", length, 4096)]
+    unasked += [blocks(compressor, passing_length=half) for compressor in ("recent", "random", Observers(), EVERY_ROW)]
+    unasked += [blocks(Observers()), blocks(EVERY_ROW)]
+    if heads is not None:
+        unasked += [blocks("retaining", heads=heads, passing_length=half), blocks("retaining", heads=heads)]
+    return found + [replace(each, ask_after="none") for each in unasked]
 
 
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
@@ -93,7 +96,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "main": main_readings(length),
                 "ablations": ablations(length, arguments.heads),
                 "minference": [Setting.of("minference")],
-                "follow-ups": follow_ups(length),
+                "follow-ups": follow_ups(length, arguments.heads),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)

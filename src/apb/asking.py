@@ -18,6 +18,11 @@ Question = str | Sequence[int]
 
 NEUTRAL = "Read the text above carefully; questions about it follow."
 """Stands for the question while a text is read for none."""
+TYPICAL = (
+    "Who and what does the text mention, which names, numbers, words and values does it give, and to what does each "
+    "belong? What is said where, and what is said most often?"
+)
+"""Questions that stand for those to come."""
 # Characters of a document's end after which a question is encoded as it is after all of it.
 _ENOUGH = 2000
 

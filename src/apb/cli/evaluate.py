@@ -55,7 +55,7 @@ class Common:
     ask_after: Annotated[
         str | None,
         typer.Option(
-            help="Read the document first, for this question, another or none, and ask afterwards: this, other or none."
+            help="Read the document first, and ask afterwards: read for this question, another (other), none, or typical ones."
         ),
     ] = None
     ranks: options.RankCount = None

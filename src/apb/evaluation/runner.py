@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..asking import NEUTRAL, OfTokens
+from ..asking import NEUTRAL, TYPICAL, OfTokens
 from ..document import Document, State
 from ..engine import Engine
 from ..errors import InputError, NotFinite, unexpected
@@ -86,8 +86,9 @@ class Runner:
         return prompt
 
     def _read(self, item: Item, prompt: Prompt, ask_after: str, engine: Engine) -> Document:
-        """The document of a prompt, read for its own question, another one or none, without the question's rows."""
-        query = {"this": item.query, "other": item.other_query, "none": NEUTRAL}[ask_after]
+        """The document of a prompt, read for one of :data:`ASK_AFTER`, without the question's rows."""
+        queries = {"this": item.query, "other": item.other_query, "none": NEUTRAL, "typical": TYPICAL}
+        query = queries[ask_after]
         asked = replace(item, query=query, limit=None).prompt(self.tokenizer)
         read = replace(prompt, query=asked.query, front=asked.front)
         session = engine.prefill(read)

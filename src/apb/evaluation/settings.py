@@ -15,8 +15,9 @@ from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
 from ..planning.options import check, given, options_of
 
-ASK_AFTER = ("this", "other", "none")
-"""A document that stays read may have been read for the question that is asked, for another one, or for none."""
+ASK_AFTER = ("this", "other", "none", "typical")
+"""A document that stays read may have been read for the question that is asked, for another one, for none, or for
+questions that stand for those to come."""
 
 
 @dataclass(frozen=True)
