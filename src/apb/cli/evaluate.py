@@ -55,7 +55,7 @@ class Common:
     ask_after: Annotated[
         str | None,
         typer.Option(
-            help="Read the document first, and ask afterwards: read for this question, another (other), none, or typical ones."
+            help="Read the document first, for this question, another (other), none or typical ones; ask afterwards."
         ),
     ] = None
     ranks: options.RankCount = None
