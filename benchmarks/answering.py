@@ -73,14 +73,21 @@ def remaining(units: Iterable[Unit], records: Iterable[Record]) -> list[Unit]:
     return found
 
 
-def run(model: str, missing: list[Unit], jobs: int, until: float, keep: Callable[[Record], Any]) -> int:
+def run(
+    model: str,
+    missing: list[Unit],
+    jobs: int,
+    until: float,
+    keep: Callable[[Record], Any],
+    quantization: str | None = None,
+) -> int:
     """Answer units in ``jobs`` processes, and start none after ``until`` (of ``time.perf_counter``).
 
     Returns:
         The number of units that are left.
     """
     missing, began = list(missing), time.perf_counter()
-    with engines.pool(model, jobs) as pool:
+    with engines.pool(model, jobs, quantization=quantization) as pool:
         running: dict[Future[list[Record]], Unit] = {}
         while missing or running:
             while missing and len(running) < 2 * jobs and time.perf_counter() < until:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 _engine: Engine | None = None
 
 
-def pool(model: str, jobs: int, threads: int = 1) -> ProcessPoolExecutor:
+def pool(model: str, jobs: int, threads: int = 1, quantization: str | None = None) -> ProcessPoolExecutor:
     """A pool of ``jobs`` processes with the model loaded in bfloat16; their tasks get it from :func:`engine`."""
     import torch
 
@@ -20,18 +20,20 @@ def pool(model: str, jobs: int, threads: int = 1) -> ProcessPoolExecutor:
     places = context.SimpleQueue()
     for number in range(jobs):
         places.put(f"cuda:{number % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
-    return ProcessPoolExecutor(jobs, context, _take_place, (model, places, threads))
+    return ProcessPoolExecutor(jobs, context, _take_place, (model, places, threads, quantization))
 
 
-def start(model: str, device: str, threads: int = 1, fused: bool | None = False) -> None:
-    """Load the model in this process; ``fused`` as in :meth:`apb.Engine.from_model`."""
+def start(
+    model: str, device: str, threads: int = 1, fused: bool | None = False, quantization: str | None = None
+) -> None:
+    """Load the model in this process; ``fused`` and ``quantization`` as :class:`apb.Engine` takes them."""
     import torch
 
     from apb.engine import Engine
 
     global _engine  # noqa: PLW0603  # one model per process, for all its tasks
     torch.set_num_threads(threads)
-    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=fused)
+    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=fused, quantization=quantization)
 
 
 def engine() -> Engine:
@@ -40,5 +42,5 @@ def engine() -> Engine:
     return _engine
 
 
-def _take_place(model: str, places: Any, threads: int) -> None:
-    start(model, places.get(), threads)
+def _take_place(model: str, places: Any, threads: int, quantization: str | None) -> None:
+    start(model, places.get(), threads, quantization=quantization)

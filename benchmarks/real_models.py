@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", choices=SETS, help="all if left out")
     parser.add_argument("--task", action="append", help="all that need no file if left out")
     parser.add_argument("--heads", help="file of retaining heads")
+    parser.add_argument("--quantization", help="fp8; its records belong into a file of their own")
     parser.add_argument("--samples", type=int, default=25, help="of each kind and length")
     parser.add_argument("--shard", type=int, default=5, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
@@ -147,9 +148,9 @@ def main() -> None:
             timed(arguments, device, [*main_readings(length), Setting.of("minference")], length)
         return
     store = Store(arguments.out)
-    left = run(
-        arguments.model, remaining(units(arguments), store), arguments.jobs, began + arguments.seconds, store.add
-    )
+    missing = remaining(units(arguments), store)
+    until = began + arguments.seconds
+    left = run(arguments.model, missing, arguments.jobs, until, store.add, arguments.quantization)
     store.close()
     if left:
         print(f"Out of time with {left} units left: run the command again to continue.", flush=True)

@@ -11,6 +11,7 @@ import torch
 from .distributed.collectives import Group
 from .generation import Detokenizer, Generation, Sampling, decode
 from .hardware import Stopwatch, fingerprint, peak_bytes
+from .hf.identity import quantization
 from .hf.sampling import left_out
 from .session import Session
 
@@ -76,7 +77,7 @@ class Answering:
                 "decode_tokens_per_s": len(token_ids) / decode_s if decode_s else 0.0,
             },
             memory={"peak_bytes": int(peak)},
-            fingerprint=fingerprint(device, self.model.dtype),
+            fingerprint=fingerprint(device, self.model.dtype) | self._quantized(),
             decode={
                 "method": session.decoding.name,
                 "exact": session.decoding.exact or share >= 1,
@@ -85,6 +86,10 @@ class Answering:
             prompt_tokens=session.plan.total,
             choice=session.plan.reason,
         )
+
+    def _quantized(self) -> dict[str, str]:
+        name = quantization(self.model)
+        return {} if name is None else {"quantization": name}
 
 
 def whole(pieces: Generator[str, None, Generation]) -> Generation:

@@ -113,8 +113,9 @@ class Engine:
             dtype: "bfloat16", "float16" or "float32"; bfloat16 on GPUs and float32 on the CPU if None.
             device: "cpu" or "cuda"; a GPU if there is one, by default.
             trust_remote_code: run code that comes with the checkpoint (transformers' meaning).
-            quantization: a quantization configuration of transformers, such as ``TorchAoConfig``; not needed for one
-                that comes with the checkpoint.
+            quantization: "fp8", in which linear layers multiply at twice the rate on GPUs that have it; or a
+                quantization configuration of transformers, such as ``TorchAoConfig``, not needed for one that comes
+                with the checkpoint.
             tensor_parallel: number of processes that make up a rank and share its weights.
             gpus_per_rank: GPUs over which accelerate splits the layers of one rank, whole layers on each; they work
                 one after the other. For models too large for one GPU.

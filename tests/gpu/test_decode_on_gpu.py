@@ -119,3 +119,33 @@ def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype) -> No
     assert ((out[0, 0].double() - wanted).abs() <= room).all()
     compiled = torch.compile(lambda x: 2 * matvec.linear(x, weight, bias))
     assert torch.equal(compiled(x), 2 * out)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 300])
+def test_products_in_fp8(rows: int) -> None:
+    """Rows are rounded as torch rounds them; products are those of fp64, a single row's without rounding it; compiled
+    and captured, the very same."""
+    from apb.kernels import float8
+
+    torch.manual_seed(0)
+    x, bias = torch.randn(rows, 4096, device="cuda").bfloat16(), torch.randn(1024, device="cuda").bfloat16()
+    plain = torch.randn(1024, 4096, device="cuda").bfloat16()
+    weight, scale = float8.scaled(plain)
+    for given in (x, plain):
+        rounded, by_row = float8.scaled(given)
+        on_host, expected = float8.scaled(given.cpu())
+        torch.testing.assert_close(by_row.cpu(), expected, rtol=1e-6, atol=0)
+        apart = rounded.cpu().float() != on_host.float()  # a quotient at the middle between two numbers
+        assert apart.float().mean() < 1e-3
+    out = float8.linear(x, weight, scale, bias)
+    rounded, by_row = float8.scaled(x)
+    rows_used = x.double() if rows == 1 else rounded.double() * by_row[:, None]
+    wanted = rows_used @ (weight.double() * scale[:, None]).T + bias.double()
+    torch.testing.assert_close(out.double(), wanted, rtol=2**-7, atol=0.3 if rows > 1 else 0.01)
+    compiled = torch.compile(lambda x: 2 * float8.linear(x, weight, scale, bias))
+    assert torch.equal(compiled(x), 2 * out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = float8.linear(x, weight, scale, bias)
+    graph.replay()
+    assert torch.equal(captured, out)

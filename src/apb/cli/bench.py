@@ -229,7 +229,7 @@ def run(request: Request) -> None:
     from ..distributed import launch
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
-    from ..hf import counting, loading
+    from ..hf import counting, float8, loading
     from ..hf.config import layer_count
     from ..hf.random_weights import random_model
     from ..hf.tensor_parallel import share
@@ -239,15 +239,17 @@ def run(request: Request) -> None:
     subject = request.subject
     device = launch.local_device(loading.pick_device(subject.device))
     dtype = loading.pick_dtype(subject.dtype, device)
+    rounded = float8.check(subject.quantization, device, dtype, request.tensor_parallel > 1)
     mesh = Mesh.join(device, request.tensor_parallel)
     group = mesh.everyone
     config = subject.config()
     if subject.random_weights:
         model = random_model(config, dtype, device)
+        model = float8.round_layers(model) if rounded else model
         if mesh.devices is not None:
             model = share(model, mesh.devices)
     else:
-        model = loading.load_model(subject.name, dtype, device, mesh=mesh.devices)
+        model = loading.load_model(subject.name, dtype, device, mesh=mesh.devices, quantization=subject.quantization)
     shape = counting.model_shape(config).shared(request.tensor_parallel)
     report: dict[str, Any] = {
         "command": request.command,
@@ -255,6 +257,7 @@ def run(request: Request) -> None:
         "layers": layer_count(config),
         "ranks": mesh.sequence.size,
         "tensor_parallel": request.tensor_parallel,
+        "quantization": subject.quantization,
         "fingerprint": fingerprint(device, dtype),
         "rows": [],
     }

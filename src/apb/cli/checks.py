@@ -67,7 +67,7 @@ def check(
 ) -> Place:
     """The place of a model; InputError if these ranks, methods and compressors cannot read it."""
     from ..distributed import launch
-    from ..hf import loading
+    from ..hf import float8, loading
     from ..hf.config import query_heads
     from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
@@ -77,6 +77,7 @@ def check(
     at_least("tensor-parallel", tensor_parallel, 1)
     device = loading.pick_device(model.device)
     dtype = loading.pick_dtype(model.dtype, device)
+    float8.check(model.quantization, device, dtype, tensor_parallel > 1)
     size = launch.ranks_to_use(ranks.ranks, device, tensor_parallel, ranks.gpus_per_rank)
     config = model.config()
     loading.check_supported(config)

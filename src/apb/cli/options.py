@@ -66,6 +66,9 @@ RandomWeights = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
 ]
+Quantization = Annotated[
+    str | None, typer.Option(help="fp8: linear layers multiply in fp8, on GPUs that have it. Not exact.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda. By default a GPU where there is one.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
 RankCount = Annotated[
@@ -105,6 +108,7 @@ class Model:
     model: ModelName = None
     dtype: Dtype = None
     device: Device = None
+    quantization: Quantization = None
 
     @property
     def name(self) -> str:

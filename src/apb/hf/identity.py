@@ -6,6 +6,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING, Any
 
+from . import damaged, float8
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,3 +30,9 @@ def fingerprint(model: Any) -> str:
     digest = weights_digest(model)
     digest.update(json.dumps(fields, sort_keys=True, default=str).encode())
     return str(digest.hexdigest()[:16])
+
+
+def quantization(model: Any) -> str | None:
+    """What the weights were quantized by: fp8 of this package, or transformers' name of the method; None if nothing."""
+    rounded = any(isinstance(module, float8.Float8Linear) for module in model.modules())
+    return float8.NAME if rounded else damaged.quantizer(model.config)

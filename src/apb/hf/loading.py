@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
-from . import damaged, gguf, placement, rope
+from . import damaged, float8, gguf, placement, rope
 from .config import query_heads
 from .counting import head_dim
 from .tensor_parallel import settings, shared
@@ -96,8 +96,9 @@ def load_model(
 
     Safetensors go straight to the device, a tensor at a time; GGUF files are expanded. Torch files are read with
     ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: as
-    in the checkpoint's configuration, or one of its configurations as ``quantization``. So are adapters: a folder with
-    one of peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, beginning
+    in the checkpoint's configuration, or one of its configurations as ``quantization``; or "fp8", in which linear
+    layers are rounded to fp8 once they are loaded. Adapters are transformers' too: a folder with one of peft's is
+    loaded onto its base model. With several ``gpus`` the layers are split over that many, beginning
     with ``device``; DoesNotFit, before weights are read, if they are too small. InputError if weights are missing or
     have other shapes than in the configuration.
     """
@@ -105,7 +106,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     # Wrong shapes are reported by _check_weights: transformers names them in a log line only.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    if quantization is not None:
+    rounded = float8.check(quantization, device, dtype, mesh is not None)
+    if quantization is not None and not rounded:
         options["quantization_config"] = quantization
     damaged.check_index(model)
     places: dict[str, Any] = {"": device}
@@ -133,7 +135,7 @@ def load_model(
     # Quantizers may change names and shapes, so only plain weights and those of expanded GGUF files are checked.
     if gguf.is_gguf(model) or getattr(weights, "hf_quantizer", None) is None:
         _check_weights(str(model), found)
-    return weights.eval()
+    return (float8.round_layers(weights) if rounded else weights).eval()
 
 
 def _check_weights(model: str, found: dict[str, Any]) -> None:
