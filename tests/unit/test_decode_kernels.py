@@ -67,3 +67,30 @@ def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype
             x[:, slot] = new
         for layer, wanted in zip(layers, before, strict=True):
             torch.testing.assert_close(layer, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> None:
+    """A partial result is its own message; merged in one launch they are attention over all keys."""
+    from apb.kernels import decode, reference
+    from apb.kernels.segment import Segment
+    from apb.layers.shards import _message
+
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(count, heads, 20).to(dtype) for count, heads in ((3, 4), (90, 2), (90, 2)))
+    messages = []
+    for length in [50, *[40] * (ranks == 2), *(0, 40) * (ranks == 3)]:
+        start = 0 if length == 50 else 50
+        held = torch.tensor([length], dtype=torch.int32)
+        partial = decode.attention(q, k[start:], v[start:], 0.3, length=held, partial=True)
+        messages.append(_message(*partial))
+        assert messages[-1].data_ptr() == partial[0].data_ptr()
+        torch.testing.assert_close(
+            messages[-1], torch.cat([partial[0], partial[1].T.unsqueeze(-1)], -1), rtol=0, atol=0
+        )
+    out, lse = decode.merge(torch.stack(messages), dtype)
+    wanted, wanted_lse = reference.attention(q.float(), [Segment(k.float(), v.float())], 0.3)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
+    torch.testing.assert_close(lse, wanted_lse, rtol=1e-3, atol=1e-3)

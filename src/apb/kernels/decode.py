@@ -44,7 +44,8 @@ def attention(
         causal: the last keys are those of the rows, aligned at the bottom right as in :class:`apb.Segment`.
         length: (1,) int32 on the device, at most the capacity; by default the capacity.
         softcap: logits x become softcap * tanh(x / softcap).
-        partial: return out in fp32, to be merged with results over other keys.
+        partial: return out in fp32, to be merged with results over other keys; out and lse are then views of one
+            tensor (rows, heads, head_dim + 1), as messages between ranks are.
 
     Returns:
         out (rows, heads, head_dim) in q's dtype, or fp32, and lse (heads, rows) fp32, as :func:`apb.attention`.
@@ -82,7 +83,7 @@ def cached_attention(
         kv_heads: heads of the keys and values.
         scale: positive factor on q.k.
         length: (1,) int32 on the device, at most the capacity.
-        partial: return out in fp32, to be merged with results over other keys.
+        partial: as in :func:`attention`.
 
     Returns:
         As :func:`attention`.
@@ -111,6 +112,33 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
         )
 
 
+def merge(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As :func:`apb.kernels.merge.merge`, in one launch.
+
+    Args:
+        packed: (parts, rows, heads, head_dim + 1) fp32: each part's output, and at the end its log-sum-exp.
+        dtype: of the result.
+
+    Returns:
+        out (rows, heads, head_dim) in that dtype, and lse (heads, rows) fp32.
+    """
+    _, rows, heads, width = packed.shape
+    out = packed.new_empty(rows, heads, width - 1, dtype=dtype)
+    lse = packed.new_empty(heads, rows)
+    _launch_merge(packed[..., :-1], packed[..., -1], out, lse.T)
+    return out, lse
+
+
+def _launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Parts (parts, rows, heads, head_dim) and their sums (parts, rows, heads) into out and lse (rows, heads)."""
+    count, rows, heads, head_dim = parts.shape
+    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+        _merge[(rows, heads)](
+            parts, sums, out, lse, count, *parts.stride()[:3], *sums.stride(), *out.stride()[:2], *lse.stride(),
+            D=head_dim, BD=_padded(head_dim), BS=max(2, 1 << (count - 1).bit_length()), num_warps=4,
+        )  # fmt: skip
+
+
 def _in_parts(
     q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None]
 ) -> tuple[Tensor, Tensor]:
@@ -128,17 +156,17 @@ def _in_parts(
     splits = max(1, splits)
     parts = q.new_empty(splits, rows, heads, head_dim, dtype=torch.float32)
     sums = q.new_empty(splits, heads, rows, dtype=torch.float32)
-    out = q.new_empty(rows, heads, head_dim, dtype=torch.float32 if partial else q.dtype)
-    lse = q.new_empty(heads, rows, dtype=torch.float32)
+    if partial:
+        message = q.new_empty(rows, heads, head_dim + 1, dtype=torch.float32)
+        out, lse = message[..., :-1], message[..., -1].T
+    else:
+        out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         split(
             (splits, kv_heads, blocks), parts, sums, H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed,
             BN=block_n, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
-        _merge[(rows, heads)](
-            parts, sums, out, lse, rows, splits, H=heads, D=head_dim, BD=padded,
-            BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4,
-        )  # fmt: skip
+    _launch_merge(parts, sums.transpose(1, 2), out, lse.T)
     return out, lse
 
 
@@ -252,23 +280,24 @@ def _attend(
     tl.store(sums + at, tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf")), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def _merge(parts, sums, out, lse, rows, splits, H: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _merge(
+    parts, sums, out, lse, splits, part, part_row, part_head, sum_part, sum_row, sum_head, out_row, out_head,
+    lse_row, lse_head, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
+):  # fmt: skip
     """One row of one head: its parts, weighted by their share of the sum of exponentials."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     which = tl.arange(0, BS)
     dims = tl.arange(0, BD)
-    each = tl.load(sums + (which * H + head) * rows + row, mask=which < splits, other=float("-inf"))
+    each = tl.load(sums + which * sum_part + row * sum_row + head * sum_head, mask=which < splits, other=float("-inf"))
     top = tl.max(each, 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp(each - top)
     total = tl.sum(weights, 0)
     safe = tl.where(total > 0.0, total, 1.0)
-    at = ((which * rows + row) * H + head).to(tl.int64)
-    x = tl.load(
-        parts + at[:, None] * D + dims[None, :], mask=(which < splits)[:, None] & (dims < D)[None, :], other=0.0
-    )
+    at = which.to(tl.int64) * part + row * part_row + head * part_head
+    x = tl.load(parts + at[:, None] + dims[None, :], mask=(which < splits)[:, None] & (dims < D)[None, :], other=0.0)
     mixed = tl.sum(x * weights[:, None], 0) / safe
-    tl.store(out + (row * H + head) * D + dims, mixed.to(out.dtype.element_ty), mask=dims < D)
-    tl.store(lse + head * rows + row, tl.where(total > 0.0, top + tl.log(safe), float("-inf")))
+    tl.store(out + row * out_row + head * out_head + dims, mixed.to(out.dtype.element_ty), mask=dims < D)
+    tl.store(lse + row * lse_row + head * lse_head, tl.where(total > 0.0, top + tl.log(safe), float("-inf")))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
+from ..kernels.fused import why_no_triton
 from ..kernels.merge import merge
 from ..kernels.window import Run, window_attention
 from ..timing import timed
@@ -69,17 +70,31 @@ class Merging:
             return self.layer.settle(*self.partial).to(self.layer.q.dtype)
         with timed("communication"):
             packed = self.partial.wait()
-        merged = merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
-        return self.layer.settle(*merged).to(self.layer.q.dtype)
+        dtype = self.layer.q.dtype
+        if packed.is_cuda and why_no_triton() is None:
+            from ..kernels import decode
+
+            settled = self.layer.settle(*decode.merge(packed, dtype if self.layer.sinks is None else packed.dtype))
+        else:
+            settled = self.layer.settle(*merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)))
+        return settled.to(dtype)
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
     """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
     if group.size == 1:
         return Merging(layer, (out, lse))
-    # One small fp32 message a rank and layer: the partial output with its log-sum-exp beside it.
-    packed = torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
-    return Merging(layer, group.all_gather(packed))
+    return Merging(layer, group.all_gather(_message(out, lse)))
+
+
+def _message(out: Tensor, lse: Tensor) -> Tensor:
+    """(rows, heads, head_dim + 1) fp32: the partial output with its log-sum-exp beside it, as kernels may give them."""
+    rows, heads, head_dim = out.shape
+    row = heads * (head_dim + 1), head_dim + 1
+    beside = out.dtype == lse.dtype and lse.data_ptr() == out.data_ptr() + head_dim * out.element_size()
+    if beside and out.stride() == (*row, 1) and lse.stride() == row[::-1]:
+        return out.as_strided((rows, heads, head_dim + 1), (*row, 1))
+    return torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
 
 
 def full_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
