@@ -23,7 +23,8 @@ from torch import Tensor
 
 from . import __version__
 from .asking import Asking, OfText, OfTokens
-from .document import State
+from .distributed.collectives import Group
+from .document import ROOM, State
 from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
 from .hf.identity import fingerprint
@@ -189,7 +190,9 @@ def load(engine: Engine, folder: Path, verify: bool) -> tuple[Asking, State]:
     manifest = manifest_of(folder)
     _check_model(engine, folder, manifest)
     try:
-        files = _checked_files(folder, manifest, verify)
+        files = _files(folder, manifest)
+        if verify:
+            _verify(engine.group, engine.device, folder, manifest, files)
         return _asking(engine, manifest), _state(engine, manifest, [Shard.of(path) for path in files])
     except (SafetensorError, OSError, KeyError, TypeError, IndexError) as error:
         raise damaged(folder, _reason(error)) from error
@@ -212,7 +215,7 @@ def _check_model(engine: Engine, folder: Path, manifest: dict[str, Any]) -> None
         )
 
 
-def _checked_files(folder: Path, manifest: dict[str, Any], verify: bool) -> list[Path]:
+def _files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     files = []
     for shard in manifest["shards"]:
         path = folder / Path(shard["file"]).name
@@ -220,10 +223,22 @@ def _checked_files(folder: Path, manifest: dict[str, Any], verify: bool) -> list
             raise damaged(folder, f"{path.name} is missing")
         if path.stat().st_size != shard["bytes"]:
             raise damaged(folder, f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}")
-        if verify and _hash(path) != shard["sha256"]:
-            raise damaged(folder, f"{path.name} is not what was written")
         files.append(path)
     return files
+
+
+def _verify(group: Group, device: torch.device, folder: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:
+    """InputError on all ranks if a shard is not what was written: each rank checks its share, its own shard if any."""
+    wrong = len(files)
+    for number in range(group.rank, len(files), group.size):
+        try:
+            same = _hash(files[number]) == manifest["shards"][number]["sha256"]
+        except (OSError, KeyError):  # the others wait below
+            same = False
+        wrong = wrong if same else min(wrong, number)
+    first = int(group.all_gather(torch.tensor([wrong], device=device)).wait().min())
+    if first < len(files):
+        raise damaged(folder, f"{files[first].name} is not what was written")
 
 
 def _asking(engine: Engine, manifest: dict[str, Any]) -> Asking:
@@ -245,7 +260,9 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     own = group.size == len(shards)  # every rank takes back what it, or its like, has written
     mine = range(total) if own else range(total * group.rank // group.size, total * (group.rank + 1) // group.size)
     layers = shards[0].positions
-    cache = ShardCache(max(layers) + 1, capacity=total // group.size, keeps_new=owns_tail, total=total)
+    read = shards[group.rank].positions if own else {layer: [mine] for layer in layers}
+    held = max(sum(map(len, runs)) for runs in read.values())
+    cache = ShardCache(max(layers) + 1, capacity=held + ROOM * owns_tail, keeps_new=owns_tail, total=total)
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}
     for layer in layers:
         device = engine.device_of(layer)
