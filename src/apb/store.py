@@ -27,6 +27,7 @@ from .distributed.collectives import Group
 from .document import ROOM, State
 from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
+from .hf.host import Staging
 from .hf.identity import fingerprint
 from .planning.methods import METHODS
 from .planning.plan import Plan
@@ -264,9 +265,13 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     held = max(sum(map(len, runs)) for runs in read.values())
     cache = ShardCache(max(layers) + 1, capacity=held + ROOM * owns_tail, keeps_new=owns_tail, total=total)
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}
+    staging = Staging() if engine.device.type == "cuda" else None
     for layer in layers:
         device = engine.device_of(layer)
-        cache.fill(layer, _slices([shards[group.rank]] if own else shards, layer, mine, device))
+        parts = _slices([shards[group.rank]] if own else shards, layer, mine)
+        if staging is not None:
+            parts = ((staging.to(device, keys), staging.to(device, values), part) for keys, values, part in parts)
+        cache.fill(layer, parts)
         with safe_open(shards[-1].path, framework="pt", device=str(device)) as last:
             keys, values = (last.get_tensor(f"read.{layer}.{name}").unsqueeze(0) for name in ("keys", "values"))
         if owns_tail:
@@ -289,16 +294,14 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     )
 
 
-def _slices(
-    shards: Sequence[Shard], layer: int, wanted: range, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, range]]:
+def _slices(shards: Sequence[Shard], layer: int, wanted: range) -> Iterator[tuple[Tensor, Tensor, range]]:
     """Keys, values (1, kv_heads, tokens, head_dim) and positions of the wanted tokens of a layer, in storage order.
 
-    A rank without any gets an empty part, for the shape of its storage.
+    They are views of the files. A rank without any gets an empty part, for the shape of its storage.
     """
     found = False
     for shard in shards:
-        with safe_open(shard.path, framework="pt", device=str(device)) as file:
+        with safe_open(shard.path, framework="pt") as file:
             row = 0
             for run in shard.positions[layer]:
                 part = range(max(run.start, wanted.start), min(run.stop, wanted.stop))
@@ -309,7 +312,7 @@ def _slices(
                     yield keys.unsqueeze(0), values.unsqueeze(0), part
                 row += len(run)
     if not found:
-        with safe_open(shards[0].path, framework="pt", device=str(device)) as file:
+        with safe_open(shards[0].path, framework="pt") as file:
             keys, values = (file.get_slice(f"{layer}.{name}")[:, :0] for name in ("keys", "values"))
             yield keys.unsqueeze(0), values.unsqueeze(0), range(0)
 

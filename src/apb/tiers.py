@@ -147,6 +147,10 @@ class Documents:
         self._settle(self._kept[_name(key)])
         return answer
 
+    def make_room(self, size: int) -> None:
+        """Have documents leave the device, until ``size`` of its bytes are free for others, or none is there."""
+        self._free_device(size, None)
+
     def forget(self, key: str) -> None:
         """Drop a document from everywhere, if it is there."""
         kept = self._kept.pop(_name(key), None)
@@ -193,9 +197,9 @@ class Documents:
         for kept, (size, device) in zip(here, mine, strict=True):
             kept.size, kept.device = size, device
 
-    def _free_device(self, more: int, last: _Kept) -> None:
+    def _free_device(self, more: int, last: _Kept | None) -> None:
         """Have so many bytes free on the device; ``last`` leaves as the last one."""
-        for kept in [*(each for each in self._kept.values() if each is not last), last]:
+        for kept in sorted(self._kept.values(), key=lambda kept: kept is last):
             if self.bytes()["device"] + more <= self.device_bytes:
                 break
             if kept.here:

@@ -66,6 +66,31 @@ class HostCopy:
             shard.put(layer, keys, values, _on_its_way(pairs))
 
 
+class Staging:
+    """Two pinned buffers through which tensors of files go to a GPU: one is filled while the other is copied."""
+
+    size = 1 << 26
+
+    def __init__(self) -> None:
+        self._buffers = [torch.empty(self.size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+        self._turn = 0
+
+    def to(self, device: torch.device, x: Tensor) -> Tensor:
+        """A tensor of the CPU on a GPU; the work that is queued there next sees it whole."""
+        out = torch.empty(x.shape, dtype=x.dtype, device=device)
+        stream = torch.cuda.current_stream(device)
+        pieces = (y.reshape(-1).view(torch.uint8).split(self.size) for y in (out, x.contiguous()))
+        for into, piece in zip(*pieces, strict=True):
+            copied, buffer = self._copied[self._turn], self._buffers[self._turn][: len(piece)]
+            if copied is not None:
+                copied.synchronize()
+            into.copy_(buffer.copy_(piece), non_blocking=True)
+            self._copied[self._turn] = stream.record_event()
+            self._turn ^= 1
+        return out
+
+
 def _storage(x: Tensor, device: torch.device, room: int) -> Tensor:
     kv_heads, tokens, head_dim = x.shape
     return torch.empty(1, kv_heads, max(tokens + room, 1), head_dim, dtype=x.dtype, device=device)
