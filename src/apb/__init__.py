@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .planning.plan import Plan
     from .prompt import Prompt
     from .session import Session
+    from .tiers import Documents
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Cancelled": ".errors",
     "Document": ".document",
+    "Documents": ".tiers",
     "Engine": ".engine",
     "Generation": ".generation",
     "InputError": ".errors",
@@ -37,6 +39,7 @@ _SUBMODULES = ("compressors", "decoding", "methods")
 __all__ = [
     "Cancelled",
     "Document",
+    "Documents",
     "Engine",
     "Generation",
     "InputError",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .answering import whole
@@ -15,6 +16,7 @@ from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
 from .hf.cache import ShardCache, Tail
+from .hf.host import HostCopy
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 _SEAM = 16
 # Rows that a growing document reads in one pass.
 _ROWS = 4096
+ROOM = 512
+"""Tokens that there is room for after a document: for more its keys and values are copied to a larger storage."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class State:
         prefill_s: seconds it took to read.
         kept: tokens after the document that stay.
         unread: the last token of the last kept answer, which has been chosen but not read.
+        here: False while keys and values are in host memory and not on the device.
     """
 
     plan: Plan
@@ -59,6 +64,7 @@ class State:
     prefill_s: float
     kept: tuple[int, ...] = ()
     unread: tuple[int, ...] = ()
+    here: bool = True
 
     @classmethod
     def of_session(cls, session: Session, prompt: Prompt, read_for: tuple[Question, ...], compressor: str) -> State:
@@ -121,6 +127,7 @@ class Document:
             InputError: the text does not begin with this document, or does not fit.
         """
         state, engine = self.state, self._engine
+        self._check_here()
         before, after = state.prefix + state.document, prompt.prefix + prompt.document
         same = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
         # The last tokens of a text may be others once it goes on.
@@ -165,7 +172,42 @@ class Document:
         """
         from .store import save
 
+        if not self.state.cache.indices:
+            raise RuntimeError("The document was dropped from memory by the keeper it was given to; nothing is left.")
         save(self._engine, self._asking, self.state, Path(folder))
+
+    def rest(self) -> None:
+        """End the last question's session, and forget what was asked."""
+        self._end_session()
+        self.state.cache.forget(len(self.token_ids))
+
+    def leave(self, copy: HostCopy | None) -> HostCopy:
+        """Free the device's memory; keys and values are in host memory until :meth:`come_back`.
+
+        Args:
+            copy: an earlier copy of the same tokens, if there is one.
+
+        Returns:
+            The copy that they are in.
+        """
+        state = self.state
+        self.rest()
+        copy = copy or HostCopy(state.cache)
+        copy.replace(state.cache)
+        state.tail, state.here = state.tail.to(lambda _: torch.device("cpu")), False
+        return copy
+
+    def drop(self) -> None:
+        """Free all memory; the document cannot be asked any more."""
+        self._end_session()
+        self.state.cache.clear()
+        self.state.tail, self.state.here = Tail({}, 0), False
+
+    def come_back(self, copy: HostCopy) -> None:
+        """Return to the device from a copy; that goes on while the next question is read."""
+        state = self.state
+        state.tail, state.here = state.tail.to(self._engine.device_of), True
+        copy.fetch(state.cache, self._engine.device_of, ROOM)
 
     @property
     def exact(self) -> bool:
@@ -230,9 +272,15 @@ class Document:
             state.cache = session.cache
         return answer
 
+    def _check_here(self) -> None:
+        if not self.state.here:
+            raise RuntimeError("The document has left the device; get it from where it is kept again, by its key.")
+
     def _end_session(self) -> None:
         if self._session is not None:
-            self._session.end("The document has been asked another question, and this session lasted until then.")
+            self._session.end(
+                "The document has been asked another question, or has left the device; this session lasted until then."
+            )
             self._session = None
 
     def _after(self, query: tuple[int, ...], max_new_tokens: int) -> Session:
@@ -240,12 +288,14 @@ class Document:
         engine, state, start = self._engine, self.state, len(self.token_ids)
         if engine.closed:
             raise RuntimeError(CLOSED)
+        self._check_here()
         everything = state.kept + query
         prompt = Prompt(state.prefix, state.document, everything, front=state.prefix)
         plan = replace(self.plan, query=len(everything))
         engine.check(plan, query, max_new_tokens)
         self._end_session()
         state.cache.forget(start)
+        state.cache.reserve(len(query) + max_new_tokens)
         if everything == state.query:
             state.cache.restore(state.tail)
             session = engine.session(plan, prompt, state.cache, state.logits, 0.0, max_new_tokens)

@@ -16,7 +16,7 @@ from .asking import Asking, OfText, OfTokens
 from .decoding import EXACT
 from .distributed.collectives import Group
 from .distributed.mesh import Mesh
-from .document import Document, State
+from .document import ROOM, Document, State
 from .errors import InputError, at_least
 from .generation import Generation, Sampling
 from .hardware import Hardware, Stopwatch
@@ -181,6 +181,7 @@ class Engine:
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
         on_selection: OnSelection | None = None,
+        room: int = 0,
     ) -> Session:
         """Read a prompt.
 
@@ -191,13 +192,14 @@ class Engine:
             cancelled: called before every layer; with several ranks before every round, and rank 0's result counts
                 for all. :class:`apb.Cancelled` is raised once it returns True.
             on_selection: called layer by layer with the pairs that each of this rank's blocks passes on.
+            room: tokens to have storage for beyond those, whether or not the model has positions for them.
         """
         plan = self.plan(prompt, max_new_tokens)
         prompt = self.reading.arranged(prompt)
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
-        read = partial(prefill.read, self._attachment, prompt, everyone=self._everyone, max_new_tokens=max_new_tokens)
-        cache, logits, seconds = read(strategy, progress=progress, cancelled=cancelled)
+        read = partial(prefill.read, self._attachment, prompt, strategy, self._everyone, room=max_new_tokens + room)
+        cache, logits, seconds = read(progress=progress, cancelled=cancelled)
         return self.session(plan, prompt, cache, logits, seconds, max_new_tokens)
 
     def session(
@@ -208,7 +210,7 @@ class Engine:
         def read_again(length: int) -> tuple[ShardCache, Tensor]:
             strategy = make_strategy(plan, self.group, self._compressor, self.backend)
             read = partial(prefill.read, self._attachment, prompt, strategy, self._everyone)
-            return read(max_new_tokens=max_new_tokens, length=length)[:2]
+            return read(room=max_new_tokens, length=length)[:2]
 
         return Session(
             plan,
@@ -260,7 +262,7 @@ class Engine:
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
             return after
-        session = self.prefill(prompt, progress=progress, cancelled=cancelled)
+        session = self.prefill(prompt, progress=progress, cancelled=cancelled, room=ROOM)
         compressor = self.reading.compressor.name
         return Document(self, asking, State.of_session(session, self.reading.arranged(prompt), read_for, compressor))
 

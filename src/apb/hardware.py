@@ -70,9 +70,12 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU's queued work, so that a clock read next includes it."""
+    """Wait for a GPU's queued work, so that a clock read next includes it.
+
+    That of the current stream: what arrives on others meanwhile is waited for by the work that needs it.
+    """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
 
 
 class Stopwatch:

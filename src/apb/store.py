@@ -23,9 +23,11 @@ from torch import Tensor
 
 from . import __version__
 from .asking import Asking, OfText, OfTokens
-from .document import State
+from .distributed.collectives import Group
+from .document import ROOM, State
 from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
+from .hf.host import Staging
 from .hf.identity import fingerprint
 from .planning.methods import METHODS
 from .planning.plan import Plan
@@ -189,7 +191,9 @@ def load(engine: Engine, folder: Path, verify: bool) -> tuple[Asking, State]:
     manifest = manifest_of(folder)
     _check_model(engine, folder, manifest)
     try:
-        files = _checked_files(folder, manifest, verify)
+        files = _files(folder, manifest)
+        if verify:
+            _verify(engine.group, engine.device, folder, manifest, files)
         return _asking(engine, manifest), _state(engine, manifest, [Shard.of(path) for path in files])
     except (SafetensorError, OSError, KeyError, TypeError, IndexError) as error:
         raise damaged(folder, _reason(error)) from error
@@ -212,7 +216,7 @@ def _check_model(engine: Engine, folder: Path, manifest: dict[str, Any]) -> None
         )
 
 
-def _checked_files(folder: Path, manifest: dict[str, Any], verify: bool) -> list[Path]:
+def _files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     files = []
     for shard in manifest["shards"]:
         path = folder / Path(shard["file"]).name
@@ -220,10 +224,22 @@ def _checked_files(folder: Path, manifest: dict[str, Any], verify: bool) -> list
             raise damaged(folder, f"{path.name} is missing")
         if path.stat().st_size != shard["bytes"]:
             raise damaged(folder, f"{path.name} has {path.stat().st_size} bytes, not {shard['bytes']}")
-        if verify and _hash(path) != shard["sha256"]:
-            raise damaged(folder, f"{path.name} is not what was written")
         files.append(path)
     return files
+
+
+def _verify(group: Group, device: torch.device, folder: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:
+    """InputError on all ranks if a shard is not what was written: each rank checks its share, its own shard if any."""
+    wrong = len(files)
+    for number in range(group.rank, len(files), group.size):
+        try:
+            same = _hash(files[number]) == manifest["shards"][number]["sha256"]
+        except (OSError, KeyError):  # the others wait below
+            same = False
+        wrong = wrong if same else min(wrong, number)
+    first = int(group.all_gather(torch.tensor([wrong], device=device)).wait().min())
+    if first < len(files):
+        raise damaged(folder, f"{files[first].name} is not what was written")
 
 
 def _asking(engine: Engine, manifest: dict[str, Any]) -> Asking:
@@ -245,11 +261,17 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     own = group.size == len(shards)  # every rank takes back what it, or its like, has written
     mine = range(total) if own else range(total * group.rank // group.size, total * (group.rank + 1) // group.size)
     layers = shards[0].positions
-    cache = ShardCache(max(layers) + 1, capacity=total // group.size, keeps_new=owns_tail, total=total)
+    read = shards[group.rank].positions if own else {layer: [mine] for layer in layers}
+    held = max(sum(map(len, runs)) for runs in read.values())
+    cache = ShardCache(max(layers) + 1, capacity=held + ROOM * owns_tail, keeps_new=owns_tail, total=total)
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}
+    staging = Staging() if engine.device.type == "cuda" else None
     for layer in layers:
         device = engine.device_of(layer)
-        cache.fill(layer, _slices([shards[group.rank]] if own else shards, layer, mine, device))
+        parts = _slices([shards[group.rank]] if own else shards, layer, mine)
+        if staging is not None:
+            parts = ((staging.to(device, keys), staging.to(device, values), part) for keys, values, part in parts)
+        cache.fill(layer, parts)
         with safe_open(shards[-1].path, framework="pt", device=str(device)) as last:
             keys, values = (last.get_tensor(f"read.{layer}.{name}").unsqueeze(0) for name in ("keys", "values"))
         if owns_tail:
@@ -272,16 +294,14 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     )
 
 
-def _slices(
-    shards: Sequence[Shard], layer: int, wanted: range, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, range]]:
+def _slices(shards: Sequence[Shard], layer: int, wanted: range) -> Iterator[tuple[Tensor, Tensor, range]]:
     """Keys, values (1, kv_heads, tokens, head_dim) and positions of the wanted tokens of a layer, in storage order.
 
-    A rank without any gets an empty part, for the shape of its storage.
+    They are views of the files. A rank without any gets an empty part, for the shape of its storage.
     """
     found = False
     for shard in shards:
-        with safe_open(shard.path, framework="pt", device=str(device)) as file:
+        with safe_open(shard.path, framework="pt") as file:
             row = 0
             for run in shard.positions[layer]:
                 part = range(max(run.start, wanted.start), min(run.stop, wanted.stop))
@@ -292,7 +312,7 @@ def _slices(
                     yield keys.unsqueeze(0), values.unsqueeze(0), part
                 row += len(run)
     if not found:
-        with safe_open(shards[0].path, framework="pt", device=str(device)) as file:
+        with safe_open(shards[0].path, framework="pt") as file:
             keys, values = (file.get_slice(f"{layer}.{name}")[:, :0] for name in ("keys", "values"))
             yield keys.unsqueeze(0), values.unsqueeze(0), range(0)
 

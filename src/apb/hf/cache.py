@@ -1,4 +1,4 @@
-"""A transformers cache that holds one rank's shard, in preallocated storage, and its stand-in in captured steps."""
+"""A transformers cache that holds one rank's shard, in preallocated storage."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ class ShardLayer(CacheLayerMixin):
     Attributes:
         length: tokens held.
         positions: their true positions, in storage order.
+        arriving: makes the work that follows wait for keys and values that are still on their way; None if they are
+            here. See :meth:`arrive`.
     """
 
     is_sliding = False
@@ -47,6 +49,13 @@ class ShardLayer(CacheLayerMixin):
         self._shard: ShardCache = weakref.proxy(shard)
         self.length = 0
         self.positions: list[range] = []
+        self.arriving: Callable[[], None] | None = None
+
+    def arrive(self) -> None:
+        """Have whatever reads the keys and values from now on see them all; called before they are used."""
+        if self.arriving is not None:
+            arriving, self.arriving = self.arriving, None
+            arriving()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the storage, (1, kv_heads, capacity, head_dim), of the dtype and on the device of the states."""
@@ -87,6 +96,7 @@ class ShardLayer(CacheLayerMixin):
     def tail(self, start: int) -> tuple[Tensor, Tensor, list[range]]:
         """Copies of the tokens at true positions from ``start`` on, the last to be appended, and their positions."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        self.arrive()
         positions = [range(max(each.start, start), each.stop) for each in self.positions if each.stop > start]
         first = self.length - sum(map(len, positions))
         parts = (x[:, :, first : self.length].clone() for x in (self.keys, self.values))
@@ -94,12 +104,14 @@ class ShardLayer(CacheLayerMixin):
 
     def append(self, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
         """Append tokens at these true positions."""
+        self.arrive()
         self._append(keys, values)
         self.place(positions)
 
     def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
         """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        self.arrive()
         length = max(self.length, at_least)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
@@ -108,6 +120,7 @@ class ShardLayer(CacheLayerMixin):
         assert self.keys is not None and self.values is not None
         capacity = self.keys.shape[2]
         if self.length + tokens > capacity:
+            self.arrive()
             grown = max(self.length + tokens, capacity + self._shard.growth)
             self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
 
@@ -141,6 +154,19 @@ class Tail:
 
     layers: dict[int, tuple[Tensor, Tensor, list[range]]]
     total: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its keys and values."""
+        return sum(x.nbytes for keys, values, _ in self.layers.values() for x in (keys, values))
+
+    def to(self, device_of: Callable[[int], torch.device]) -> Tail:
+        """The same tokens, each layer's on its device."""
+        layers = {
+            layer: (keys.to(device_of(layer)), values.to(device_of(layer)), positions)
+            for layer, (keys, values, positions) in self.layers.items()
+        }
+        return Tail(layers, self.total)
 
 
 @dataclass(frozen=True)
@@ -207,6 +233,26 @@ class ShardCache(Cache):
         """Tokens that this rank holds, of every layer."""
         return next(self._kept()).length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage of all layers, with the room that is left in it."""
+        return sum(x.nbytes for layer in self._kept() for x in (layer.keys, layer.values) if x is not None)
+
+    @property
+    def filled(self) -> int:
+        """Bytes of the keys and values that are held."""
+        return sum(
+            x[:, :, : layer.length].nbytes
+            for layer in self._kept()
+            for x in (layer.keys, layer.values)
+            if x is not None
+        )
+
+    def reserve(self, tokens: int) -> None:
+        """Ensure storage for so many more tokens, if this rank keeps them: growing once is cheaper than in steps."""
+        for layer in self._kept() if self.keeps_new else ():
+            layer.make_room(tokens)
+
     def make_room(self) -> None:
         """Ensure storage for one more token, if this rank keeps it."""
         first = next(self._kept())
@@ -248,11 +294,28 @@ class ShardCache(Cache):
                 into.lazy_initialization(keys, values)
             into.append(keys, values, [positions])
 
+    def put(self, layer: int, keys: Tensor, values: Tensor, arriving: Callable[[], None] | None) -> None:
+        """Make these the storage of a layer, which keeps its tokens: the same ones, elsewhere or on their way.
+
+        Args:
+            layer: index of the layer.
+            keys, values: (1, kv_heads, capacity, head_dim).
+            arriving: see :class:`ShardLayer`.
+        """
+        into = self._layer(layer)
+        into.keys, into.values, into.arriving = keys, values, arriving
+
+    def clear(self) -> None:
+        """Free the storage of all layers."""
+        for layer in list(self._kept()):
+            layer.keys = layer.values = layer.arriving = None
+
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""
         places = []
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
+                layer.arrive()
                 places.append((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape[2]))
             else:
                 places.append((0, 0, 0))
@@ -277,59 +340,6 @@ def _grow(x: Tensor, capacity: int) -> Tensor:
     grown = torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=x.device)
     grown[:, :, : x.shape[2]] = x
     return grown
-
-
-# Called with a layer's index and a token's keys and values, (1, kv_heads, 1, head_dim) each.
-Append = Callable[[int, Tensor, Tensor], None]
-
-
-class StepLayer(CacheLayerMixin):
-    """A layer of a :class:`StepCache`."""
-
-    is_sliding = False
-
-    def __init__(self, step: StepCache, index: int) -> None:
-        super().__init__()
-        self._step: StepCache = weakref.proxy(step)
-        self._index = index
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: there is no storage here."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Pass the states to ``append`` and return them unchanged."""
-        self._step.append(self._index, key_states, value_states)
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens so far, over all ranks."""
-        self._step.asked = True
-        return self._step.total
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As :meth:`ShardLayer.get_mask_sizes`."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-
-class StepCache(Cache):
-    """Stand-in for any cache of a layout while the model reads one token.
-
-    Attributes:
-        append: stores a layer's new keys and values.
-        total: tokens seen so far by all ranks together.
-        asked: True once the model has read ``total``: it then depends on a number on the host, which a graph would
-            capture as a constant.
-    """
-
-    def __init__(self, layers: int, append: Append) -> None:
-        self.append = append
-        self.total = 0
-        self.asked = False
-        super().__init__(layers=[StepLayer(self, index) for index in range(layers)])
 
 
 def dynamic_cache(layers: Sequence[tuple[int, Tensor, Tensor]]) -> DynamicCache:

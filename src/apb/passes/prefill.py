@@ -30,7 +30,7 @@ def read(
     strategy: Strategy,
     everyone: Group,
     *,
-    max_new_tokens: int,
+    room: int,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     length: int | None = None,
@@ -42,7 +42,8 @@ def read(
         prompt: the prompt to read.
         strategy: this rank's strategy, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, including those that share weights.
-        max_new_tokens, progress, cancelled: as in :meth:`apb.Engine.prefill`.
+        room: tokens to have storage for after the prompt; more may follow, at the cost of a copy.
+        progress, cancelled: as in :meth:`apb.Engine.prefill`.
         length: the length for RoPE variants that depend on it; by default the prompt's.
 
     Returns:
@@ -53,7 +54,7 @@ def read(
     plan, group = strategy.plan, strategy.group
     device, layers = attachment.devices[0], len(attachment.modules)
     itineraries = [plan.itinerary(group.rank, round) for round in range(plan.rounds)]
-    cache = _cache(itineraries[0], attachment.layers, max_new_tokens)
+    cache = _cache(itineraries[0], attachment.layers, room)
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
 
@@ -111,12 +112,12 @@ def inspect(
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 
 
-def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache:
-    """An empty cache with room for this rank's blocks and, on the tail rank, for query and answer."""
+def _cache(itinerary: Itinerary, layers: int, room: int) -> ShardCache:
+    """An empty cache for this rank's blocks and, on the tail rank, for the query and so many tokens after it."""
     plan = itinerary.plan
     held = sum(len(block) for block in plan.owned(itinerary.rank))
-    room = plan.query + max_new_tokens if itinerary.owns_tail else 0
-    return ShardCache(layers, capacity=held + room, keeps_new=itinerary.owns_tail, total=plan.total)
+    after = plan.query + room if itinerary.owns_tail else 0
+    return ShardCache(layers, capacity=held + after, keeps_new=itinerary.owns_tail, total=plan.total)
 
 
 def _running(

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..decoding import Decoding, StoredReader
 from ..distributed.collectives import Group
 from ..hf.attach import Attachment
-from ..hf.cache import Layout, ShardCache, StepCache
+from ..hf.cache import Layout, ShardCache
+from ..hf.stepping import StepCache
 from ..kernels import fused
 from ..layers.base import AttentionInput
 from ..layers.shards import StoredShard, merge_over_ranks
