@@ -101,15 +101,10 @@ class Measured:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             self.part("anew", lambda: self.anew(text))
             documents = apb.Documents(engine, PLENTY, PLENTY)
-            document = documents.read("text", tokens=text)
-            self.row |= {"read_s": document.state.prefill_s, "blocks": document.plan.blocks}
+            self.part("read", lambda: self.read(documents, text))
             self.part("device", lambda: self.from_device(documents))
             self.part("host", lambda: self.from_host(documents))
-            # Of another one, without room in host memory.
-            document = documents.document("text")
-            documents = apb.Documents(engine, PLENTY, 0, folder, PLENTY)
-            documents.add("text", document)
-            self.part("disk", lambda: self.from_disk(documents))
+            self.part("disk", lambda: self.from_disk(documents, folder))
             documents.forget("text")
 
     def part(self, name: str, measure: Callable[[], dict[str, Any]]) -> None:
@@ -128,6 +123,11 @@ class Measured:
         session = self.engine.prefill(apb.Prompt.from_tokens([], text, self.asked[0]))
         return {"first_token_s": session.timing["prefill_s"]}
 
+    def read(self, documents: apb.Documents, text: list[int]) -> dict[str, Any]:
+        """The document alone, to be asked."""
+        document = documents.read("text", tokens=text)
+        return {"seconds": document.state.prefill_s, "blocks": document.plan.blocks}
+
     def from_device(self, documents: apb.Documents) -> dict[str, Any]:
         """The first question after reading, and others."""
         every = [self.first_token(documents, question) for question in self.asked]
@@ -144,8 +144,11 @@ class Measured:
         result |= {**of(every), "bytes": size, "bytes_per_s": size / statistics.median(every)}
         return {**result, "copy_bytes_per_s": rate, "of_copy_rate": rate and result["bytes_per_s"] / rate}
 
-    def from_disk(self, documents: apb.Documents) -> dict[str, Any]:
+    def from_disk(self, kept: apb.Documents, folder: str) -> dict[str, Any]:
         """Each question after the document has left for disk: with its files in the page cache, then without."""
+        document = kept.document("text")
+        documents = apb.Documents(self.engine, PLENTY, 0, folder, PLENTY)  # without room in host memory
+        documents.add("text", document)
         result: dict[str, Any] = {"move_down_s": self.move_down(documents), "bytes": documents.bytes()["disk"]}
         for name, cold in (("page_cache", False), ("cold", True)):
             every = []
@@ -155,6 +158,7 @@ class Measured:
                     break
                 every.append(self.first_token(documents, question))
             result[name] = of(every) if every else "not measured: the page cache cannot be dropped here"
+        documents.forget("text")
         return result
 
     def move_down(self, documents: apb.Documents) -> float:

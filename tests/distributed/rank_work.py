@@ -202,7 +202,11 @@ def ask(group: Group) -> dict[str, list[Any]]:
 
 
 def store(group: Group, folder: Path) -> dict[str, list[Any]]:
-    """Questions about documents that fewer ranks have written (the first one: read now), written again by these."""
+    """Questions about documents that fewer ranks have written (the first one: read now), written again by these.
+
+    Before each question the document leaves the device, for host memory or for disk.
+    """
+    plenty = 1 << 40
     found: dict[str, list[Any]] = {}
     for strategy in ("ring", "apb"):
         blocks = {"blocks": 5} if strategy == "apb" else {}
@@ -210,8 +214,15 @@ def store(group: Group, folder: Path) -> dict[str, list[Any]]:
         place = folder / strategy
         if group.size == 1:
             engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(place)
-        document = engine.load(place)
-        found[strategy] = [document.ask(query, max_new_tokens=3).token_ids for query in ASKED[1:]]
+        host = plenty if strategy == "ring" else 0
+        documents = apb.Documents(engine, plenty, host, folder / f"{strategy} of {group.size}", plenty)
+        documents.add("it", engine.load(place))
+        found[strategy] = []
+        for query in ASKED[1:]:
+            documents.make_room(plenty)
+            assert documents.place("it") == ("host" if host else "disk")
+            found[strategy].append(documents.ask("it", query, max_new_tokens=3).token_ids)
+        document = documents.document("it")
         found[strategy] += [document.prefill(query).logits for query in (PROMPT.query, ASKED[1])]
         document.save(place)
         engine.close()
