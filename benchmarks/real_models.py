@@ -21,7 +21,7 @@ from answering import Unit, answer, remaining, run
 from candidates import Observers
 
 from apb.compressors import Compressor
-from apb.evaluation.settings import ASK_AFTER, Setting
+from apb.evaluation.settings import Setting
 
 SEED = 200
 SETS = ("main", "ablations", "minference", "follow-ups")
@@ -70,19 +70,21 @@ def ablations(length: int, heads: str | None) -> list[Setting]:
 
 def follow_ups(length: int, heads: str | None) -> list[Setting]:
     """Questions asked after the document was read: for them, for another question, or for none."""
-    half = length // max(2, round(length / FOLLOWED)) // 2
+    block = length // max(2, round(length / FOLLOWED))
+    eighth, half = block // 8, block // 2
 
-    def blocks(compressor: str | Compressor | None = None, **options: object) -> Setting:
-        return cut("apb", length, FOLLOWED, compressor, **options)
+    def blocks(when: str, compressor: str | Compressor | None = None, **options: object) -> Setting:
+        return replace(cut("apb", length, FOLLOWED, compressor, **options), ask_after=when)
 
-    found = [replace(blocks(), ask_after=when) for when in ASK_AFTER]
-    found += [replace(blocks(passing_length=half), ask_after=when) for when in ("none", "typical")]
-    unasked = [Setting.of("full"), cut("star", length, 4096)]
-    unasked += [blocks(compressor, passing_length=half) for compressor in ("recent", "random", Observers(), EVERY_ROW)]
-    unasked += [blocks(Observers()), blocks(EVERY_ROW)]
+    found = [blocks("this"), blocks("other"), blocks("none", passing_length=eighth), blocks("typical")]
+    found += [blocks(when, passing_length=half) for when in ("none", "typical")]
+    found += [replace(each, ask_after="none") for each in (Setting.of("full"), cut("star", length, 4096))]
+    for compressor in ("recent", "random", Observers(), EVERY_ROW):
+        found.append(blocks("none", compressor, passing_length=half))
+    found += [blocks("none", compressor, passing_length=eighth) for compressor in (Observers(), EVERY_ROW)]
     if heads is not None:
-        unasked += [blocks("retaining", heads=heads, passing_length=half), blocks("retaining", heads=heads)]
-    return found + [replace(each, ask_after="none") for each in unasked]
+        found += [blocks("none", "retaining", heads=heads, passing_length=size) for size in (half, eighth)]
+    return found
 
 
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:

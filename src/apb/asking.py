@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class OfTokens(Asking):
         if questions:
             raise InputError("Several questions are texts; give the document as text too, or one question as tokens.")
         if question is None:
-            return Prompt.from_tokens(self.prefix, self.document, self.document[-1:] or (0,)), ()
+            return replace(Prompt.from_tokens(self.prefix, self.document, self.document[-1:] or (0,)), asked=False), ()
         query = self.query(question)
         return Prompt.from_tokens(self.prefix, self.document, query), (query,)
 
@@ -93,7 +93,8 @@ class OfText(Asking):
     def first(self, question: Question | None, questions: Sequence[str]) -> tuple[Prompt, tuple[Question, ...]]:
         """See :meth:`Asking.first`."""
         asked = tuple(questions) or (() if question is None else (question,))
-        return self._prompt(self.text, "\n".join(map(_text, asked)) or NEUTRAL), asked
+        prompt = self._prompt(self.text, "\n".join(map(_text, asked)) or NEUTRAL)
+        return replace(prompt, asked=bool(asked)), asked
 
     def query(self, question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.query`: the tokens that stand behind the document in its prompt with this question."""

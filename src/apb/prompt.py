@@ -29,12 +29,15 @@ class Prompt:
 
     ``front`` replaces the prefix where the question is asked before the document too: the prefix, the question (without
     what closes the turn) and an empty line. A prompt of tokens has the prefix and the whole query there.
+
+    ``asked`` is False where the query stands for questions that are not known yet.
     """
 
     prefix: tuple[int, ...]
     document: tuple[int, ...]
     query: tuple[int, ...]
     front: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    asked: bool = field(default=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if not self.document:
@@ -60,7 +63,7 @@ class Prompt:
     @classmethod
     def from_tokens(cls, prefix: Sequence[int], document: Sequence[int], query: Sequence[int]) -> Prompt:
         """A prompt of token ids; ``prefix`` may be empty."""
-        return cls(*map(whole_numbers, (prefix, document, query)))
+        return cls(whole_numbers(prefix), whole_numbers(document), whole_numbers(query))
 
     @classmethod
     def from_text(

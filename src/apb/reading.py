@@ -116,16 +116,26 @@ class Reading:
         prompt = self.arranged(prompt)
         lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
         shape = replace(model_shape(config).shared(tensor), split=split)
-        plan = self.choose(lengths, ranks, shape, hardware)
+        plan = self.choose(lengths, ranks, shape, hardware, prompt.asked)
         check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
         check_memory(plan, shape, hardware, new_tokens, self.compressor)
         return plan
 
-    def choose(self, lengths: tuple[int, int, int], ranks: int, shape: ModelShape, hardware: Hardware) -> Plan:
-        """The plan for a prompt of (prefix, document, query) tokens, with the rounds and, if automatic, the method."""
+    def choose(
+        self, lengths: tuple[int, int, int], ranks: int, shape: ModelShape, hardware: Hardware, asked: bool = True
+    ) -> Plan:
+        """The plan for a prompt of (prefix, document, query) tokens, with the rounds and, if automatic, the method.
+
+        ``asked``: False if the query stands for questions that are not known yet.
+        """
+
+        def planned(method: Method, rounds: int = 1) -> Plan:
+            plan = Plan.of_method(method, *lengths, ranks, rounds)
+            return plan if asked else Plan.of_method(method.unasked(plan), *lengths, ranks, rounds)
+
         if not self.automatic:
             (method,) = self.methods
-            plan = Plan.of_method(method, *lengths, ranks, 1 if self.rounds is None else self.rounds)
+            plan = planned(method, 1 if self.rounds is None else self.rounds)
             return plan if self.rounds is not None else in_rounds(plan, shape, hardware, self.compressor)
         if lengths[1] < SHORTEST_WORTH_CUTTING and ranks == 1:
             reason = f"the document has fewer than {SHORTEST_WORTH_CUTTING} tokens"
@@ -137,7 +147,7 @@ class Reading:
                 method.check_model(shape.heads, ranks)
             except InputError:
                 continue
-            plan = in_rounds(Plan.of_method(method, *lengths, ranks), shape, hardware, self.compressor)
+            plan = in_rounds(planned(method), shape, hardware, self.compressor)
             costs.append((plan, predict(plan, shape, hardware.element_bytes, self.compressor)))
         return fastest(costs, hardware)
 

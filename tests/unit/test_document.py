@@ -72,6 +72,16 @@ def test_apb_answers_its_own_question_bit_for_bit() -> None:
     assert read(engine).ask(PROMPT.query, max_new_tokens=1).read_for == "no question"
 
 
+def test_without_a_question_more_is_passed_on() -> None:
+    """Half of a block instead of an eighth, unless the user says how much; the same with the plan's own rounds."""
+    tokens = list(range(3, 96)) * 40
+    for given, asked, unasked in (({}, len(tokens) // 4 // 8, len(tokens) // 4 // 2), ({"passing_length": 7}, 7, 7)):
+        engine = apb.Engine.from_model(llama(), strategy="apb", blocks=4, **given)
+        found = [engine.read(tokens=tokens, question=question).plan.passing_length for question in ([5, 6], None)]
+        assert found == [asked, unasked]
+        engine.close()
+
+
 @pytest.mark.parametrize("strategy", ["apb", "star", "minference"])
 def test_another_question_is_read_exactly_over_what_is_kept(strategy: str) -> None:
     """Transformers' own model, given the document's keys and values, says the same."""

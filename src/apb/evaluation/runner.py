@@ -90,7 +90,7 @@ class Runner:
         queries = {"this": item.query, "other": item.other_query, "none": NEUTRAL, "typical": TYPICAL}
         query = queries[ask_after]
         asked = replace(item, query=query, limit=None).prompt(self.tokenizer)
-        read = replace(prompt, query=asked.query, front=asked.front)
+        read = replace(prompt, query=asked.query, front=asked.front, asked=ask_after != "none")
         session = engine.prefill(read)
         state = State.of_session(session, engine.reading.arranged(read), (), engine.reading.compressor.name)
         return Document(engine, OfTokens(prompt.prefix, prompt.document), state)
@@ -129,7 +129,7 @@ class Runner:
             if isinstance(prompt, InputError):
                 raise prompt
             blank = replace(blank, prompt=prompt_hash(prompt), prompt_tokens=len(engine.reading.arranged(prompt)))
-            plan = engine.plan(prompt, item.max_new_tokens)
+            plan = engine.plan(replace(prompt, asked=setting.ask_after != "none"), item.max_new_tokens)
             blank = replace(
                 blank,
                 compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,

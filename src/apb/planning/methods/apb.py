@@ -60,6 +60,15 @@ class APB(Blockwise):
             passing = min(block // 8, LARGEST_PASSING)
         return replace(method, anchor_length=min(anchor, prefix + document + query), passing_length=passing)
 
+    def unasked(self, plan: Plan) -> Self:
+        """See :meth:`Method.unasked`: half of a block is passed on, if the length is left open.
+
+        What a later question will look at is not known, and the time of one prefill is shared by all of them.
+        """
+        if self.passing_length is not None or plan.blocks == 1:
+            return self
+        return replace(self, passing_length=min(plan.document // plan.blocks // 2, LARGEST_PASSING))
+
     def usual_blocks(self, document: int) -> int:
         """See :meth:`Blockwise.usual_blocks`: of ``BLOCK_LENGTH`` tokens each, from 8 to ``MOST_BLOCKS``."""
         return min(max(super().usual_blocks(document), round(document / BLOCK_LENGTH)), MOST_BLOCKS)

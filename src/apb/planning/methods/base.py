@@ -71,6 +71,10 @@ class Method(Checked, ABC):
         """This method with every open option filled in for such a prompt; InputError if that is impossible."""
         return self
 
+    def unasked(self, plan: Plan) -> Self:
+        """This method for a document that is read before its questions are known; ``plan``: if they were."""
+        return self
+
     def block_count(self, ranks: int) -> int:
         """Number of blocks that the document is cut into on ``ranks`` ranks."""
         return self.blocks
