@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -65,12 +66,16 @@ class Merging:
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim) in q's dtype, the same on every rank."""
+        return self.layer.settle(*self.merged).to(self.layer.q.dtype)
+
+    @cached_property
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The merged output without sinks, and its lse (heads, rows) fp32, the same on every rank."""
         if not isinstance(self.partial, Pending):
-            return self.layer.settle(*self.partial).to(self.layer.q.dtype)
+            return self.partial
         with timed("communication"):
             packed = self.partial.wait()
-        merged = merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
-        return self.layer.settle(*merged).to(self.layer.q.dtype)
+        return merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
