@@ -30,13 +30,15 @@ class OracleResult:
     selected: per layer, per block (all H of them, though nothing follows the last): (kv_heads, count), the true
         positions of the tokens passed on, ascending. count is 0 with one block, star, or no compressor.
     margins: how far the closest decision was from a coin toss (see `select`), over all layers, heads and blocks;
-        infinite where no score decided anything."""
+        infinite where no score decided anything.
+    seen: with a passing budget, per layer, block and KV head: true positions that the block sees of those selected."""
 
     logits: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     selected: list[list[Tensor]]
     margins: float
+    seen: list[list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def dense_prefill(
     at, decoder = layout.anchor, model.model
     hidden = decoder.embed_tokens(torch.tensor(layout.tokens, device=model.device))  # (rows, hidden)
     cos, sin = (part[0] for part in decoder.rotary_emb(hidden, torch.tensor([layout.positions], device=model.device)))
-    keys, values, selections, margins = [], [], [], [math.inf]
+    keys, values, selections, margins, sights = [], [], [], [math.inf], []
 
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
@@ -298,6 +300,7 @@ def dense_prefill(
                 selected, whole, pooled, passing_budget, compressor == "query-edge" and score is None
             )
             margins.append(margin)
+            sights.append(seen)
         hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected, seen)))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         keys.append(k[:, at : at + layout.query.stop])
@@ -305,7 +308,7 @@ def dense_prefill(
         selections.append(selected)
 
     logits = model.lm_head(decoder.norm(hidden[at + layout.query.stop - 1]))
-    return OracleResult(logits, keys, values, selections, min(margins))
+    return OracleResult(logits, keys, values, selections, min(margins), sights)
 
 
 @torch.no_grad()
