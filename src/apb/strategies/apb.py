@@ -167,6 +167,8 @@ class APB(Strategy):
 
         Rows are counted from the block's first. Scores are None unless pairs compete.
         """
+        # Of the first round also where this rank has no block in it.
+        measure = None if self._budget is None else self._measure(layer)
         for span in self.blocks:
             block, count = self.plan.block(span.block), self.plan.passed(span.block)
             if not count:
@@ -181,7 +183,7 @@ class APB(Strategy):
                 scale=layer.scale,
                 passed=count,
                 softcap=layer.softcap,
-                lse=None if self._budget is None else self._measure(layer),
+                lse=measure,
                 before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
             )
             pooled = self.compressor.pooled
