@@ -228,8 +228,8 @@ def test_rounds_carry_what_later_blocks_see() -> None:
 
 
 def test_a_budget_bounds_what_is_carried_copied_and_sent() -> None:
-    """Later rounds see the anchor and five pairs of the nine that were offered; a rank's blocks have copies of five;
-    every pair of a KV head is sent with its score."""
+    """Later rounds see the anchor and five pairs of the nine that were offered; a rank's blocks have copies of five,
+    and a partial result of their own for them; every pair of a KV head is sent with its score."""
     sizes = {"blocks": 4, "anchor_length": 8, "passing_length": 3, "rounds": 2}
     plan, free = (Plan.build(0, 80, 2, passing_budget=budget, **sizes) for budget in (5, None))
     gathered = plan.method.gathered(plan)
@@ -237,7 +237,7 @@ def test_a_budget_bounds_what_is_carried_copied_and_sent() -> None:
     bounded, unbounded = (
         max(activations(each, 0, round, SMALL, count) for round, count in enumerate(gathered)) for each in (plan, free)
     )
-    assert bounded == unbounded + 2 * 5 * 64
+    assert bounded == unbounded + 2 * 5 * 64 + 20 * 4 * 16
     assert rank.activation_bytes == 2 * (bounded + (8 + 5) * 64 * 3)
     plan, free = (replace(each, ranks=2, rounds=1) for each in (plan, free))
     more = predict(plan, SMALL).ranks[0].sent_bytes - predict(free, SMALL).ranks[0].sent_bytes

@@ -99,10 +99,11 @@ class APB(Blockwise):
         if plan.blocks == 1:
             return super().held(plan, rank, rows, blocks, model, gathered)
         longest, width = max(blocks, default=0), model.heads * model.head_dim
-        merging = longest * width * (2 + MERGING)
+        # Where pairs compete a block reads the anchor apart from those that it sees: a partial result more.
+        chosen, more = (0, 0) if plan.competing is None else (len(blocks) * plan.competing, 1)
+        merging = longest * width * (2 + more + MERGING)
         if plan.ranks > 1:  # attention to other ranks' pairs is computed apart from that to the block itself
-            merging = rows * width + longest * width * MERGING
-        chosen = 0 if plan.competing is None else len(blocks) * plan.competing
+            merging = rows * width + longest * width * (2 * more + MERGING)
         return ((1 + 2 * plan.ranks) * gathered + chosen) * model.pair_width + merging
 
     def lossless(self, blocks: int) -> tuple[str, Method] | None:
