@@ -196,7 +196,8 @@ class APB(Strategy):
                 continue
             with timed("scoring"):
                 compared = self.compressor.compare(view, scores)
-                yield span, chosen, (pool(compared) if pooled else compared).gather(1, chosen)
+                competing = (pool(compared) if pooled else compared).gather(1, chosen)
+            yield span, chosen, competing
 
     def _measure(self, layer: AttentionInput) -> Tensor:
         """Log-sum-exps (heads, rows) of the query's rows over all that is read in the first round, and the query."""
