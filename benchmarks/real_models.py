@@ -24,11 +24,13 @@ from apb.compressors import Compressor
 from apb.evaluation.settings import Setting
 
 SEED = 200
-SETS = ("main", "ablations", "minference", "follow-ups")
+SETS = ("main", "ablations", "minference", "follow-ups", "bound")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
 """The length of block at which compressors, passing lengths and anchor lengths are compared."""
+BUDGETS = (512, 1024, 2048)
+"""Bounds on what such a block sees of the pairs of others."""
 FOLLOWED = 2048
 """The length of block at which questions are asked after reading."""
 EVERY_ROW = Observers(observers=1 << 20)
@@ -68,6 +70,13 @@ def ablations(length: int, heads: str | None) -> list[Setting]:
     return found
 
 
+def bound(length: int) -> list[Setting]:
+    """A block sees all pairs that others pass on, an eighth of their tokens, or the best so many of them."""
+    budgets = [size for size in BUDGETS if size < length // 8]
+    found = [cut("apb", length, ABLATED)]
+    return found + [cut("apb", length, ABLATED, passing_budget=size) for size in budgets]
+
+
 def follow_ups(length: int, heads: str | None) -> list[Setting]:
     """Questions asked after the document was read: for them, for another question, or for none."""
     block = length // max(2, round(length / FOLLOWED))
@@ -99,6 +108,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "ablations": ablations(length, arguments.heads),
                 "minference": [Setting.of("minference")],
                 "follow-ups": follow_ups(length, arguments.heads),
+                "bound": bound(length),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)

@@ -30,13 +30,15 @@ class OracleResult:
     selected: per layer, per block (all H of them, though nothing follows the last): (kv_heads, count), the true
         positions of the tokens passed on, ascending. count is 0 with one block, star, or no compressor.
     margins: how far the closest decision was from a coin toss (see `select`), over all layers, heads and blocks;
-        infinite where no score decided anything."""
+        infinite where no score decided anything.
+    seen: with a passing budget, per layer, block and KV head: true positions that the block sees of those selected."""
 
     logits: Tensor
     keys: list[Tensor]
     values: list[Tensor]
     selected: list[list[Tensor]]
     margins: float
+    seen: list[list[list[list[int]]]]
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,10 @@ def causal(size: int) -> Tensor:
     return torch.ones(size, size, dtype=torch.bool).tril()
 
 
-def visibility(layout: Layout, selected: list[Tensor]) -> Tensor:
-    """(kv_heads, rows, rows), True where a row sees a column. selected: per block (kv_heads, count), true positions."""
+def visibility(layout: Layout, selected: list[Tensor], seen: list[list[list[int]]] | None = None) -> Tensor:
+    """(kv_heads, rows, rows), True where a row sees a column. selected: per block (kv_heads, count), true positions.
+    seen: per block and KV head the true positions of what it sees of all that; everything of the blocks before if None.
+    """
     rows, at = len(layout.tokens), layout.anchor
     mask = torch.zeros(selected[0].shape[0], rows, rows, dtype=torch.bool)
     mask[:, :at, :at] = causal(at)
@@ -100,9 +104,11 @@ def visibility(layout: Layout, selected: list[Tensor]) -> Tensor:
         mask[:, own, own] = causal(len(block))
         if index > 0:
             mask[:, own, layout.shared.start : layout.shared.stop] = True
-        for earlier in selected[:index]:
+        for earlier in selected[:index] if seen is None else []:
             for head, positions in enumerate(earlier):
                 mask[head, own, at + positions] = True
+        for head, chosen in enumerate(seen[index] if seen else []):
+            mask[head, own, [at + position for position in chosen]] = True
     for index, copy in enumerate(layout.copies):
         rows = slice(copy.start, copy.stop)
         for number, block in enumerate(layout.blocks):
@@ -168,6 +174,27 @@ def select(raw: Tensor, pooled: Tensor, eligible: Sequence[int], count: int) -> 
     return sorted(chosen), abs(last - other) / size if size > 0 else 0.0
 
 
+def compete(
+    selected: list[Tensor], raw: Tensor, pooled: Tensor, budget: int, edge: bool
+) -> tuple[list[list[list[int]]], float]:
+    """Per block and KV head, the true positions that it sees of those that the blocks before it selected, and the
+    smallest margin. raw, pooled: (kv_heads, tokens) by true position, scores that compare over blocks. edge: the last
+    tokens that the block before selected come first, a quarter of them or of the budget, at most 32."""
+    found, margins = [], [math.inf]
+    for index in range(len(selected)):
+        found.append([])
+        for head in range(len(raw)):
+            offered = [position for earlier in selected[:index] for position in earlier[head].tolist()]
+            last = selected[index - 1][head].tolist() if index else []
+            count = min(32, len(last) // 4, budget // 4) if edge else 0
+            first = last[len(last) - count :] if len(offered) > budget else []
+            others = [position for position in offered if position not in first]
+            best, margin = select(raw[head], pooled[head], others, budget - len(first))
+            found[-1].append([*best, *first])
+            margins.append(margin)
+    return found, min(margins)
+
+
 def query_scores(attention: Any, q: Tensor, k: Tensor) -> Tensor:
     """(kv_heads, tokens): the attention that the query rows q (heads, m, d) pay to each key of a block k (kv_heads,
     tokens, d), were there nothing but the block; both after RoPE; mean over rows and the group's heads."""
@@ -203,6 +230,7 @@ def dense_prefill(
     heads: Mapping[str, Tensor] | None = None,
     score: Score | None = None,
     rounds: int = 1,
+    passing_budget: int | None = None,
 ) -> OracleResult:
     """Prefill by strategy "apb" or "star"; one block is plain causal attention under either.
     compressor: "query", "query-edge" (a block's last min(32, passing_length // 4) tokens before all others), "recent",
@@ -210,7 +238,10 @@ def dense_prefill(
     score(layer, block), both counted from 0, gives (kv_heads, tokens of the block, prefix included) in the compressor's
     place; these scores are used as they are, not pooled. star ignores compressor, score and passing_length, and its
     anchor_length is the number of block 1's first tokens that later blocks see (None: all).
-    rounds: the query's rows of a round see the blocks up to that round, and score those of that round."""
+    rounds: the query's rows of a round see the blocks up to that round, and score those of that round.
+    passing_budget: most positions that a block sees per KV head of those selected by all blocks before it: the best, by
+    scores that the compressor gives for the whole text. For the query's they are exp(logit - lse), the lse that of the
+    row in the first round over all that it sees; the others' are the scores themselves."""
     if passing_length < 0 or (score is None and compressor not in ("query", "query-edge", "recent", "retaining", None)):
         raise ValueError(f"a negative passing_length, or an unknown compressor: {passing_length}, {compressor!r}")
     layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
@@ -218,17 +249,25 @@ def dense_prefill(
     at, decoder = layout.anchor, model.model
     hidden = decoder.embed_tokens(torch.tensor(layout.tokens, device=model.device))  # (rows, hidden)
     cos, sin = (part[0] for part in decoder.rotary_emb(hidden, torch.tensor([layout.positions], device=model.device)))
-    keys, values, selections, margins = [], [], [], [math.inf]
+    keys, values, selections, margins, sights = [], [], [], [math.inf], []
 
     for index, layer in enumerate(decoder.layers):
         attention = layer.self_attn
         raw_q, raw_k, v = project(attention, layer.input_layernorm(hidden))
         q, k = rope(raw_q, cos, sin), rope(raw_k, cos, sin)
 
-        selected = []
+        selected, compared = [], []
+        question = layout.copies[0]
+        sees = visibility(layout, [torch.empty(len(k), 0, dtype=torch.long)] * blocks)[
+            :, question.start : question.stop
+        ]
+        measure = scaled_logits(attention, q[:, question.start : question.stop], k)
+        measure = measure.masked_fill(~sees[:, None], -math.inf).logsumexp(-1, keepdim=True)
         for number, block in enumerate(layout.blocks):
             own = slice(at + block.start, at + block.stop)
             eligible = [t - block.start for t in block if t >= layout.first_eligible] if passes else []
+            copy = layout.copies[round_of(number, layout)]
+            asked = q[:, copy.start : copy.stop]
             if not eligible or (score is None and compressor == "recent"):
                 chosen = [eligible[-passing_length:] for _ in k]
             else:
@@ -238,8 +277,7 @@ def dense_prefill(
                     if compressor == "retaining":
                         raw = retaining_scores(heads or {}, index, raw_q[:, own], raw_k[:, own], v[:, own])
                     else:
-                        copy = layout.copies[round_of(number, layout)]
-                        raw = query_scores(attention, q[:, copy.start : copy.stop], k[:, own])
+                        raw = query_scores(attention, asked, k[:, own])
                         if compressor == "query-edge":
                             raw = edge_first(raw, passing_length)
                     pooled = pool(raw)
@@ -248,15 +286,29 @@ def dense_prefill(
                 chosen = [tokens for tokens, _ in picks]
                 margins += [margin for _, margin in picks]
             selected.append(torch.tensor(chosen, dtype=torch.long).reshape(k.shape[0], -1) + block.start)
+            if score is None and compressor in ("query", "query-edge"):
+                raw = (scaled_logits(attention, asked, k[:, own]) - measure).exp().mean(dim=(1, 2))
+                pooled = pool(raw)
+            elif not eligible or (score is None and compressor == "recent"):
+                raw = pooled = torch.arange(block.start, block.stop).expand(len(k), -1)
+            compared.append((raw, pooled))
 
-        hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected)))
+        seen = None
+        if passing_budget is not None:
+            whole, pooled = (torch.cat(parts, -1) for parts in zip(*compared, strict=True))
+            seen, margin = compete(
+                selected, whole, pooled, passing_budget, compressor == "query-edge" and score is None
+            )
+            margins.append(margin)
+            sights.append(seen)
+        hidden = hidden + attention.o_proj(attend(attention, q, k, v, visibility(layout, selected, seen)))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         keys.append(k[:, at : at + layout.query.stop])
         values.append(v[:, at : at + layout.query.stop])
         selections.append(selected)
 
     logits = model.lm_head(decoder.norm(hidden[at + layout.query.stop - 1]))
-    return OracleResult(logits, keys, values, selections, min(margins))
+    return OracleResult(logits, keys, values, selections, min(margins), sights)
 
 
 @torch.no_grad()

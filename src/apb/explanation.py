@@ -76,15 +76,17 @@ class Explanation:
             ]
         masks = _masks(self.chosen)
         plan = self.plan
+        budget = plan.competing
+        seen = "" if budget is None else f" These see the best {budget:,} of all that blocks before them passed on."
         parts = [
             _HEAD,
             f"<h1>What {plan.blocks} blocks passed on</h1>",
             f"<p><b>Question:</b> {escape(self.query)}<br><b>Answer:</b> {escape(self.answer)}</p>",
             f"<p>{plan.document:,} tokens of document, anchor of {plan.anchor_length:,}. In every layer each KV head "
             f"of a block passes {plan.passing_length:,} of its tokens on to all later blocks, chosen by the compressor "
-            f"<b>{escape(self.compressor)}</b>. The last block has nobody to pass to. The stronger the colour, the "
-            "more layers and KV heads chose a token; <u>underlined</u> is what stands in the anchor, which all blocks "
-            "see.</p>",
+            f"<b>{escape(self.compressor)}</b>.{seen} The last block has nobody to pass to. The stronger the colour, "
+            "the more layers and KV heads chose a token; <u>underlined</u> is what stands in the anchor, which all "
+            "blocks see.</p>",
             f"<p><label>Show <select id='view' data-layers='{layers}' data-heads='{heads}'>{''.join(choices)}"
             "</select></label></p>",
         ]

@@ -79,11 +79,14 @@ class Reading:
         decoder = make_decoding(decoding, {name: options.pop(name) for name in DECODING_OPTIONS if name in options})
         if strategy != AUTO:
             method = _method(strategy, options)
+            check_comparable(method, scorer)
             return cls((method,), scorer, decoder, rounds=rounds, allow_extrapolation=allow_extrapolation)
         if rounds not in (None, 1):
             raise InputError(f"The strategy {AUTO!r} finds the rounds itself; leave them out, or name another.")
-        methods = (make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
-        return cls(tuple(methods), scorer, decoder, True, rounds, allow_extrapolation)
+        found = tuple(make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
+        for each in found:
+            check_comparable(each, scorer)
+        return cls(found, scorer, decoder, True, rounds, allow_extrapolation)
 
     def arranged(self, prompt: Prompt) -> Prompt:
         """The prompt as it is read: with the question in front as well, if the strategy says so."""
@@ -162,6 +165,15 @@ def _method(strategy: str | Method, options: dict[str, Any]) -> Method:
         known = (*OPTIONS, *COMPRESSOR_OPTIONS, *DECODING_OPTIONS)
         raise TypeError(f"unexpected option {unknown[0]!r}; there are {', '.join(known)}")
     return make_method(strategy, options)
+
+
+def check_comparable(method: Method, compressor: Compressor) -> None:
+    """InputError if pairs of different blocks are to compete by scores that do not compare over blocks."""
+    if method.passing_budget is not None and not compressor.comparable:
+        raise InputError(
+            f"A passing budget of {method.passing_budget:,} pairs needs scores that compare over blocks, and "
+            f"the compressor {compressor.name!r} has none; leave the budget out, or use 'query-edge'."
+        )
 
 
 def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Compressor) -> Plan:

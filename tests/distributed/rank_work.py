@@ -39,8 +39,11 @@ from replayed import standing_in
 # Query heads, KV heads, document: groups of 1, 4 and 8; prime lengths, from fewer tokens than ranks on.
 EXACT = ((12, 12, 997), (12, 3, 4999), (24, 3, 997), (24, 3, 2), (12, 3, 5))
 SIZES = (1, 2, 3, 4)
-# Strategies and blocks a rank (None: their own) whose memory is counted.
-WIDE = (("ring", None), ("ulysses", None), ("star", 1), ("star", 2), ("apb", 1), ("apb", 2), ("apb", 3))
+# Strategies, blocks a rank (None: their own) and passing budgets whose memory is counted.
+WIDE = (
+    *(("ring", None, None), ("ulysses", None, None), ("star", 1, None), ("star", 2, None)),
+    *(("apb", 1, None), ("apb", 2, None), ("apb", 3, None), ("apb", 3, 150)),
+)
 PROMPT = Case(1, document=90).prompt
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
 
@@ -63,7 +66,9 @@ class Record:
     asked: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: logits or tokens of one question each
     stored: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: what a loaded document says
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
-    alive: dict[tuple[str, int | None], int] = field(default_factory=dict)  # bytes at the widest moment of a prefill
+    alive: dict[tuple[str, int | None, int | None], int] = field(
+        default_factory=dict
+    )  # bytes at the widest moment of a prefill
 
 
 def everything(folder: str) -> None:
@@ -304,16 +309,17 @@ def patience() -> Iterator[None]:
         yield
 
 
-def count_alive(group: Group) -> dict[tuple[str, int | None], int]:
-    """Bytes alive at the widest moment of a prefill, beside weights, by strategy and blocks a rank."""
+def count_alive(group: Group) -> dict[tuple[str, int | None, int | None], int]:
+    """Bytes alive at the widest moment of a prefill, beside weights, by strategy, blocks a rank and passing budget."""
     results = {}
     model = wide_model()
     prompt = apb.Prompt.from_tokens([], [(37 * i * i + 11 * i) % 97 for i in range(3000)], [41, 94])
-    for strategy, blocks in WIDE:
+    for strategy, blocks, budget in WIDE:
         count = None if blocks is None else blocks * group.size
-        engine = apb.Engine.from_model(model, strategy=strategy, blocks=count, mesh=Mesh.of(group))
+        options = {"strategy": strategy, "blocks": count, "passing_budget": budget}
+        engine = apb.Engine.from_model(model, mesh=Mesh.of(group), **options)
         with patience():
-            results[strategy, blocks] = peak_of(model, partial(engine.prefill, prompt))
+            results[strategy, blocks, budget] = peak_of(model, partial(engine.prefill, prompt))
         engine.close()
     return results
 

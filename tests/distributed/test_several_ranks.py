@@ -43,6 +43,7 @@ def plan_of(name: str, size: int) -> Plan:
         ranks=size,
         anchor_length=case.anchor_length,
         passing_length=case.passing_length,
+        passing_budget=case.passing_budget,
         rounds=case.rounds,
         strategy=case.strategy,
     )
@@ -83,10 +84,11 @@ def test_bytes_are_those_predicted(records: Records, size: int, name: str) -> No
 
 @pytest.mark.parametrize("reading", rank_work.WIDE, ids=str)
 @pytest.mark.parametrize("size", SIZES[1:])
-def test_memory_is_that_predicted(records: Records, size: int, reading: tuple[str, int | None]) -> None:
+def test_memory_is_that_predicted(records: Records, size: int, reading: tuple[str, int | None, int | None]) -> None:
     """What is alive at once at the widest moment of the rank that needs most, storage by storage: to a few percent."""
-    strategy, blocks = reading
-    plan = Plan.build(0, 3000, 2, blocks=None if blocks is None else blocks * size, ranks=size, strategy=strategy)
+    strategy, blocks, budget = reading
+    count = None if blocks is None else blocks * size
+    plan = Plan.build(0, 3000, 2, blocks=count, ranks=size, strategy=strategy, passing_budget=budget)
     ranks = predict(plan, model_shape(rank_work.wide_model().config)).ranks
     predicted = max(rank.cache_bytes + rank.activation_bytes for rank in ranks)
     counted = max(record.alive[reading] for record in records[size])

@@ -19,6 +19,7 @@ from apb.evaluation.fidelity import measure
 from apb.evaluation.settings import Setting
 from apb.hf.counting import model_shape
 from apb.planning.cost import predict
+from apb.reading import Reading
 from byte_checkpoint import byte_tokenizer
 from extension import work
 from extension.neighbours import Neighbours
@@ -162,3 +163,11 @@ def test_options_are_checked() -> None:
     for make in (lambda: Neighbours(reach=-1), lambda: Stride(step=0), lambda: type(DECODING)(last=0)):
         with pytest.raises(apb.InputError, match="must be at least"):
             make()
+
+
+def test_a_compressor_whose_scores_do_not_compare() -> None:
+    """It passes pairs on, but cannot choose between those of several blocks: refused before anything runs."""
+    with pytest.raises(apb.InputError, match=r"budget of 9 pairs .* 'stride' has none; leave the budget out"):
+        apb.Engine.from_model(work.model(), strategy=apb.methods.APB(passing_budget=9), compressor=STRIDE)
+    with pytest.raises(apb.InputError, match="'stride' has none"):
+        Reading.of("auto", approximate=True, passing_budget=9, compressor=STRIDE)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from apb.kernels.selection import attention_received, choose, pack
+from apb.strategies.contest import Contest
 
 pytestmark = pytest.mark.gpu
 
@@ -79,13 +80,17 @@ def test_scores_agree_with_fp64(
 
 
 def test_nothing_is_read_back() -> None:
-    """From scores to the packed message no step waits for the GPU."""
+    """From scores to the packed message, and in a contest for a budget, no step waits for the GPU."""
     k, v, query = (heads_first(rows, heads, 128, torch.bfloat16) for rows, heads in ((2000, 8), (2000, 8), (20, 32)))
     message = torch.empty(2, 8, 250, 128, dtype=torch.bfloat16, device="cuda")
+    lse = torch.full((32, 20), 9.0, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             chosen = choose(attention_received(query, k, 0.09), 250, 2000, pooled=True)
             pack(k, v, chosen, message.transpose(1, 2))
+            contest = Contest(attention_received(query, k, 0.09, lse=lse).gather(1, chosen), 200, range(150))
+            contest.add(range(150, 250), 32)
+            assert contest.columns.shape == (8, 200)
     finally:
         torch.cuda.set_sync_debug_mode("default")

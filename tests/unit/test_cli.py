@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -366,6 +367,9 @@ def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
     assert done.status == 0
     for word in ("100,000 tokens", "apb", "full", "anchor", "FLOPs", "4,096 positions"):
         assert word in done.out
+    assert "passing budget" not in done.out
+    bounded = cli("plan", "--length", 100_000, "--blocks", 5, "--passing-budget", 3100, "--model", checkpoint)
+    assert re.search(r"passing budget\W+3,100", bounded.out)
 
 
 @pytest.mark.parametrize(

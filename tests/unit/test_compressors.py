@@ -79,6 +79,36 @@ def test_query_edge_scores(passed: int, edge: int) -> None:
     assert (actual[:, 300 - edge :] > 1).all()  # no share of attention is
 
 
+@pytest.mark.parametrize("name", ["query", "query-edge"])
+def test_shares_of_the_whole_text_compare_over_blocks(name: str) -> None:
+    """A token is worth its share of the question's attention to the text of all blocks, whatever it has of its own."""
+    blocks = [view(seed=1), view(seed=2)]
+    blocks[1] = replace(blocks[1], query=blocks[0].query)
+    keys = torch.cat([block.k for block in blocks]).repeat_interleave(2, 1)
+    logits = torch.einsum("rhd,khd->hrk", blocks[0].query, keys) * 0.3
+    shares = logits.softmax(-1).mean(1).unflatten(0, (KV_HEADS, 2)).mean(1)
+    compressor = make_compressor(name)
+    for number, block in enumerate(blocks):
+        seen = replace(block, lse=logits.logsumexp(-1))
+        compared = compressor.compare(seen, compressor.score(seen))
+        torch.testing.assert_close(compared, shares[:, 12 * number : 12 * number + 12], rtol=1e-4, atol=1e-7)
+
+
+def test_other_scores_compare_as_they_are() -> None:
+    """A later block's tokens are more recent than all of an earlier one's; heads and lots have one measure for all."""
+    early, late = view(block=0), view(block=2)
+    early = replace(early, block=Block(0, 0, 12, 0, 0))
+    recent = make_compressor("recent")
+    first, second = (recent.compare(each, recent.score(each)) for each in (early, late))
+    assert first.max() < second.min()
+    for kind in COMPRESSORS.values():
+        assert kind.comparable
+    scores = torch.rand(KV_HEADS, 12)
+    for other in (make_compressor("random"), make_compressor("retaining", {"heads": "heads.pt"})):
+        assert torch.equal(other.compare(late, scores), scores)
+        assert other.edge(1000) == 0
+
+
 def test_query_scores_read_nothing_but_keys_and_query() -> None:
     """Values and what stood before RoPE play no part."""
     seen = view()

@@ -48,6 +48,7 @@ def plan_of(case: Case, ranks: int = 1) -> Plan:
         ranks=ranks,
         anchor_length=case.anchor_length,
         passing_length=case.passing_length,
+        passing_budget=case.passing_budget,
         strategy=case.strategy,
         rounds=case.rounds,
     )
@@ -63,7 +64,9 @@ def visible_pairs(case: Case, plan: Plan) -> int:
         torch.arange(block.stop - (plan.passed(index) if case.blocks > 1 else 0), block.stop)[None]
         for index, block in enumerate(layout.blocks)
     ]
-    return int(visibility(layout, passed).sum())
+    offered = [[token for block in passed[:index] for token in block[0].tolist()] for index in range(len(passed))]
+    seen = [[tokens[: case.passing_budget]] for tokens in offered]  # which ones does not matter
+    return int(visibility(layout, passed, seen).sum())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -82,7 +85,11 @@ def test_attention_counts_the_masks_cells(name: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["five blocks", "anchor longer than a block", "star", "full", "ring", "ulysses", "a block a round"]
+    "name",
+    [
+        *("five blocks", "anchor longer than a block", "star", "full", "ring", "ulysses", "a block a round"),
+        *("budget", "budget, seven blocks in three rounds"),
+    ],
 )
 def test_a_run_does_what_was_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in a real prefill: pairs attended, rows through every linear map, bytes of the cache."""
@@ -154,6 +161,10 @@ def test_scoring_counts_tokens_of_blocks_that_pass() -> None:
         assert sum(rank.scoring_flops for rank in cost.ranks) == flops
     nothing = predict(plan_of(Case(4, passing_length=0)), SMALL, compressor=make_compressor())
     assert nothing.ranks[0].scoring_flops == 0
+    for budget, times in ((11, 2), (12, 1)):  # scores that compare are computed only where pairs compete: of twelve
+        scorer = make_compressor("query")
+        (rank,) = predict(plan_of(Case(4, passing_budget=budget)), SMALL, compressor=scorer).ranks
+        assert rank.scoring_flops == times * expected["query"]
 
 
 def test_sparse_rows_see_columns_and_diagonals_alone() -> None:
@@ -214,6 +225,35 @@ def test_rounds_carry_what_later_blocks_see() -> None:
     assert plan.method.gathered(plan) == (8 + 3 + 3, 3)  # pairs that join in each round
     alive = max(activations(plan, 0, round, SMALL, count) for round, count in enumerate(plan.method.gathered(plan)))
     assert rank.activation_bytes == 2 * (alive + (8 + 3 * 3) * 64 * 3)
+
+
+def test_a_budget_bounds_what_is_carried_copied_and_sent() -> None:
+    """Later rounds see the anchor and five pairs of the nine that were offered; a rank's blocks have copies of five,
+    and a partial result of their own for them; every pair of a KV head is sent with its score."""
+    sizes = {"blocks": 4, "anchor_length": 8, "passing_length": 3, "rounds": 2}
+    plan, free = (Plan.build(0, 80, 2, passing_budget=budget, **sizes) for budget in (5, None))
+    gathered = plan.method.gathered(plan)
+    (rank,) = predict(plan, SMALL).ranks
+    bounded, unbounded = (
+        max(activations(each, 0, round, SMALL, count) for round, count in enumerate(gathered)) for each in (plan, free)
+    )
+    assert bounded == unbounded + 2 * 5 * 64 + 20 * 4 * 16
+    assert rank.activation_bytes == 2 * (bounded + (8 + 5) * 64 * 3)
+    plan, free = (replace(each, ranks=2, rounds=1) for each in (plan, free))
+    more = predict(plan, SMALL).ranks[0].sent_bytes - predict(free, SMALL).ranks[0].sent_bytes
+    assert more == 3 * sum(plan.method.gathered(plan)) * SMALL.kv_heads * 4
+
+
+def test_with_a_budget_attention_grows_with_the_document_alone() -> None:
+    """In blocks of 1K, 2K pairs at most: a document of four times the length costs four times the attention."""
+    options = {"anchor_length": 256, "passing_length": 128}
+    flops = [
+        predict(Plan.build(0, blocks * 1024, 1, blocks=blocks, passing_budget=budget, **options), SMALL).flops
+        for budget in (2048, None)
+        for blocks in (256, 1024)
+    ]
+    assert 4.0 < flops[1] / flops[0] < 4.1
+    assert flops[3] / flops[2] > 10
 
 
 def test_one_rank_sends_nothing() -> None:

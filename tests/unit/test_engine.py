@@ -111,6 +111,19 @@ def test_against_the_oracle_with_each_backend(name: str, backend: str) -> None:
     check(read(engine, CASES[name]), name)
 
 
+@pytest.mark.parametrize("compressor", ["query", "query-edge"])
+def test_a_budget_that_leaves_nothing_out_changes_nothing(compressor: str) -> None:
+    """Logits to the bit, whether everything fits exactly or there is room to spare; with one pair less they differ."""
+    options = {"blocks": 5, "anchor_length": 17, "passing_length": 6, "compressor": compressor}
+    free, exact, ample, short = (
+        apb.Engine.from_model(llama(), passing_budget=budget, **options).prefill(PROMPT).logits
+        for budget in (None, 24, 1000, 23)
+    )
+    assert torch.equal(free, exact)
+    assert torch.equal(free, ample)
+    assert not torch.equal(free, short)
+
+
 def test_prompts_do_not_influence_each_other() -> None:
     """One engine reads prompts of other lengths in between, and every one as if it were the first."""
     case = CASES["five blocks"]
@@ -432,6 +445,7 @@ def test_wrong_options_of_an_engine(options: dict[str, Any], fragments: list[str
         ({"blocks": 102}, ["102 blocks", "101 tokens"]),
         ({"blocks": 4, "anchor_length": 8}, ["8 tokens", "at least 9"]),
         ({"blocks": 4, "passing_length": -1}, ["Passing length", "-1"]),
+        ({"blocks": 4, "passing_budget": 0}, ["Passing budget", "at least 1", "0"]),
     ],
 )
 def test_plans_that_cannot_be_made(options: dict[str, Any], fragments: list[str]) -> None:

@@ -118,6 +118,17 @@ def test_page(explanation: Explanation) -> None:
     assert unescape(explanation.to_html()).count("<option") == 1 + 3 + 3 * 2
 
 
+def test_a_page_tells_of_a_budget() -> None:
+    """Where not all that is passed on is seen the page says how much is, and only there."""
+    engine, prompt = engine_and_prompt(passing_budget=9)
+    html = explain(engine, prompt, "Who?", max_new_tokens=1).to_html()
+    engine.close()
+    assert "These see the best 9 of all" in html
+    engine, prompt = engine_and_prompt(passing_budget=15)
+    assert "These see" not in explain(engine, prompt, "Who?", max_new_tokens=1).to_html()
+    engine.close()
+
+
 def test_masks_name_layer_and_head() -> None:
     """Bit layer * kv_heads + head, four bits a digit, the lowest first."""
     engine, prompt = engine_and_prompt()

@@ -19,8 +19,10 @@ from cases import CASES, Case, expected
 from command_line import Cli
 from families import PECULIAR, make
 
+BUDGETS = ("budget", "budget, query-edge", "budget, anchor longer than a block", "budget of everything")
 
-@pytest.mark.parametrize("name", ["four heads share keys", "recent", "star, short anchor", "no prefix"])
+
+@pytest.mark.parametrize("name", ["four heads share keys", "recent", "star, short anchor", "no prefix", *BUDGETS])
 def test_mass_and_divergence_are_those_written_out(name: str) -> None:
     """Per layer and KV head: transformers' own attention weights, summed over what the oracle lets a row see."""
     case: Case = CASES[name]
@@ -36,6 +38,7 @@ def test_mass_and_divergence_are_those_written_out(name: str) -> None:
         blocks=case.blocks,
         anchor_length=case.anchor_length,
         passing_length=case.passing_length,
+        passing_budget=case.passing_budget,
     )
     engine = apb.Engine.from_model(model, strategy="full")
     (found,) = measure(engine, prompt, [setting], rows=10_000)
@@ -50,8 +53,10 @@ def test_mass_and_divergence_are_those_written_out(name: str) -> None:
             for row in range(first, first + count):
                 block = next(b for b in map(plan.block, range(plan.blocks)) if b.start <= row < b.stop)
                 seen = set(range(block.start, row + 1)) | (set(range(plan.anchored)) if block.index else set())
-                for other in range(block.index):
+                for other in range(block.index) if case.passing_budget is None else ():
                     seen |= set(result.selected[layer][other][head].tolist())
+                if case.passing_budget is not None:
+                    seen |= set(result.seen[layer][block.index][head])
                 keys = sorted(key for key in seen if key <= row)
                 total += weights[0, head * heads : (head + 1) * heads, row][:, keys].sum().item()
             assert found.mass[layer][head] == pytest.approx(total / (heads * count), abs=1e-5)

@@ -214,15 +214,16 @@ def test_empty_sources_are_not_read() -> None:
 
 
 @pytest.mark.triton
-def test_prefill() -> None:
-    """A whole prefill by apb, in two rounds, and a step of decode give the logits that torch's kernels give."""
+@pytest.mark.parametrize("budget", [None, 8])
+def test_prefill(budget: int | None) -> None:
+    """A whole prefill by apb, in two rounds, and a step of decode give the logits that torch's kernels give; with a
+    budget blocks read the anchor and copies of the best pairs, in place of all pairs."""
     prompt = Prompt.from_tokens([1, 2], [(37 * i + 11) % 97 for i in range(90)], [5, 6, 7])
     found = []
     for backend in ("torch", "fused"):
         model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-        engine = Engine.from_model(
-            model, backend=backend, strategy="apb", blocks=4, rounds=2, anchor_length=20, passing_length=6
-        )
+        options = {"blocks": 5, "rounds": 2, "anchor_length": 20, "passing_length": 6, "passing_budget": budget}
+        engine = Engine.from_model(model, backend=backend, strategy="apb", **options)
         session = engine.prefill(prompt)
         found.append(torch.stack([session.logits, session.extend([3])]))
         engine.close()

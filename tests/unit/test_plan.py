@@ -41,6 +41,7 @@ def plans(draw: st.DrawFn) -> Plan:
         rounds=draw(st.integers(1, blocks)),
         anchor_length=draw(st.none() | st.integers(shortest, longest)),
         passing_length=draw(st.none() | st.integers(0, 60)),
+        passing_budget=draw(st.none() | st.integers(1, 300)),
         strategy=strategy,
     )
 
@@ -165,11 +166,13 @@ def test_anchored_tokens_are_never_passed(plan: Plan) -> None:
 
 @given(plans())
 def test_contexts_are_anchor_and_what_was_passed(plan: Plan) -> None:
-    """Block 0 sees nothing but itself; block h the anchor and what blocks 0 .. h-1 pass on."""
-    expected = [0] + [
-        plan.anchor_length + sum(plan.passed(earlier) for earlier in range(index)) for index in range(1, plan.blocks)
-    ]
-    assert list(plan.contexts()) == expected
+    """Block 0 sees nothing but itself; block h the anchor and what blocks 0 .. h-1 pass on, within the budget. Pairs
+    compete where that leaves some out."""
+    offered = [sum(plan.passed(earlier) for earlier in range(index)) for index in range(plan.blocks)]
+    budget = plan.method.passing_budget
+    seen = [pairs if budget is None else min(pairs, budget) for pairs in offered]
+    assert list(plan.contexts()) == [0] + [plan.anchor_length + pairs for pairs in seen[1:]]
+    assert plan.competing == (budget if seen != offered else None)
 
 
 @pytest.mark.parametrize("strategy", METHODS)

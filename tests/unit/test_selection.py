@@ -44,6 +44,21 @@ def test_attention_received(
     torch.testing.assert_close(actual, wanted.float(), rtol=tolerance, atol=tolerance / tokens)
 
 
+@pytest.mark.parametrize("triton", ENGINES)
+@pytest.mark.parametrize(("rows", "softcap"), [(5, None), (70, 2.0)])
+def test_attention_received_of_a_larger_whole(rows: int, softcap: float | None, triton: bool) -> None:
+    """By log-sum-exps over three blocks, the weights of each block are its part of the softmax over all of them."""
+    torch.manual_seed(rows)
+    query, k = torch.randn(rows, 6, 16), torch.randn(300, 2, 16)
+    logits = torch.einsum("rhd,khd->hrk", query.double(), k.double().repeat_interleave(3, 1)) * 0.7
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    wanted = logits.softmax(-1).mean(1).unflatten(0, (2, 3)).mean(1)
+    lse = logits.logsumexp(-1).float()
+    parts = [attention_received(query, part, 0.7, softcap, lse, triton=triton) for part in k.split([101, 150, 49])]
+    torch.testing.assert_close(torch.cat(parts, 1), wanted.float(), rtol=1e-5, atol=1e-8)
+
+
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=9, max_size=9), min_size=1, max_size=3))
 def test_pool(scores: list[list[float]]) -> None:
     """Max over five tokens around each, the block's edges cut, no token of another KV head."""

@@ -140,6 +140,7 @@ def _print(report: dict[str, Any]) -> None:
         "rounds": lambda row: str(row["plan"]["rounds"]),
         "anchor length": lambda row: f"{row['plan']['anchor_length']:,}",
         "passing length": lambda row: f"{row['plan']['passing_length']:,}",
+        "passing budget": lambda row: f"{row['plan']['passing_budget']:,}" if "passing_budget" in row["plan"] else "",
         "linear FLOPs": lambda row: f"{row['linear_flops']:.3g}",
         "attention FLOPs": lambda row: f"{row['attention_flops']:.3g}",
         "sent per rank": lambda row: _bytes(row["sent_bytes_per_rank"]),
@@ -151,7 +152,9 @@ def _print(report: dict[str, Any]) -> None:
     if report["ceilings"]:
         lines["with sends hidden"] = lambda row: f"{row['hidden_seconds']:.3g}"
     for name, cell in lines.items():
-        table.add_row(name, *(cell(row) for row in rows))
+        cells = [cell(row) for row in rows]
+        if any(cells):
+            table.add_row(name, *cells)
     console.print(table)
     for row in report["strategies"]:
         if "refused" in row:

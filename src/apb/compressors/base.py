@@ -31,6 +31,8 @@ class BlockView:
         scale: the layer's factor on q.k.
         passed: key/value pairs that the block passes on, per KV head.
         softcap: cap of the layer's logits; None without one.
+        lse: (heads, query tokens) fp32, log-sum-exps of the query rows' logits over the whole text of the first round
+            and the query; None unless ``passing_budget`` makes pairs of different blocks compete.
         before_rope: (tokens, (heads + 2 kv_heads) * head_dim): q, k, v before RoPE side by side; None unless the
             compressor asked for it with ``needs_before_rope``.
     """
@@ -45,6 +47,7 @@ class BlockView:
     passed: int
     before_rope: Tensor | None = None
     softcap: float | None = None
+    lse: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,13 @@ class Compressor(Checked, ABC):
         name: what ``--compressor`` and results call it.
         needs_before_rope: True if it scores with q, k, v before RoPE.
         pooled: True if the scores are max-pooled inside the block before the best are chosen (kernel 5).
+        comparable: True if :meth:`compare` gives scores that compare over blocks, which ``passing_budget`` needs.
     """
 
     name: ClassVar[str]
     needs_before_rope: ClassVar[bool] = False
     pooled: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:
@@ -70,6 +75,18 @@ class Compressor(Checked, ABC):
     @abstractmethod
     def flops(self, model: ModelShape, query: int) -> int:
         """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""
+
+    def compare(self, view: BlockView, scores: Tensor) -> Tensor:
+        """Scores like those of :meth:`score`, which are given, but comparable with those of other blocks."""
+        return scores
+
+    def flops_to_compare(self, model: ModelShape, query: int) -> int:
+        """FLOPs of :meth:`compare`, as :meth:`flops` counts them."""
+        return 0
+
+    def edge(self, passed: int) -> int:
+        """Pairs at a block's end, of so many that it passes on, that the next block sees whatever their scores."""
+        return 0
 
     def loaded(self, read: Callable[[str | Path], Sequence[Head]]) -> Compressor:
         """This compressor ready for one model; ``read`` loads a file of retaining heads that fit the model."""

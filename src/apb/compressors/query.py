@@ -22,6 +22,7 @@ class Query(Compressor):
 
     name: ClassVar[str] = "query"
     pooled: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
@@ -32,3 +33,13 @@ class Query(Compressor):
     def flops(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops`: the product of all query rows with the token's key."""
         return 2 * query * model.heads * model.head_dim
+
+    def compare(self, view: BlockView, scores: Tensor) -> Tensor:
+        """See :meth:`Compressor.compare`: shares of the rows' attention to the whole text instead of the block."""
+        from ..kernels.selection import attention_received
+
+        return attention_received(view.query, view.k, view.scale, view.softcap, view.lse)
+
+    def flops_to_compare(self, model: ModelShape, query: int) -> int:
+        """See :meth:`Compressor.flops_to_compare`: that product once more."""
+        return self.flops(model, query)

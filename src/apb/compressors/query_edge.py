@@ -28,6 +28,9 @@ class QueryEdge(Query):
     def score(self, view: BlockView) -> Tensor:
         """As :meth:`Query.score`, and 2 for the edge: a quarter of the passed pairs, up to ``longest_edge`` tokens."""
         scores = super().score(view)
-        edge = min(self.longest_edge, view.passed // 4)
-        scores[:, scores.shape[1] - edge :] = 2.0  # above every share of attention
+        scores[:, scores.shape[1] - self.edge(view.passed) :] = 2.0  # above every share of attention
         return scores
+
+    def edge(self, passed: int) -> int:
+        """See :meth:`Compressor.edge`; to blocks after the next an edge is text like any other."""
+        return min(self.longest_edge, passed // 4)

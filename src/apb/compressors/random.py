@@ -17,6 +17,7 @@ class Random(Compressor):
     """Uniform scores that depend on seed, layer and block alone: the same on any device and number of ranks."""
 
     name: ClassVar[str] = "random"
+    comparable: ClassVar[bool] = True
 
     seed: int = 0
 

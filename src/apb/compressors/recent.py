@@ -17,13 +17,14 @@ class Recent(Compressor):
     """Later tokens score higher, so the last ``passing_length`` are passed."""
 
     name: ClassVar[str] = "recent"
+    comparable: ClassVar[bool] = True
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
         import torch
 
-        tokens, kv_heads, _ = view.k.shape
-        return torch.arange(tokens, dtype=torch.float32, device=view.k.device).expand(kv_heads, tokens)
+        positions = torch.arange(view.block.start, view.block.stop, dtype=torch.float32, device=view.k.device)
+        return positions.expand(view.k.shape[1], -1)
 
     def flops(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops`: none."""

@@ -42,6 +42,7 @@ class Retaining(Compressor):
     name: ClassVar[str] = "retaining"
     needs_before_rope: ClassVar[bool] = True
     pooled: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
 
     heads: str | Path | Sequence[Head] = option("", "File of trained retaining heads.", kind=Path)
 

@@ -26,4 +26,5 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
     merged = next(parts)
     for part in parts:
         merged += part
+        del part  # else it would be alive while the next one is computed
     return merged, total

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -66,18 +67,21 @@ class Merging:
 
     def wait(self) -> Tensor:
         """The merged output (rows, heads, head_dim) in q's dtype, the same on every rank."""
+        return self.layer.settle(*self.merged).to(self.layer.q.dtype)
+
+    @cached_property
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """The merged output without sinks, and its lse (heads, rows) fp32, the same on every rank."""
         if not isinstance(self.partial, Pending):
-            return self.layer.settle(*self.partial).to(self.layer.q.dtype)
+            return self.partial
         with timed("communication"):
             packed = self.partial.wait()
-        dtype = self.layer.q.dtype
         if packed.is_cuda and why_no_triton() is None:
             from ..kernels import decode
 
-            settled = self.layer.settle(*decode.merge(packed, dtype if self.layer.sinks is None else packed.dtype))
-        else:
-            settled = self.layer.settle(*merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0)))
-        return settled.to(dtype)
+            # Rounded at once, unless sinks are still to come; the sums are there for who asks for them.
+            return decode.merge(packed, self.layer.q.dtype if self.layer.sinks is None else packed.dtype)
+        return merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:

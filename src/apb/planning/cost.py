@@ -136,6 +136,9 @@ class Scoring(Protocol):
     def flops(self, model: ModelShape, query: int) -> int:
         """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""
 
+    def flops_to_compare(self, model: ModelShape, query: int) -> int:
+        """FLOPs to score it once more, comparably with tokens of other blocks."""
+
 
 def predict(
     plan: Plan,
@@ -180,7 +183,10 @@ def _rank(
     carried = plan.contexts()[-1] if plan.rounds > 1 else 0  # pairs of earlier rounds that later ones see, per layer
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
-    scoring = compressor.flops(model, plan.query) if compressor is not None else 0
+    scoring = 0
+    if compressor is not None:
+        scoring = compressor.flops(model, plan.query)
+        scoring += 0 if plan.competing is None else compressor.flops_to_compare(model, plan.query)
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
         attention_flops=4 * model.head_dim * attended,

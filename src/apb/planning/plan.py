@@ -177,6 +177,12 @@ class Plan:
         """Number of pairs per KV head that block ``index`` passes on; 0 for the last block."""
         return self.method.passed(self, index)
 
+    @property
+    def competing(self) -> int | None:
+        """Passed pairs per KV head that a block sees where not all fit into the budget; None where they do."""
+        offered = self.anchor_length + sum(map(self.passed, range(self.blocks)))
+        return self.method.passing_budget if offered > max(self.contexts()) else None
+
     def contexts(self) -> tuple[int, ...]:
         """For every block, the number of pairs beside its own that its rows attend to."""
         return _contexts(self)
@@ -238,7 +244,7 @@ class Plan:
             "query_tokens": self.query,
         }
         others = {name: getattr(self.method, name) for name in options_of(self.method) if name not in numbers}
-        return numbers | {name: value for name, value in others.items() if value is not False}
+        return numbers | {name: value for name, value in others.items() if value is not False and value is not None}
 
 
 @lru_cache(maxsize=8)  # asked for by every rank of a plan

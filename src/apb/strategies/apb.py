@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..compressors import BlockView, Compressor
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Part, Task
 from ..kernels.merge import merge
-from ..kernels.selection import choose, pack
+from ..kernels.selection import choose, pack, pool
 from ..layers.base import AttentionInput
+from ..layers.shards import full_partial
 from ..planning.itinerary import Itinerary, Span
 from ..planning.plan import Plan
 from ..timing import timed
 from .base import Strategy, Visible, blocks_visible
+from .contest import Contest
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the blocks of a round see beside themselves: sources of keys and values, and by block its parts of them."""
+
+    sources: list[tuple[Tensor, Tensor]]
+    parts: dict[int, tuple[Part, ...]]
 
 
 class APB(Strategy):
     """One all-gather a layer carries the anchor's shares and the selected pairs; a block's own part runs meanwhile.
 
     Gathered pairs are concatenated to [anchor | passed by block 0 | passed by block 1 | ...], and every block sees a
-    prefix of them: the anchor and the pairs of the blocks before it (section 2 of the paper's method).
+    prefix of them: the anchor and the pairs of the blocks before it (section 2 of the paper's method). Where these are
+    more than the budget their scores are gathered too, and a block sees the anchor and the best.
     """
 
     def __init__(self, plan: Plan, group: Group, compressor: Compressor, backend: str = "auto") -> None:
-        # Pairs of every layer that are known so far, between rounds.
-        self._known: dict[int, Tensor] = {}
+        # Pairs of every layer that are known so far and, where they compete, their scores: between rounds.
+        self._known: dict[int, list[Tensor]] = {}
+        # Log-sum-exps of the query's rows in every layer, of the first round: the scores of all rounds share a measure.
+        self._measures: dict[int, Tensor] = {}
         super().__init__(plan, group, compressor, backend)
         self._contexts = plan.contexts()
+        self._budget = plan.competing
 
     def begin(self, itinerary: Itinerary) -> None:
         """See :meth:`Strategy.begin`."""
@@ -41,7 +57,8 @@ class APB(Strategy):
         filled = [0] * plan.ranks
         shares = [plan.anchor_share(rank) for rank in range(plan.ranks)] if round == 0 else []
         counts = [(rank, stop - start) for rank, (start, stop) in enumerate(shares)]
-        counts += [(block.rank, plan.passed(block.index)) for block in plan.all_blocks() if block.round == round]
+        self._offering = {block.index: plan.passed(block.index) for block in plan.all_blocks() if block.round == round}
+        counts += [(plan.block(index).rank, count) for index, count in self._offering.items()]
         for rank, count in counts:
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
@@ -54,26 +71,26 @@ class APB(Strategy):
             self._attend_meanwhile(layer, pending, out)
             return
         # Nothing to wait for: one call for all rows.
-        pairs = self._arrange(layer, pending.wait())
-        tasks = [Task(*span.bounds, (*self._seen(span), self._itself(span, source=1))) for span in self.blocks]
+        passed = self._arrange(layer, [each.wait() for each in pending])
+        own = len(passed.sources)
+        tasks = [Task(*span.bounds, (*passed.parts[span.block], self._itself(span, own))) for span in self.blocks]
         lse = None if layer.sinks is None else self._lse(layer, out)
-        sources = [(pairs[0], pairs[1]), (layer.k, layer.v)]
-        self.batched(layer, sources, [*tasks, *self._anchor_task()], out, lse)
+        self.batched(layer, [*passed.sources, (layer.k, layer.v)], [*tasks, *self._anchor_task()], out, lse)
         if lse is not None:
             self._settle(layer, out, lse, (*self.blocks, self.anchor))
 
-    def _attend_meanwhile(self, layer: AttentionInput, pending: Pending, out: Tensor) -> None:
+    def _attend_meanwhile(self, layer: AttentionInput, pending: Sequence[Pending], out: Tensor) -> None:
         """Blocks attend to themselves while pairs are on their way, then to the pairs; merged by log-sum-exp."""
         lse = self._lse(layer, out)
         others, others_lse = torch.empty_like(out), torch.empty_like(lse)
         own = [Task(*span.bounds, (self._itself(span, source=0),)) for span in self.blocks]
         self.batched(layer, [(layer.k, layer.v)], own, out, lse)
         with timed("communication"):
-            gathered = pending.wait()
-        pairs = self._arrange(layer, gathered)
-        seeing = [span for span in self.blocks if self._contexts[span.block]]
-        tasks = [*(Task(*span.bounds, self._seen(span)) for span in seeing), *self._anchor_task()]
-        self.batched(layer, [(pairs[0], pairs[1])], tasks, others, others_lse)
+            gathered = [each.wait() for each in pending]
+        passed = self._arrange(layer, gathered)
+        seeing = [span for span in self.blocks if passed.parts[span.block]]
+        tasks = [*(Task(*span.bounds, passed.parts[span.block]) for span in seeing), *self._anchor_task()]
+        self.batched(layer, passed.sources, tasks, others, others_lse)
         with timed("attention"):
             for span in seeing:
                 rows = span.rows
@@ -97,15 +114,20 @@ class APB(Strategy):
                 out[span.rows] = layer.settle(out[span.rows], lse[:, span.rows])
 
     def visible(self, layer: AttentionInput) -> Visible:
-        """See :meth:`Strategy.visible`: the anchor, the pairs that earlier blocks pass on, and the block itself."""
-        counts = ((span, self.plan.passed(span.block)) for span in self.blocks)
-        passed = {span.block: self.choose(layer, span, count) + span.start for span, count in counts if count}
-        return blocks_visible(self.plan, passed)
+        """See :meth:`Strategy.visible`: the anchor, pairs that earlier blocks pass on, and the block itself."""
+        anchor, offers = self.plan.anchor_length, list(self._offers(layer))
+        empty = torch.empty(layer.k.shape[1], 0, dtype=torch.int64, device=layer.k.device)
+        positions = torch.cat([empty, *(rows + span.start for span, rows, _ in offers)], 1)
+        scores = [each for _, _, each in offers if each is not None]
+        # As gathered pairs are: the anchor's before the blocks'.
+        chosen, _ = self._compete(F.pad(torch.cat(scores, 1), (anchor, 0))) if scores else ({}, None)
 
-    def _seen(self, span: Span) -> tuple[Part, ...]:
-        """The prefix of the pairs (source 0) that a block's rows see; none for the first block."""
-        seen = self._contexts[span.block]
-        return (Part(0, 0, seen, causal=False),) if seen else ()
+        def seen(block: int, kv_head: int) -> Tensor:
+            if block in chosen:
+                return positions[kv_head, chosen[block][kv_head] - anchor]
+            return positions[kv_head, : max(self._contexts[block] - anchor, 0)]
+
+        return blocks_visible(self.plan, seen)
 
     def _itself(self, span: Span, source: int) -> Part:
         """A block as its own rows see it, in the layer's keys and values."""
@@ -115,51 +137,131 @@ class APB(Strategy):
         """This share of the anchor's rows over the anchor, which they end: their alignment is the anchor's order."""
         return [Task(*self.anchor.bounds, (Part(0, 0, self.anchor.stop, causal=True),))] if self.anchor else []
 
-    def _share(self, layer: AttentionInput) -> Pending:
-        """Start to gather (2, kv_heads, pairs, head_dim) per rank: its anchor share, then its blocks' passed pairs."""
+    def _share(self, layer: AttentionInput) -> list[Pending]:
+        """Start to gather (2, kv_heads, pairs, head_dim) per rank: its anchor share, then its blocks' passed pairs.
+
+        Where pairs compete their scores (1, kv_heads, pairs, 1) fp32 follow; those of the anchor are not read.
+        """
         _, kv_heads, head_dim = layer.k.shape
         message = layer.k.new_empty(2, kv_heads, self._width, head_dim)
-        packed = message.transpose(1, 2)
+        packed, messages = message.transpose(1, 2), [message]
+        if self._budget is not None:
+            messages.append(layer.k.new_zeros(1, kv_heads, self._width, 1, dtype=torch.float32))
         row = 0
         if self.anchor:
             row = len(self.anchor)
             packed[0, :row], packed[1, :row] = layer.k[self.anchor.rows], layer.v[self.anchor.rows]
+        for span, chosen, scores in self._offers(layer):
+            if self.on_selection is not None:
+                self.on_selection(layer.index, span.block, chosen + span.start)
+            place = slice(row, row + chosen.shape[1])
+            with timed("selection"):
+                pack(layer.k[span.rows], layer.v[span.rows], chosen, packed[:, place])
+            if scores is not None:
+                messages[1][0, :, place, 0] = scores
+            row = place.stop
+        return [self.group.all_gather(each) for each in messages]
+
+    def _offers(self, layer: AttentionInput) -> Iterator[tuple[Span, Tensor, Tensor | None]]:
+        """This rank's blocks that pass pairs on: the rows of these (kv_heads, count), ascending, and their scores.
+
+        Rows are counted from the block's first. Scores are None unless pairs compete.
+        """
+        # Of the first round also where this rank has no block in it.
+        measure = None if self._budget is None else self._measure(layer)
         for span in self.blocks:
-            count = self.plan.passed(span.block)
-            if count:
-                chosen = self.choose(layer, span, count)
-                if self.on_selection is not None:
-                    self.on_selection(layer.index, span.block, chosen + span.start)
-                with timed("selection"):
-                    pack(layer.k[span.rows], layer.v[span.rows], chosen, packed[:, row : row + count])
-                row += count
-        return self.group.all_gather(message)
+            block, count = self.plan.block(span.block), self.plan.passed(span.block)
+            if not count:
+                continue
+            view = BlockView(
+                layer=layer.index,
+                block=block,
+                k=layer.k[span.rows],
+                v=layer.v[span.rows],
+                q=layer.q[span.rows],
+                query=layer.q[self.itinerary.query.rows],
+                scale=layer.scale,
+                passed=count,
+                softcap=layer.softcap,
+                lse=measure,
+                before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
+            )
+            pooled = self.compressor.pooled
+            with timed("scoring"):
+                scores = self.compressor.score(view)
+            with timed("selection"):
+                chosen = choose(scores, count, self.plan.selectable(block), pooled=pooled)
+            if self._budget is None:
+                yield span, chosen, None
+                continue
+            with timed("scoring"):
+                compared = self.compressor.compare(view, scores)
+                competing = (pool(compared) if pooled else compared).gather(1, chosen)
+            yield span, chosen, competing
 
-    def choose(self, layer: AttentionInput, span: Span, count: int) -> Tensor:
-        """Rows (kv_heads, count) of a block that it passes on, counted from the block's first row, ascending."""
-        block = self.plan.block(span.block)
-        view = BlockView(
-            layer=layer.index,
-            block=block,
-            k=layer.k[span.rows],
-            v=layer.v[span.rows],
-            q=layer.q[span.rows],
-            query=layer.q[self.itinerary.query.rows],
-            scale=layer.scale,
-            passed=count,
-            softcap=layer.softcap,
-            before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
-        )
-        with timed("scoring"):
-            scores = self.compressor.score(view)
-        with timed("selection"):
-            return choose(scores, count, self.plan.selectable(block), pooled=self.compressor.pooled)
+    def _measure(self, layer: AttentionInput) -> Tensor:
+        """Log-sum-exps (heads, rows) of the query's rows over all that is read in the first round, and the query."""
+        if layer.index not in self._measures:
+            question = self.question or self._start_query(layer, full_partial)
+            self._measures[layer.index] = question.merged[1]
+        return self._measures[layer.index]
 
-    def _arrange(self, layer: AttentionInput, gathered: Tensor) -> Tensor:
-        """All pairs known so far (2, pairs, kv_heads, head_dim), from (ranks, 2, kv_heads, pairs, head_dim)."""
-        new = [gathered[rank, :, :, start:stop] for rank, start, stop in self._pieces]
-        known = [self._known.pop(layer.index)] if self.itinerary.round else []
-        pairs = torch.cat([*known, *new], 2)
+    def _arrange(self, layer: AttentionInput, gathered: Sequence[Tensor]) -> Passed:
+        """What the blocks see of pairs and scores, gathered from all ranks as :meth:`_share` gives them."""
+        known = self._known.pop(layer.index) if self.itinerary.round else [None] * len(gathered)
+        joined = []
+        for earlier, each in zip(known, gathered, strict=True):
+            new = [each[rank, :, :, start:stop] for rank, start, stop in self._pieces]
+            joined.append(torch.cat(new if earlier is None else [earlier, *new], 2))
+        if self._budget is not None:
+            return self._limited(layer, *joined)
         if not self.itinerary.last:
-            self._known[layer.index] = pairs
-        return pairs.transpose(1, 2)
+            self._known[layer.index] = joined
+        keys, values = joined[0].transpose(1, 2)
+        return Passed([(keys, values)], {span.block: _prefix(self._contexts[span.block]) for span in self.blocks})
+
+    def _limited(self, layer: AttentionInput, pairs: Tensor, scores: Tensor) -> Passed:
+        """The same where pairs compete: a prefix as long as all that was offered fits, then copies of the best."""
+        anchor = self.plan.anchor_length
+        keys, values = pairs.transpose(1, 2)
+        with timed("selection"):
+            chosen, contest = self._compete(scores[0, :, :, 0])
+            size = sum(columns.shape[1] for columns in chosen.values())
+            best = pairs.new_empty(2, pairs.shape[1], size, pairs.shape[3]).transpose(1, 2)
+            parts, row = {}, 0
+            for span in self.blocks:
+                parts[span.block] = _prefix(self._contexts[span.block])
+                if span.block in chosen:
+                    columns = chosen[span.block]
+                    count = columns.shape[1]
+                    pack(keys, values, columns, best[:, row : row + count])
+                    parts[span.block] = (*_prefix(anchor), Part(1, row, count, causal=False))
+                    row += count
+            if not self.itinerary.last:
+                self._known[layer.index] = [contest.kept(pairs), contest.kept(scores)]
+        return Passed([(keys, values), (best[0], best[1])] if chosen else [(keys, values)], parts)
+
+    def _compete(self, scores: Tensor) -> tuple[dict[int, Tensor], Contest]:
+        """By block of this rank the columns (kv_heads, budget) of the pairs that it sees, and the state after all.
+
+        Blocks that see all columns before their own are left out. ``scores`` (kv_heads, pairs): the anchor's, which
+        are not read, those of earlier rounds, and those offered in this one.
+        """
+        assert self._budget is not None
+        last = max((span.block for span in self.blocks), default=-1)
+        mine = {span.block for span in self.blocks}
+        start = scores.shape[1] - sum(self._offering.values())
+        contest, chosen = Contest(scores, self._budget, range(self.plan.anchor_length, start)), {}
+        for block, count in self._offering.items():
+            if contest.dropped and block in mine:
+                chosen[block] = contest.columns
+            if self.itinerary.last and block >= last:
+                break
+            contest.add(range(start, start + count), self.compressor.edge(min(count, self._budget)))
+            start += count
+        return chosen, contest
+
+
+def _prefix(pairs: int) -> tuple[Part, ...]:
+    """The first so many pairs of the first source; none for the first block."""
+    return (Part(0, 0, pairs, causal=False),) if pairs else ()

@@ -42,6 +42,8 @@ class Strategy(ABC):
         self.compressor = compressor
         self.backend = backend
         self.on_selection: OnSelection | None = None
+        # The query's rows of the layer that is being attended, while it is.
+        self.question: Merging | None = None
         self.begin(plan.itinerary(group.rank, 0))
 
     def begin(self, itinerary: Itinerary) -> None:
@@ -83,9 +85,10 @@ class Strategy(ABC):
         partial: Callable[[AttentionInput, NewRows, str], tuple[Tensor, Tensor]],
     ) -> Tensor:
         out = layer.q.new_empty(layer.q.shape)  # contiguous, for the output projection
-        query = self._start_query(layer, partial)
+        self.question = self._start_query(layer, partial)
         attend_document(layer, out)
-        out[self.itinerary.query.rows] = query.wait()
+        out[self.itinerary.query.rows] = self.question.wait()
+        self.question = None  # else the layer's q, k and v would be alive in the MLP
         return out
 
     def _start_query(
@@ -126,10 +129,10 @@ def causal(kv_head: int, heads: slice, rows: Tensor, keys: int) -> Tensor:
     return (torch.arange(keys, device=rows.device) <= rows[:, None]).unsqueeze(0)
 
 
-def blocks_visible(plan: Plan, passed: dict[int, Tensor]) -> Visible:
+def blocks_visible(plan: Plan, passed: Callable[[int, int], Tensor]) -> Visible:
     """:data:`Visible` of a method whose rows see the anchor, their own block, and pairs passed by earlier blocks.
 
-    ``passed``: by block, true positions (kv_heads, count) of the pairs it passes to all later ones.
+    ``passed``: gives the true positions (count,) of the pairs of earlier blocks that (block, KV head) sees.
     """
     starts = [plan.block(index).start for index in range(plan.blocks)]
 
@@ -139,11 +142,10 @@ def blocks_visible(plan: Plan, passed: dict[int, Tensor]) -> Visible:
         seen = key >= torch.tensor(starts, device=rows.device)[owner][:, None]
         if plan.blocks > 1:
             seen |= key < plan.anchored
-        # For each key the first block that it is passed to: the one after its own.
-        first = torch.full((keys,), plan.blocks, device=rows.device)
-        for index, positions in passed.items():
-            first[positions[kv_head].to(rows.device)] = index + 1
-        seen |= first <= owner[:, None]
+        received = torch.zeros(plan.blocks, keys, dtype=torch.bool, device=rows.device)
+        for index, mask in enumerate(received):
+            mask[passed(index, kv_head).to(rows.device)] = True
+        seen |= received[owner]
         return causal(kv_head, heads, rows, keys) & seen
 
     return visible

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..compressors import Compressor
@@ -35,7 +36,8 @@ class Star(Strategy):
 
     def visible(self, layer: AttentionInput) -> Visible:
         """See :meth:`Strategy.visible`: the anchor and the block itself."""
-        return blocks_visible(self.plan, {})
+        nothing = torch.empty(0, dtype=torch.int64, device=layer.k.device)
+        return blocks_visible(self.plan, lambda block, kv_head: nothing)
 
     def _anchor_segments(self, layer: AttentionInput) -> list[Segment]:
         """The anchor as this rank's later blocks see it: one segment, or none."""

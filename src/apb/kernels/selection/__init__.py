@@ -27,7 +27,13 @@ _SPLITS = 32
 
 
 def attention_received(
-    query: Tensor, k: Tensor, scale: float, softcap: float | None = None, *, triton: bool | None = None
+    query: Tensor,
+    k: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    lse: Tensor | None = None,
+    *,
+    triton: bool | None = None,
 ) -> Tensor:
     """softmax(q k^T) of every query row over the keys, averaged over the rows and the heads of a group.
 
@@ -36,21 +42,31 @@ def attention_received(
         k: (tokens, kv_heads, head_dim) of the same dtype, any strides.
         scale: factor on q.k.
         softcap: as in :func:`apb.attention`.
+        lse: (heads, rows) fp32, log-sum-exps of each row's logits over other keys, which take the place of those over
+            ``k``: a weight is then exp(logit - lse), so that weights of keys in different calls compare.
         triton: as for :func:`choose`. The kernels keep logits in fp32 and never materialize their matrix.
 
     Returns:
-        (kv_heads, tokens) fp32; each KV head's row sums to 1.
+        (kv_heads, tokens) fp32; each KV head's row sums to 1, unless ``lse`` is given.
     """
     rows, heads, head_dim = query.shape
     tokens, kv_heads, _ = k.shape
     group = heads // kv_heads
+    if lse is not None:  # (kv_heads, rows * group): the order of rows below, and in the kernels
+        lse = lse.unflatten(0, (kv_heads, group)).transpose(1, 2).flatten(1)
     if not _by_triton(k, head_dim, triton):
         keys = k.permute(1, 2, 0)  # (kv_heads, head_dim, tokens)
         total = torch.zeros(kv_heads, tokens, dtype=torch.float32, device=k.device)
-        for chunk in query.split(_ROWS):
+        for first in range(0, rows, _ROWS):
             # (rows, kv_heads * group, head_dim) -> (kv_heads, rows * group, head_dim)
-            grouped = chunk.unflatten(1, (kv_heads, -1)).transpose(0, 1).reshape(kv_heads, -1, head_dim)
-            total += capped((grouped @ keys).float() * scale, softcap).softmax(-1).sum(1)
+            chunk = query[first : first + _ROWS].unflatten(1, (kv_heads, -1))
+            grouped = chunk.transpose(0, 1).reshape(kv_heads, -1, head_dim)
+            logits = capped((grouped @ keys).float() * scale, softcap)
+            if lse is None:
+                weights = logits.softmax(-1)
+            else:
+                weights = (logits - lse[:, first * group : (first + _ROWS) * group, None]).exp()
+            total += weights.sum(1)
         return total / (rows * group)
     from . import portable
 
@@ -59,17 +75,20 @@ def attention_received(
     width = padded * k.element_size()
     block_m, block_n = (64, 128) if width <= 256 else (32, 64) if width <= 512 else (16, 32)
     packed = min(max(16, 1 << (rows * group - 1).bit_length()), block_m)
-    splits = min(_SPLITS, -(-tokens // block_n))
-    sums = query.new_empty(splits, kv_heads, rows * group, dtype=torch.float32)
+    splits = 1 if lse is not None else min(_SPLITS, -(-tokens // block_n))
     received = query.new_empty(kv_heads, tokens, dtype=torch.float32)
     log2e = 1 / math.log(2)
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     strides = (*query.stride()[:2], *k.stride()[:2])
     sizes = {"GROUP": group, "D": head_dim, "BD": padded, "BM": packed, "BN": block_n, "CAPPED": softcap is not None}
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
-        portable.sum_exponentials[(splits, kv_heads, -(-rows * group // packed))](
-            query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4, num_stages=2
-        )
+        if lse is not None:
+            sums = lse * log2e
+        else:
+            sums = query.new_empty(splits, kv_heads, rows * group, dtype=torch.float32)
+            portable.sum_exponentials[(splits, kv_heads, -(-rows * group // packed))](
+                query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4, num_stages=2
+            )
         portable.attention_received[(-(-tokens // block_n), kv_heads)](
             query, k, sums, received, rows, tokens, splits, *strides, *factors, **sizes,
             BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4, num_stages=2,

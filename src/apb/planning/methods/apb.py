@@ -11,6 +11,7 @@ from ..options import option
 from .base import MERGING, Blockwise, Method
 
 if TYPE_CHECKING:
+    from ..network import Hosts, Sent
     from ..plan import Plan, Tokens
     from ..shape import ModelShape
 
@@ -40,6 +41,11 @@ class APB(Blockwise):
     )
     passing_length: int | None = option(  # type: ignore[assignment]
         None, "Pairs a block passes on under apb, per KV head; an eighth of a block if left out.", least=0
+    )
+    passing_budget: int | None = option(
+        None,
+        "Pairs a block sees under apb of all that earlier ones pass on, per KV head: the best; all if left out.",
+        least=1,
     )
 
     def settled(self, prefix: int, document: int, query: int, ranks: int) -> Self:
@@ -81,23 +87,38 @@ class APB(Blockwise):
         """See :meth:`Method.anchor_tokens`."""
         return prefix + query + document[: plan.anchored]
 
+    def contexts(self, plan: Plan) -> list[int]:
+        """See :meth:`Method.contexts`: what earlier blocks pass on, within the budget."""
+        found = super().contexts(plan)
+        if self.passing_budget is None:
+            return found
+        return [min(seen, plan.anchor_length + self.passing_budget) for seen in found]
+
     def gathered(self, plan: Plan) -> tuple[int, ...]:
         """See :meth:`Method.gathered`: a rank's share of the anchor in the first round, and its blocks' pairs."""
         return _gathered(plan)
 
+    def sent(self, plan: Plan, rank: int, model: ModelShape, element_bytes: int, hosts: Hosts) -> Sent:
+        """See :meth:`Method.sent`: where pairs compete for a budget, an fp32 score beside each pair of a KV head."""
+        pair = model.pair_width * element_bytes + (0 if plan.competing is None else model.kv_heads * 4)
+        return hosts.gather(sum(self.gathered(plan)) * pair)
+
     def held(self, plan: Plan, rank: int, rows: int, blocks: list[int], model: ModelShape, gathered: int) -> int:
-        """See :meth:`Method.held`: pairs packed, gathered and in order, and partial results being merged."""
+        """See :meth:`Method.held`: pairs packed, gathered, in order and chosen, and partial results being merged."""
         if plan.blocks == 1:
             return super().held(plan, rank, rows, blocks, model, gathered)
         longest, width = max(blocks, default=0), model.heads * model.head_dim
-        merging = longest * width * (2 + MERGING)
+        # Where pairs compete a block reads the anchor apart from those that it sees: a partial result more.
+        chosen, more = (0, 0) if plan.competing is None else (len(blocks) * plan.competing, 1)
+        merging = longest * width * (2 + more + MERGING)
         if plan.ranks > 1:  # attention to other ranks' pairs is computed apart from that to the block itself
-            merging = rows * width + longest * width * MERGING
-        return (1 + 2 * plan.ranks) * gathered * model.pair_width + merging
+            merging = rows * width + longest * width * (2 * more + MERGING)
+        return ((1 + 2 * plan.ranks) * gathered + chosen) * model.pair_width + merging
 
     def lossless(self, blocks: int) -> tuple[str, Method] | None:
         """See :meth:`Method.lossless`: without an anchor and with every pair passed on."""
-        return "everything passed", replace(self, blocks=blocks, anchor_length=0, passing_length=LARGEST)
+        everything = replace(self, blocks=blocks, anchor_length=0, passing_length=LARGEST, passing_budget=None)
+        return "everything passed", everything
 
     def reopened(self) -> Self:
         """See :meth:`Blockwise.reopened`."""

@@ -45,6 +45,7 @@ class Method(Checked, ABC):
         blocks: number of blocks, if the method leaves the choice to the user.
         anchor_length: tokens of the anchor in front of every block but the first.
         passing_length: key/value pairs per KV head that a block passes on to later blocks, at most.
+        passing_budget: passed pairs per KV head that a block sees, at most; None without a limit.
         question_first: True if the question is asked before the document as well, as part of the prefix.
     """
 
@@ -64,6 +65,7 @@ class Method(Checked, ABC):
     blocks = 1
     anchor_length = 0
     passing_length = 0
+    passing_budget: int | None = None
 
     # -- geometry ----------------------------------------------------------------------------------------------------
 
