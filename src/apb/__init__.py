@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generation import Generation
     from .kernels.attention import Segment, attention
     from .planning.plan import Plan
+    from .planning.propagation import Propagation
     from .prompt import Prompt
     from .session import Session
 
@@ -28,6 +29,7 @@ _HOMES = {
     "NotFinite": ".errors",
     "Plan": ".planning.plan",
     "Prompt": ".prompt",
+    "Propagation": ".planning.propagation",
     "Segment": ".kernels.attention",
     "Session": ".session",
     "attention": ".kernels.attention",
@@ -43,6 +45,7 @@ __all__ = [
     "NotFinite",
     "Plan",
     "Prompt",
+    "Propagation",
     "Segment",
     "Session",
     "__version__",
