@@ -161,8 +161,13 @@ class Document:
         """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, or the document was read with propagation.
         """
+        if self.plan.propagation is not None:
+            raise InputError(
+                "A document that was read with propagation answers one question, and cannot be saved yet; read it "
+                "without propagation."
+            )
         from .store import save
 
         save(self._engine, self._asking, self.state, Path(folder))
@@ -244,6 +249,11 @@ class Document:
         prompt = Prompt(state.prefix, state.document, everything, front=state.prefix)
         plan = replace(self.plan, query=len(everything))
         engine.check(plan, query, max_new_tokens)
+        if plan.going_on < plan.document and everything != state.query:
+            raise InputError(
+                "With propagation the upper layers hold only what the question looks at that the document was read "
+                "for; read it anew for this one, or without propagation."
+            )
         self._end_session()
         state.cache.forget(start)
         if everything == state.query:

@@ -86,6 +86,15 @@ Rounds = Annotated[
     int | None,
     typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
 ]
+Propagate = Annotated[
+    str,
+    typer.Option(
+        "--propagate",
+        metavar="SHARE[@LAYER]|auto|off",
+        help="Let only this share of the document's rows, those that the question looks at, go on above a layer; "
+        "auto is 0.2, from the middle layer.",
+    ),
+]
 Document = Annotated[str, typer.Option(help="Text file to read, or - for standard input.")]
 Query = Annotated[str, typer.Option(help="The question.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -171,6 +180,7 @@ class Reading:
     options: Options
     decode: Decoding
     rounds: Rounds = None
+    propagation: Propagate = "off"
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
     ] = False
