@@ -20,17 +20,22 @@ import engines
 from answering import Unit, answer, remaining, run
 from candidates import Observers
 
+from apb import Propagation
 from apb.compressors import Compressor
 from apb.evaluation.settings import ASK_AFTER, Setting
 
 SEED = 200
-SETS = ("main", "ablations", "minference", "follow-ups")
+SETS = ("main", "ablations", "minference", "follow-ups", "propagation")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
 """The length of block at which compressors, passing lengths and anchor lengths are compared."""
 FOLLOWED = 2048
 """The length of block at which questions are asked after reading."""
+PROPAGATED = (0.1, 0.2, 0.4)
+"""Shares of the rows that go on from a middle layer."""
+DEPTHS = ((1, 3), (1, 2), (2, 3))
+"""Shares of the model's layers after which only they do."""
 TIMED_TASK = "multikey"
 TIMED = 3
 # Readings that a process answers side by side: a unit is short, and the processes finish together.
@@ -82,10 +87,24 @@ def follow_ups(length: int) -> list[Setting]:
     return found
 
 
+def propagations(length: int, layers: int) -> list[Setting]:
+    """Which share of the rows goes on above which layer, for exact attention and for blocks, beside all rows."""
+    found = []
+    for setting in (Setting.of("full", question_first=True), cut("apb", length, FOLLOWED)):
+        found.append(setting)
+        for part, whole in DEPTHS:
+            layer = layers * part // whole
+            found += [replace(setting, propagation=Propagation(layer, keep)) for keep in PROPAGATED]
+    return found
+
+
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
     """All samples: of one set of readings and one length after the other, so that what is there can be reported."""
     from apb.evaluation.tasks import TASKS
+    from apb.hf.config import layer_count
+    from apb.hf.loading import load_config
 
+    layers = layer_count(load_config(arguments.model))
     tasks = arguments.task or [task for task in TASKS if task != "qa"]
     for name in arguments.set:
         for length in arguments.length:
@@ -94,6 +113,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "ablations": ablations(length, arguments.heads),
                 "minference": [Setting.of("minference")],
                 "follow-ups": follow_ups(length),
+                "propagation": propagations(length, layers),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)

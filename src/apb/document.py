@@ -74,6 +74,9 @@ class State:
         return self.prefix + self.document + self.kept
 
 
+NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
+"""Why a document is not written to disk."""
+
 THIS, ANOTHER, NONE = "this question", "another question", "no question"
 """For which question the document was read, seen from the question that is asked."""
 
@@ -164,10 +167,7 @@ class Document:
             InputError: the folder cannot be written, or the document was read with propagation.
         """
         if self.plan.propagation is not None:
-            raise InputError(
-                "A document that was read with propagation answers one question, and cannot be saved yet; read it "
-                "without propagation."
-            )
+            raise InputError(NOT_SAVED)
         from .store import save
 
         save(self._engine, self._asking, self.state, Path(folder))

@@ -45,6 +45,10 @@ class Propagation:
                 f"--propagate takes a share such as 0.2, a share at a layer such as 0.2@14, auto or off, not {text!r}."
             ) from error
 
+    def __str__(self) -> str:
+        """As ``--propagate`` takes it."""
+        return f"{self.keep:g}" if self.layer is None else f"{self.keep:g}@{self.layer}"
+
     def settled(self, reach: Sequence[int | None], total: int) -> Propagation:
         """With its layer filled in.
 
