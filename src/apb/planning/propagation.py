@@ -39,11 +39,12 @@ class Propagation:
         share, at, layer = text.partition("@")
         try:
             keep = float(share[:-1]) / 100 if share.endswith("%") else float(share)
-            return cls(int(layer) if at else None, keep)
+            number = int(layer) if at else None
         except ValueError as error:
             raise InputError(
                 f"--propagate takes a share such as 0.2, a share at a layer such as 0.2@14, auto or off, not {text!r}."
             ) from error
+        return cls(number, keep)
 
     def __str__(self) -> str:
         """As ``--propagate`` takes it."""
