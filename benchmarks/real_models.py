@@ -20,11 +20,12 @@ import engines
 from answering import Unit, answer, remaining, run
 from candidates import Observers
 
+from apb import Propagation
 from apb.compressors import Compressor
 from apb.evaluation.settings import Setting
 
 SEED = 200
-SETS = ("main", "ablations", "minference", "follow-ups", "bound")
+SETS = ("main", "ablations", "minference", "follow-ups", "bound", "propagation")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
@@ -36,6 +37,10 @@ FOLLOWED = 2048
 EVERY_ROW = Observers(observers=1 << 20)
 """Each key is scored by all rows of its block, as if the text were repeated (KVzip, arXiv 2505.23416, without reading
 it twice)."""
+PROPAGATED = (0.1, 0.2, 0.4)
+"""Shares of the rows that go on from a middle layer."""
+DEPTHS = ((1, 3), (1, 2), (2, 3))
+"""Shares of the model's layers after which only they do."""
 TIMED_TASK = "multikey"
 TIMED = 3
 # Readings that a process answers side by side: a unit is short, and the processes finish together.
@@ -96,10 +101,24 @@ def follow_ups(length: int, heads: str | None) -> list[Setting]:
     return found
 
 
+def propagations(length: int, layers: int) -> list[Setting]:
+    """Which share of the rows goes on above which layer, for exact attention and for blocks, beside all rows."""
+    found = []
+    for setting in (Setting.of("full", question_first=True), cut("apb", length, FOLLOWED)):
+        found.append(setting)
+        for part, whole in DEPTHS:
+            layer = layers * part // whole
+            found += [replace(setting, propagation=Propagation(layer, keep)) for keep in PROPAGATED]
+    return found
+
+
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
     """All samples: of one set of readings and one length after the other, so that what is there can be reported."""
     from apb.evaluation.tasks import TASKS
+    from apb.hf.config import layer_count
+    from apb.hf.loading import load_config
 
+    layers = layer_count(load_config(arguments.model))
     tasks = arguments.task or [task for task in TASKS if task != "qa"]
     for name in arguments.set:
         for length in arguments.length:
@@ -109,6 +128,7 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "minference": [Setting.of("minference")],
                 "follow-ups": follow_ups(length, arguments.heads),
                 "bound": bound(length),
+                "propagation": propagations(length, layers),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)

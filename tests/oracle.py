@@ -373,16 +373,43 @@ def masked_prefill(
     strategy: str = "apb",
     rounds: int = 1,
     windows: Sequence[int | None] | None = None,
+    propagation: tuple[int, int] | None = None,
+    went_on: list[int] | None = None,
 ) -> Tensor:
     """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
     layers over all rows at once, the attention here, under the masks of this file. Pairs are passed as
     "query-edge" passes them. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks, but
-    for `windows` of layers that leave them to a mask."""
+    for `windows` of layers that leave them to a mask.
+
+    `propagation`: a layer, and how many tokens of the document go on above it: the query's last rows choose them by the
+    attention that they pay in that layer. All other rows then see and are seen by nobody who counts. `went_on` is
+    filled with the true positions of those tokens."""
     layout = lay_out((prefix, document, query), blocks, anchor_length, strategy, rounds)
     at, last = layout.anchor, layout.anchor + layout.query.stop - 1
     tokens = layout.tokens + [int(token) for token in answer]
     positions = layout.positions + [layout.query.stop + index for index in range(len(answer))]
     margins = []
+    chosen_to_go_on: list[int] = [] if went_on is None else went_on
+
+    def among_those_that_went_on(window: int | None) -> Tensor:
+        """(rows, rows): causal by position among prefix, chosen tokens, the query's last rows and the answer."""
+        place = torch.tensor(positions)
+        alive = torch.zeros(len(tokens), dtype=torch.bool)
+        alive[[at + token for token in (*range(len(prefix)), *chosen_to_go_on, *layout.query)]] = True
+        alive[len(layout.tokens) :] = True
+        seen = (place[:, None] >= place) & alive
+        if window is not None:
+            seen &= place[:, None] - place < window
+        return seen | torch.eye(len(tokens), dtype=torch.bool)  # the others see at least themselves
+
+    def choose_to_go_on(weights: Tensor, count: int) -> None:
+        """By weights (kv_heads, group, rows, columns) of a whole layer."""
+        stands = slice(at + len(prefix), at + layout.query.start)
+        raw = weights[:, :, at + layout.query.start : at + layout.query.stop, stands].mean(2).sum((0, 1))
+        pooled = nn.functional.max_pool1d(raw[None], 7, stride=1, padding=3)[0]
+        picked, margin = select(raw, pooled, range(len(raw)), count)
+        margins.append(margin)
+        chosen_to_go_on[:] = [len(prefix) + token for token in picked]
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
@@ -393,7 +420,9 @@ def masked_prefill(
         window = windows[module.layer_idx] if windows else window
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        if window is not None:
+        if propagation is not None and module.layer_idx > propagation[0]:
+            visible = among_those_that_went_on(window).expand(k.shape[0], -1, -1)
+        elif window is not None:
             visible = read_on(within(layout, window), layout, len(answer), window).expand(k.shape[0], -1, -1)
         else:
             selected = []
@@ -412,6 +441,8 @@ def masked_prefill(
             column = sinks.view(k.shape[0], -1, 1, 1).expand(*logits.shape[:3], 1)
             logits = torch.cat([logits, column], -1)
         weights = logits.softmax(-1)[..., : k.shape[1]]
+        if propagation is not None and module.layer_idx == propagation[0]:
+            choose_to_go_on(weights, propagation[1])
         return (weights @ v[:, None]).flatten(0, 1).transpose(0, 1)[None], None
 
     AttentionInterface.register("oracle", attention)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .generation import Generation
     from .kernels.attention import Segment, attention
     from .planning.plan import Plan
+    from .planning.propagation import Propagation
     from .prompt import Prompt
     from .session import Session
     from .tiers import Documents
@@ -30,6 +31,7 @@ _HOMES = {
     "NotFinite": ".errors",
     "Plan": ".planning.plan",
     "Prompt": ".prompt",
+    "Propagation": ".planning.propagation",
     "Segment": ".kernels.attention",
     "Session": ".session",
     "attention": ".kernels.attention",
@@ -46,6 +48,7 @@ __all__ = [
     "NotFinite",
     "Plan",
     "Prompt",
+    "Propagation",
     "Segment",
     "Session",
     "__version__",

@@ -84,6 +84,7 @@ class Answering:
                 "share": share,
             },
             prompt_tokens=session.plan.total,
+            propagation=session.plan.propagated(),
             choice=session.plan.reason,
         )
 

@@ -80,6 +80,9 @@ class State:
         return self.prefix + self.document + self.kept
 
 
+NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
+"""Why a document is not written to disk."""
+
 THIS, ANOTHER, NONE = "this question", "another question", "no question"
 """For which question the document was read, seen from the question that is asked."""
 
@@ -168,8 +171,10 @@ class Document:
         """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
 
         Raises:
-            InputError: the folder cannot be written.
+            InputError: the folder cannot be written, or the document was read with propagation.
         """
+        if self.plan.propagation is not None:
+            raise InputError(NOT_SAVED)
         from .store import save
 
         if not self.state.cache.indices:
@@ -293,6 +298,11 @@ class Document:
         prompt = Prompt(state.prefix, state.document, everything, front=state.prefix)
         plan = replace(self.plan, query=len(everything))
         engine.check(plan, query, max_new_tokens)
+        if plan.going_on < plan.document and everything != state.query:
+            raise InputError(
+                "With propagation the upper layers hold only what the question looks at that the document was read "
+                "for; read it anew for this one, or without propagation."
+            )
         self._end_session()
         state.cache.forget(start)
         state.cache.reserve(len(query) + max_new_tokens)

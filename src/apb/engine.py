@@ -259,6 +259,14 @@ class Engine:
         else:
             raise InputError("Give either the text of a document or its tokens.")
         prompt, read_for = asking.first(question, questions)
+        if self.reading.propagation is not None:
+            if after is not None:
+                raise InputError("A document cannot go on from one that was read with propagation; read it without.")
+            if not read_for:
+                raise InputError(
+                    "With propagation a document is read for a question, which chooses the rows that go on; give the "
+                    "question, or read it without propagation."
+                )
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
             return after
@@ -327,6 +335,10 @@ class Engine:
             plan: how it was read.
             logits: (positions, vocab) fp32.
         """
+        if self.reading.propagation is not None:
+            raise InputError(
+                "Looking into a prefill takes all rows in all layers; make the engine without propagation."
+            )
         if self.group.size > 1:
             raise InputError(f"Looking into a prefill takes one rank, and there are {self.group.size}; use one.")
         plan = replace(self.plan(prompt), rounds=1)

@@ -35,7 +35,9 @@ class Explanation:
         compressor: name of the compressor that chose the tokens.
         query, answer: as text.
         pieces: the text of each token of prefix and document, at its true position.
-        chosen: (layers, kv_heads, prefix + document tokens) bool, on the CPU: passed on to later blocks.
+        chosen: (layers, kv_heads, prefix + document tokens) bool, on the CPU: passed on to later blocks; with
+            propagation of the layers that read all tokens.
+        went_on: with propagation the positions of the tokens that went through the other layers.
     """
 
     plan: Plan
@@ -44,6 +46,7 @@ class Explanation:
     answer: str
     pieces: list[str]
     chosen: Tensor
+    went_on: frozenset[int] = frozenset()
 
     def passages(self, block: int) -> list[tuple[int, int, float]]:
         """The passages of a block that were passed on most: (first position, last + 1, share of layers and KV heads).
@@ -87,6 +90,7 @@ class Explanation:
             f"<b>{escape(self.compressor)}</b>.{seen} The last block has nobody to pass to. The stronger the colour, "
             "the more layers and KV heads chose a token; <u>underlined</u> is what stands in the anchor, which all "
             "blocks see.</p>",
+            self._propagated(),
             f"<p><label>Show <select id='view' data-layers='{layers}' data-heads='{heads}'>{''.join(choices)}"
             "</select></label></p>",
         ]
@@ -106,15 +110,26 @@ class Explanation:
             parts.append(f"<pre>{self._text(block.start, block.stop, masks)}</pre>")
         return "\n".join([*parts, _SCRIPT])
 
+    def _propagated(self) -> str:
+        told = self.plan.propagated()
+        if told is None:
+            return ""
+        return (
+            f"<p>Up to layer {told['layer']} all tokens are read; above it the prefix and {told['rows']:,} tokens of "
+            "the document, those that the question looks at, in <b>bold</b> type.</p>"
+        )
+
     def _text(self, start: int, stop: int, masks: list[str]) -> str:
         """Tokens of a block as spans; neighbours that the same layers and heads chose share one."""
         anchored, every = self.plan.anchored, self.chosen.shape[0] * self.chosen.shape[1]
         spans = []
-        for (mask, held), run in groupby(range(start, stop), key=lambda t: (masks[t], t < anchored)):
+        marks = groupby(range(start, stop), key=lambda t: (masks[t], t < anchored, t in self.went_on))
+        for (mask, held, on), run in marks:
             text = escape("".join(self.pieces[token] for token in run))
             if mask:
                 strength = bin(int(mask, 16)).count("1") / every
                 text = f"<span data-m='{mask}' style='--s:{strength:.2f}'>{text}</span>"
+            text = f"<b>{text}</b>" if on else text
             spans.append(f"<u>{text}</u>" if held else text)
         return "".join(spans)
 
@@ -147,6 +162,7 @@ def explain(
         picked.setdefault(layer, []).append(positions.cpu())
 
     session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, on_selection=keep)
+    went_on = frozenset(session.positions(max(session.cache.indices))) if plan.propagation else frozenset()
     words = decode(session, Sampling(max_new_tokens), engine.model, engine.group, tokenizer=tokenizer)
     answer = [token for token, _ in words]
     chosen = torch.zeros(len(picked), len(picked[0][0]), plan.query_start, dtype=torch.bool)
@@ -154,7 +170,7 @@ def explain(
         chosen[layer].scatter_(1, torch.cat(positions, 1), True)
     pieces = _pieces(tokenizer, prompt.prefix + prompt.document)
     text = str(tokenizer.decode(answer, skip_special_tokens=True))
-    return Explanation(plan, engine.reading.compressor.name, query, text.strip(), pieces, chosen)
+    return Explanation(plan, engine.reading.compressor.name, query, text.strip(), pieces, chosen, went_on)
 
 
 def check_passes(methods: Sequence[Method]) -> None:

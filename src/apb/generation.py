@@ -75,14 +75,20 @@ class Sampling:
         return self.temperature >= COLDEST
 
 
+# Fields of an answer that are told only where there is something to tell.
+_IF_ANY = ("propagation", "choice", "read_for", "notes")
+
+
 @dataclass
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
     ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill was that of full attention;
     ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
-    attended to; ``prompt_tokens`` is the number of tokens read; ``choice`` is the reason for the choice of the strategy
-    "auto"; ``read_for`` says for which question a :class:`apb.Document` was read; ``notes`` are sentences for the user.
+    attended to; ``propagation`` is set if not all of the document's rows went through all layers: {"layer", "rows",
+    "share"}, the last layer that read them all, and how many went on; ``prompt_tokens`` is the number of tokens read;
+    ``choice`` is the reason for the choice of the strategy "auto"; ``read_for`` says for which question a
+    :class:`apb.Document` was read; ``notes`` are sentences for the user.
     """
 
     text: str
@@ -96,6 +102,7 @@ class Generation:
     fingerprint: dict[str, str]
     decode: dict[str, Any]
     prompt_tokens: int
+    propagation: dict[str, Any] | None = None
     choice: str | None = None
     read_for: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -104,7 +111,7 @@ class Generation:
         """All fields but ``prompt_tokens`` as plain Python values; those without a value are left out."""
         fields = asdict(self)
         del fields["prompt_tokens"]
-        return {name: value for name, value in fields.items() if value or name not in ("choice", "read_for", "notes")}
+        return {name: value for name, value in fields.items() if value or name not in _IF_ANY}
 
 
 # Signals that rank 0 sends to the others in every step.

@@ -14,6 +14,7 @@ from .planning.cost import Ceilings, Cost, predict
 from .planning.fitting import check_memory, peak
 from .planning.methods import METHODS, OPTIONS, SHORTEST_WORTH_CUTTING, Full, Method, make_method
 from .planning.plan import Plan
+from .planning.propagation import Propagation
 from .planning.shape import ModelShape
 from .prompt import Prompt
 
@@ -37,6 +38,7 @@ class Reading:
         decoding: attends to the cache for new tokens.
         rounds: number of forward passes that read the blocks; None: one, or as many as it takes to fit into memory.
         allow_extrapolation: allow positions beyond those that the model was trained for.
+        propagation: which rows go on from a middle layer; None: all.
     """
 
     methods: tuple[Method, ...]
@@ -45,6 +47,7 @@ class Reading:
     automatic: bool = False
     rounds: int | None = None
     allow_extrapolation: bool = False
+    propagation: Propagation | None = None
 
     @classmethod
     def of(
@@ -56,6 +59,7 @@ class Reading:
         rounds: int | None = None,
         allow_extrapolation: bool = False,
         approximate: bool = False,
+        propagation: Propagation | str | None = None,
         seed: int = 0,
         **options: Any,
     ) -> Reading:
@@ -68,6 +72,7 @@ class Reading:
             decoding: a name of :data:`apb.decoding.DECODINGS` or an instance; "exact" attends to everything.
             rounds, allow_extrapolation: as the attributes.
             approximate: let "auto" choose a strategy that is not exact.
+            propagation: as the attribute, or as ``--propagate`` takes it: "0.2", "0.2@14", "auto", "off".
             seed: of the compressor "random".
             options: of strategies (``blocks``, ``anchor_length``, ...), compressors (``heads``, ...) and decode methods
                 that are given by name.
@@ -77,16 +82,18 @@ class Reading:
         scoring = {name: options.pop(name) for name in COMPRESSOR_OPTIONS if name in options}
         scorer = make_compressor(compressor, scoring, seed)
         decoder = make_decoding(decoding, {name: options.pop(name) for name in DECODING_OPTIONS if name in options})
+        if isinstance(propagation, str):
+            propagation = Propagation.parsed(propagation)
         if strategy != AUTO:
-            method = _method(strategy, options)
-            check_comparable(method, scorer)
-            return cls((method,), scorer, decoder, rounds=rounds, allow_extrapolation=allow_extrapolation)
+            chosen = _method(strategy, options)
+            check_comparable(chosen, scorer)
+            return cls((chosen,), scorer, decoder, False, rounds, allow_extrapolation, propagation)
         if rounds not in (None, 1):
             raise InputError(f"The strategy {AUTO!r} finds the rounds itself; leave them out, or name another.")
         found = tuple(make_method(kind.name, options) for kind in METHODS.values() if kind.exact or approximate)
         for each in found:
             check_comparable(each, scorer)
-        return cls(found, scorer, decoder, True, rounds, allow_extrapolation)
+        return cls(found, scorer, decoder, True, rounds, allow_extrapolation, propagation)
 
     def arranged(self, prompt: Prompt) -> Prompt:
         """The prompt as it is read: with the question in front as well, if the strategy says so."""
@@ -134,7 +141,8 @@ class Reading:
 
         def planned(method: Method, rounds: int = 1) -> Plan:
             plan = Plan.of_method(method, *lengths, ranks, rounds)
-            return plan if asked else Plan.of_method(method.unasked(plan), *lengths, ranks, rounds)
+            plan = plan if asked else Plan.of_method(method.unasked(plan), *lengths, ranks, rounds)
+            return with_propagation(plan, self.propagation, shape)
 
         if not self.automatic:
             (method,) = self.methods
@@ -143,7 +151,8 @@ class Reading:
         if lengths[1] < SHORTEST_WORTH_CUTTING and ranks == 1:
             reason = f"the document has fewer than {SHORTEST_WORTH_CUTTING} tokens"
             method = Full(question_first=self.methods[0].question_first)
-            return replace(Plan.of_method(method, *lengths), reason=reason)
+            plan = with_propagation(Plan.of_method(method, *lengths), self.propagation, shape)
+            return replace(plan, reason=reason)
         costs = []
         for method in self.methods:
             try:
@@ -153,6 +162,13 @@ class Reading:
             plan = in_rounds(planned(method), shape, hardware, self.compressor)
             costs.append((plan, predict(plan, shape, hardware.element_bytes, self.compressor)))
         return fastest(costs, hardware)
+
+
+def with_propagation(plan: Plan, propagation: Propagation | None, shape: ModelShape) -> Plan:
+    """A plan with the layer of propagation filled in for a model; unchanged without propagation."""
+    if propagation is None:
+        return plan
+    return replace(plan, propagation=propagation.settled(shape.reach or (None,) * shape.layers, plan.total))
 
 
 def _method(strategy: str | Method, options: dict[str, Any]) -> Method:

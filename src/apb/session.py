@@ -204,10 +204,9 @@ class Session:
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
 
-        Tokens are in document order: prefix, document, query, then those read since. Every rank must call it.
+        Tokens are in document order: prefix, document, query, then those read since; above a layer of propagation
+        those that went on, see :meth:`positions`. Every rank must call it.
         """
-        if layer not in self.cache.indices:
-            raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
         places = self._places(layer)
         keys, values = (self._gather(shard, places) for shard in self._cache.shard(layer))
         if keys is None or values is None:
@@ -219,6 +218,10 @@ class Session:
             return None, None
         return torch.cat(parts[0], 1).transpose(0, 1), torch.cat(parts[1], 1).transpose(0, 1)
 
+    def positions(self, layer: int) -> list[int]:
+        """True positions of the tokens of :meth:`gather_kv`, on all ranks; every rank must call it."""
+        return sorted(position for held in self._places(layer) for run in held for position in run)
+
     def cache_bytes(self) -> int:
         """Bytes of keys and values that this rank holds, over all layers."""
         shards = (self.cache.shard(layer) for layer in self._cache.indices)
@@ -229,7 +232,15 @@ class Session:
 
         Close the engine first (:meth:`apb.Engine.close`), and pass ``generate`` all tokens so far and at least one
         more. Every rank must call it.
+
+        Raises:
+            InputError: fewer tokens went through the upper layers, by propagation.
         """
+        if self.plan.going_on < self.plan.document:
+            raise InputError(
+                "The layers of this cache hold different tokens, because of propagation, and transformers' generate "
+                "takes the same for all; read the prompt without propagation."
+            )
         layers = []
         for layer in self._cache.indices:
             keys, values = self.gather_kv(layer)
@@ -243,6 +254,8 @@ class Session:
 
     def _places(self, layer: int) -> list[list[range]]:
         """For every rank, the true positions of the tokens in its shard of a layer, in the order it holds them."""
+        if layer not in self.cache.indices:
+            raise InputError(f"There is no layer {layer}; the model has layers 0 to {len(self._cache) - 1}.")
         mine = self._cache.positions(layer)
         if self._group.size == 1:
             return [mine]

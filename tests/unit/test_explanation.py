@@ -50,6 +50,19 @@ def test_what_the_blocks_passed_on(explanation: Explanation) -> None:
     engine.close()
 
 
+def test_what_went_on() -> None:
+    """With propagation the page has in bold type what went through the upper layers, and the text is the document's."""
+    engine, prompt = engine_and_prompt(propagation=apb.Propagation(0, 0.3))
+    found = explain(engine, prompt, "Who?", max_new_tokens=3)
+    session = engine.prefill(prompt)
+    positions = [place for place in session.positions(2) if place < session.plan.query_start]
+    assert sorted(found.went_on & set(range(session.plan.query_start))) == positions
+    page = found.to_html().partition("<h2>")[2]
+    bold = "".join(re.findall("<b>(.*?)</b>", page, re.DOTALL))
+    assert unescape(re.sub("<[^>]*>", "", bold)) == "".join(found.pieces[place] for place in positions)
+    engine.close()
+
+
 def test_passages(explanation: Explanation) -> None:
     """Inside their block, in order, with the share of layers and KV heads that chose their strongest token."""
     for block in range(3):

@@ -210,6 +210,22 @@ def test_a_closed_engine_captures_no_more(captures: list[torch.device]) -> None:
     second.close()
 
 
+@pytest.mark.parametrize("growth", [2, 256])
+def test_fewer_tokens_in_upper_layers(
+    captures: list[torch.device], monkeypatch: pytest.MonkeyPatch, growth: int
+) -> None:
+    """With propagation every layer has its own slot and length; one graph serves sessions with it and without."""
+    monkeypatch.setattr(ShardCache, "growth", growth)
+    tokens, kept = tuple(range(20, 31)), {"propagation": apb.Propagation(0, 0.3)}
+    ours, alone = engine(**kept), engine(backend="torch", **kept)
+    for asked in (prompt(40), prompt(61, 29)):
+        session = ours.prefill(asked, max_new_tokens=8)
+        assert session.cache.held[1] < session.cache.held[0]
+        assert close_to(read(session, tokens), read(alone.prefill(asked), tokens))
+        assert session.captured
+    assert len(captures) == 1
+
+
 def test_layers_without_keys() -> None:
     """Layers are known by their index, whether or not those before them have keys and values."""
     shard = ShardCache(3, capacity=9, keeps_new=True, total=5)
@@ -218,7 +234,8 @@ def test_layers_without_keys() -> None:
     for layer in (1, 2):
         shard.update(torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), layer)
     shard.advance()
-    assert shard.held == shard.total == 6
+    assert shard.held == [0, 6, 6]
+    assert shard.total == 6
     assert shard.indices == [1, 2]
     assert shard.positions(2) == [range(6)]
     assert shard.layout.heads == (None, (2, 16), (2, 16))

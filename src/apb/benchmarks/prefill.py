@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from ..hf.config import softcap, vocabulary
 from ..kernels.attention import choose
 from ..planning.cost import Ceilings, predict
 from ..planning.methods import make_method
+from ..planning.propagation import Propagation
 from ..planning.shape import ModelShape
 from ..prompt import Prompt
 from ..timing import Clock, clocked
@@ -52,6 +54,7 @@ class Row:
         parts: seconds by part on the first rank in one more prefill, with little overhead from the clocks; they sum to
             that prefill's time. "communication" is the time spent waiting, without the overlapped part.
         note: the reason for missing figures; if the request does not fit, ``plan`` is empty too.
+        propagation: as in :class:`apb.Generation`.
     """
 
     strategy: str
@@ -72,6 +75,7 @@ class Row:
     predicted_peak_bytes: int | None = None
     parts: dict[str, float] | None = None
     note: str | None = None
+    propagation: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -89,10 +93,11 @@ def bench_prefill(
     baseline_backend: str = "auto",
     compressor: str | Compressor | None = None,
     rounds: int | None = None,
+    propagations: Sequence[Propagation | None] = (None,),
     mesh: Mesh | None = None,
     **options: Any,
 ) -> Iterator[Row]:
-    """Yield a row for every length and strategy; the first strategy is the baseline of the speed-ups.
+    """Yield a row for every length, strategy and propagation; the first is the baseline of the speed-ups.
 
     Each runs one untimed prefill, up to ``repeat`` timed ones, and one more timed by part. A case that does not fit
     into ``max_seconds``, by its floor, or into memory, by its plan, is left out with a note; the others are repeated as
@@ -104,7 +109,7 @@ def bench_prefill(
     rates: dict[str, float] = {}
     for length in lengths:
         baseline: float | None = None
-        for strategy in strategies:
+        for strategy, propagation in product(strategies, propagations):
             backend = baseline_backend if strategy == strategies[0] else "auto"
             method = make_method(strategy, options, compared=True)
             engine = Engine.from_model(
@@ -112,6 +117,7 @@ def bench_prefill(
                 strategy=method,
                 compressor=compressor,
                 rounds=rounds if method.in_rounds else None,
+                propagation=propagation,
                 allow_extrapolation=True,
                 backend=backend,
                 mesh=mesh,
@@ -123,7 +129,7 @@ def bench_prefill(
                 row = _measure(engine, shape, ceilings, reached, length, repeat, max_seconds, baseline)
             finally:
                 engine.close()
-            if strategy == strategies[0]:
+            if (strategy, propagation) == (strategies[0], propagations[0]):
                 baseline = row.seconds
             yield row
 
@@ -187,6 +193,7 @@ def _measure(
         predicted_peak_bytes=max(rank.peak_bytes for rank in cost.ranks),
         parts=parts,
         note=note,
+        propagation=plan.propagated(),
     )
 
 

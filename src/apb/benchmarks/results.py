@@ -104,6 +104,8 @@ def combine(runs: list[tuple[str, dict[str, Any]]]) -> Results:
         name, layers = row["strategy"], report["layers"]
         if name in in_several_ways and row["plan"]:
             name += f", {row['plan']['blocks']} blocks"
+        if propagated := row.get("propagation"):
+            name += f", {propagated['share']:.0%} above layer {propagated['layer']}"
         if several_ranks and _uses_ranks(row["strategy"]):
             name += f", {report['ranks']} ranks"
         if layers < whole:

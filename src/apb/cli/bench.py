@@ -80,6 +80,7 @@ def prefill(
     ] = None,
     chosen: options.Options,
     rounds: options.Rounds = None,
+    propagation: options.Propagations = None,
     ranks: options.RankCount = None,
     tensor_parallel: options.TensorParallel = 1,
     repeat: Annotated[int, typer.Option(help="Counted repeats; the median is reported.")] = 3,
@@ -117,6 +118,7 @@ def prefill(
         "baseline_backend": baseline_backend,
         "compressor": compressor,
         "rounds": rounds,
+        "propagations": options.propagations(propagation),
         **chosen.method,
     }
     _launch("prefill", common, options.Ranks(ranks, tensor_parallel), asked, compressor, out, as_json)
@@ -130,6 +132,7 @@ def decode(
     strategy: options.Strategy = "apb",
     chosen: options.Options,
     decoding: options.Decoding,
+    propagation: options.Propagate = "off",
     ranks: options.RankCount = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
     out: Out = None,
@@ -139,7 +142,7 @@ def decode(
     from ..reading import Reading
 
     at_least("tokens", tokens, 1)
-    how = {"strategy": strategy, **values(chosen), **values(decoding)}
+    how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
     compressor = Reading.of(**how).compressor
     _launch("decode", common, options.Ranks(ranks), {"tokens": tokens, **how}, compressor, out, as_json)
 

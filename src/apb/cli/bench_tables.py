@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 
+def named(row: dict[str, Any]) -> str:
+    """The strategy of a prefill's row, and its propagation if there is one."""
+    told = row.get("propagation")
+    return row["strategy"] + (f", {told['share']:.0%} above layer {told['layer']}" if told else "")
+
+
 def attention_line(row: dict[str, Any]) -> str:
     """Progress line of one kernel on one shape."""
     figure = row["note"] or f"{1e3 * row['seconds']:.3f} ms, error {row['error']:.1e}"
@@ -35,7 +41,7 @@ def print_attention(report: dict[str, Any]) -> None:
 def line(row: dict[str, Any]) -> str:
     """Progress line of one prefill, or of decode at one length."""
     figure = row.get("note") or f"{row['seconds']:.4g} s"
-    name = row.get("strategy") or ("decode by graph" if row["graph"] else "decode")
+    name = named(row) if "strategy" in row else "decode by graph" if row["graph"] else "decode"
     return f"apb: {name} at {row['length']:,} tokens: {figure}"
 
 
@@ -105,7 +111,7 @@ def print_prefill(report: dict[str, Any]) -> None:
         seconds = row["seconds"]
         table.add_row(
             f"{row['length']:,}",
-            row["strategy"],
+            named(row),
             str(row["plan"].get("blocks", "")),
             row["backend"],
             "-" if seconds is None else f"{seconds:.3f}",
@@ -120,13 +126,13 @@ def print_prefill(report: dict[str, Any]) -> None:
     console.print(table)
     for row in report["rows"]:
         if row["note"]:
-            console.print(f"{row['strategy']} at {row['length']:,} tokens: {row['note']}", highlight=False)
+            console.print(f"{named(row)} at {row['length']:,} tokens: {row['note']}", highlight=False)
     parts = [row for row in report["rows"] if row["parts"]]
     if parts:
         names = list(parts[0]["parts"])
         shares = Table("tokens", "strategy", *names, title="Where a prefill's seconds go, on the first rank")
         for row in parts:
-            shares.add_row(f"{row['length']:,}", row["strategy"], *(f"{row['parts'][name]:.3f}" for name in names))
+            shares.add_row(f"{row['length']:,}", named(row), *(f"{row['parts'][name]:.3f}" for name in names))
         console.print(shares)
     link = f", {ceilings['link'] / 1e9:.0f} GB/s between ranks" if ceilings["link"] else ""
     console.print(

@@ -64,10 +64,13 @@ def read(
 
     from .checks import check_reading
 
-    place, _ = check_reading(model, ranks, reading)
+    place, checked = check_reading(model, ranks, reading)
 
     from ..distributed import launch
+    from ..document import NOT_SAVED
 
+    if checked.propagation is not None:
+        raise InputError(NOT_SAVED)
     request = Reading(text, question or [], chat_template, str(out), place.loading, values(reading), as_json)
     launch.run(_read, place.processes, request)
 

@@ -25,13 +25,15 @@ def explain(
         str, typer.Option(help="How the document is read: apb, the one in which blocks pass tokens on.")
     ] = "apb",
     chosen: options.Options,
+    propagation: options.Propagate = "off",
     max_new_tokens: options.MaxNewTokens = 64,
 ) -> None:
     """Read a document for a question and write a page (HTML) that shows which passages the blocks passed on."""
     text = read_document(document)
     at_least("max_new_tokens", max_new_tokens, 1)
     options.check_out(out)
-    how = options.Reading(strategy=strategy, options=chosen, decode=options.Decoding(options={}))
+    decode = options.Decoding(options={})
+    how = options.Reading(strategy=strategy, options=chosen, decode=decode, propagation=propagation)
 
     from .checks import check_reading
 

@@ -21,6 +21,7 @@ from ..decoding import OPTIONS as DECODING_OPTIONS
 from ..errors import InputError
 from ..planning.methods import METHODS
 from ..planning.methods import OPTIONS as METHOD_OPTIONS
+from ..planning.propagation import Propagation
 from .groups import Derived
 
 
@@ -89,6 +90,15 @@ Rounds = Annotated[
     int | None,
     typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
 ]
+_PROPAGATE = (
+    "Let only this share of the document's rows, those that the question looks at, go on above a layer; auto is 0.2, "
+    "from the middle layer"
+)
+_PROPAGATED = "SHARE[@LAYER]|auto|off"
+Propagate = Annotated[str, typer.Option("--propagate", metavar=_PROPAGATED, help=f"{_PROPAGATE}.")]
+Propagations = Annotated[
+    list[str] | None, typer.Option("--propagate", metavar=_PROPAGATED, help=f"{_PROPAGATE}; repeatable.")
+]
 Document = Annotated[str, typer.Option(help="Text file to read, or - for standard input.")]
 Query = Annotated[str, typer.Option(help="The question.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -99,6 +109,11 @@ ChatTemplate = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def propagations(given: list[str] | None) -> tuple[Propagation | None, ...]:
+    """What a repeatable ``--propagate`` asks for; one that is off if it was not given."""
+    return tuple(map(Propagation.parsed, given or ["off"]))
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ class Reading:
     options: Options
     decode: Decoding
     rounds: Rounds = None
+    propagation: Propagate = "off"
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
     ] = False
@@ -191,13 +207,20 @@ class Readings:
     method: Annotated[dict[str, Any], Derived(METHOD_OPTIONS, repeatable=("blocks",))]
     compressor: Compressors = None
     scoring: Annotated[dict[str, Any], Derived(COMPRESSOR_OPTIONS)]
+    propagation: Propagations = None
     decode: Decoding
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`apb.evaluation.settings.settings`."""
         names = {"strategies": self.strategy or ["apb"], "compressors": self.compressor or []}
         decoding = make_decoding(self.decode.decoding, self.decode.options)
-        return {**names, "decoding": decoding, **self.method, **self.scoring}
+        return {
+            **names,
+            "decoding": decoding,
+            "propagations": propagations(self.propagation),
+            **self.method,
+            **self.scoring,
+        }
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,9 @@ from ..planning.cost import predict
 from ..planning.methods import METHODS, make_method
 from ..planning.plan import Plan
 from ..planning.projection import NETWORK_GBIT, RANKS_PER_HOST, Basis
+from ..planning.propagation import Propagation
 from ..planning.shape import ModelShape
+from ..reading import with_propagation
 from . import options
 from .groups import expanded
 
@@ -31,6 +33,7 @@ def plan(
     random_weights: options.RandomWeights = None,
     chosen: options.Options,
     rounds: options.Rounds = None,
+    propagation: options.Propagate = "off",
     ranks: Annotated[int | None, typer.Option(help="Devices to plan for, whether they are here or not.")] = None,
     gpus_per_rank: options.GpusPerRank = 1,
     ceilings: Annotated[
@@ -60,6 +63,7 @@ def plan(
     # Errors of the request are raised before a model is looked for.
     plans = [plan_of(name, length, size, chosen.method, rounds) for name in METHODS]
     compressor = make_compressor(chosen.compressor, chosen.scoring)
+    propagated = Propagation.parsed(propagation)
 
     basis = _basis(ceilings, network_gbit)
     if basis is not None:
@@ -75,6 +79,7 @@ def plan(
     loading.check_supported(config)
     compressor = loaded(compressor, config)
     shape = counting.model_shape(config, gpus_per_rank)
+    plans = [with_propagation(each, propagated, shape) for each in plans]
     report = {
         "model": str(random_weights or model or "needle"),
         "length": length,
@@ -108,8 +113,10 @@ def _row(
     except InputError as error:
         return {"strategy": chosen.strategy, "refused": str(error)}
     cost = predict(chosen, shape, compressor=compressor, ranks_per_host=ranks_per_host)
+    told = chosen.propagated()
+    propagation = {} if told is None else {"propagation": told}
     costs = cost.to_dict(None if basis is None else basis.ceilings)
-    return {"strategy": chosen.strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **costs}
+    return {"strategy": chosen.strategy, "exact": chosen.exact, "plan": chosen.to_dict(), **propagation, **costs}
 
 
 def _basis(path: Path | None, network_gbit: float) -> Basis | None:

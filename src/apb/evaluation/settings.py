@@ -14,6 +14,7 @@ from ..engine import Engine
 from ..errors import InputError
 from ..planning.methods import OPTIONS, Method, make_method
 from ..planning.options import check, given, options_of
+from ..planning.propagation import Propagation
 
 ASK_AFTER = ("this", "other", "none", "typical")
 """A document that stays read may have been read for the question that is asked, for another one, for none, or for
@@ -30,12 +31,14 @@ class Setting:
         decoding: the decode method.
         ask_after: None to read question and document at once; or one of :data:`ASK_AFTER`: for which question the
             document is read before its own is asked.
+        propagation: which rows go on from a middle layer; None: all.
     """
 
     method: Method
     compressor: Compressor | None = None
     decoding: Decoding = EXACT
     ask_after: str | None = None
+    propagation: Propagation | None = None
 
     @classmethod
     def of(cls, strategy: str | Method, compressor: str | Compressor | None = None, **options: Any) -> Setting:
@@ -62,6 +65,7 @@ class Setting:
                 asked[part] = owner.name
                 options = {name: value for name, value in given(owner).items() if name != "heads"}
                 asked |= {f"{owner.name} {name}" if name in asked else name: options[name] for name in options}
+        asked |= {} if self.propagation is None else {"propagate": str(self.propagation)}
         return asked | ({} if self.ask_after is None else {"ask_after": self.ask_after})
 
     @property
@@ -80,12 +84,17 @@ class Setting:
             strategy=self.method,
             compressor=self.compressor,
             decoding=self.decoding,
+            propagation=self.propagation,
             verify=False,  # done, or left out on request, when the other engine was made
         )
 
 
 def settings(
-    strategies: Sequence[str], compressors: Sequence[str] = (), decoding: Decoding = EXACT, **options: Any
+    strategies: Sequence[str],
+    compressors: Sequence[str] = (),
+    decoding: Decoding = EXACT,
+    propagations: Sequence[Propagation | None] = (None,),
+    **options: Any,
 ) -> list[Setting]:
     """All distinct combinations: options apply to strategies that have them, compressors to those that pass pairs.
 
@@ -101,11 +110,11 @@ def settings(
         chosen = dict(zip(values, combination, strict=True))
         method = make_method(strategy, {key: value for key, value in chosen.items() if key in OPTIONS})
         if not method.passes:
-            found[Setting(method, None, decoding)] = None
+            found |= {Setting(method, None, decoding, propagation=each): None for each in propagations}
             continue
         known = COMPRESSOR_OPTIONS if name is None else options_of(compressor_named(name))
         scorer = make_compressor(name, {key: value for key, value in chosen.items() if key in known})
-        found[Setting(method, scorer, decoding)] = None
+        found |= {Setting(method, scorer, decoding, propagation=each): None for each in propagations}
     return list(found)
 
 

@@ -69,9 +69,9 @@ class ShardLayer(CacheLayerMixin):
 
         An empty shard is returned with one dummy row: not all models can work on none.
         """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
         arrival = self._shard.arrival(self.index)
+        if not self.is_initialized and (arrival.kept is not None or arrival.whole):
+            self.lazy_initialization(key_states, value_states)
         if arrival.kept is not None:
             self.append(key_states[:, :, arrival.kept], value_states[:, :, arrival.kept], arrival.positions)
         return self.view(at_least=1) if arrival.whole else (key_states, value_states)
@@ -189,7 +189,7 @@ class ShardCache(Cache):
     """One rank's shard of all layers; layers that get no keys and values stay empty.
 
     Attributes:
-        capacity: tokens that a layer's storage is made for; it grows by ``growth`` when full.
+        capacity: tokens that a layer's storage is made for when it is first written; it grows by ``growth`` when full.
         keeps_new: True if this rank keeps the tokens that are generated.
         arrival: :class:`Arrival` of the current pass, by the index of a layer.
         total: tokens seen so far by all ranks together.
@@ -229,9 +229,9 @@ class ShardCache(Cache):
         return Layout(self.keeps_new, first.device, first.dtype, heads)
 
     @property
-    def held(self) -> int:
-        """Tokens that this rank holds, of every layer."""
-        return next(self._kept()).length
+    def held(self) -> list[int]:
+        """Tokens that this rank holds of every layer; 0 of one that has no keys and values."""
+        return [layer.length if isinstance(layer, ShardLayer) else 0 for layer in self.layers]
 
     @property
     def nbytes(self) -> int:
@@ -255,10 +255,8 @@ class ShardCache(Cache):
 
     def make_room(self) -> None:
         """Ensure storage for one more token, if this rank keeps it."""
-        first = next(self._kept())
-        if self.keeps_new and first.keys is not None and first.length == first.keys.shape[2]:  # as all the others
-            for layer in self._kept():
-                layer.make_room(1)
+        for layer in self._kept() if self.keeps_new else ():
+            layer.make_room(1)
 
     def advance(self) -> None:
         """Count one more token, which was appended if this rank keeps it."""

@@ -13,7 +13,7 @@ from ..planning.shape import ModelShape
 from . import placement
 from .attach import attention_modules
 from .config import kv_heads, layer_count, query_heads, vocabulary
-from .windows import windows
+from .windows import layer_windows
 
 # Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
@@ -56,7 +56,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
         vocabulary=vocabulary(config),
         layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        windows=tuple(windows(text)),
+        reach=tuple(layer_windows(text)),
         cache_width=latent + text.qk_rope_head_dim if latent else 0,
         expert_row=_expert_row(model, text),
         split=split,

@@ -29,7 +29,7 @@ class StoredShard:
     Attributes:
         table: (layers, 3) int64: addresses of a layer's keys and values, and their capacity; see
             :func:`apb.kernels.decode.cached_attention`.
-        length: (1,) int32: the number of keys in every layer.
+        length: (1,) int32: the number of keys in the layer that is attended.
         several: True if the result is to be merged with those of other ranks.
     """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,11 +15,13 @@ from ..errors import Cancelled
 from ..hardware import Stopwatch
 from ..hf.attach import Attachment
 from ..hf.cache import Arrival, ShardCache
+from ..hf.rows import other_rows
 from ..layers.base import AttentionInput
 from ..layers.routing import Attend
 from ..planning.itinerary import Itinerary
 from ..prompt import Prompt
 from ..strategies import Strategy
+from ..strategies.propagation import Propagating
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; each layer of a round counts in proportion.
 Progress = Callable[[int, int], None]
@@ -54,19 +57,27 @@ def read(
     plan, group = strategy.plan, strategy.group
     device, layers = attachment.devices[0], len(attachment.modules)
     itineraries = [plan.itinerary(group.rank, round) for round in range(plan.rounds)]
-    cache = _cache(itineraries[0], attachment.layers, room)
+    owns_tail = itineraries[0].owns_tail
+    tail = plan.query + room if owns_tail else 0
+    held = sum(len(block) for block in plan.owned(group.rank))
+    cache = ShardCache(attachment.layers, capacity=held + tail, keeps_new=owns_tail, total=plan.total)
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
+    propagating = Propagating(strategy, everyone) if plan.going_on < plan.document else None
 
     def attend(layer: AttentionInput) -> Tensor:
         nonlocal attended
         if cancelled is not None and everyone.size == 1 and cancelled():
             raise Cancelled("Reading the prompt was cancelled.")
         before = sum(map(len, itinerary.earlier))
-        if before:
+        if before and (propagating is None or layer.index <= propagating.layer):
             keys, values = cache.shard(layer.index)
             layer = replace(layer, earlier=(keys[:before], values[:before]))
-        out = strategy.attend(layer)
+        if propagating is None:
+            out = strategy.attend(layer)
+        else:
+            out = propagating.attend(layer)
+            cache.capacity = tail + propagating.held
         attended += 1
         if progress is not None:
             now = read[itinerary.round]
@@ -80,11 +91,10 @@ def read(
     for itinerary in itineraries:
         _check_cancelled(cancelled, everyone, device)
         strategy.begin(itinerary)
-        arrival = Arrival(itinerary.kept, itinerary.kept_positions)
-        cache.arrival = lambda layer, arrival=arrival: arrival  # type: ignore[misc]
+        cache.arrival = partial(_arrival, itinerary, propagating)
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        with torch.no_grad(), _running(attachment, strategy, attend, length):
+        with torch.no_grad(), _running(attachment, strategy, attend, length), _above(attachment, propagating):
             logits = group.broadcast(attachment.last_logits(ids, positions, cache))
     return cache, logits, watch.seconds()
 
@@ -112,12 +122,11 @@ def inspect(
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 
 
-def _cache(itinerary: Itinerary, layers: int, room: int) -> ShardCache:
-    """An empty cache for this rank's blocks and, on the tail rank, for the query and so many tokens after it."""
-    plan = itinerary.plan
-    held = sum(len(block) for block in plan.owned(itinerary.rank))
-    after = plan.query + room if itinerary.owns_tail else 0
-    return ShardCache(layers, capacity=held + after, keeps_new=itinerary.owns_tail, total=plan.total)
+def _arrival(itinerary: Itinerary, propagating: Propagating | None, layer: int) -> Arrival:
+    """What a layer of this rank's cache keeps of a round."""
+    if propagating is None or layer <= propagating.layer:
+        return Arrival(itinerary.kept, itinerary.kept_positions)
+    return Arrival(propagating.kept, propagating.kept_positions)
 
 
 def _running(
@@ -126,6 +135,14 @@ def _running(
     """A pass of the model by a strategy; q, k, v before RoPE are provided only if pairs are to be selected."""
     plan = strategy.plan
     return attachment.running(attend, length or plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
+
+
+def _above(attachment: Attachment, propagating: Propagating | None) -> AbstractContextManager[None]:
+    """A pass whose layers above that of propagation run over the rows that go on."""
+    if propagating is None:
+        return nullcontext()
+    propagating.begin()
+    return other_rows(attachment.model, attachment.modules, propagating.layer + 1, propagating.move)
 
 
 def _check_cancelled(cancelled: Callable[[], bool] | None, everyone: Group, device: torch.device) -> None:

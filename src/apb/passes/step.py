@@ -7,6 +7,7 @@ every session of an engine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -94,27 +95,27 @@ class _Step:
 
         self._group = group
         # Everything that changes from step to step is in the GPU's memory, at fixed addresses: the token, its position,
-        # its slot in the cache, the number of keys it sees, and their addresses.
+        # and for every layer its slot in the cache, the number of keys it sees, and their addresses.
         device = layout.device
         self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
         self._position = position = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._slot = slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._length = length = torch.zeros(1, dtype=torch.int32, device=device)
+        self._slots = slots = torch.zeros(len(layout.heads), dtype=torch.long, device=device)
+        self._lengths = lengths = torch.zeros(len(layout.heads), dtype=torch.int32, device=device)
         self._table = table = torch.zeros(len(layout.heads), 3, dtype=torch.long, device=device)
         self._placed: list[tuple[int, int, int]] = []  # the addresses in the table
 
         def append(layer: int, k: Tensor, v: Tensor) -> None:
             assert k.dtype == v.dtype == layout.dtype and (k.shape[1], k.shape[3]) == layout.heads[layer]
             if layout.keeps_new:
-                decode.append(k[0, :, 0], v[0, :, 0], table, layer, slot)
+                decode.append(k[0, :, 0], v[0, :, 0], table, layer, slots[layer : layer + 1])
 
         # The functions below capture these instead of self: a cycle would keep graphs alive after their engine.
         self._cache = cache = StepCache(len(layout.heads), append)
-        shard = StoredShard(table, length, group.size > 1)
+        shards = [StoredShard(table, length, group.size > 1) for length in lengths.split(1)]
 
         def run(group: Group) -> Tensor:
             def attend(layer: AttentionInput) -> Tensor:
-                return merge_over_ranks(layer, *reader.attend(layer, shard), group).wait()
+                return merge_over_ranks(layer, *reader.attend(layer, shards[layer.index]), group).wait()
 
             with torch.no_grad(), attachment.running(attend, cache.total):
                 return attachment.last_logits(ids, position, cache)
@@ -148,5 +149,9 @@ class _Step:
         self._cache.total = cache.total
         self._ids.fill_(token)
         self._position.fill_(cache.total)
-        self._slot.fill_(cache.held)
-        self._length.fill_(cache.held + cache.keeps_new)
+        first = 0
+        for held, layers in groupby(cache.held):  # one number, or two where fewer tokens went through the upper layers
+            stop = first + sum(1 for _ in layers)
+            self._slots[first:stop].fill_(held)
+            self._lengths[first:stop].fill_(held + cache.keeps_new)
+            first = stop

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from .itinerary import Kind
 from .memory import activations
-from .network import Sent
+from .network import Hosts, Sent
 from .plan import Plan
 from .shape import ModelShape
 from .traffic import sent
@@ -153,11 +153,55 @@ def predict(
         compressor: scores the tokens that are passed; None leaves its FLOPs out.
         ranks_per_host: number of consecutive ranks that share a host; None: all of them.
     """
-    ranks = (
-        _rank(plan, rank, model, element_bytes, compressor, sent(plan, rank, model, element_bytes, ranks_per_host))
-        for rank in range(plan.ranks)
-    )
+
+    def cost(part: Plan, shape: ModelShape) -> list[RankCost]:
+        return [
+            _rank(part, rank, shape, element_bytes, compressor, sent(part, rank, shape, element_bytes, ranks_per_host))
+            for rank in range(plan.ranks)
+        ]
+
+    ranks = cost(plan, model)
+    if plan.propagation is not None and plan.propagation.layer is not None and plan.going_on < plan.document:
+        first = plan.propagation.layer + 1
+        below = cost(plan, model.part(range(first)))
+        above = cost(plan.above, model.part(range(first, model.layers)))
+        hosts = Hosts(plan.ranks, ranks_per_host)
+        ranks = [
+            _propagated(plan, rank, model, element_bytes, hosts, *parts)
+            for rank, parts in enumerate(zip(ranks, below, above, strict=True))
+        ]
     return Cost(tuple(ranks), plan.method.overlaps, len(model.split) or 1)
+
+
+def _propagated(
+    plan: Plan,
+    rank: int,
+    model: ModelShape,
+    element_bytes: int,
+    hosts: Hosts,
+    without: RankCost,
+    below: RankCost,
+    above: RankCost,
+) -> RankCost:
+    """The cost of a rank whose layers are read in two parts; ``without``: if all rows went through all layers."""
+    held = sum(len(block) for block in plan.owned(rank))
+    # A row and what comes with it of its position; of the rows that go on, those that other ranks take.
+    row = (model.hidden + 2 * model.head_dim) * element_bytes
+    leaving = held * plan.going_on // plan.document // plan.ranks * row
+    moved = hosts.scatter(rank, [leaving] * plan.ranks) + hosts.gather(-(-4 * plan.document // plan.ranks)) * 2
+    waiting = sum(len(block) for block in plan.owned(rank) if block.round < plan.rounds - 1) * row
+    memory = without if model.split else below  # split layers: at most what they take if all rows go through
+    return RankCost(
+        linear_flops=below.linear_flops + above.linear_flops,
+        attention_flops=below.attention_flops + above.attention_flops,
+        scoring_flops=below.scoring_flops + 2 * plan.query * model.heads * model.head_dim * held,
+        sent_bytes=below.sent_bytes + above.sent_bytes + moved.total,
+        network_bytes=below.network_bytes + above.network_bytes + moved.leaving,
+        moved_bytes=below.moved_bytes + above.moved_bytes,
+        weight_bytes=without.weight_bytes,
+        cache_bytes=memory.cache_bytes + (0 if model.split else above.cache_bytes),
+        activation_bytes=max(memory.activation_bytes, above.activation_bytes) + waiting,
+    )
 
 
 def _rank(

@@ -82,14 +82,15 @@ def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
     while ranks <= MOST_RANKS:
         method = plan.method.on_ranks(ranks)
         if method.block_count(ranks) <= plan.document:
-            yield Plan.of_method(method, plan.prefix, plan.document, plan.query, ranks)
+            wider = Plan.of_method(method, plan.prefix, plan.document, plan.query, ranks)
+            yield replace(wider, propagation=plan.propagation)
         ranks *= 2
 
 
 def _resized(plan: Plan, document: int) -> Plan:
     method = plan.method.for_document(document)
     shorter = Plan.of_method(method, plan.prefix, document, plan.query, plan.ranks)
-    return replace(shorter, rounds=min(plan.rounds, shorter.blocks))
+    return replace(shorter, rounds=min(plan.rounds, shorter.blocks), propagation=plan.propagation)
 
 
 def _gib(size: float) -> str:

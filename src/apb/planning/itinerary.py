@@ -76,6 +76,11 @@ class Itinerary:
         """The blocks, in document order."""
         return tuple(span for span in self.spans if span.kind is Kind.BLOCK)
 
+    @property
+    def block_rows(self) -> slice:
+        """Rows of the blocks."""
+        return self._from_blocks(with_query=False)
+
     @cached_property
     def query(self) -> Span:
         """The query's rows, which every rank runs in every round."""

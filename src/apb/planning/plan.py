@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import InputError, at_least
 from .itinerary import Itinerary, Kind, Span
-from .methods import METHODS, Method, make_method
+from .methods import METHODS, Full, Method, Ring, make_method
 from .options import options_of
+from .propagation import Propagation
 
 Tokens = tuple[int, ...]
 
@@ -46,6 +47,7 @@ class Plan:
         ranks: number of processes, each with one device.
         rounds: number of forward passes over which the blocks are spread (consecutive blocks share a round).
         reason: the reason for this strategy, unless the user chose it.
+        propagation: which rows go on above a layer, with its layer filled in; None: all rows go through all layers.
     """
 
     method: Method
@@ -55,6 +57,7 @@ class Plan:
     ranks: int
     rounds: int
     reason: str | None = None
+    propagation: Propagation | None = None
 
     @classmethod
     def build(
@@ -123,7 +126,27 @@ class Plan:
     @property
     def exact(self) -> bool:
         """True if the result is that of full attention, as with one block."""
-        return self.method.is_exact(self)
+        return self.method.is_exact(self) and self.going_on == self.document
+
+    @property
+    def going_on(self) -> int:
+        """Tokens of the document that go through all layers."""
+        return self.document if self.propagation is None else self.propagation.rows(self.document)
+
+    def propagated(self) -> dict[str, int | float | None] | None:
+        """The propagation as results tell it: the layer, the document's rows that go on, and their share."""
+        if self.propagation is None:
+            return None
+        return {"layer": self.propagation.layer, "rows": self.going_on, "share": self.going_on / self.document}
+
+    @property
+    def above(self) -> Plan:
+        """Who attends the rows that go on, above the layer of propagation, as if they were the whole document.
+
+        Exactly, dealt evenly to the ranks.
+        """
+        method = Ring() if self.ranks > 1 else Full()
+        return Plan.of_method(method, self.prefix, self.going_on, self.query, self.ranks)
 
     @property
     def query_start(self) -> int:

@@ -15,7 +15,7 @@ class ModelShape:
         layer_parameters: weights that each row of a pass is multiplied by, over all layers: those of the linear maps,
             and of the experts that a token is routed to.
         parameters: all weights, embeddings included.
-        windows: window of each layer that has one, own token included; the other layers see all.
+        reach: for every layer its window, own token included, or None if it sees all; empty: all do.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
         expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
         split: (layers, weights) of each GPU if the layers of a rank are on several; empty if they are on one.
@@ -30,10 +30,15 @@ class ModelShape:
     vocabulary: int
     layer_parameters: int
     parameters: int
-    windows: tuple[int, ...] = ()
+    reach: tuple[int | None, ...] = ()
     cache_width: int = 0
     expert_row: int = 0
     split: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The window of each layer that has one; the other layers see all."""
+        return tuple(window for window in self.reach if window is not None)
 
     @property
     def pair_width(self) -> int:
@@ -65,6 +70,19 @@ class ModelShape:
             layer_parameters=self.layer_parameters // size,
             parameters=self.parameters // size,
             expert_row=self.expert_row // size,
+        )
+
+    def part(self, layers: range) -> ModelShape:
+        """Some of the layers, with the embeddings only if the last layer is among them."""
+        last = layers.stop == self.layers
+        inside = self.layer_parameters * len(layers) // self.layers
+        return replace(
+            self,
+            layers=len(layers),
+            vocabulary=self.vocabulary if last else 0,
+            layer_parameters=inside,
+            parameters=inside + (self.parameters - self.layer_parameters if last else 0),
+            reach=self.reach[layers.start : layers.stop],
         )
 
     def sliding(self, total: int) -> dict[int, int]:

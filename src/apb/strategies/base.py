@@ -94,11 +94,15 @@ class Strategy(ABC):
     def _start_query(
         self, layer: AttentionInput, partial: Callable[[AttentionInput, NewRows, str], tuple[Tensor, Tensor]]
     ) -> Merging:
+        query, rows = self.of_query(layer)
+        return merge_over_ranks(query, *partial(query, rows, self.backend), self.group)
+
+    def of_query(self, layer: AttentionInput) -> tuple[AttentionInput, NewRows]:
+        """A layer as the query's rows see it on this rank: over its shard."""
         itinerary = self.itinerary
         shard = itinerary.shard
         query = replace(layer, q=layer.q[itinerary.query.rows], k=layer.k[shard], v=layer.v[shard])
-        rows = NewRows(itinerary.query.start, itinerary.shard_positions, itinerary.earlier)
-        return merge_over_ranks(query, *partial(query, rows, self.backend), self.group)
+        return query, NewRows(itinerary.query.start, itinerary.shard_positions, itinerary.earlier)
 
     # -- for subclasses ----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,192 @@
+"""Propagation: which rows go on above a layer, and their attention there, under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..distributed.collectives import Group
+from ..kernels.scattered import scattered_window
+from ..kernels.selection import attention_over_all
+from ..layers.base import AttentionInput, LayerKind
+from ..layers.routing import Router
+from ..layers.shards import full_partial
+from ..planning.plan import Plan
+from ..timing import timed
+from . import Strategy, make_strategy
+
+# Neighbours that a token's score counts for: max-pooled over the document, so that blocks and ranks do not matter.
+_POOLED = 7
+
+
+class Propagating:
+    """The propagation of one prefill on one rank.
+
+    Rows are chosen in its layer, in the last round; then :meth:`move` is called with everything that has rows, and the
+    layers above have other rows.
+
+    Attributes:
+        layer: the last layer that all rows run through.
+        positions: true positions of the prefix's and the document's tokens that go on; None before they are chosen.
+    """
+
+    def __init__(self, strategy: Strategy, everyone: Group) -> None:
+        """``strategy``: that of the layers below. ``everyone``: all processes, those that share weights included."""
+        plan = strategy.plan
+        assert plan.propagation is not None and plan.propagation.layer is not None
+        self.layer = plan.propagation.layer
+        self.positions: Tensor | None = None
+        self._below = strategy
+        self._plan, self._above = plan, plan.above
+        self._group, self._everyone = strategy.group, everyone
+        self._strategy = make_strategy(self._above, self._group, strategy.compressor, strategy.backend)
+        self._router = Router({LayerKind.FULL: self._strategy.attend, LayerKind.WINDOW: self._attend_window})
+        # By number of a tensor in the order in which it is moved: the rows of earlier rounds.
+        self._earlier: dict[int, list[Tensor]] = {}
+        self._moved: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """Prepare for a round."""
+        self._moved.clear()
+
+    def attend(self, layer: AttentionInput) -> Tensor:
+        """Attention output (rows, heads, head_dim) of a layer, in q's dtype."""
+        if layer.index > self.layer:
+            # Before the last round nobody looks at what becomes of the rows above.
+            return layer.q if self.positions is None else self._router(layer)
+        out = self._below.attend(layer)
+        if layer.index == self.layer and self._below.itinerary.last:
+            self._choose(layer)
+        return out
+
+    def _choose(self, layer: AttentionInput) -> None:
+        """Choose the rows that go on, by the attention of the question's rows in this layer; the same on all ranks."""
+        with timed("scoring"):
+            scores = self._everyone.sum(self._scores(layer))
+        with timed("selection"):
+            pooled = F.max_pool1d(scores[None], _POOLED, 1, _POOLED // 2)[0]
+            # Stable: of equal scores, which pooling makes, the earlier token's counts.
+            best = pooled.sort(descending=True, stable=True).indices[: self._plan.going_on].sort().values.cpu()
+        self.positions = torch.cat([torch.arange(self._plan.prefix), best + self._plan.prefix])
+        self._deal()
+
+    def _scores(self, layer: AttentionInput) -> Tensor:
+        """(document,) fp32: the attention that this process's heads give to the tokens that this rank holds."""
+        plan, itinerary = self._plan, self._below.itinerary
+        query, rows = self._below.of_query(layer)
+        _, lse = full_partial(query, rows, self._below.backend)
+        lse = self._group.all_gather(lse).wait().logsumexp(0)
+        if layer.sinks is not None:
+            lse = torch.logaddexp(lse, layer.sinks.float()[:, None])
+        found = lse.new_zeros(plan.document)
+        held: list[tuple[Tensor, Sequence[range]]] = []
+        if layer.earlier is not None:
+            held.append((layer.earlier[0], itinerary.earlier))
+        held.append((layer.k[itinerary.block_rows], [range(span.start, span.stop) for span in itinerary.blocks]))
+        for keys, places in held:
+            received = attention_over_all(query.q, keys, lse, layer.scale, layer.softcap)
+            for place, part in zip(places, received.split([len(place) for place in places]), strict=True):
+                outside = max(plan.prefix - place.start, 0)
+                found[place.start + outside - plan.prefix : place.stop - plan.prefix] = part[outside:]
+        return found
+
+    def move(self, x: Tensor) -> Tensor:
+        """The rows (1, rows, ...) that this rank takes above the layer, of (1, rows, ...) that it has below it.
+
+        Between rounds the rows of blocks wait for the last one, and only the question's go on.
+        """
+        known = self._moved.get(id(x))
+        if known is None:
+            number = len(self._moved)
+            known = self._moved[id(x)] = x, self._move(x, number)  # x is kept, so that its id stays its own
+        return known[1]
+
+    @property
+    def kept(self) -> slice | None:
+        """Rows above the layer whose keys and values the cache keeps; None before the last round."""
+        return None if self.positions is None else self._strategy.itinerary.kept
+
+    @property
+    def kept_positions(self) -> tuple[range, ...]:
+        """True positions of :attr:`kept`'s rows, in order."""
+        if self.positions is None:
+            return ()
+        itinerary = self._strategy.itinerary
+        places = _ranges(self._places)
+        return (*places, range(self._plan.query_start, self._plan.total)) if itinerary.owns_tail else tuple(places)
+
+    @property
+    def held(self) -> int:
+        """Tokens of prefix and document that this rank holds of a layer: below, or above once rows are chosen."""
+        plan = self._plan if self.positions is None else self._above
+        return sum(map(len, plan.owned(self._group.rank)))
+
+    def _deal(self) -> None:
+        """Find out which rows this rank sends and receives, and which it takes above the layer."""
+        assert self.positions is not None
+        rank, ranks = self._group.rank, range(self._plan.ranks)
+        source = _owners(self._plan, self.positions)
+        target = _owners(self._above, torch.arange(len(self.positions)))
+        own = [position for block in self._plan.owned(rank) for position in range(block.start, block.stop)]
+        rows = torch.searchsorted(torch.tensor(own, dtype=torch.long), self.positions)
+        self._sent = [rows[(source == rank) & (target == other)] for other in ranks]
+        senders = source[target == rank]
+        self._received = [int((senders == other).sum()) for other in ranks]
+        # Rows arrive sender by sender, in ascending order of each.
+        self._order = senders.argsort(stable=True).argsort()
+        self._places: list[int] = self.positions[target == rank].tolist()
+        # Of a message of all ranks' rows, rank by rank, where each row that went on is.
+        self._arranged = target.argsort(stable=True).argsort()
+
+    def _move(self, x: Tensor, number: int) -> Tensor:
+        itinerary = self._below.itinerary
+        blocks, query = x[0, itinerary.block_rows], x[0, itinerary.query.rows]
+        if not itinerary.last:
+            self._earlier.setdefault(number, []).append(blocks.clone())
+            return query.unsqueeze(0)
+        whole = torch.cat([*self._earlier.pop(number, []), blocks])
+        parts = [whole[rows.to(x.device)] for rows in self._sent]
+        with timed("communication"):
+            received = self._group.all_to_all(parts, [(count, *whole.shape[1:]) for count in self._received])
+        return torch.cat([torch.cat(received)[self._order.to(x.device)], query]).unsqueeze(0)
+
+    def _attend_window(self, layer: AttentionInput) -> Tensor:
+        """Rows see the keys in their window by position; every rank gathers the keys of all that went on."""
+        assert layer.window is not None and self.positions is not None
+        itinerary = self._strategy.itinerary
+        own = itinerary.block_rows
+        every = [sum(map(len, self._above.owned(rank))) for rank in range(self._above.ranks)]
+        packed = layer.k.new_zeros(2, max(every), *layer.k.shape[1:])
+        packed[0, : own.stop], packed[1, : own.stop] = layer.k[own], layer.v[own]
+        with timed("communication"):
+            gathered = self._group.all_gather(packed).wait()
+        pairs = torch.cat([part[:, :count] for part, count in zip(gathered, every, strict=True)], 1)
+        question = torch.stack([layer.k[itinerary.query.rows], layer.v[itinerary.query.rows]])
+        k, v = torch.cat([pairs[:, self._arranged.to(pairs.device)], question], 1)
+        asked = list(range(self._plan.query_start, self._plan.total))
+        keys, rows = self.positions.tolist() + asked, self._places + asked
+        with timed("attention"):
+            out, lse = scattered_window(layer.q, rows, k, v, keys, layer.window, layer.scale, layer.softcap)
+        return layer.settle(out, lse).to(layer.q.dtype)
+
+
+def _owners(plan: Plan, positions: Tensor) -> Tensor:
+    """The rank that has each of these positions of prefix and document."""
+    blocks = list(plan.all_blocks())
+    starts = torch.tensor([block.start for block in blocks])
+    ranks = torch.tensor([block.rank for block in blocks])
+    return ranks[torch.searchsorted(starts, positions, right=True) - 1]
+
+
+def _ranges(positions: Sequence[int]) -> list[range]:
+    """Ascending positions as runs of consecutive ones."""
+    found: list[range] = []
+    for position in positions:
+        if found and found[-1].stop == position:
+            found[-1] = range(found[-1].start, position + 1)
+        else:
+            found.append(range(position, position + 1))
+    return found
