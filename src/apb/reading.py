@@ -84,6 +84,10 @@ class Reading:
         decoder = make_decoding(decoding, {name: options.pop(name) for name in DECODING_OPTIONS if name in options})
         if isinstance(propagation, str):
             propagation = Propagation.parsed(propagation)
+        elif not isinstance(propagation, (Propagation, type(None))):
+            raise InputError(
+                f"Propagation is apb.Propagation(layer, keep) or a text such as '0.2', not {propagation!r}."
+            )
         if strategy != AUTO:
             chosen = _method(strategy, options)
             check_comparable(chosen, scorer)

@@ -23,6 +23,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 for name in ("gemma2", "gpt_oss", "qwen3_moe"):
     SHAPES[name] = (families.PECULIAR[name][0], families.PECULIAR[name][1] | EVEN)
+PROPAGATED = {**families.APB, "propagation": apb.Propagation(1, 0.3)}
 READINGS = ("full", "ulysses", "apb, 3 rounds")
 
 
@@ -52,6 +53,10 @@ def everything(folder: str) -> None:
         results[family, "kept alive"] = sum(x.untyped_storage().nbytes() - x.nbytes for x in shares)
         engine = apb.Engine.from_model(model, strategy="ring", mesh=mesh)
         results[family, "in memory"] = engine.prefill(families.PROMPT).logits
+        engine.close()
+        engine = apb.Engine.from_model(model, mesh=mesh, **PROPAGATED)
+        session = engine.prefill(families.PROMPT)
+        results[family, "propagated"] = session.positions(2), session.extend([1])
     torch.save(results, Path(folder, f"rank{dist.get_rank()}.pt"))
     dist.destroy_process_group()
 

@@ -57,6 +57,18 @@ def test_what_a_process_holds(results: list[dict[Any, Any]], family: str) -> Non
         torch.testing.assert_close(result[family, "in memory"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", tensor_work.SHAPES)
+def test_propagation(results: list[dict[Any, Any]], family: str) -> None:
+    """The heads of all processes choose the rows that go on: those that one process chooses."""
+    engine = apb.Engine.from_model(families.make(*tensor_work.SHAPES[family]), **tensor_work.PROPAGATED)
+    session = engine.prefill(families.PROMPT)
+    positions, logits = session.positions(2), session.extend([1])
+    for result in results:
+        found, others = result[family, "propagated"]
+        assert found == positions
+        torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     """Heads that do not divide, models without a plan: one sentence each, before any weight is read."""
     llama = families.make(*tensor_work.SHAPES["llama"]).config

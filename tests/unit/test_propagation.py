@@ -107,6 +107,11 @@ def test_options_that_mean_nothing(text: str) -> None:
         Propagation.parsed(text)
 
 
+def test_what_is_no_propagation() -> None:
+    with pytest.raises(apb.InputError, match=r"not 0\.2"):
+        propagated.engine("qwen3", "full", propagation=0.2)
+
+
 def test_the_layer_is_one_that_sees_the_whole_text() -> None:
     """By default the first such layer from the middle on; windows as long as the prompt do not count."""
     assert Propagation().settled(FULL, 100).layer == 3

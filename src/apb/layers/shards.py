@@ -112,8 +112,9 @@ def full_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Te
 def window_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
     """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not read."""
     assert layer.window is not None
-    runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier)
-    runs += _runs(layer.k, layer.v, rows.positions)
+    since = rows.first - layer.window + 1
+    runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier, since)
+    runs += _runs(layer.k, layer.v, rows.positions, since)
 
     def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         return attention(q, segments, layer.scale, backend, layer.softcap)
@@ -122,8 +123,8 @@ def window_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[
         return window_attention(attend, layer.q, rows.first, runs, layer.window)
 
 
-def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
-    """Keys at these positions by runs: adjacent ranges are joined."""
+def _runs(k: Tensor, v: Tensor, held: Sequence[range], since: int) -> list[Run]:
+    """Keys at these positions by runs, without those that end before position ``since``: adjacent ranges are joined."""
     runs: list[Run] = []
     row = 0
     for positions in held:
@@ -131,7 +132,7 @@ def _runs(k: Tensor, v: Tensor, held: Sequence[range]) -> list[Run]:
         if runs and runs[-1].stop == positions.start:
             start, first = row - runs[-1].k.shape[0], runs[-1].first
             runs[-1] = Run(k[start:stop], v[start:stop], first)
-        elif positions:
+        elif positions.stop > since and positions:
             runs.append(Run(k[row:stop], v[row:stop], positions.start))
         row = stop
     return runs
