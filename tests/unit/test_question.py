@@ -31,7 +31,7 @@ ENDS = {
     "a label": (f"{LINES}\nQuestion: {ASKED}\nIn one word.\nHelpful Answer:", None),
     "code": (f"{TEXT}\n\n{ASKED}\n\n```python\nif x:\n\n    y()\n```", f"{ASKED}\n\n```python\nif x:\n\n    y()\n```"),
     "a rule": (f"Context:\n-----------\n{LINES}\n-----------\nUse it, nothing else.\nQuery: {ASKED}\nAnswer: ", None),
-    "a tag": (f"### Task:\nAnswer.\n\n<context>\n<source id=\"1\">{LINES}</source>\n</context>\n{ASKED}\nBriefly.", None),
+    "a tag": (f"### Task:\nAnswer.\n\n<context>\n<source>{LINES}</source>\n</context>\n{ASKED}\nBriefly.", None),
     "tags around both": (f"<context>\n{LINES}\n</context>\n\n<user_query>\n{ASKED}\n</user_query>", None),
     "closing marks": (f"[CONTEXT 0]:\n{LINES}\n[END CONTEXT 0]\n\n{ASKED}", ASKED),
     "an introduction": (f"Here is a report:\n\n{TEXT}\n\n{ASKED}", ASKED),

@@ -33,6 +33,7 @@ def read(
     max_new_tokens: int,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    between: Callable[[], None] | None = None,
     length: int | None = None,
 ) -> tuple[ShardCache, Tensor, float]:
     """Read a prompt by a strategy's plan; every rank calls it.
@@ -42,7 +43,7 @@ def read(
         prompt: the prompt to read.
         strategy: this rank's strategy, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, including those that share weights.
-        max_new_tokens, progress, cancelled: as in :meth:`apb.Engine.prefill`.
+        max_new_tokens, progress, cancelled, between: as in :meth:`apb.Engine.prefill`.
         length: the length for RoPE variants that depend on it; by default the prompt's.
 
     Returns:
@@ -61,6 +62,8 @@ def read(
         nonlocal attended
         if cancelled is not None and everyone.size == 1 and cancelled():
             raise Cancelled("Reading the prompt was cancelled.")
+        if between is not None:
+            between()
         before = sum(map(len, itinerary.earlier))
         if before:
             keys, values = cache.shard(layer.index)

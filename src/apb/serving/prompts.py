@@ -93,7 +93,11 @@ def asked(
             "This model has no chat template, so it takes one user message, and no system text or earlier turns; "
             "send that message alone, or start the server with --chat-template."
         )
-    prompt, tokens = _prompt(pieces, lambda pieces: encode(tokenizer, pieces, special=template is None, template=template))
+
+    def encoded(pieces: Sequence[Piece]) -> Tokens:
+        return encode(tokenizer, pieces, special=template is None, template=template)
+
+    prompt, tokens = _prompt(pieces, encoded)
     return Asked(prompt, _told(text, found, tokens), document is None and start == 0 and len(prompt) <= ORDINARY)
 
 
@@ -159,7 +163,9 @@ def _prompt(pieces: Sequence[Piece], encoded: Callable[[Sequence[Piece]], Tokens
     question, front = place.pop("question", None), place.pop("front", None)
     count = 0
     if (marked := question if front is None else front) is not None:
-        count = len(tokens.around(marked)[1])
+        _, own, rest = tokens.around(marked)
+        # A piece that nothing follows has given up its last token.
+        count = len(own) + (len(rest) if marked == len(pieces) - 1 else 0)
     if place:
         texts = sorted(place.values())
         long = (number for number in texts if len(pieces[number].text) > _OPENING)
