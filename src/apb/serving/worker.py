@@ -33,8 +33,10 @@ _DOCUMENTS = 0.3
 # (document, query) tokens of the warm-up prompts: kernels are compiled for short and long blocks, for few and many
 # query rows, for lengths that are multiples of 16 and for others.
 _WARM_UP = ((32000, 64), (31001, 16), (8001, 9))
-# Rank 0 sends a heartbeat at least this often, so that idle ranks do not time out.
-_HEARTBEAT_S = 60.0
+# Rank 0 tells the others at least this often that there is nothing to do.
+_HEARTBEAT_S = 5.0
+# Seconds after which no request that needs less memory overtakes one that waits for more.
+_PATIENCE_S = 60.0
 # Seconds between looks at whether the server has been stopped.
 _PAUSE_S = 0.2
 # What rank 0 may tell the others to do, and how a rank's last piece of work ended.
@@ -189,7 +191,7 @@ class Worker:
                 continue  # it finds the document read once that one is done
             if not self._running or taken + job.bytes <= self.room:
                 return job
-            if now - job.share.since > _HEARTBEAT_S:  # it has waited long enough for smaller ones
+            if now - job.share.since > _PATIENCE_S:  # it has waited long enough for smaller ones
                 return None
         return None
 
