@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -565,3 +566,34 @@ def test_what_cannot_be_served(
     cli("serve", "--port", 0, "--model", checkpoint, "--chat-template", tmp_path / "half.jinja").refused("template")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     cli("serve", "--port", 0).refused("A server needs uvicorn, which is not installed; install apb[serve]")
+
+
+def test_many_clients_of_which_half_leave(served: Served, engine: apb.Engine) -> None:
+    """Whoever stays gets the engine's own answer; who leaves leaves nothing behind."""
+    assert engine.tokenizer is not None
+    questions = [f"Who kept light {number}?" for number in range(4)]
+    lengths = (1, 3, 6)
+    expected = {
+        (length, question): text_of(engine, f"{length} {question} {DOCUMENT * length}", question, max_new_tokens=6)
+        for length in lengths
+        for question in questions
+    }
+
+    def one(number: int) -> bool:
+        length, question = lengths[number % 3], questions[number % 4]
+        pieces = served.ask(question, f"{length} {question} {DOCUMENT * length}", max_tokens=6, stream=True, timeout=60)
+        if number % 2:
+            for _ in range(number % 5):
+                next(pieces, None)
+            pieces.close()
+            return True
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+        assert text == expected[length, question], (number, text)
+        return True
+
+    with ThreadPoolExecutor(12) as clients:
+        assert all(clients.map(one, range(48)))
+    deadline = time.monotonic() + 5
+    while (served.worker.running or served.worker.waiting) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert served.worker.running == served.worker.waiting == 0 and not served.worker._turns

@@ -21,12 +21,25 @@ from .following import Following
 from .limits import Gate, most_characters
 from .metrics import Metrics
 from .prompts import Asked, Said
-from .replies import Refusal, Reply, TextReply
+from .replies import ErrorBody, Refusal, Reply, TextReply
 from .schema import ChatRequest, CompletionRequest, DocumentRequest
 from .shelf import Shelf
 from .tokenizing import Tokenizing
 from .worker import Worker
 
+# Error responses that every endpoint may give, for the OpenAPI description.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is invalid, or does not fit."},
+    401: {"model": ErrorBody, "description": "An API key is missing."},
+    404: {"model": ErrorBody, "description": "There is no such model, document or path."},
+    408: {"model": ErrorBody, "description": "The body took too long."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    422: {"model": ErrorBody, "description": "Not used: what is invalid is answered with 400."},
+    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again."},
+    499: {"model": ErrorBody, "description": "The client left."},
+    500: {"model": ErrorBody, "description": "Answering failed."},
+    503: {"model": ErrorBody, "description": "The server is ending."},
+}
 # Seconds after which a client that was told to come again later should, at most.
 _LATER_S = 600
 
@@ -47,7 +60,7 @@ def make_app(
         chat_template: as in :meth:`apb.Prompt.from_chat`.
         keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
     """
-    app = FastAPI(title="apb", docs_url=None, redoc_url=None)
+    app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
     engine, metrics = worker.engine, Metrics(worker)
     unlimited = engine.reading.allow_extrapolation
     characters = most_characters(None if unlimited else position_limit(engine.model.config))

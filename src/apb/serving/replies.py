@@ -8,11 +8,28 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Scored
 
 # JSON has no infinity.
 _LOWEST = -9999.0
+
+
+class ErrorObject(BaseModel):
+    """What went wrong, in one sentence."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(BaseModel):
+    """The body of an error response."""
+
+    error: ErrorObject
 
 
 class Refusal(Exception):
