@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .detokenizing import Detokenizer, Stops
 from .distributed.collectives import Group
-from .generation import Detokenizer, Generation, Sampling, decode
+from .generation import Generation, Sampling, Scored, decode
 from .hardware import Stopwatch, fingerprint, peak_bytes
 from .hf.identity import quantization
 from .hf.sampling import left_out
@@ -35,22 +36,37 @@ class Answering:
     everyone: Group
 
     def stream(
-        self, session: Session, sampling: Sampling, cancelled: Callable[[], bool] | None
+        self,
+        session: Session,
+        sampling: Sampling,
+        cancelled: Callable[[], bool] | None,
+        scored: Callable[[Scored], None] = lambda score: None,
+        between: Callable[[], None] | None = None,
     ) -> Generator[str, None, Generation]:
-        """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation."""
+        """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation.
+
+        ``scored`` is called with every token's log-probabilities, if they are asked for, before the piece it ends in.
+        ``between``: as in :meth:`apb.Engine.prefill`.
+        """
         watch = Stopwatch(self.devices[0])
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         token_ids: list[int] = []
-        text, ended = "", False
-        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer):
+        scores: list[Scored] = []
+        stops, ended = Stops(sampling.stop), False
+        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer, between):
             token_ids.append(token)
+            if sampling.top_logprobs is not None:
+                scores.append(Scored.of(session.logits, token, sampling.top_logprobs))
+                scored(scores[-1])
             if detokenizer is not None:
                 last = ended or len(token_ids) == sampling.max_new_tokens
-                piece = detokenizer.add(token, last)
-                text += piece
+                piece = stops.add(detokenizer.add(token, last), last)
                 if piece:
                     yield piece
-        result = self._result(session, text, token_ids, ended, watch.seconds())
+                if stops.found:
+                    break
+        result = self._result(session, stops.text, token_ids, ended or stops.found, watch.seconds())
+        result.scored = scores
         result.notes += left_out(self.model, sampling, self.tokenizer)
         return result
 

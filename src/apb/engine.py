@@ -33,7 +33,7 @@ from .passes.prefill import Progress
 from .passes.tokens import Decoder
 from .planning.plan import Plan
 from .prompt import Prompt, check_tokens
-from .reading import Reading
+from .reading import AUTO, Reading
 from .session import Session
 from .strategies import OnSelection, Strategy, make_strategy
 
@@ -173,6 +173,27 @@ class Engine:
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
+    def demand(self, plan: Plan, max_new_tokens: int) -> tuple[int, int, int]:
+        """Bytes beside the weights on the fullest rank: a plan's peak, its cache with the answer, and what is there."""
+        return self.reading.demand(plan, self.model.config, self._hardware, max_new_tokens, self.mesh.tensor.size)
+
+    def exactly(self) -> Engine:
+        """An engine on the same model and ranks that reads exactly; this one, if it does."""
+        if all(method.exact for method in self.reading.methods):
+            return self
+        return Engine(
+            self.model,
+            self.tokenizer,
+            strategy=AUTO,
+            allow_extrapolation=self.reading.allow_extrapolation,
+            decoding=self.reading.decoding,
+            backend=self.backend,
+            mesh=self.mesh,
+            fused=self.fused,
+            graphs=self.graphs,
+            verify=False,
+        )
+
     def prefill(
         self,
         prompt: Prompt,
@@ -180,6 +201,7 @@ class Engine:
         max_new_tokens: int = 1,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        between: Callable[[], None] | None = None,
         on_selection: OnSelection | None = None,
         room: int = 0,
     ) -> Session:
@@ -191,6 +213,8 @@ class Engine:
             progress: called after each layer's attention.
             cancelled: called before every layer; with several ranks before every round, and rank 0's result counts
                 for all. :class:`apb.Cancelled` is raised once it returns True.
+            between: called before every layer, on every rank. Other threads may use the engine until it returns, if
+                none works while another does, and all ranks go through the same passes in the same order.
             on_selection: called layer by layer with the pairs that each of this rank's blocks passes on.
             room: tokens to have storage for beyond those, whether or not the model has positions for them.
         """
@@ -199,7 +223,7 @@ class Engine:
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
         read = partial(prefill.read, self._attachment, prompt, strategy, self._everyone, room=max_new_tokens + room)
-        cache, logits, seconds = read(progress=progress, cancelled=cancelled)
+        cache, logits, seconds = read(progress=progress, cancelled=cancelled, between=between)
         return self.session(plan, prompt, cache, logits, seconds, max_new_tokens)
 
     def session(

@@ -34,6 +34,10 @@ class RankError(RuntimeError):
     """A rank died or failed, or all were stopped; no rank is left running. The message names the rank and the cause."""
 
 
+class Stopped(RankError):
+    """All ranks were ended because a signal said so."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, to be quoted in a sentence of ours."""
     if isinstance(error, KeyError):  # whose text is the key alone

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .detokenizing import Detokenizer
 from .engine import Engine
 from .errors import InputError
-from .generation import Detokenizer, Sampling, decode
+from .generation import Sampling, decode
 from .passes.prefill import Progress
 from .planning.methods import METHODS, Method
 from .planning.plan import Plan

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
 
 # Temperatures below this would overflow fp32 scores; the most likely token is certain well above it.
 COLDEST = 1e-30
-# The name of a token that is a byte.
-_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 
 
 def check_seed(seed: int) -> None:
@@ -45,7 +42,14 @@ class Sampling:
     Attributes:
         max_new_tokens: maximum length of the answer.
         temperature: 0 for the most likely token (as is any below 1e-30), else the divisor of the logits.
-        top_k, top_p: keep only the k most likely tokens, or the likeliest that together hold p; None keeps all.
+        top_k, top_p, min_p: keep only the k most likely tokens, the likeliest that together hold p, or those at least
+            ``min_p`` times as likely as the likeliest; None keeps all.
+        repetition_penalty: the checkpoint's, if None; as in transformers.
+        frequency_penalty, presence_penalty: taken from the score of a token for every time that the answer has it, or
+            if the answer has it at all.
+        stop: texts at which the answer ends, without them.
+        top_logprobs: keep the log-probabilities of every token and of the so many likeliest in its place, by the
+            model's own scores; None keeps none.
         seed: of the random draws; the same seed gives the same text on the same set-up. None picks one at random.
         logits_processor, stopping_criteria: further ones of transformers, applied in the order of ``generate``.
     """
@@ -54,6 +58,12 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    top_logprobs: int | None = None
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -66,6 +76,17 @@ class Sampling:
             at_least("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, not {self.top_p}.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InputError(f"min_p must be from 0 to 1, not {self.min_p}.")
+        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < math.inf:
+            raise InputError(f"The repetition penalty must be a number above 0, not {self.repetition_penalty}.")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise InputError(f"The {name} must be from -2 to 2, not {getattr(self, name)}.")
+        if not all(self.stop):
+            raise InputError("A text to stop at is empty; leave it out.")
+        if self.top_logprobs is not None:
+            at_least("top_logprobs", self.top_logprobs, 0)
         if self.seed is not None:
             check_seed(self.seed)
 
@@ -76,7 +97,23 @@ class Sampling:
 
 
 # Fields of an answer that are told only where there is something to tell.
-_IF_ANY = ("propagation", "choice", "read_for", "notes")
+_IF_ANY = ("propagation", "choice", "read_for", "scored", "notes")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of an answer with its log-probability, and the likeliest tokens in its place with theirs."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, logits: Tensor, token: int, top: int) -> Scored:
+        """From logits (vocab,) fp32."""
+        logprobs = logits.log_softmax(-1)
+        values, ids = logprobs.topk(min(top, len(logits)))
+        return cls(token, float(logprobs[token]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 @dataclass
@@ -88,7 +125,8 @@ class Generation:
     attended to; ``propagation`` is set if not all of the document's rows went through all layers: {"layer", "rows",
     "share"}, the last layer that read them all, and how many went on; ``prompt_tokens`` is the number of tokens read;
     ``choice`` is the reason for the choice of the strategy "auto"; ``read_for`` says for which question a
-    :class:`apb.Document` was read; ``notes`` are sentences for the user.
+    :class:`apb.Document` was read; ``scored`` are the tokens' log-probabilities, where they were asked for; ``notes``
+    are sentences for the user.
     """
 
     text: str
@@ -105,6 +143,7 @@ class Generation:
     propagation: dict[str, Any] | None = None
     choice: str | None = None
     read_for: str | None = None
+    scored: list[Scored] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,7 +154,7 @@ class Generation:
 
 
 # Signals that rank 0 sends to the others in every step.
-_GOES_ON, _CANCELLED, _NO_LOGITS, _NO_SCORES = range(4)
+_GOES_ON, _CANCELLED, _NO_LOGITS, _NO_SCORES, _FAILED = range(5)
 
 
 def decode(
@@ -125,12 +164,14 @@ def decode(
     group: Group,
     cancelled: Callable[[], bool] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, bool]]:
     """Generate tokens after a session: yields (token id, True if the model or a criterion ended there).
 
     Rank 0 chooses and broadcasts, so that all ranks yield the same tokens. All raise :class:`apb.Cancelled` once rank
-    0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen.
-    The checkpoint's stop strings need the ``tokenizer``.
+    0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen;
+    and whatever a processor or criterion raises on rank 0, the others a RuntimeError then.
+    ``between`` is called before every token, on every rank. The checkpoint's stop strings need the ``tokenizer``.
     """
     device = session.logits.device
     prompt = len(session.token_ids)
@@ -143,7 +184,10 @@ def decode(
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
+    failure: Exception | None = None
     for step in range(sampling.max_new_tokens):
+        if between is not None:
+            between()
         choice = torch.zeros(3, dtype=torch.long, device=device)
         if group.rank == 0 and cancelled is not None and cancelled():
             choice[2] = _CANCELLED
@@ -153,13 +197,18 @@ def decode(
             wrong = ~session.logits.max().isfinite()
             # Processors may write into their input; the session's logits must not change.
             logits = session.logits.masked_fill(wrong, 0.0).unsqueeze(0)
-            scores = processors(_long(ids[:, : prompt + step]), _float(logits))
-            token, lost = _pick(scores, sampling.draws, generator)
-            ids[0, prompt + step] = choice[0] = token
-            if criteria:
-                choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
-            choice[2] = torch.where(wrong, _NO_LOGITS, torch.where(lost, _NO_SCORES, _GOES_ON))
+            try:
+                scores = processors(_long(ids[:, : prompt + step]), _float(logits))
+                token, lost = _pick(scores, sampling.draws, generator)
+                ids[0, prompt + step] = choice[0] = token
+                if criteria:
+                    choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
+                choice[2] = torch.where(wrong, _NO_LOGITS, torch.where(lost, _NO_SCORES, _GOES_ON))
+            except Exception as error:  # of a processor; the other ranks wait for a choice
+                failure, choice[2] = error, _FAILED
         token_id, ended, state = group.broadcast(choice).tolist()
+        if state == _FAILED:
+            raise failure or RuntimeError("Choosing a token failed on rank 0.")
         if state == _CANCELLED:
             raise Cancelled("The answer was cancelled.")
         if state == _NO_LOGITS:
@@ -188,68 +237,3 @@ def _pick(scores: Tensor, draws: bool, generator: torch.Generator) -> tuple[Tens
     chances = scores[0].softmax(-1)
     lost = ~chances.sum().isfinite()
     return torch.multinomial(chances.masked_fill(lost, 1.0), 1, generator=generator)[0], lost
-
-
-def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """True if decoding removes spaces before punctuation; many tokenizers have that setting and ignore it."""
-    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
-        return False
-    return " ." not in str(tokenizer.decode(tokenizer("a . b", add_special_tokens=False)["input_ids"]))
-
-
-class Detokenizer:
-    """Incremental decoding: the text of a growing run of tokens in pieces, which joined are the text of the whole run.
-
-    Whatever a tokenizer does to the whole (it may strip a leading space, or join punctuation to words) applies to the
-    pieces too: text is held back as long as later tokens may change it.
-    """
-
-    # Each token decodes a window of tokens again, of at most this many where possible.
-    _WINDOW = 16
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = 0  # of the window
-        self._told = 0  # characters of the window's text returned so far
-        self._length = 0  # characters returned in all
-        self._text_so_far = ""  # the window's
-        self._in_bytes = False  # True if it ends in bytes that stand for characters not in the vocabulary
-        # The last few characters of a text that is cleaned up may still change: "do n" becomes "don't".
-        self._hold = 8 if _cleans_up(tokenizer) else 0
-
-    def add(self, token: int, last: bool = False) -> str:
-        """The new text that a token brings; held back while it ends in the middle of a character."""
-        self._ids.append(token)
-        if last:
-            return self._given(self._text(0)[self._length :])
-        text, before = self._text(self._start), self._text_so_far
-        self._text_so_far = text
-        name = self._tokenizer.convert_ids_to_tokens(token)
-        if isinstance(name, str) and _BYTE.fullmatch(name):
-            self._in_bytes = True
-        elif text != before:  # special tokens between bytes do not count
-            self._in_bytes = False
-        # Such bytes are characters only if the whole run of them is valid.
-        if self._in_bytes or text.endswith("\ufffd"):
-            return ""
-        piece = text[self._told : max(self._told, len(text) - self._hold)]
-        self._told += len(piece)
-        if len(self._ids) - self._start > self._WINDOW:
-            self._move(text)
-        return self._given(piece)
-
-    def _move(self, text: str) -> None:
-        """Advance the window's start, where text not yet returned depends on nothing before it."""
-        start = len(self._ids) - self._WINDOW // 2
-        rest = self._text(start)
-        told = self._told - (len(text) - len(rest))
-        if told > self._hold and text.endswith(rest):
-            self._start, self._told, self._text_so_far = start, told, rest
-
-    def _given(self, piece: str) -> str:
-        self._length += len(piece)
-        return piece
-
-    def _text(self, start: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:], skip_special_tokens=True))

@@ -11,7 +11,7 @@ from .decoding import EXACT, Decoding, Dense, make_decoding
 from .decoding import OPTIONS as DECODING_OPTIONS
 from .errors import InputError, at_least
 from .planning.cost import Ceilings, Cost, predict
-from .planning.fitting import check_memory, peak
+from .planning.fitting import check_memory, demand, peak
 from .planning.methods import METHODS, OPTIONS, SHORTEST_WORTH_CUTTING, Full, Method, make_method
 from .planning.plan import Plan
 from .planning.propagation import Propagation
@@ -134,6 +134,14 @@ class Reading:
         check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
         check_memory(plan, shape, hardware, new_tokens, self.compressor)
         return plan
+
+    def demand(
+        self, plan: Plan, config: Any, hardware: Hardware, new_tokens: int, tensor: int = 1
+    ) -> tuple[int, int, int]:
+        """See :func:`apb.planning.fitting.demand`, of a plan that :meth:`plan` has made."""
+        from .hf.counting import model_shape
+
+        return demand(plan, model_shape(config).shared(tensor), hardware, new_tokens, self.compressor)
 
     def choose(
         self, lengths: tuple[int, int, int], ranks: int, shape: ModelShape, hardware: Hardware, asked: bool = True

@@ -139,6 +139,15 @@ class Session:
             raise NotFinite(self.what_is_not_finite(self._group))
         return log_probabilities, likeliest
 
+    def rewind(self, tokens: int, logits: Tensor) -> None:
+        """Go back to the first ``tokens`` of what was read, after which the logits were these (vocab,)."""
+        if any(tokens <= length < len(self.token_ids) for length in self._decoder.attachment.switches):
+            self._start_over(tokens)
+        else:
+            self._cache.forget(tokens)
+        del self.token_ids[tokens:]
+        self.logits = logits
+
     def _checked(self, token_ids: Sequence[int], read: int) -> tuple[Sequence[int], int]:
         """The tokens as Python's own numbers, and the length of the text once ``read`` of them are; or InputError."""
         if self._ended is not None:

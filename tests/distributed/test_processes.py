@@ -11,10 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, call
 
 import openai
@@ -204,10 +206,54 @@ def test_serving_on_two_ranks(arguments: list[str]) -> None:
         again = ask(max_tokens=12)
         assert again.choices[0].message.content == one["text"]
         assert again.apb["plan"] == one["plan"] | {"ranks": 2}
+        with ThreadPoolExecutor() as clients:  # at once, and some of them go
+            left = [clients.submit(lambda: next(ask(max_tokens=300, stream=True)).id) for _ in range(2)]
+            other = partial(ask, messages=[{"role": "user", "content": "Where?"}], max_tokens=12)
+            answers = [clients.submit(each) for each in (partial(ask, max_tokens=12), other) * 3]
+            texts = [each.result().choices[0].message.content for each in answers]
+            assert all(each.result() for each in left)
+        assert texts == [one["text"], other().choices[0].message.content] * 3
         since = time.monotonic()
         process.send_signal(signal.SIGINT)
         status, lines = ended(process, since)
         assert (status, lines) == (130, ["apb: interrupted"])
         assert all_gone(started)
+    finally:
+        end(process, started)
+
+
+def test_serving_goes_on_after_a_rank_was_killed(arguments: list[str]) -> None:
+    """All ranks are started again, at the same port, and answer; none of the old ones is left."""
+    given = dict(pairwise(arguments))
+    command = ["apb.cli.main", "serve", "--model", given["--model"], "--blocks", "3", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, "--ranks", "2", "--port", "0"], stderr=subprocess.PIPE, start_new_session=True
+    )
+    started: list[psutil.Process] = []
+
+    def serving() -> str:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, b"")
+        return next(line.decode() for line in lines if b"serving" in line)
+
+    def asked(line: str) -> str | None:
+        port = re.findall(r":(\d+)/v1", line)[0]
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
+        body = {"document": TEXT}
+        messages: list[Any] = [{"role": "user", "content": "Who?"}]
+        answer = client.chat.completions.create(
+            model=Path(given["--model"]).name, messages=messages, extra_body=body, max_tokens=5
+        )
+        return answer.choices[0].message.content
+
+    try:
+        line = serving()
+        before = asked(line)
+        started = psutil.Process(process.pid).children(recursive=True)
+        ranks = [each for each in started if "spawn_main" in " ".join(each.cmdline())]
+        ranks[-1].send_signal(signal.SIGKILL)
+        assert serving() == line
+        assert asked(line) == before
+        assert all_gone(ranks)
     finally:
         end(process, started)

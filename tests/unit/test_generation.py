@@ -21,7 +21,8 @@ from transformers import (
 )
 
 import apb
-from apb.generation import Detokenizer, Sampling, decode
+from apb.detokenizing import Detokenizer, Stops
+from apb.generation import Sampling, decode
 from byte_checkpoint import BOS, EOS, VOCABULARY, byte_tokenizer
 from models import tiny_model, transformers_says, without_eos
 
@@ -280,3 +281,54 @@ def test_the_result_is_json(model: PreTrainedModel) -> None:
     """Everything in the result is a plain value, text in any language included."""
     result = full(model).generate(PROMPT, **saying(list(TEXT.encode())))
     assert json.loads(json.dumps(result.to_dict()))["text"] == TEXT
+
+
+def test_stops_end_a_text_wherever_its_pieces_do() -> None:
+    """The text before the first of them, with nothing told that may turn out to be its beginning."""
+
+    def told(stop: tuple[str, ...], *pieces: str) -> tuple[list[str], bool]:
+        stops = Stops(stop)
+        return [stops.add(piece, piece is pieces[-1]) for piece in pieces], stops.found
+
+    assert told(("END",), "a E", "N", "D b") == (["a ", "", ""], True)
+    assert told(("END",), "a E", "N", "O") == (["a ", "", "ENO"], False)
+    assert told(("c", "ab"), "xa", "bc") == (["x", ""], True)
+    assert told((), "xa", "bc") == (["xa", "bc"], False)
+
+
+def test_penalties_stops_and_log_probabilities() -> None:
+    """Counted over the answer alone, as by hand; the answer ends before a stop; the likeliest is the greedy token."""
+    engine = apb.Engine.from_model(
+        tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY), byte_tokenizer(), strategy="full"
+    )
+    prompt = apb.Prompt((), tuple(range(40, 80)), (3, 4))
+    plain = engine.generate(prompt, max_new_tokens=12, top_logprobs=2)
+    assert [each.token for each in plain.scored] == [each.top[0][0] for each in plain.scored] == plain.token_ids
+    assert all(each.logprob == each.top[0][1] > each.top[1][1] for each in plain.scored)
+    session, told = engine.prefill(prompt, max_new_tokens=12), []
+    for _ in range(12):
+        scores = session.logits.clone()
+        for token in told:
+            scores[token] += 1.5
+        for token in set(told):
+            scores[token] += 0.5
+        told.append(int(scores.argmax()))
+        session.extend([told[-1]])
+    penalised = engine.generate(prompt, max_new_tokens=12, frequency_penalty=-1.5, presence_penalty=-0.5)
+    assert penalised.token_ids == told != plain.token_ids
+    stop = plain.text[2:3]
+    cut = engine.generate(prompt, max_new_tokens=12, stop=(stop,))
+    assert cut.text == plain.text[: plain.text.index(stop)] and cut.finish_reason == "stop"
+
+
+def test_a_session_goes_back() -> None:
+    """What was read after the prompt is forgotten: the same tokens follow again."""
+    engine = apb.Engine.from_model(
+        tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=VOCABULARY), strategy="full"
+    )
+    session = engine.prefill(apb.Prompt((), tuple(range(40)), (3, 4)), max_new_tokens=4)
+    logits, length = session.logits, len(session.token_ids)
+    after = session.extend([5, 6]).clone()
+    session.rewind(length, logits)
+    assert len(session.token_ids) == length and session.logits is logits
+    assert torch.equal(session.extend([5, 6]), after)

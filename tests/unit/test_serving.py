@@ -9,8 +9,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -20,9 +20,9 @@ import uvicorn
 import apb
 from apb.cli import serve
 from apb.serving import worker as worker_module
+from apb.serving.answers import Answer, Progress, Task, Written
 from apb.serving.app import make_app
-from apb.serving.schema import ChatRequest
-from apb.serving.worker import Job, Worker
+from apb.serving.worker import Worker
 from command_line import Cli, cli  # noqa: F401
 
 DOCUMENT = "The lighthouse keeper of Orrin was called Maud. " * 8
@@ -37,21 +37,21 @@ def engine(checkpoint: Path) -> apb.Engine:
 class Served:
     """A server on a free port, its worker on another thread; ``held`` keeps the worker from beginning jobs."""
 
-    def __init__(self, engine: apb.Engine, chat_template: str | None = None) -> None:
+    def __init__(self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = ()) -> None:
         self.worker = Worker(engine)
         self.held = threading.Lock()
         self._over = threading.Event()
-        begin = self.worker._answer
+        begin = self.worker._work
 
-        def answer(*given: Any) -> None:
+        def work(number: int) -> Any:
             with self.held:
-                begin(*given)
+                return begin(number)
 
-        self.worker._answer = answer  # type: ignore[method-assign]
+        self.worker._work = work  # type: ignore[method-assign]
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         self._http = uvicorn.Server(
-            uvicorn.Config(make_app(self.worker, "tiny", 7, chat_template), log_level="warning")
+            uvicorn.Config(make_app(self.worker, "tiny", 7, chat_template, keys), log_level="warning")
         )
         run = {"kwargs": {"sockets": [listening]}, "daemon": True}
         self._threads = [threading.Thread(target=self._http.run, **run)]
@@ -114,15 +114,16 @@ def test_an_answer(served: Served, engine: apb.Engine) -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        DOCUMENT + "\n\n" + QUESTION,
-        [{"type": "text", "text": DOCUMENT}, {"type": "text", "text": QUESTION}],
+        DOCUMENT.strip() * 4 + "\n\n" + QUESTION,
+        [{"type": "text", "text": DOCUMENT.strip() * 4}, {"type": "text", "text": QUESTION}],
     ],
     ids=["a blank line", "two pieces"],
 )
 def test_documents_in_the_message(served: Served, engine: apb.Engine, content: Any) -> None:
     """Without the field of this package the last piece, or what follows the last blank line, is the question."""
     answer = served.ask(content, document=None, max_tokens=9)
-    assert answer.choices[0].message.content == text_of(engine, max_new_tokens=9)
+    assert answer.choices[0].message.content == text_of(engine, DOCUMENT.strip() * 4, max_new_tokens=9)
+    assert answer.apb["question"] == {"found": "end", "first": QUESTION, "last": QUESTION, "tokens": len(QUESTION)}
 
 
 def test_another_chat_template(engine: apb.Engine) -> None:
@@ -137,23 +138,6 @@ def test_another_chat_template(engine: apb.Engine) -> None:
         server.stop()
     assert answer.choices[0].message.content == engine.generate(prompt, max_new_tokens=9).text
     assert answer.usage.prompt_tokens == len(prompt) == len(f"{DOCUMENT}\n\n{QUESTION} In a word!")
-
-
-def test_parts_of_a_message() -> None:
-    """What is read as document, question and system text."""
-
-    def parts(content: Any, document: str | None = None, **system: str) -> tuple[str, str, str | None]:
-        messages = [{"role": role, "content": text} for role, text in system.items()]
-        messages.append({"role": "user", "content": content})
-        return ChatRequest.model_validate({"messages": messages, "document": document}).parts()
-
-    pieces = [{"type": "text", "text": text} for text in ("a", "b\n\nb", "c\n\nc")]
-    assert parts("q\n\nq", "d") == ("d", "q\n\nq", None)
-    assert parts(pieces, "d") == ("d", "a\n\nb\n\nb\n\nc\n\nc", None)
-    assert parts(pieces) == ("a\n\nb\n\nb", "c\n\nc", None)
-    assert parts(pieces[2:]) == ("c", "c", None)
-    assert parts("a\n\nb\n\nq?\n\n", system="be brief") == ("a\n\nb", "q?", "be brief")
-    assert parts("a\n\nq", developer="be brief")[2] == "be brief"
 
 
 def test_streaming(served: Served, engine: apb.Engine) -> None:
@@ -190,27 +174,135 @@ def test_streams_say_how_far_reading_is(served: Served) -> None:
     assert all(line.startswith(("data: {", "data: [DONE]", ":")) for line in lines if line)
 
 
+CHAT = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}[assistant]"
+
+
+def test_ordinary_requests(engine: apb.Engine) -> None:
+    """Turns without a document are read exactly, as transformers' template writes them, under every strategy."""
+    assert engine.tokenizer is not None
+    server = Served(engine, CHAT)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    messages += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": QUESTION}]
+    text = engine.tokenizer.apply_chat_template(messages, chat_template=CHAT, tokenize=False)
+    ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = engine.exactly().generate(apb.Prompt.from_tokens((), ids[:-1], ids[-1:]), max_new_tokens=9)
+    try:
+        answer = server.ask(messages=messages, document=None, max_tokens=9, extra_headers={})
+        assert answer.choices[0].message.content == expected.text
+        assert (answer.apb["exact"], answer.apb["strategy"], answer.usage.prompt_tokens) == (True, "full", len(ids))
+        assert answer.apb["question"]["found"] == "message"
+        raw = server.client.chat.completions.with_raw_response.create(
+            model="tiny", messages=messages, max_tokens=1, extra_body={"keep_alive": 5}
+        )
+        assert raw.headers["X-APB-Warning"] == "ignored: keep_alive"
+        assert len(raw.headers["X-Request-Id"]) == 32
+    finally:
+        server.stop()
+
+
+def test_completions(served: Served, engine: apb.Engine) -> None:
+    """A text goes on as the engine goes on; streamed it is the same, with log-probabilities for every token."""
+    text = "Once upon a time"
+    ids = engine.tokenizer(text)["input_ids"]  # type: ignore[misc]
+    expected = engine.exactly().generate(apb.Prompt.from_tokens((), ids[:-1], ids[-1:]), max_new_tokens=8)
+    answer = served.client.completions.create(model="tiny", prompt=text, max_tokens=8, logprobs=2)
+    assert answer.choices[0].text == expected.text and answer.usage.prompt_tokens == len(ids)
+    assert len(answer.choices[0].logprobs.token_logprobs) == 8
+    chunks = list(served.client.completions.create(model="tiny", prompt=text, max_tokens=8, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected.text
+
+
+def test_several_answers_with_log_probabilities(served: Served, engine: apb.Engine) -> None:
+    """Drawn one after the other from one prefill, each by its seed; every token has its log-probability."""
+    drawn = {"temperature": 1.0, "seed": 3, "max_tokens": 6}
+    answer = served.ask(n=2, logprobs=True, top_logprobs=2, **drawn)
+    texts = [choice.message.content for choice in answer.choices]
+    assert texts == [text_of(engine, max_new_tokens=6, temperature=1.0, seed=seed) for seed in (3, 4)]
+    assert all(len(choice.logprobs.content) == 6 for choice in answer.choices)
+    assert all(len(each.top_logprobs) == 2 for each in answer.choices[0].logprobs.content)
+    chunks = list(served.ask(n=2, stream=True, logprobs=True, **drawn))
+    for index in range(2):
+        own = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        assert "".join(choice.delta.content or "" for choice in own) == texts[index]
+        assert sum(len(choice.logprobs.content) for choice in own if choice.logprobs) == 6
+
+
+def test_stops(served: Served, engine: apb.Engine) -> None:
+    """The answer ends before the text, streamed or not."""
+    whole = text_of(engine, max_new_tokens=20)
+    stop = whole[4:6]
+    expected = whole[: whole.index(stop)]
+    answer = served.ask(max_tokens=20, stop=stop)
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (expected, "stop")
+    chunks = list(served.ask(max_tokens=20, stop=[stop], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected
+
+
+def test_documents_are_kept(served: Served) -> None:
+    """Given once, read once; questions name it."""
+    post = json.dumps({"text": DOCUMENT * 5, "question": QUESTION, "name": "orrin"}).encode()
+    status, body = served.get("/v1/documents", "POST", post)
+    told = json.loads(body)
+    assert status == 202 and told["id"].startswith("doc-")
+    while told["status"] == "reading":
+        told = json.loads(served.get(f"/v1/documents/{told['id']}")[1])
+    assert (told["status"], told["read"], told["name"]) == ("read", told["tokens"], "orrin")
+    hits = served.worker.library.hits
+    answer = served.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": QUESTION}], extra_body={"document_id": told["id"]}
+    )
+    assert served.worker.library.hits == hits + 1 and answer.apb["read_for"] == "this question"
+    assert [each["id"] for each in json.loads(served.get("/v1/documents")[1])["data"]] == [told["id"]]
+    assert served.get(f"/v1/documents/{told['id']}", "DELETE")[0] == 200
+    assert served.get(f"/v1/documents/{told['id']}")[0] == 404
+
+
+def test_bodies_are_limited(served: Served) -> None:
+    """Before they are parsed or tokenized."""
+    status, body = served.get("/v1/chat/completions", "POST", b" " * 600_000)
+    assert status == 413 and "at most" in json.loads(body)["error"]["message"]
+    message = {"messages": [{"role": "user", "content": "x" * 70_000}]}
+    status, body = served.get("/v1/chat/completions", "POST", json.dumps(message).encode())
+    assert status == 400 and "at most 65,536" in json.loads(body)["error"]["message"]
+
+
+def test_keys(engine: apb.Engine) -> None:
+    """Without one of the server's keys there is no answer; health needs none."""
+    server = Served(engine, keys=("secret", "other"))
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            server.ask()
+        server.client.api_key = "other"
+        assert server.ask(max_tokens=2).usage.completion_tokens == 2
+        assert server.get("/health")[0] == 200
+    finally:
+        server.stop()
+
+
 WRONG = {
-    "no document": ({"document": None}, "There is no document"),
-    "empty question": ({"content": " "}, "query is empty"),
+    "empty question": ({"content": " "}, "message from user is empty"),
+    "empty document": ({"document": "\n"}, "document is empty"),
     "unknown field": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "'tools' is not supported here"),
-    "several answers": ({"n": 2}, "The request's n is wrong"),
+    "many answers": ({"n": 9}, "The request's n is wrong"),
     "a picture": (
         {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
         "The request's messages.0.content.0.type is wrong: Input should be 'text'",
     ),
     "no content": ({"messages": [{"role": "user"}]}, "The request's messages.0.content is wrong"),
     "null": ({"messages": [{"role": "user", "content": None}]}, "The request's messages.0.content is wrong"),
-    "a penalty": ({"frequency_penalty": 0.5}, "'frequency_penalty' is not supported here"),
-    "where to stop": ({"stop": ["."]}, "'stop' is not supported here"),
+    "a penalty": ({"frequency_penalty": 2.5}, "frequency_penalty must be from -2 to 2"),
+    "JSON": ({"response_format": {"type": "json_object"}}, "'response_format' is not supported here"),
+    "nowhere to stop": ({"stop": [""]}, "text to stop at is empty"),
+    "alternatives alone": ({"top_logprobs": 2}, "'top_logprobs' needs 'logprobs'"),
     "temperature": ({"temperature": -1}, "temperature must be"),
     "length": ({"max_tokens": 0}, "The request's max_tokens is wrong"),
     "too long": ({"document": DOCUMENT * 40}, "more than the model's"),
     "a conversation": (
         {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant", "user")]},
-        "one question",
+        "has no chat template",
     ),
-    "nobody asks": ({"messages": [{"role": "system", "content": "x"}]}, "one question"),
+    "many messages": ({"messages": [{"role": "user", "content": "x"}] * 300}, "request's messages is wrong"),
+    "nobody asks": ({"messages": [{"role": "system", "content": "x"}]}, "last message must be the user's"),
 }
 
 
@@ -251,7 +343,8 @@ def test_models_health_and_metrics(served: Served) -> None:
     assert served.client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="'org/other' is not served here"):
         served.client.models.retrieve("org/other")
-    assert served.get("/health") == (200, '{"status":"ok"}')
+    assert served.get("/health")[0] == 200 and json.loads(served.get("/health")[1])["status"] == "ok"
+    assert served.get("/ready") == (200, '{"ready":true}')
 
     def counted() -> dict[str, float]:
         lines = [line.rsplit(" ", 1) for line in served.get("/metrics")[1].splitlines() if not line.startswith("#")]
@@ -268,46 +361,39 @@ def test_models_health_and_metrics(served: Served) -> None:
     assert after["apb_waiting_requests"] == 0
 
 
-def test_clients_that_go_away(served: Served, engine: apb.Engine) -> None:
-    """What nobody waits for any more is not begun, or ended, and the next one is answered."""
-    ended: list[object] = []
-    stream = engine.stream
-
-    def watched(*given: Any, **options: Any) -> Any:
-        try:
-            return (yield from stream(*given, **options))
-        except apb.Cancelled as error:
-            ended.append(error)
-            raise
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine, "stream", watched)
-        with served.held:
-            for streamed in (False, True):
-                with pytest.raises(openai.APITimeoutError):
-                    list(served.ask(max_tokens=400, stream=streamed, timeout=0.3) or ())
-            time.sleep(2.5)
-        assert served.ask(max_tokens=2).usage.completion_tokens == 2
-        assert len(ended) == 1  # the one that had been taken; the other was never begun
-        pieces = served.ask(max_tokens=400, stream=True)
-        next(pieces)
-        pieces.close()
-        assert served.ask(max_tokens=2).usage.completion_tokens == 2
-        assert len(ended) == 2
+def test_clients_that_go_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody waits for any more is not begun, or ended at the next layer or token; the next one is answered."""
+    worked: list[int] = []
+    begin = served.worker._work
+    monkeypatch.setattr(served.worker, "_work", lambda number: worked.append(number) or begin(number))
+    with served.held:
+        for streamed in (False, True):
+            with pytest.raises(openai.APITimeoutError):
+                list(served.ask(max_tokens=400, stream=streamed, timeout=0.3) or ())
+        time.sleep(0.3)
+    assert served.ask(max_tokens=2).usage.completion_tokens == 2
+    assert len(worked) - 1 <= 3 + 1 + 2 + 2  # one piece of what was at work, and those of the one that was answered
+    worked.clear()
+    pieces = served.ask(max_tokens=400, stream=True)
+    next(pieces)
+    pieces.close()
+    assert served.ask(max_tokens=2).usage.completion_tokens == 2
+    assert len(worked) < 300 and served.worker.running == served.worker.waiting == 0
 
 
 def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Status 503 for who comes after the last place is taken; who waits is answered."""
+    """Status 429 and when to come again, for who comes after the last place is taken; who waits is answered."""
     answers: list[Any] = []
+    monkeypatch.setattr(worker_module, "MOST_RUNNING", 1)
+    monkeypatch.setattr(worker_module, "MOST_WAITING", 1)
     with served.held:
         first = [threading.Thread(target=lambda: answers.append(served.ask(max_tokens=1))) for _ in range(2)]
-        monkeypatch.setattr(served.worker._jobs, "maxsize", 1)
         for thread in first:
             thread.start()
             time.sleep(0.5)  # one is taken by the worker, one waits
-        with pytest.raises(openai.InternalServerError, match="1 requests are waiting; try again later") as caught:
+        with pytest.raises(openai.RateLimitError, match="1 requests are waiting; try again later") as caught:
             served.ask()
-        assert (caught.value.status_code, caught.value.code) == (503, "overloaded")
+        assert caught.value.code == "overloaded" and int(caught.value.response.headers["Retry-After"]) >= 1
     for thread in first:
         thread.join(20)
     assert len(answers) == 2
@@ -349,43 +435,98 @@ def test_other_ranks_hear_of_idle_times(engine: apb.Engine, monkeypatch: pytest.
     """With nothing to do rank 0 says so now and then: waiting in a collective must not run out."""
     monkeypatch.setattr(worker_module, "_HEARTBEAT_S", 0.4)
     worker, said = Worker(engine), []
-    monkeypatch.setattr(worker, "_shared", lambda asked, over: said.append((asked, over)) or (asked, over))
+    monkeypatch.setattr(worker, "_exchanged", lambda *order: said.append(order) or order)
     worker.run(lambda: len(said) == 3)
-    assert said == [(None, False)] * 3 + [(None, True)]
+    assert [kind for _, kind, _ in said] == [worker_module._NOTHING] * 3 + [worker_module._STOP]
 
 
-def test_a_failure_on_several_ranks_ends_them(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client hears of it, and the worker ends: the other ranks may be anywhere. A rank alone goes on."""
+@pytest.fixture
+def alone(engine: apb.Engine) -> Worker:
+    return Worker(engine)
 
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of luck")
+
+def prompt_of(engine: apb.Engine, document: str = DOCUMENT) -> apb.Prompt:
+    assert engine.tokenizer is not None
+    return apb.Prompt.for_model(engine.tokenizer, document, QUESTION)
+
+
+def test_requests_take_turns(engine: apb.Engine, alone: Worker) -> None:
+    """A short question overtakes a long text between two of its layers; both answers are as if each were alone."""
+    texts = [DOCUMENT * 9, DOCUMENT]
+    alone_answers = [engine.generate(prompt_of(engine, text), max_new_tokens=5).text for text in texts]
+    told: list[tuple[int, Any]] = []
+
+    def hear(number: int, event: Any) -> None:
+        told.append((number, event))
+        if number == 0 and isinstance(event, Progress) and len(told) == 1:  # in the middle of its first layer
+            task = Task(prompt_of(engine, texts[1]), {"max_new_tokens": 5})
+            assert alone.submit(task, lambda event: hear(1, event)) is not None
+
+    alone.submit(Task(prompt_of(engine, texts[0]), {"max_new_tokens": 5}), lambda event: hear(0, event))
+    alone.run(lambda: [event for _, event in told].count(None) == 2)
+    answers = {number: event.result.text for number, event in told if isinstance(event, Answer)}
+    assert [answers[0], answers[1]] == alone_answers
+    ended = [number for number, event in told if event is None]
+    assert ended == [1, 0]
+    begun = next(place for place, (number, _) in enumerate(told) if number == 1)
+    assert sum(number == 0 for number, _ in told[:begun]) == 1 and told[-1] == (0, None)
+
+
+def test_one_request_fails_alone(engine: apb.Engine, alone: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another that was begun before it is answered."""
+    prompts = [prompt_of(engine), prompt_of(engine, DOCUMENT * 2)]
+    expected = engine.generate(prompts[0], max_new_tokens=9).text
+    prefill = engine.prefill
+
+    def fail(prompt: apb.Prompt, **given: Any) -> Any:
+        if prompt == prompts[1]:
+            raise RuntimeError("out of luck")
+        return prefill(prompt, **given)
 
     monkeypatch.setattr(engine, "prefill", fail)
+    told: list[tuple[int, Any]] = []
+    for number, prompt in enumerate(prompts):
+        alone.submit(Task(prompt, {"max_new_tokens": 9}), lambda event, number=number: told.append((number, event)))
+    alone.run(lambda: sum(not isinstance(event, (Progress, Written, Answer)) for _, event in told) == 2)
+    assert [event.result.text for number, event in told if isinstance(event, Answer)] == [expected]
+    assert [str(event) for number, event in told if number == 1] == ["out of luck"]
+    assert alone.last_error is not None and alone.last_error.startswith("RuntimeError at ")
+
+
+def test_what_has_been_read_stays(engine: apb.Engine, alone: Worker) -> None:
+    """Another question on the same text reads only its rows, and the first one's answer comes out again."""
+    text, told = DOCUMENT * 4, []
     assert engine.tokenizer is not None
-    prompt, told = apb.Prompt.for_model(engine.tokenizer, DOCUMENT, QUESTION), []
-    worker, sampling = Worker(engine), {"max_new_tokens": 1}
-    worker._answer(prompt, sampling, Job(prompt, sampling, told.append))
-    monkeypatch.setattr(worker, "_everyone", SimpleNamespace(size=2, rank=0))
-    with pytest.raises(RuntimeError, match="out of luck"):
-        worker._answer(prompt, sampling, Job(prompt, sampling, told.append))
-    assert [str(event) for event in told] == ["out of luck"] * 2
+
+    def ask(question: str) -> tuple[int, Any]:
+        told.clear()
+        prompt = apb.Prompt.for_model(engine.tokenizer, text, question)
+        alone.submit(Task(prompt, {"max_new_tokens": 6}), told.append)
+        alone.run(lambda: None in told)
+        reads = sum(isinstance(event, Progress) for event in told)
+        return reads, next(event.result for event in told if isinstance(event, Answer))
+
+    expected = engine.generate(apb.Prompt.for_model(engine.tokenizer, text, QUESTION), max_new_tokens=6)
+    reads, first = ask(QUESTION)
+    assert reads > 0 and (first.text, first.read_for) == (expected.text, "this question")
+    reads, other = ask("Where?")
+    assert reads == 0 and other.read_for == "another question"
+    reads, again = ask(QUESTION)
+    assert reads == 0 and again.text == expected.text and alone.library.hits == 2
+    alone.library.room = 1
+    alone.library._shrink()
+    assert len(alone.library) == 0 and ask(QUESTION)[0] > 0
 
 
-def test_jobs_wait_in_line(engine: apb.Engine) -> None:
-    """First come, first served; a cancelled one is passed over."""
-    worker, told = Worker(engine), []
-    assert engine.tokenizer is not None
-    prompt = apb.Prompt.for_model(engine.tokenizer, DOCUMENT, QUESTION)
-
-    def job(number: int) -> Job:
-        return Job(prompt, {"max_new_tokens": 1}, lambda event: told.append((number, event)))
-
-    jobs = [job(number) for number in range(3)]
-    assert all(worker.submit(one) for one in jobs)
-    assert worker.waiting == 3
-    jobs[1].cancelled.set()
-    worker.run(lambda: worker.waiting == 0 and bool(told))
-    assert list(dict.fromkeys(number for number, _ in told)) == [0, 2]
+def test_memory_decides_who_begins(engine: apb.Engine, alone: Worker) -> None:
+    """What does not fit beside those that run waits; alone it is begun whatever is predicted."""
+    told: list[Any] = []
+    jobs = [alone.submit(Task(prompt_of(engine, DOCUMENT * n), {"max_new_tokens": 3}), told.append) for n in (1, 2)]
+    assert all(job is not None for job in jobs)
+    alone.room = 1
+    most: list[int] = []
+    alone.run(lambda: most.append(alone.running) or told.count(None) == 2)  # type: ignore[func-returns-value]
+    assert max(most) == 1
 
 
 def test_warm_up(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,3 +566,34 @@ def test_what_cannot_be_served(
     cli("serve", "--port", 0, "--model", checkpoint, "--chat-template", tmp_path / "half.jinja").refused("template")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     cli("serve", "--port", 0).refused("A server needs uvicorn, which is not installed; install apb[serve]")
+
+
+def test_many_clients_of_which_half_leave(served: Served, engine: apb.Engine) -> None:
+    """Whoever stays gets the engine's own answer; who leaves leaves nothing behind."""
+    assert engine.tokenizer is not None
+    questions = [f"Who kept light {number}?" for number in range(4)]
+    lengths = (1, 3, 6)
+    expected = {
+        (length, question): text_of(engine, f"{length} {question} {DOCUMENT * length}", question, max_new_tokens=6)
+        for length in lengths
+        for question in questions
+    }
+
+    def one(number: int) -> bool:
+        length, question = lengths[number % 3], questions[number % 4]
+        pieces = served.ask(question, f"{length} {question} {DOCUMENT * length}", max_tokens=6, stream=True, timeout=60)
+        if number % 2:
+            for _ in range(number % 5):
+                next(pieces, None)
+            pieces.close()
+            return True
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces)
+        assert text == expected[length, question], (number, text)
+        return True
+
+    with ThreadPoolExecutor(12) as clients:
+        assert all(clients.map(one, range(48)))
+    deadline = time.monotonic() + 5
+    while (served.worker.running or served.worker.waiting) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert served.worker.running == served.worker.waiting == 0 and not served.worker._turns

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import apb
-from apb.generation import Detokenizer
+from apb.detokenizing import Detokenizer
 from apb.hf.control import control_tokens
 from small_tokenizers import KINDS
 

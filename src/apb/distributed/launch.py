@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import InputError, NotFinite, RankError, at_least
+from ..errors import InputError, NotFinite, RankError, Stopped, at_least
 from .collectives import Group
 
 # Time that a rank waits in a collective for a slow one; a dead one is noticed at once.
@@ -207,7 +207,7 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
-            raise RankError(f"{error.sigval.name} was received; all ranks were ended.") from None
+            raise Stopped(f"{error.sigval.name} was received; all ranks were ended.") from None
 
 
 def _run_rank(function: Callable[..., None], *args: Any) -> None:

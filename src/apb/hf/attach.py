@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +30,23 @@ NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
 
 
+@dataclass
+class _Run(threading.local):
+    """The pass that this thread is in: threads take turns with a model, and their passes are interleaved.
+
+    Attributes:
+        attend: computes its attention; None outside.
+        total: tokens of the whole prompt and answer so far.
+        calls: layers attended so far.
+        before_rope: q, k and v before RoPE, if they are wanted.
+    """
+
+    attend: Attend | None = None
+    total: int = 0
+    calls: int = 0
+    before_rope: BeforeRope | None = None
+
+
 class Attachment:
     """A model whose attention this package computes, until :meth:`release`; make one with :meth:`of`.
 
@@ -40,7 +59,6 @@ class Attachment:
         self.modules = attention_modules(model)
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        self.total = 0
         self.layers = layer_count(model.config)
         self.kv_heads = kv_heads(model.config)
         text = model.config.get_text_config()
@@ -53,9 +71,7 @@ class Attachment:
         self.peculiar: set[str] = set()
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
-        self._attend: Attend | None = None
-        self._calls = 0
-        self._before_rope: BeforeRope | None = None
+        self._run = _Run()
         self._original = model.config._attn_implementation
         self._was_training = model.training
         model.eval()
@@ -68,7 +84,7 @@ class Attachment:
         for module in self.modules:
             module.apb = self  # type: ignore[assignment]
         self._undo = [fuse_parts(model)] if fused else []
-        self._undo += [pin_length(model, lambda: self.total), chunk_mlps(model)]
+        self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model)]
         self._users = 0
 
     @classmethod
@@ -125,20 +141,21 @@ class Attachment:
         """
         if not self._users:
             raise RuntimeError(CLOSED)
-        self._attend, self.total, self._calls = attend, total, 0
-        self._before_rope = BeforeRope(self.modules) if before_rope else None
+        run = self._run
+        run.attend, run.total, run.calls = attend, total, 0
+        run.before_rope = BeforeRope(self.modules) if before_rope else None
         try:
             yield
-            if self._calls != len(self.modules):
+            if run.calls != len(self.modules):
                 raise InputError(
                     f"{type(self.model).__name__} has {len(self.modules)} attention layers "
-                    f"but {self._calls} called the attention function: its results cannot be trusted."
+                    f"but {run.calls} called the attention function: its results cannot be trusted."
                 )
         finally:
-            self._attend = None
-            if self._before_rope is not None:
-                self._before_rope.remove()
-                self._before_rope = None
+            run.attend = None
+            if run.before_rope is not None:
+                run.before_rope.remove()
+                run.before_rope = None
 
     def __call__(
         self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, **softmax: Any
@@ -147,15 +164,16 @@ class Attachment:
 
         ``softmax``: a layer's ``softcap`` and ``sinks``, as in :class:`apb.layers.base.AttentionInput`.
         """
-        if self._attend is None:
+        run = self._run
+        if run.attend is None:
             raise RuntimeError(
                 "This model is attached to an apb.Engine; call engine.close() before you use it in another way."
             )
         if q.shape[0] != 1:
             raise InputError(f"One prompt at a time: the batch has {q.shape[0]} rows.")
-        self._calls += 1
+        run.calls += 1
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        before = self._before_rope.pop(index) if self._before_rope is not None else None
+        before = run.before_rope.pop(index) if run.before_rope is not None else None
         if window is None:
             window = self._windows[index]
         asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
@@ -163,10 +181,10 @@ class Attachment:
         width = v.shape[-1]
         if width < k.shape[-1]:  # latent attention: kernels take values as wide as keys, and zeros stay zeros
             v = pad(v, (0, k.shape[-1] - width))
-        if window is not None and window >= self.total:
+        if window is not None and window >= run.total:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = self._attend(AttentionInput(index, q, k, v, scale, before, window, **softmax))
+        out = run.attend(AttentionInput(index, q, k, v, scale, before, window, **softmax))
         if self.finite is not None:
             self._look_at(index, out)
         return out[..., :width].contiguous().unsqueeze(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class BeforeRope:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._thread = threading.get_ident()  # passes of several threads may take turns, each with its own hooks
         self._caught: dict[int, dict[str, Tensor]] = {}
         self._handles = []
         for module in modules:
@@ -27,7 +29,8 @@ class BeforeRope:
 
     def _catch(self, layer: int, part: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._caught.setdefault(layer, {})[part] = output
+            if threading.get_ident() == self._thread:
+                self._caught.setdefault(layer, {})[part] = output
 
         return hook
 

@@ -15,6 +15,7 @@ from transformers import (
     EosTokenCriteria,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
@@ -72,7 +73,7 @@ def processors(model: Any, sampling: Sampling, prompt: Tensor) -> LogitsProcesso
             input_ids_seq_length=prompt.shape[1],
             encoder_input_ids=prompt,
             prefix_allowed_tokens_fn=None,
-            logits_processor=sampling.logits_processor or LogitsProcessorList(),
+            logits_processor=LogitsProcessorList([*_penalties(sampling, prompt), *(sampling.logits_processor or ())]),
             device=str(prompt.device),
             model_kwargs={},
         )
@@ -114,6 +115,35 @@ def left_out(model: Any, sampling: Sampling, tokenizer: PreTrainedTokenizerBase 
     return [f"Left out of the checkpoint's generation settings: {listed}."]
 
 
+def own_sampling(model: Any) -> dict[str, Any]:
+    """How a checkpoint would sample by itself: its temperature, top_k and top_p if it draws, else none."""
+    config = getattr(model, "generation_config", None)
+    if not getattr(config, "do_sample", None):
+        return {}
+    own = {"temperature": getattr(config, "temperature", None), "top_p": getattr(config, "top_p", None)}
+    own["top_k"] = getattr(config, "top_k", None) or None
+    return {"temperature": 1.0} | {name: value for name, value in own.items() if value is not None}
+
+
+class _Penalties(LogitsProcessor):
+    """OpenAI's penalties, which count the tokens of the answer alone."""
+
+    def __init__(self, prompt: int, frequency: float, presence: float) -> None:
+        self._prompt = prompt
+        self._frequency, self._presence = frequency, presence
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        told = input_ids[0, self._prompt :]
+        counts = torch.zeros_like(scores[0]).index_add_(0, told, torch.ones_like(told, dtype=scores.dtype))
+        return scores - self._frequency * counts - self._presence * (counts > 0)  # type: ignore[return-value]
+
+
+def _penalties(sampling: Sampling, prompt: Tensor) -> list[LogitsProcessor]:
+    if not sampling.frequency_penalty and not sampling.presence_penalty:
+        return []
+    return [_Penalties(prompt.shape[1], sampling.frequency_penalty, sampling.presence_penalty)]
+
+
 class _Maker(GenerationMixin):
     """Generation methods for models whose own code leaves ``generate`` out."""
 
@@ -132,6 +162,9 @@ def _config(model: Any, sampling: Sampling, prompt: int, device: torch.device) -
         setattr(config, name, None)
     config.do_sample = sampling.draws
     config.temperature, config.top_k, config.top_p = float(sampling.temperature), sampling.top_k, sampling.top_p
+    for name in ("min_p", "repetition_penalty"):
+        if (asked := getattr(sampling, name)) is not None:
+            setattr(config, name, asked)
     config.max_new_tokens, config.max_length = sampling.max_new_tokens, prompt + sampling.max_new_tokens
     if config.min_new_tokens is not None:
         config.min_length = prompt + config.min_new_tokens

@@ -36,6 +36,7 @@ def read(
     room: int,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    between: Callable[[], None] | None = None,
     length: int | None = None,
 ) -> tuple[ShardCache, Tensor, float]:
     """Read a prompt by a strategy's plan; every rank calls it.
@@ -46,7 +47,7 @@ def read(
         strategy: this rank's strategy, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, including those that share weights.
         room: tokens to have storage for after the prompt; more may follow, at the cost of a copy.
-        progress, cancelled: as in :meth:`apb.Engine.prefill`.
+        progress, cancelled, between: as in :meth:`apb.Engine.prefill`; with propagation ``between`` is not called.
         length: the length for RoPE variants that depend on it; by default the prompt's.
 
     Returns:
@@ -69,6 +70,8 @@ def read(
         nonlocal attended
         if cancelled is not None and everyone.size == 1 and cancelled():
             raise Cancelled("Reading the prompt was cancelled.")
+        if between is not None and propagating is None:  # its hooks would change the rows of other passes
+            between()
         before = sum(map(len, itinerary.earlier))
         if before and (propagating is None or layer.index <= propagating.layer):
             keys, values = cache.shard(layer.index)

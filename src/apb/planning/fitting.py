@@ -46,6 +46,20 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
     )
 
 
+def demand(
+    plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: Scoring
+) -> tuple[int, int, int]:
+    """Bytes beside the weights, of the rank that needs most: a plan's peak, its cache, and what is there.
+
+    The first two include the cache of ``new_tokens``.
+    """
+    layers, _ = shape.fullest(plan.total + new_tokens)
+    answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
+    most = max(predict(plan, shape, hardware.element_bytes, compressor).ranks, key=lambda rank: rank.peak_bytes)
+    beside = most.peak_bytes - most.weight_bytes + answer
+    return beside, most.cache_bytes + answer, hardware.memory - most.weight_bytes
+
+
 def peak(cost: Cost) -> int:
     """Bytes of the rank that needs most."""
     return max(rank.peak_bytes for rank in cost.ranks)

@@ -1,82 +1,56 @@
-"""The server's endpoints: chat completions, models, health and metrics."""
+"""The server's endpoints: chats, completions, documents, models, health and metrics."""
 
 from __future__ import annotations
 
-import asyncio
-import json
-import threading
 import time
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import Collection
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.concurrency import run_in_threadpool
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import Cancelled, InputError, NotFinite, unexpected
-from ..generation import Generation, Sampling
-from ..prompt import Prompt
-from .schema import ChatRequest
-from .worker import Event, Job, Progress, Worker
+from ..errors import InputError
+from ..generation import Sampling
+from ..hf.loading import position_limit
+from ..hf.sampling import own_sampling
+from .answers import Task
+from .following import Following
+from .limits import Gate, most_characters
+from .metrics import Metrics
+from .prompts import Asked, Said
+from .replies import ErrorBody, Refusal, Reply, TextReply
+from .schema import ChatRequest, CompletionRequest, DocumentRequest
+from .shelf import Shelf
+from .tokenizing import Tokenizing
+from .worker import Worker
 
-# Seconds between checks that a waiting client is still connected, and between keep-alive comments to a streaming one.
-_PULSE_S = 1.0
-# Bucket bounds of the histograms, in seconds.
-_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-
-
-class Refusal(Exception):
-    """An error response: HTTP status and an error object in OpenAI's format."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
-class Metrics:
-    """Counters and histograms for Prometheus."""
-
-    def __init__(self, worker: Worker) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("apb_requests", "Requests by HTTP status.", ["status"], registry=registry)
-        self.prompt = Counter("apb_prompt_tokens", "Tokens of answered prompts.", registry=registry)
-        self.answer = Counter("apb_answer_tokens", "Tokens of answers.", registry=registry)
-        self.prefill = Histogram("apb_prefill_seconds", "Seconds of prefill.", buckets=_SECONDS, registry=registry)
-        self.decode = Histogram("apb_decode_seconds", "Seconds of decode.", buckets=_SECONDS, registry=registry)
-        waiting = Gauge("apb_waiting_requests", "Requests in the queue.", registry=registry)
-        waiting.set_function(lambda: worker.waiting)
-
-    def count(self, result: Generation) -> None:
-        """Record an answered request."""
-        self.prompt.inc(result.prompt_tokens)
-        self.answer.inc(len(result.token_ids))
-        self.prefill.observe(result.timing["prefill_s"])
-        self.decode.observe(result.timing["decode_s"])
+# Error responses that every endpoint may give, for the OpenAPI description.
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "The request is invalid, or does not fit."},
+    401: {"model": ErrorBody, "description": "An API key is missing."},
+    404: {"model": ErrorBody, "description": "There is no such model, document or path."},
+    408: {"model": ErrorBody, "description": "The body took too long."},
+    413: {"model": ErrorBody, "description": "The body is too large."},
+    422: {"model": ErrorBody, "description": "Not used: what is invalid is answered with 400."},
+    429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again."},
+    499: {"model": ErrorBody, "description": "The client left."},
+    500: {"model": ErrorBody, "description": "Answering failed."},
+    503: {"model": ErrorBody, "description": "The server is ending."},
+}
+# Seconds after which a client that was told to come again later should, at most.
+_LATER_S = 600
 
 
-class Counted:
-    """Middleware that counts API responses by status; plain ASGI, since response wrappers hide client disconnects."""
-
-    def __init__(self, app: ASGIApp, requests: Counter) -> None:
-        self._app = app
-        self._requests = requests
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start" and scope["path"].startswith("/v1/"):
-                self._requests.labels(message["status"]).inc()
-            await send(message)
-
-        await self._app(scope, receive, watched)
-
-
-def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str | None = None) -> FastAPI:
+def make_app(
+    worker: Worker,
+    name: str,
+    max_new_tokens: int,
+    chat_template: str | None = None,
+    keys: Collection[str] = (),
+) -> FastAPI:
     """The server application for one model.
 
     Args:
@@ -84,49 +58,88 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
         name: the model's name in the API.
         max_new_tokens: limit on an answer's tokens for requests that set none.
         chat_template: as in :meth:`apb.Prompt.from_chat`.
+        keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
     """
-    app = FastAPI(title="apb", docs_url=None, redoc_url=None)
-    metrics = Metrics(worker)
-    app.add_middleware(Counted, requests=metrics.requests)
+    app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
+    engine, metrics = worker.engine, Metrics(worker)
+    unlimited = engine.reading.allow_extrapolation
+    characters = most_characters(None if unlimited else position_limit(engine.model.config))
+    app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
     served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
-    tokenizing = threading.Lock()  # fast tokenizers are not thread-safe
+    tokenizing = Tokenizing(engine.needed_tokenizer(), chat_template, characters)
+    own, shelf = own_sampling(engine.model), Shelf()
 
-    def check_name(asked: str) -> None:
-        if asked != name:
+    def check_name(asked: str | None) -> None:
+        if asked not in (None, name):
             raise Refusal(404, f"The model {asked!r} is not served here; ask for {name!r}.", code="model_not_found")
 
-    def make_prompt(body: ChatRequest) -> tuple[Prompt, dict[str, Any]]:
-        """Prompt and sampling options of a request; InputError if they are invalid or do not fit."""
-        document, query, system = body.parts()
-        sampling = body.sampling(max_new_tokens)
-        Sampling(**sampling)
-        tokenizer = worker.engine.tokenizer
-        assert tokenizer is not None, "from_pretrained loads one"
-        with tokenizing:
-            prompt = Prompt.for_model(tokenizer, document, query, system, chat_template=chat_template)
-        worker.engine.plan(prompt, sampling["max_new_tokens"])
-        return prompt, sampling
+    def submitted(task: Task, following: Following) -> None:
+        """Queue a request, or refuse it."""
+        if worker.draining:
+            raise Refusal(503, "The server is ending; ask another one.", "server_error", "ending")
+        following.job = worker.submit(task, following.tell)
+        if following.job is None:
+            later = {"Retry-After": str(min(max(int(worker.wait_s()), 1), _LATER_S))}
+            message = f"{worker.waiting} requests are waiting; try again later."
+            raise Refusal(429, message, "server_error", "overloaded", later)
+
+    async def answered(
+        body: ChatRequest | CompletionRequest, asked: Asked, request: Request, kind: type[Reply]
+    ) -> Response:
+        sampling = body.sampling(max_new_tokens, own)
+        Sampling(**sampling)  # what is wrong with it is said before anything is queued
+        task = Task(asked.prompt, sampling, body.n, asked.ordinary)
+        following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics)
+        submitted(task, following)
+        warned = {"X-APB-Warning": f"ignored: {', '.join(body.ignored)}"[:500]} if body.ignored else {}
+        warned = {key: value.encode("ascii", "replace").decode() for key, value in warned.items()}
+        if body.stream:
+            pieces = following.streamed(body.n, body.with_usage)
+            return StreamingResponse(pieces, media_type="text/event-stream", headers=warned)
+        return JSONResponse(await following.whole(request), headers=warned)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        if body.model is not None:
-            check_name(body.model)
-        prompt, sampling = await run_in_threadpool(make_prompt, body)
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
-        job = Job(prompt, sampling, lambda event: _tell(loop, events, event))
-        if not worker.submit(job):
-            raise Refusal(503, f"{worker.waiting} requests are waiting; try again later.", "server_error", "overloaded")
-        reply = Reply(name)
-        if body.stream:
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            pieces = _streamed(job, events, reply, metrics, usage)
-            return StreamingResponse(pieces, media_type="text/event-stream")
-        try:
-            result = await _result(events, request)
-        finally:
-            job.cancelled.set()
-        metrics.count(result)
-        return JSONResponse(reply.whole(result))
+        check_name(body.model)
+        said, document = body.said(), body.document
+        if body.document_id is not None:
+            document = shelf.text_of(body.document_id)
+        asked = await tokenizing.chat(said, document)
+        return await answered(body, asked, request, Reply)
+
+    @app.post("/v1/completions")
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        check_name(body.model)
+        return await answered(body, await tokenizing.plain(body.text), request, TextReply)
+
+    @app.post("/v1/documents", status_code=202)
+    async def read(body: DocumentRequest) -> dict[str, Any]:
+        from ..asking import NEUTRAL
+
+        asked = await tokenizing.chat([Said("user", [body.question or NEUTRAL])], body.text)
+        kept = shelf.put(body.text, body.name, body.question, asked.prompt)
+        if kept.job is None:
+            following = Following(Reply(name, {}, tokenizing.name), metrics, kept.heard)
+            try:
+                submitted(Task(asked.prompt, answers=0), following)
+            except (Refusal, InputError):
+                shelf.remove(kept.id)
+                raise
+            kept.job, kept.status = following.job, "reading"
+        return kept.told()
+
+    @app.get("/v1/documents")
+    async def documents() -> dict[str, Any]:
+        return {"object": "list", "data": [kept.told() for kept in shelf]}
+
+    @app.get("/v1/documents/{number}")
+    async def document(number: str) -> dict[str, Any]:
+        return shelf[number].told()
+
+    @app.delete("/v1/documents/{number}")
+    async def forget(number: str) -> dict[str, Any]:
+        shelf.remove(number)
+        return {"id": number, "object": "document", "deleted": True}
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -138,8 +151,12 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
         return served
 
     @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "last_error": worker.last_error}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        return JSONResponse({"ready": not worker.draining}, 503 if worker.draining else 200)
 
     @app.get("/metrics")
     async def counted() -> Response:
@@ -147,7 +164,7 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
 
     @app.exception_handler(Refusal)
     async def refuse(request: Request, refusal: Refusal) -> Response:
-        return JSONResponse(refusal.body, refusal.status)
+        return JSONResponse(refusal.body, refusal.status, refusal.headers)
 
     @app.exception_handler(InputError)
     async def wrong(request: Request, error: InputError) -> Response:
@@ -165,101 +182,6 @@ def make_app(worker: Worker, name: str, max_new_tokens: int, chat_template: str 
     return app
 
 
-class Reply:
-    """Response bodies of one answer."""
-
-    def __init__(self, model: str) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
-
-    def whole(self, result: Generation) -> dict[str, Any]:
-        """Body of a whole answer."""
-        message = {"role": "assistant", "content": result.text}
-        choice = {"index": 0, "message": message, "finish_reason": result.finish_reason, "logprobs": None}
-        return {**self._head, "object": "chat.completion", "choices": [choice], **self.figures(result)}
-
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, **more: Any) -> str:
-        """Server-sent event with a piece of a streamed answer."""
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return _sse({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
-
-    def usage(self, result: Generation) -> str:
-        """Server-sent event with the token usage, the last of a streamed answer if requested."""
-        figures = {"usage": self.figures(result)["usage"]}
-        return _sse({**self._head, "object": "chat.completion.chunk", "choices": [], **figures})
-
-    def figures(self, result: Generation) -> dict[str, Any]:
-        """Token usage, and under "apb" how the prompt was read and the answer decoded, whether exactly, and notes."""
-        read, written = result.prompt_tokens, len(result.token_ids)
-        usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        kept = ("strategy", "exact", "plan", "timing", "decode", "choice", "notes")
-        return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
-
-
-def _tell(loop: asyncio.AbstractEventLoop, events: asyncio.Queue[Event], event: Event) -> None:
-    """Hand an event from the worker's thread to the server's event loop, which may be closed."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(events.put_nowait, event)
-
-
-async def _result(events: asyncio.Queue[Event], request: Request) -> Generation:
-    """Wait for a job's result; Refusal if it failed or the client disconnected."""
-    while True:
-        try:
-            event = await asyncio.wait_for(events.get(), _PULSE_S)
-        except TimeoutError:
-            if await request.is_disconnected():
-                raise Refusal(499, "The client disconnected.", code="cancelled") from None
-            continue
-        if isinstance(event, Generation):
-            return event
-        if isinstance(event, Exception):
-            raise _failure(event)
-
-
-async def _streamed(
-    job: Job, events: asyncio.Queue[Event], reply: Reply, metrics: Metrics, usage: bool
-) -> AsyncIterator[str]:
-    """Server-sent events of a job; until the first token, comments with the progress of prefill."""
-    read = "waiting"
-    told = 0.0
-    try:
-        yield reply.chunk({"role": "assistant", "content": ""})
-        while True:
-            try:
-                event = await asyncio.wait_for(events.get(), _PULSE_S)
-            except TimeoutError:
-                yield f": {read}\n\n"
-                continue
-            if isinstance(event, str):
-                yield reply.chunk({"content": event})
-            elif isinstance(event, Progress):
-                read = f"read {event.done} of {event.total} tokens"
-                if time.monotonic() - told > _PULSE_S:
-                    told = time.monotonic()
-                    yield f": {read}\n\n"
-            elif isinstance(event, Generation):
-                metrics.count(event)
-                yield reply.chunk({}, event.finish_reason, apb=reply.figures(event)["apb"])
-                if usage:
-                    yield reply.usage(event)
-                break
-            else:
-                yield _sse(_failure(event).body)
-                break
-        yield "data: [DONE]\n\n"
-    finally:  # the client may have disconnected
-        job.cancelled.set()
-
-
-def _failure(error: Exception) -> Refusal:
-    """The error response for a job that failed after it was accepted."""
-    if isinstance(error, InputError):
-        return Refusal(400, str(error))
-    if isinstance(error, Cancelled):
-        return Refusal(499, str(error), code="cancelled")
-    return Refusal(500, str(error) if isinstance(error, NotFinite) else unexpected(error), "server_error")
-
-
 def _sentence(error: RequestValidationError) -> str:
     """One sentence for the most deeply nested validation error: a union reports one for each of its types."""
     first = max(error.errors(), key=lambda found: len(found["loc"]))
@@ -268,10 +190,6 @@ def _sentence(error: RequestValidationError) -> str:
     where = ".".join(map(str, parts))
     if first["type"] == "json_invalid":
         return "The request's body is not JSON."
-    if first["type"] == "extra_forbidden":
-        return f"{where!r} is not supported here; leave it out."
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
     return f"The request's {where or 'body'} is wrong: {first['msg'].rstrip('.')}."
-
-
-def _sse(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body)}\n\n"

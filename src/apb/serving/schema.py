@@ -1,4 +1,4 @@
-"""Requests in the format of the OpenAI chat API, and the parts of the prompt that they contain."""
+"""Requests in the format of the OpenAI API: what they may hold, what is refused, and what is ignored."""
 
 from __future__ import annotations
 
@@ -7,125 +7,189 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..errors import InputError
+from .prompts import Said
 
-# Values of fields that clients send although they have no effect.
-_CHANGES_NOTHING = {
-    "stop": ([],),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
+# Fields that would change the answer and are not supported, with the values under which they change nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
-    "logprobs": (False,),
     "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "use_beam_search": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "stop_token_ids": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
 }
+# Fields that name the client or its bookkeeping, about which there is nothing to say.
+_SILENT = {"user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier", "prompt_cache_key"}
+
+MOST_ANSWERS = 8
+MOST_MESSAGES = 256
 
 
-class _Strict(BaseModel):
-    # Ignoring an unknown field would give another answer than the one requested.
-    model_config = ConfigDict(extra="forbid")
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
 
 
-class Text(_Strict):
+class Text(_Open):
     """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(_Strict):
+class Message(_Open):
     """One message, its text whole or in parts."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Text], Field(min_length=1)]
-    name: str | None = None
+    content: str | Annotated[list[Text], Field(min_length=1, max_length=MOST_MESSAGES)]
+
+    def said(self) -> Said:
+        """The message as prompts are made of it; "developer" is what templates know as "system"."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return Said("system" if self.role == "developer" else self.role, parts)
 
 
-class StreamOptions(_Strict):
+class StreamOptions(_Open):
     """Options of a streamed answer."""
 
     include_usage: bool = False
 
 
-class ChatRequest(_Strict):
-    """The body of POST /v1/chat/completions.
+class _Request(_Open):
+    """What chats and completions have in common."""
 
-    Attributes:
-        document: extension of this package: the text to read; the user's message is then the question alone.
-        user, metadata, store: accepted and ignored.
-    """
-
-    messages: Annotated[list[Message], Field(min_length=1)]
     model: str | None = None
-    document: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
+    temperature: float | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: int | None = None
-    n: Literal[1] = 1
+    n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _said(cls, body: Any) -> Any:
-        """Drop nulls and fields without effect."""
+        """Drop nulls, and unsupported fields without effect; refuse the others of these."""
         if not isinstance(body, dict):
             return body
-        return {
-            name: value
-            for name, value in body.items()
-            if value is not None and value not in _CHANGES_NOTHING.get(name, ())
-        }
+        kept = {name: value for name, value in body.items() if value is not None}
+        for name, harmless in _REFUSED.items():
+            if name in kept and kept.pop(name) not in harmless:
+                raise InputError(f"{name!r} is not supported here; leave it out.")
+        return kept
 
-    def parts(self) -> tuple[str, str, str | None]:
-        """(document, query, system text or None).
+    @property
+    def ignored(self) -> list[str]:
+        """Names of the fields that have no effect here."""
+        return sorted(set(self.model_extra or ()) - _SILENT)
 
-        The document is the field ``document``, else all parts of the user's message but the last, else the text before
-        the message's last blank line. The prompt is the same text in each case; they differ in which part of it counts
-        as the query, whose rows decide what blocks pass on.
+    @property
+    def with_usage(self) -> bool:
+        """True if a stream is to end with the token usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
-        Raises:
-            InputError: the messages hold more than one question, or no document.
+    def sampling(self, longest: int, own: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of :class:`apb.generation.Sampling`.
+
+        Args:
+            longest: the token limit if the request sets none.
+            own: how the checkpoint samples where the request does not say.
         """
-        system = [message for message in self.messages if message.role in ("system", "developer")]
-        others = [message for message in self.messages if message not in system]
-        if len(others) != 1 or others[0].role != "user" or len(system) > 1:
-            raise InputError(
-                "A request is one question: a system message, if any, and one user message; "
-                "put earlier messages into the document."
-            )
-        told = _whole(system[0].content) if system else None
-        content = others[0].content
-        if self.document is not None:
-            return self.document, _whole(content), told
-        if not isinstance(content, str) and len(content) > 1:
-            return _whole(content[:-1]), content[-1].text, told
-        document, blank, query = _whole(content).rstrip().rpartition("\n\n")
-        if not blank:
-            raise InputError(
-                "There is no document: give it as 'document', as a text part of the message before the question, "
-                "or end the message with a blank line and the question."
-            )
-        return document, query, told
-
-    def sampling(self, longest: int) -> dict[str, Any]:
-        """Arguments of :class:`apb.generation.Sampling`; ``longest`` is the token limit if the request sets none."""
-        asked = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-        return {
-            "max_new_tokens": longest if asked is None else asked,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        asked = own | {name: value for name, value in given.items() if value is not None}
+        if asked.get("top_k", 0) < 1:  # as clients write "all"
+            asked.pop("top_k", None)
+        return asked | {
+            "max_new_tokens": longest if self.max_tokens is None else self.max_tokens,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "seed": self.seed,
         }
 
 
-def _whole(content: str | list[Text]) -> str:
-    return content if isinstance(content, str) else "\n\n".join(piece.text for piece in content)
+class ChatRequest(_Request):
+    """The body of POST /v1/chat/completions.
+
+    Attributes:
+        document: extension of this package: the text to read; the user's last message is then the question alone.
+        document_id: the same, of a document given to POST /v1/documents.
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    document: str | None = None
+    document_id: str | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def said(self) -> list[Said]:
+        """The messages; InputError unless the last one is the user's."""
+        if self.messages[-1].role != "user":
+            raise InputError("The last message must be the user's: it is what gets answered.")
+        if self.document is not None and self.document_id is not None:
+            raise InputError("Both 'document' and 'document_id' are given; leave one out.")
+        return [message.said() for message in self.messages]
+
+    def sampling(self, longest: int, own: dict[str, Any]) -> dict[str, Any]:
+        """As for all requests, with the limit's newer name and the log-probabilities."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InputError("'top_logprobs' needs 'logprobs': true.")
+        asked = super().sampling(longest, own)
+        if self.max_completion_tokens is not None:
+            asked["max_new_tokens"] = self.max_completion_tokens
+        return asked | ({"top_logprobs": self.top_logprobs or 0} if self.logprobs else {})
+
+
+class CompletionRequest(_Request):
+    """The body of POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def text(self) -> str:
+        """The prompt."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    def sampling(self, longest: int, own: dict[str, Any]) -> dict[str, Any]:
+        """As for all requests, with the log-probabilities."""
+        asked = super().sampling(longest, own)
+        return asked | ({} if self.logprobs is None else {"top_logprobs": self.logprobs})
+
+
+class DocumentRequest(_Open):
+    """The body of POST /v1/documents.
+
+    Attributes:
+        text: the document.
+        question: what it is read for, if that is known.
+        name: shown in lists.
+    """
+
+    text: str
+    question: str | None = None
+    name: str | None = None

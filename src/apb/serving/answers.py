@@ -1,0 +1,123 @@
+"""One request's work on one rank: read its prompt, write its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ..generation import Generation, Sampling, Scored
+from ..prompt import Prompt
+
+if TYPE_CHECKING:
+    from .fairness import Share
+    from .worker import Worker
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a request asks for; plain values, which travel to all ranks.
+
+    Attributes:
+        prompt: what to read.
+        sampling: arguments of :class:`apb.generation.Sampling`.
+        answers: how many answers to write, one after the other; 0 to read only.
+        ordinary: True if the prompt is no document, and is to be read exactly.
+    """
+
+    prompt: Prompt
+    sampling: dict[str, Any] = field(default_factory=dict)
+    answers: int = 1
+    ordinary: bool = False
+
+    @property
+    def new_tokens(self) -> int:
+        """The most tokens of an answer."""
+        return int(self.sampling.get("max_new_tokens", 1))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of the prompt's ``total`` tokens have been read."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """A piece of an answer's text, with the log-probabilities of its tokens where they are asked for."""
+
+    index: int
+    text: str
+    scored: Sequence[Scored] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer is complete."""
+
+    index: int
+    result: Generation
+
+
+# Events of a request; the last one is the error that it ended with, or None.
+Event = Progress | Written | Answer | Exception | None
+
+
+def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Share, pause: Callable[[], None]) -> None:
+    """Do a request's work, with a pause before every layer and token."""
+    engine = worker.engine_of(task)
+
+    def progress(done: int, total: int) -> None:
+        # All is read once the prefill has returned.
+        share.read = min(done, share.to_read - 1)
+        tell(Progress(done, total))
+
+    if task.ordinary:
+        session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=pause)
+        read_for: str | None = None
+        close: Callable[[], None] = lambda: None  # noqa: E731
+    else:
+        session, read_for, close = worker.library.open(task.prompt, task.new_tokens, progress, pause)
+    try:
+        share.read = share.to_read
+        logits, length = session.logits, len(session.token_ids)
+        for index in range(task.answers):
+            if index:
+                session.rewind(length, logits)
+            sampling = Sampling(**task.sampling)
+            if sampling.seed is not None:
+                sampling = replace(sampling, seed=sampling.seed + index)
+            result = _write(engine, session, sampling, index, tell, share, pause)
+            result.read_for = read_for
+            tell(Answer(index, result))
+    finally:
+        close()
+
+
+def _write(
+    engine: Any,
+    session: Any,
+    sampling: Sampling,
+    index: int,
+    tell: Callable[[Event], None],
+    share: Share,
+    pause: Callable[[], None],
+) -> Generation:
+    scored: list[Scored] = []
+
+    def between() -> None:
+        share.written += 1
+        pause()
+
+    pieces = engine.answering.stream(session, sampling, None, scored.append, between)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as stop:
+            if scored:
+                tell(Written(index, "", scored))
+            return stop.value
+        tell(Written(index, piece, tuple(scored)))
+        scored.clear()

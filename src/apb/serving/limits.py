@@ -1,0 +1,116 @@
+"""What is refused before anything is read of it: bodies that are too large or too slow, requests without a key."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import uuid
+from collections.abc import Collection
+from typing import Any
+
+from prometheus_client import Counter
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .replies import Refusal
+
+# Characters that a prompt may have for each token that the model can read: far more than any text has.
+CHARACTERS_PER_TOKEN = 16
+# Bytes of a body for each of them, with JSON's escapes, and for all the rest.
+_BYTES_PER_CHARACTER, _BYTES_BESIDE = 6, 1 << 16
+# Positions of models that set no limit.
+UNLIMITED = 1 << 20
+# Seconds that a body may take to come in.
+BODY_S = 60.0
+
+
+def most_characters(positions: int | None) -> int:
+    """Characters that a request's texts may have together, for a model of so many positions."""
+    return CHARACTERS_PER_TOKEN * (positions or UNLIMITED)
+
+
+class Gate:
+    """ASGI middleware around the API: it reads bodies within limits, asks for a key, and counts responses by status.
+
+    Plain ASGI, since response wrappers hide that clients disconnect.
+    """
+
+    def __init__(self, app: ASGIApp, requests: Counter, characters: int, keys: Collection[str] = ()) -> None:
+        self._app = app
+        self._requests = requests
+        self._most = characters * _BYTES_PER_CHARACTER + _BYTES_BESIDE
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        number = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = number
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
+                if scope["path"].startswith("/v1/"):
+                    self._requests.labels(message["status"]).inc()
+            await send(message)
+
+        headers = dict(scope["headers"])
+        try:
+            if scope["path"].startswith("/v1/"):
+                self._check_key(headers)
+            body = await self._body(headers, receive)
+        except Refusal as refusal:
+            await _respond(watched, refusal)
+            return
+        told = False
+
+        async def again() -> Message:
+            nonlocal told
+            if not told:
+                told = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()
+
+        await self._app(scope, again, watched)
+
+    def _check_key(self, headers: dict[bytes, bytes]) -> None:
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()
+        # All are compared, each in constant time: how long it takes tells nothing.
+        if self._keys and not sum(hmac.compare_digest(given, key) for key in self._keys):
+            message = "This server asks for an API key: send one of its keys as 'Authorization: Bearer KEY'."
+            raise Refusal(401, message, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+        declared = headers.get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._most:
+            raise self._too_large(int(declared))
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refusal(499, "The client disconnected.", code="cancelled")
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._most:
+                        raise self._too_large(size)
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refusal(408, f"The request's body took more than {BODY_S:.0f} seconds; send it faster.") from None
+
+    def _too_large(self, size: int) -> Refusal:
+        return Refusal(
+            413, f"The request's body has {size:,} bytes, and at most {self._most:,} are read; send a shorter text."
+        )
+
+
+async def _respond(send: Any, refusal: Refusal) -> None:
+    body = json.dumps(refusal.body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"connection", b"close")]  # what is left of a body is not read
+    headers += [(name.lower().encode(), value.encode()) for name, value in (refusal.headers or {}).items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,48 @@
+"""Counters, gauges and histograms for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from ..generation import Generation
+from .worker import Worker
+
+# Bucket bounds of the histograms, in seconds.
+_SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+_SHORT = (0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
+
+
+class Metrics:
+    """What the server counts."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("apb_requests", "Requests by HTTP status.", ["status"], registry=registry)
+        self.prompt = Counter("apb_prompt_tokens", "Tokens of answered prompts.", registry=registry)
+        self.answer = Counter("apb_answer_tokens", "Tokens of answers.", registry=registry)
+        self.read = Counter("apb_strategy_requests", "Answers by strategy.", ["strategy"], registry=registry)
+        self.failed = Counter(
+            "apb_failed_requests", "Requests that failed while they were answered.", registry=registry
+        )
+        self.prefill = Histogram("apb_prefill_seconds", "Seconds of prefill.", buckets=_SECONDS, registry=registry)
+        self.decode = Histogram("apb_decode_seconds", "Seconds of decode.", buckets=_SECONDS, registry=registry)
+        text = "Seconds from a request's arrival to the first piece of its answer."
+        self.first = Histogram("apb_first_token_seconds", text, buckets=_SECONDS, registry=registry)
+        text = "Seconds between pieces of an answer."
+        self.between = Histogram("apb_between_tokens_seconds", text, buckets=_SHORT, registry=registry)
+        for name, text, value in (
+            ("apb_waiting_requests", "Requests in the queue.", lambda: worker.waiting),
+            ("apb_running_requests", "Requests that are read or answered.", lambda: worker.running),
+            ("apb_documents", "Documents that stay read.", lambda: len(worker.library)),
+            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: worker.library.size),
+            ("apb_document_hits", "Requests whose document was read already.", lambda: worker.library.hits),
+        ):
+            Gauge(name, text, registry=registry).set_function(value)
+
+    def count(self, result: Generation) -> None:
+        """Record an answer."""
+        self.prompt.inc(result.prompt_tokens)
+        self.answer.inc(len(result.token_ids))
+        self.read.labels(result.strategy).inc()
+        self.prefill.observe(result.timing["prefill_s"])
+        self.decode.observe(result.timing["decode_s"])

@@ -1,0 +1,50 @@
+"""Whose turn it is: short work first, what has waited in the end, and answers go on between the pieces of a prefill."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from apb.serving.fairness import Pace, Share, next_of
+
+PACE = Pace(read_s=0.001, write_s=0.01)
+
+
+def test_a_short_question_overtakes() -> None:
+    """Even one that came later, whatever the long one has done so far but for its end."""
+    long = Share(32_000, 64, since=time.monotonic() - 5, read=16_000, reading_s=5.0, worked_s=5.0)
+    short = Share(1_000, 8)
+    assert next_of([long, short], PACE) is short
+    long.read = 31_900
+    assert next_of([long, short], PACE) is long
+
+
+def test_nothing_waits_for_ever() -> None:
+    """Short ones keep coming, each new; the long one's turn comes once it has waited in proportion to its work."""
+    long = Share(20_000, 1, since=time.monotonic() - 60)
+    short = Share(1_000, 1)
+    assert next_of([long, short], PACE) is short
+    long.since -= 60
+    assert next_of([long, Share(1_000, 1)], PACE) is long
+
+
+def test_answers_go_on_between_the_pieces_of_another() -> None:
+    """Whoever reads, one that writes gets a token after it, the one that came first before others."""
+    reading, writing = Share(1_000, 1), Share(100, 5_000, read=100, written=900, owed=True)
+    assert next_of([reading, writing], PACE) is writing
+    writing.owed = False
+    assert next_of([reading, writing], PACE) is reading
+    first = Share(100, 10, read=100, owed=True, since=time.monotonic() - 9)
+    writing.owed = True
+    assert next_of([reading, writing, first], PACE) is first
+
+
+def test_the_pace_is_measured() -> None:
+    """Later measurements count more, and change what is predicted."""
+    pace = Pace()
+    for _ in range(40):
+        pace.saw_read(1_000, 2.0)
+    assert pace.read_s == pytest.approx(0.002, rel=1e-3)
+    share, now = Share(1_000, 0), time.monotonic()
+    assert share.rank(pace, now) == pytest.approx(2.0, rel=0.01)
