@@ -199,6 +199,7 @@ class Document:
         self.rest()
         copy = copy or HostCopy(state.cache)
         copy.replace(state.cache)
+        state.cache.indexes.clear()  # built again when it is back and asked
         state.tail, state.here = state.tail.to(lambda _: torch.device("cpu")), False
         return copy
 

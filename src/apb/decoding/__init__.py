@@ -9,10 +9,24 @@ from ..errors import InputError
 from ..planning.options import check, options_of, refuse_beside, union
 from .base import Decoding, Reader, Shard, StoredReader
 from .dense import Dense
+from .pages import Pages
+from .squeezed import Squeezed
 
-__all__ = ["DECODINGS", "EXACT", "OPTIONS", "Decoding", "Dense", "Reader", "Shard", "StoredReader", "make_decoding"]
+__all__ = [
+    "DECODINGS",
+    "EXACT",
+    "OPTIONS",
+    "Decoding",
+    "Dense",
+    "Pages",
+    "Reader",
+    "Shard",
+    "Squeezed",
+    "StoredReader",
+    "make_decoding",
+]
 
-DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense,)}
+DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense, Pages, Squeezed)}
 # The default: every token attends to every key.
 EXACT: Decoding = Dense()
 # Every option of these methods by name.

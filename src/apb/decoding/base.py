@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from ..planning.options import Checked
+from ..errors import InputError
+from ..planning.options import Checked, option
 
 if TYPE_CHECKING:  # a decode method can be named without torch
     from torch import Tensor
@@ -15,8 +17,27 @@ if TYPE_CHECKING:  # a decode method can be named without torch
     from ..layers.shards import NewRows, StoredShard
 
 
+def share_option() -> Any:
+    """The option of a method that attends to a part of the keys; :class:`Decoding` checks it."""
+    return option(0.1, "Share of the keys that a new token attends to, above 0 and at most 1.", kind=float)
+
+
+class LayerIndex(Protocol):
+    """What a decode method has made of a layer's keys, to be kept with them."""
+
+    def forget(self, tokens: int) -> None:
+        """Forget all keys but the first ``tokens``, which the cache still holds."""
+
+
 class Shard(Protocol):
-    """The interface of a rank's cache for decode methods."""
+    """The interface of a rank's cache for decode methods.
+
+    Attributes:
+        indexes: what decode methods keep with the cache: under a key of their own, an index by layer. The cache tells
+            the indexes which keys it drops.
+    """
+
+    indexes: dict[Hashable, dict[int, LayerIndex]]
 
     @property
     def indices(self) -> list[int]:
@@ -71,6 +92,12 @@ class Decoding(Checked, ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        share = getattr(self, "share", 1.0)
+        if not 0 < share <= 1:
+            raise InputError(f"The share of keys must be above 0 and at most 1, not {share}.")
 
     @abstractmethod
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:

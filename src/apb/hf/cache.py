@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..decoding.base import LayerIndex
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class ShardCache(Cache):
         keeps_new: True if this rank keeps the tokens that are generated.
         arrival: :class:`Arrival` of the current pass, by the index of a layer.
         total: tokens seen so far by all ranks together.
+        indexes: see :class:`apb.decoding.Shard`.
     """
 
     growth = 256
@@ -202,6 +205,7 @@ class ShardCache(Cache):
         self.keeps_new = keeps_new
         self.arrival: Callable[[int], Arrival] = lambda layer: Arrival(None, ())
         self.total = total
+        self.indexes: dict[Hashable, dict[int, LayerIndex]] = {}
         super().__init__(layers=[ShardLayer(self, index) for index in range(layers)])
 
     def expect(self, positions: range) -> None:
@@ -270,6 +274,9 @@ class ShardCache(Cache):
         """Return to the state after the first ``total`` tokens; those after them must have been read by passes."""
         for layer in self._kept():
             layer.forget(total)
+            for indexes in self.indexes.values():
+                if layer.index in indexes:
+                    indexes[layer.index].forget(layer.length)
         self.total = total
 
     def cut(self, total: int) -> Tail:
@@ -305,6 +312,7 @@ class ShardCache(Cache):
 
     def clear(self) -> None:
         """Free the storage of all layers."""
+        self.indexes.clear()
         for layer in list(self._kept()):
             layer.keys = layer.values = layer.arriving = None
 

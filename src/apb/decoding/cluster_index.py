@@ -1,0 +1,68 @@
+"""Clusters of keys, which :class:`Squeezed` chooses by."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..kernels.kmeans import kmeans, sums_by_label
+from .selecting import KeyIndex
+
+
+class ClusterIndex(KeyIndex):
+    """The cluster of every key, and every cluster's mean. Keys that come later have clusters of their own.
+
+    Attributes:
+        labels: (kv_heads, covered) int64.
+        means: (kv_heads, clusters, head_dim) fp32, of the keys as they are.
+        sizes: (kv_heads, clusters) int64; a cluster may be empty.
+    """
+
+    def __init__(self, cluster_size: int) -> None:
+        self.cluster_size = cluster_size
+        self.labels: Tensor | None = None
+        self.means: Tensor | None = None
+        self.sizes: Tensor | None = None
+
+    def extend(self, keys: Tensor) -> None:
+        """See :meth:`KeyIndex.extend`: fewer new keys than make a cluster stay uncovered."""
+        new = keys[:, self.covered :].float()
+        if new.shape[1] < self.cluster_size:
+            return
+        clusters = new.shape[1] // self.cluster_size
+        labels = kmeans(torch.nn.functional.normalize(new, dim=2), clusters)
+        sizes = _counts(labels, clusters)
+        means = sums_by_label(new, labels, clusters) / sizes.clamp(min=1).unsqueeze(2)
+        if self.labels is not None and self.means is not None and self.sizes is not None:
+            labels = torch.cat([self.labels, labels + self.means.shape[1]], 1)
+            means, sizes = torch.cat([self.means, means], 1), torch.cat([self.sizes, sizes], 1)
+        self.labels, self.means, self.sizes, self.covered = labels, means, sizes, keys.shape[1]
+
+    def forget(self, tokens: int) -> None:
+        """See :meth:`KeyIndex.forget`: the means stay, as the clusters' representatives."""
+        self.covered = min(self.covered, tokens)
+        if self.labels is not None and self.means is not None and tokens < self.labels.shape[1]:
+            self.labels = self.labels[:, :tokens]
+            self.sizes = _counts(self.labels, self.means.shape[1])
+
+    def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`KeyIndex.scores`: equation 1 of Squeezed Attention, the logarithm of a head's estimated share of
+        attention per key, and the largest of a group's heads; no score (-inf) for empty clusters."""
+        assert self.means is not None and self.sizes is not None, "no key is covered"
+        logits = q @ self.means.transpose(1, 2)
+        sizes = self.sizes.unsqueeze(1)
+        share = logits - (logits + sizes.log()).logsumexp(-1, keepdim=True)
+        return share.amax(1).masked_fill(self.sizes == 0, -math.inf), self.sizes
+
+    def keys_of(self, chosen: Tensor) -> Tensor:
+        """See :meth:`KeyIndex.keys_of`."""
+        assert self.labels is not None, "no key is covered"
+        return chosen.gather(1, self.labels)
+
+
+def _counts(labels: Tensor, clusters: int) -> Tensor:
+    """Keys of every cluster: (kv_heads, clusters) int64."""
+    zeros = labels.new_zeros(labels.shape[0], clusters)
+    return zeros.scatter_add_(1, labels, torch.ones_like(labels))

@@ -1,0 +1,137 @@
+"""Decode methods that attend to a chosen part of the keys: what :class:`Pages` and :class:`Squeezed` share.
+
+An index of a layer's keys is kept with the cache, covers what was held when a session first read a token, and shrinks
+with the cache. Keys that it does not cover, the last ones among them, are always attended to.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..kernels.attention import Segment, attention
+from ..timing import timed
+from .base import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..layers.base import AttentionInput
+    from ..layers.shards import NewRows
+
+# Keys at a shard's end that no index covers: the question's, which its answer needs in full, are mostly among them.
+_RECENT = 64
+
+
+class KeyIndex(ABC):
+    """An index of one layer's first ``covered`` keys.
+
+    Attributes:
+        covered: keys at the shard's beginning that can be chosen or left out.
+    """
+
+    covered: int = 0
+
+    @abstractmethod
+    def extend(self, keys: Tensor) -> None:
+        """Cover as many of ``keys`` (kv_heads, tokens, head_dim) as can be; the first ``covered`` are so already."""
+
+    @abstractmethod
+    def forget(self, tokens: int) -> None:
+        """Cover no keys beyond the first ``tokens``: the cache has dropped them."""
+
+    @abstractmethod
+    def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """How much a row may attend to each unit of keys that is chosen as a whole.
+
+        Args:
+            q: (kv_heads, group, head_dim) fp32, the row's heads by KV head, times the scale.
+
+        Returns:
+            scores (kv_heads, units) fp32, comparable between KV heads, and sizes (kv_heads, units), the units' keys.
+        """
+
+    @abstractmethod
+    def keys_of(self, chosen: Tensor) -> Tensor:
+        """The keys, bool (kv_heads, covered), of the units chosen, bool (kv_heads, units)."""
+
+
+# (layer, scores, sizes, keys that may be chosen per KV head) to the units chosen, bool (kv_heads, units).
+Choose = Callable[[int, "Tensor", "Tensor", int], "Tensor"]
+
+
+class SelectingReader(Reader):
+    """Attends to the units of keys that are chosen, and to all keys that the indexes do not cover."""
+
+    def __init__(
+        self, indexes: dict[int, Any], make: Callable[[], KeyIndex], choose: Choose, share: float, backend: str
+    ) -> None:
+        """Make a reader of a shard.
+
+        Args:
+            indexes: by layer, kept with the shard; those that are not there yet are built when they are first needed.
+            make: an empty index.
+            choose: chooses the units.
+            share: share of all keys, above 0 and at most 1, that a row is to attend to.
+            backend: of :func:`apb.attention`.
+        """
+        self._indexes = indexes
+        self._make = make
+        self._choose = choose
+        self._wanted = share
+        self._backend = backend
+        self._ready: set[int] = set()
+        self._attended = self._held = 0
+
+    @property
+    def share(self) -> float:  # type: ignore[override]
+        """The share of the keys that rows have attended to so far, over all layers and KV heads; 1 before any row."""
+        return self._attended / self._held if self._held else 1.0
+
+    def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
+        """See :meth:`Reader.attend`: every row chooses for itself, as if it had been read alone."""
+        count, keys = layer.q.shape[0], layer.k.shape[0]
+        own = rows.holds_own(count)
+        index = self._index(layer, keys - count if own else keys)
+        seen = [keys - (count - 1 - row) if own else keys for row in range(count)]
+        with timed("attention"):
+            parts = [
+                self._row(replace(layer, q=layer.q[row : row + 1], k=layer.k[:stop], v=layer.v[:stop]), index)
+                for row, stop in enumerate(seen)
+            ]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    def _index(self, layer: AttentionInput, held: int) -> KeyIndex:
+        """The layer's index; the first time it is extended over what was held before the rows."""
+        index: KeyIndex = self._indexes.setdefault(layer.index, self._make())
+        if layer.index not in self._ready:
+            self._ready.add(layer.index)
+            stop = max(held - _RECENT, 0)
+            index.forget(stop)  # an earlier, longer question may have covered more
+            index.extend(layer.k[:stop].transpose(0, 1))
+        return index
+
+    def _row(self, layer: AttentionInput, index: KeyIndex) -> tuple[Tensor, Tensor]:
+        """One row that sees all of k, v: out (1, heads, head_dim) and lse (heads, 1)."""
+        (keys, kv_heads, _), covered = layer.k.shape, index.covered
+        self._held += keys * kv_heads
+        if not covered:
+            self._attended += keys * kv_heads
+            return attention(layer.q, [Segment(layer.k, layer.v)], layer.scale, self._backend, layer.softcap)
+        grouped = layer.q[0].unflatten(0, (kv_heads, -1))
+        scores, sizes = index.scores(grouped.float() * layer.scale)
+        budget = covered - math.ceil((1 - self._wanted) * keys)
+        picked = index.keys_of(self._choose(layer.index, scores, sizes, budget))
+        self._attended += int(picked.sum()) + (keys - covered) * kv_heads
+        parts = []
+        for head in range(kv_heads):  # as many keys as each of them chose
+            k, v = layer.k[:, head : head + 1], layer.v[:, head : head + 1]
+            chosen = picked[head].nonzero().squeeze(1)
+            segments = [Segment(k[chosen], v[chosen]), Segment(k[covered:], v[covered:])]
+            parts.append(attention(grouped[head : head + 1], segments, layer.scale, self._backend, layer.softcap))
+        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 0)

@@ -1,0 +1,240 @@
+"""Decode methods that attend to a part of the keys: pages by their bounds, clusters by their means."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import apb
+from apb.decoding import Decoding, Pages, Squeezed
+from apb.decoding.cluster_index import ClusterIndex
+from apb.decoding.page_index import PageIndex
+from apb.kernels.attention import Segment, attention
+from apb.layers.base import AttentionInput
+from apb.layers.shards import NewRows
+from families import PECULIAR, make
+from models import tiny_model, without_eos
+
+PREFIX, QUERY, ANSWER = [1, 2], [5, 6, 7], [12, 70, 33, 33, 1]
+DOCUMENT = [(37 * i * i + 11 * i) % 97 for i in range(301)]
+PROMPT = apb.Prompt.from_tokens(PREFIX, DOCUMENT, QUERY)
+METHODS = [Pages(page_size=5), Squeezed(cluster_size=4)]
+
+
+class Held:
+    """A shard of one layer, of given keys."""
+
+    indices = (0,)
+
+    def __init__(self, keys: int, kv_heads: int = 2, head_dim: int = 8) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.k, self.v = torch.randn(2, keys, kv_heads, head_dim, generator=generator)
+        self.q = torch.randn(1, 3 * kv_heads, head_dim, generator=generator)
+        self.indexes: dict[Any, Any] = {}
+
+    def layer(self) -> AttentionInput:
+        return AttentionInput(0, self.q, self.k, self.v, 0.5)
+
+
+def alone(layer: AttentionInput, seen: Tensor) -> Tensor:
+    """The row's attention where it sees the keys of bool (kv_heads, keys): a dense masked softmax."""
+    group = layer.q.shape[1] // layer.k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (layer.k, layer.v))
+    scores = torch.einsum("qhd,khd->hk", layer.q, k) * layer.scale
+    weights = scores.masked_fill(~seen.repeat_interleave(group, 0), -math.inf).softmax(-1)
+    return torch.einsum("hk,khd->hd", weights, v)[None]
+
+
+def engine_of(decoding: Decoding | str, model: Any = None, **options: Any) -> apb.Engine:
+    model = model or without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16))
+    return apb.Engine.from_model(model, strategy="full", decoding=decoding, **options)
+
+
+def decoded(engine: apb.Engine) -> Tensor:
+    session = engine.prefill(PROMPT)
+    return torch.stack([session.extend([token]) for token in ANSWER])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("family", [None, "gemma2", "deepseek_v3"])
+def test_the_whole_budget_is_exact(method: Any, family: str | None) -> None:
+    """Also under soft-capped logits, windows and latents; the answer says that all was read."""
+    model = None if family is None else make(*PECULIAR[family])
+    everything = engine_of(replace(method, share=1.0), model)
+    torch.testing.assert_close(decoded(everything), decoded(engine_of("exact", model)), rtol=1e-4, atol=1e-4)
+    assert everything.generate(PROMPT, max_new_tokens=4).decode == {"method": method.name, "exact": True, "share": 1.0}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_key_exceeds_its_pages_bound(seed: int) -> None:
+    """Of whole numbers, whose products are exact; and a page of equal keys has its bound reached."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randint(-9, 10, (2, 53, 6), generator=generator).float()
+    keys[:, 8:12] = keys[:, 8:9]
+    q = torch.randint(-9, 10, (2, 3, 6), generator=generator).float()
+    index = PageIndex(4)
+    index.extend(keys)
+    assert index.covered == 52
+    true = (q @ keys[:, :52].transpose(1, 2)).unflatten(2, (13, 4)).amax(3)
+    bounds = index.bounds(q)
+    assert (bounds >= true).all()
+    assert (bounds > true).any()
+    assert torch.equal(bounds[..., 2], true[..., 2])
+
+
+def test_the_best_pages_are_attended_to() -> None:
+    """Those of a brute-force search, and all keys that are in no page: 13 pages of 10 for 200 keys, 3 within a budget
+    of 50 % and a tail of 70."""
+    held = Held(200)
+    reader = Pages(share=0.5, page_size=10).prepare(held)
+    out, lse = reader.attend(held.layer(), NewRows(200, [range(200)]))
+    seen = torch.zeros(2, 200, dtype=torch.bool)
+    seen[:, 130:] = True
+    for head in range(2):
+        pages = held.k[:130, head].unflatten(0, (13, 10)).double()
+        promised = []
+        for q in held.q[0, 3 * head : 3 * head + 3].double() * 0.5:
+            bounds = torch.maximum(q * pages.amin(1), q * pages.amax(1)).sum(1)
+            promised.append(bounds.log_softmax(0))
+        for page in torch.stack(promised).amax(0).topk(3).indices.tolist():
+            seen[head, 10 * page : 10 * page + 10] = True
+    torch.testing.assert_close(out, alone(held.layer(), seen))
+    assert lse.shape == (6, 1)
+    assert reader.share == 100 / 200
+
+
+def clusters_by_numpy(keys: np.ndarray, count: int) -> np.ndarray:
+    """Spherical k-means as the paper's, one key at a time."""
+    points = keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    centroids = np.stack([points[index * len(points) // count] for index in range(count)])
+    labels = np.zeros(len(points), dtype=int)
+    for turn in range(10):
+        labels = np.array([int(np.argmax(centroids @ point)) for point in points])
+        for cluster in range(count if turn < 9 else 0):
+            if (labels == cluster).any():
+                mean = points[labels == cluster].sum(0)
+                centroids[cluster] = mean / np.linalg.norm(mean)
+    return labels
+
+
+def test_the_clusters_of_a_numpy_reference_are_attended_to() -> None:
+    """k-means, the scores of clusters, the threshold: the keys that it chooses, and those in no cluster."""
+    held = Held(190)
+    reader = Squeezed(share=0.6, cluster_size=9).prepare(held)
+    out, _ = reader.attend(held.layer(), NewRows(190, [range(190)]))
+    covered, count = 126, 14
+    scores, sizes, labels = [], [], []
+    for head in range(2):
+        keys = held.k[:covered, head].double().numpy()
+        label = clusters_by_numpy(keys, count)
+        size = np.bincount(label, minlength=count)
+        assert size.all()
+        means = np.stack([keys[label == cluster].mean(0) for cluster in range(count)])
+        logits = 0.5 * held.q[0, 3 * head : 3 * head + 3].double().numpy() @ means.T
+        shares = logits - np.log((size * np.exp(logits)).sum(1, keepdims=True))
+        scores.append(shares.max(0))
+        sizes.append(size)
+        labels.append(label)
+    budget, threshold = 2 * (covered - 76), math.inf
+    for score, size in sorted(zip(np.concatenate(scores), np.concatenate(sizes), strict=True), reverse=True):
+        budget -= size
+        if budget < 0:
+            break
+        threshold = score
+    chosen = np.stack([(score >= threshold - 1e-6)[label] for score, label in zip(scores, labels, strict=True)])
+    seen = torch.ones(2, 190, dtype=torch.bool)
+    seen[:, :covered] = torch.from_numpy(chosen)
+    torch.testing.assert_close(out, alone(held.layer(), seen))
+    assert 0.5 < reader.share == int(seen.sum()) / 380 <= 0.6
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_rows_of_one_pass_are_those_of_one_a_pass(method: Any) -> None:
+    """Scores of several tokens are those of the steps that would choose them; a score changes nothing."""
+    method = replace(method, share=0.3)
+    steps = decoded(engine_of(method)).log_softmax(-1)
+    session = engine_of(method).prefill(PROMPT)
+    for _ in range(2):
+        scores, _ = session.score(ANSWER)
+        expected = [steps[row, token] for row, token in enumerate(ANSWER[1:])]
+        torch.testing.assert_close(scores[1:], torch.stack(expected), rtol=1e-4, atol=1e-4)
+    assert 0.25 < session.share < 0.35
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_the_share_changes_the_answer_and_is_told(method: Any) -> None:
+    """At 30 % the logits are others, and the answer says what it is."""
+    engine = engine_of(replace(method, share=0.3))
+    assert not torch.allclose(decoded(engine), decoded(engine_of("exact")), atol=1e-3)
+    told = engine.generate(PROMPT, max_new_tokens=4).decode
+    assert (told["method"], told["exact"]) == (method.name, False)
+    assert 0.25 < told["share"] < 0.35
+
+
+def test_pages_stay_with_a_document() -> None:
+    """Bounds are built once, and are those of keys that the document still holds, whatever was asked before, also
+    after it has grown."""
+    method = Pages(share=0.3, page_size=5)
+    engine = engine_of(method)
+    document = engine.read(tokens=DOCUMENT[:250], prefix=PREFIX)
+    queries = [[(7 * i + n) % 97 for i in range(length)] for n, length in enumerate((3, 150, 4))]
+
+    def check(text: list[int]) -> None:
+        for query in queries:
+            fresh = engine.read(tokens=text, prefix=PREFIX)
+            assert document.ask(query, max_new_tokens=6).token_ids == fresh.ask(query, max_new_tokens=6).token_ids
+            (index,) = document.state.cache.indexes.values()
+            held = document.state.cache.shard(0)[0].transpose(0, 1)
+            pages = held[:, : index[0].covered].unflatten(1, (-1, 5))
+            assert torch.equal(index[0].least, pages.amin(2)) and torch.equal(index[0].largest, pages.amax(2))
+
+    check(DOCUMENT[:250])
+    before = document.state.cache.indexes[(method.name, 5)]
+    engine.read(tokens=DOCUMENT, prefix=PREFIX, after=document)
+    check(DOCUMENT)
+    assert document.state.cache.indexes[(method.name, 5)] is before
+
+
+def test_clusters_follow_the_cache() -> None:
+    """Keys that are dropped leave their clusters, keys that come have others; a few wait until they make a cluster."""
+    keys = Held(100).k.transpose(0, 1)
+    index = ClusterIndex(10)
+    index.extend(keys[:, :60])
+    assert index.covered == 60 and index.sizes.shape == (2, 6)
+    index.forget(45)
+    index.extend(keys[:, :54])
+    assert index.covered == 45 and index.sizes.sum(1).tolist() == [45, 45]
+    index.extend(keys)
+    assert index.covered == 100 and index.sizes.shape == (2, 11)
+    assert index.sizes[:, 6:].sum(1).tolist() == [55, 55]
+    assert index.labels[:, :45].max() < 6 <= index.labels[:, 45:].min()
+    scores, _ = index.scores(torch.ones(2, 1, 8))
+    everything = scores > -math.inf
+    assert index.keys_of(everything).all() and not index.keys_of(~everything).any()
+
+
+@pytest.mark.parametrize("keys", [0, 1, 30, 66])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_short_shards_are_read_in_full(method: Any, keys: int) -> None:
+    """A rank may hold few keys, or none."""
+    held = Held(keys)
+    reader = method.prepare(held)
+    layer = held.layer()
+    out, lse = reader.attend(layer, NewRows(keys + 1, [range(keys)] if keys else []))
+    expected = attention(layer.q, [Segment(layer.k, layer.v)], layer.scale)
+    torch.testing.assert_close((out, lse), expected)
+    assert reader.share == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.5])
+def test_a_share_is_checked(share: float) -> None:
+    """By either method, by its object and its name."""
+    for make_it in (lambda: Pages(share=share), lambda: apb.decoding.make_decoding("squeezed", {"share": share})):
+        with pytest.raises(apb.InputError, match="share of keys must be above 0 and at most 1, not"):
+            make_it()
