@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .answering import whole
-from .asking import Asking, Question
+from .asking import ANOTHER, NONE, THIS, Asking, Question
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
@@ -72,10 +72,6 @@ class State:
     def token_ids(self) -> tuple[int, ...]:
         """All tokens that stay read: prefix, document, kept turns."""
         return self.prefix + self.document + self.kept
-
-
-THIS, ANOTHER, NONE = "this question", "another question", "no question"
-"""For which question the document was read, seen from the question that is asked."""
 
 
 class Document:
