@@ -2,8 +2,8 @@
 
     python in_vllm.py JOB.json OUT.json
 
-A step is {"ask": prompts of token ids, "tokens": so many to answer}. With {"then": "remove" or "cut", "store": folder} a
-document goes, or its files lose their second half, once the next step has been promised its tokens.
+A step is {"ask": prompts of token ids, "tokens": so many to answer}. After {"then": "remove" or "cut", "store": folder}
+a document goes, or its files lose their second half, once the next step has been promised its tokens.
 """
 
 import json

@@ -26,6 +26,8 @@ class Server:
     host: str
     port: int
     max_new_tokens: int
+    answer_with: str | None
+    store: str | None
 
 
 @expanded
@@ -39,6 +41,12 @@ def serve(
     ),
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, where a request names none.")] = 512,
+    answer_with: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server that answers from the documents read here; see docs.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="With --answer-with: folder of documents that the vLLM server sees as well.")
+    ] = None,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, GET /v1/models, /health, /metrics. One prompt is read at a time."""
     try:
@@ -48,6 +56,10 @@ def serve(
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
     at_least("max_new_tokens", max_new_tokens, 1)
+    if (answer_with is None) != (store is None):
+        raise InputError("--answer-with and --store go together: an address, and a folder that both servers see.")
+    if store is not None and not store.is_dir():
+        raise InputError(f"The store {str(store)!r} is no folder; make it, and name it to the vLLM server too.")
     _listen(host, port).close()
 
     from .checks import check_reading
@@ -64,7 +76,8 @@ def serve(
     if chat_template is not None:  # one that cannot be applied is refused here, not with every request
         Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
         chat_template = template  # its text: the file is read once, and may change or go
-    server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens)
+    given = None if store is None else str(store)
+    server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens, answer_with, given)
     launch.run(work, place.processes, server)
 
 
@@ -77,6 +90,10 @@ def work(server: Server) -> None:
     quiet_libraries()
     engine = Engine.from_pretrained(**server.loading, **server.reading)
     worker = Worker(engine)
+    if server.answer_with is not None and server.store is not None:
+        from ..serving.answer_with import Handing
+
+        worker = Handing(engine, server.answer_with, Path(server.store))
     if engine.device.type == "cuda":
         worker.warm_up()
     if engine.mesh.everyone.rank == 0:

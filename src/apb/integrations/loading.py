@@ -224,10 +224,7 @@ class Loader:
         pinned = place.device.type == "cuda"
         shape = len(place.heads), rows, file.shape(name)[2]
         host = torch.empty(shape, dtype=place.dtype, pin_memory=pinned)  # torch reuses it once its copy has run
-        read = [
-            self._readers.submit(file.rows, name, head, start, into)
-            for head, into in zip(place.heads, host, strict=True)
-        ]
-        for each in read:
+        heads = zip(place.heads, host, strict=True)
+        for each in [self._readers.submit(file.rows, name, head, start, into) for head, into in heads]:
             each.result()
         return host.to(place.device, non_blocking=pinned).transpose(0, 1).contiguous()

@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 
 NEVER = "never"
 ALLOWANCES = (NEVER, THIS, NONE, ANOTHER)
-"""For which question an approximate document may have been read, if a prompt is to have it; each allows those before."""
+"""For which question an approximate document may have been read, if it is to serve; each allows those before it."""
 
 
 class Stored:

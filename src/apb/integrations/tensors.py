@@ -95,4 +95,4 @@ class TensorFile:
 
 
 def _memory(x: Tensor) -> memoryview:
-    return memoryview(x.view(torch.uint8).numpy()).cast("B")
+    return x.view(torch.uint8).numpy().data.cast("B")

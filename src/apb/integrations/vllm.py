@@ -5,9 +5,9 @@
         "kv_connector_extra_config": {"store": "FOLDER"}}'
 
 Exact documents serve every prompt that begins as they do. Approximate ones serve prompts whose question they were read
-for, or as the setting "approximate" says. vLLM finds cached blocks again by hashes of their tokens; the hashes of a
-request that gets an approximate document are salted with that document's key before vLLM looks anything up, so that what
-comes of it is found by requests for the same document under the same setting alone.
+for, or as the setting "approximate" says. vLLM finds cached blocks again by hashes of their tokens. Those of a request
+that gets an approximate document are salted with the document's key before vLLM looks anything up: what comes of it is
+found by requests for the same document, under the same setting, alone.
 """
 
 from __future__ import annotations
@@ -79,9 +79,8 @@ class DocumentConnector(KVConnectorBase_V1):
             store = Path(settings.get_from_extra_config("store", ""))
             if not store.is_dir():
                 raise ValueError(f"The store {str(store)!r} is no folder; name it as 'store' in the extra config.")
-            self._shelf = Shelf(
-                store, Fitting.to(vllm_config, settings.get_from_extra_config("model", None)), logger.warning
-            )
+            unfit = Fitting.to(vllm_config, settings.get_from_extra_config("model", None))
+            self._shelf = Shelf(store, unfit, logger.warning)
             self._found: dict[str, Found] = {}
             self._refused: dict[str, Found] = {}
             self._handed: dict[str, Handover] = {}
@@ -273,7 +272,7 @@ def _check(config: VllmConfig) -> None:
 
 
 def _places(layers: dict[str, Any], heads: int, dtype: Any) -> dict[str, Place]:
-    """Where this worker keeps keys and values, by the names of the layers, in the order in which they run; ``heads`` is the model's."""
+    """Where this worker keeps keys and values, by layer, in the order in which layers run; ``heads`` is the model's."""
     rank, size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
     found = {}
     for name, layer in layers.items():

@@ -191,7 +191,7 @@ class Reply:
         """Token usage, and under "apb" how the prompt was read and the answer decoded, whether exactly, and notes."""
         read, written = result.prompt_tokens, len(result.token_ids)
         usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-        kept = ("strategy", "exact", "plan", "timing", "decode", "choice", "notes")
+        kept = ("strategy", "exact", "plan", "timing", "decode", "choice", "read_for", "notes")
         return {"usage": usage, "apb": {key: value for key, value in result.to_dict().items() if key in kept}}
 
 
