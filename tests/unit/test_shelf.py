@@ -129,7 +129,7 @@ def handover(store: Path, start: int, stop: int) -> Handover:
 @pytest.mark.parametrize("heads", [range(2), range(1, 2)])
 @pytest.mark.parametrize(("start", "stop"), [(0, len(APB) + len(QUERY) - 1), (32, 100), (48, len(APB))])
 def test_loaded(store: Path, heads: range, start: int, stop: int) -> None:
-    """Every token of the document and its question goes to its slot, of the heads that are held there; nothing else does."""
+    """Every token of document and question goes to its slot, of the heads that are held there; nothing else does."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
     engine = apb.Engine.from_model(model, strategy="apb", blocks=4)
     session = engine.prefill(apb.Prompt.from_tokens(PREFIX, TEXT[:200], QUERY))
