@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
@@ -91,10 +92,12 @@ class Load:
     Attributes:
         handover: what is loaded.
         error: why it failed; None so far.
+        seconds: how long it took, once it is done.
     """
 
     handover: Handover
     error: Exception | None = None
+    seconds: float = 0.0
     layers: dict[str, Future[Any]] = field(default_factory=dict)
 
     def wait(self, name: str) -> None:
@@ -160,6 +163,7 @@ class Loader:
     def _run(
         self, load: Load, layers: dict[str, Future[Any]], places: Mapping[str, Place], ready: Any, synchronize: bool
     ) -> None:
+        start = time.perf_counter()
         try:
             first = next(iter(places.values()))
             with torch.inference_mode(), self._stream(first.device, ready):
@@ -172,6 +176,7 @@ class Loader:
                         event.record()
                         if synchronize:
                             event.synchronize()
+                    load.seconds = time.perf_counter() - start
                     layers[name].set_result(event)
         except Exception as error:
             load.error = error
