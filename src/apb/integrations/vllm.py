@@ -270,6 +270,8 @@ def _check(config: VllmConfig) -> None:
     parallel = config.parallel_config
     if config.model_config.use_mla:
         raise ValueError("Models with latent attention keep no keys and values of heads; documents of them have none.")
+    if config.speculative_config is not None:
+        raise ValueError("Documents hold nothing for the layers of a draft model; leave speculative decoding out.")
     if getattr(parallel, "decode_context_parallel_size", 1) > 1 or parallel.pipeline_parallel_size > 1:
         raise ValueError("Documents go to tensor-parallel workers only; leave other kinds of parallelism out.")
 
