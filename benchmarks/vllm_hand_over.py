@@ -73,6 +73,13 @@ def main() -> None:
 def parts_of(arguments: argparse.Namespace, folder: Path, parts: list[dict[str, Any]]) -> None:
     """Run the parts and write down what they tell."""
 
+    def keep(part: dict[str, Any]) -> None:
+        parts.append(part)
+        print(json.dumps({name: value for name, value in part.items() if name != "top"}), flush=True)
+        if arguments.out:
+            report = {"command": f"python {' '.join(sys.argv)}", "model": arguments.model or arguments.shape}
+            arguments.out.write_text(json.dumps({**report, "parts": parts}, indent=1) + "\n")
+
     def run(do: str, **job: Any) -> dict[str, Any]:
         """One part; an error is told, and the next parts go on."""
         path, out = folder / "job.json", folder / "out.json"
@@ -90,11 +97,14 @@ def parts_of(arguments: argparse.Namespace, folder: Path, parts: list[dict[str, 
         loads = re.findall(r"loaded (\d+) tokens in ([\d.]+) s", done.stdout + done.stderr)
         whole = [float(seconds) for tokens, seconds in loads if int(tokens) > 0.9 * job.get("length", 0)]
         told |= {"loading_s": whole} if whole else {}
-        parts.append({"part": do, **{name: job[name] for name in job if name not in ("store", "options")}, **told})
-        print(json.dumps({name: value for name, value in parts[-1].items() if name != "top"}), flush=True)
-        if arguments.out:
-            report = {"command": f"python {' '.join(sys.argv)}", "model": arguments.model or arguments.shape}
-            arguments.out.write_text(json.dumps({**report, "parts": parts}, indent=1) + "\n")
+        keep(
+            {
+                "part": do,
+                **{name: job[name] for name in job if name not in ("store", "options")},
+                "store": bool(job.get("store")),
+                **told,
+            }
+        )
         return told
 
     model = arguments.model or str(folder / "weights")
@@ -110,9 +120,8 @@ def parts_of(arguments: argparse.Namespace, folder: Path, parts: list[dict[str, 
             alone = run("answer", store=None, **given)
             with_store = run("answer", store=str(store), **given)
             if "error" not in alone and "error" not in with_store:
-                parts.append({"part": "compared", "length": length, "tensor_parallel": workers})
-                parts[-1] |= compared(alone, with_store)
-                print(json.dumps(parts[-1]), flush=True)
+                what = {"part": "compared", "length": length, "tensor_parallel": workers}
+                keep({**what, **compared(alone, with_store)})
 
 
 def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -150,8 +159,11 @@ def read(job: dict[str, Any]) -> dict[str, Any]:
     import apb
     from apb.hardware import fingerprint
     from apb.hf.config import vocabulary
+    from apb.hf.loading import load_model, pick_device, pick_dtype
 
-    engine = apb.Engine.from_pretrained(job["model"], strategy="full", allow_extrapolation=True, verify=False)
+    device = pick_device(None)
+    model = load_model(Path(job["model"]), pick_dtype(None, device), device)  # random weights have no tokenizer
+    engine = apb.Engine.from_model(model, strategy="full", allow_extrapolation=True, verify=False)
     text, _ = texts(job["length"], vocabulary(engine.model.config))
     engine.read(tokens=text[: len(text) // 4])  # kernels are compiled
     start = time.perf_counter()
