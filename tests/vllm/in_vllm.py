@@ -42,6 +42,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     job = json.loads(Path(sys.argv[1]).read_text())
+    if (workers := job["options"].get("tensor_parallel_size", 1)) > 1:  # vLLM wants a NUMA node for each, or this
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(workers)))
     doomed: list[Any] = []
     promise = DocumentConnector.build_connector_meta
 
