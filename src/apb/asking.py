@@ -23,6 +23,8 @@ TYPICAL = (
     "belong? What is said where, and what is said most often?"
 )
 """Questions that stand for those to come."""
+THIS, ANOTHER, NONE = "this question", "another question", "no question"
+"""For which question the document was read, seen from the question that is asked."""
 # Characters of a document's end after which a question is encoded as it is after all of it.
 _ENOUGH = 2000
 

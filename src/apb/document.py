@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .answering import whole
-from .asking import Asking, Question
+from .asking import ANOTHER, NONE, THIS, Asking, Question
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
@@ -82,9 +82,6 @@ class State:
 
 NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
 """Why a document is not written to disk."""
-
-THIS, ANOTHER, NONE = "this question", "another question", "no question"
-"""For which question the document was read, seen from the question that is asked."""
 
 
 class Document:

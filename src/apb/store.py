@@ -29,14 +29,13 @@ from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
 from .hf.host import Staging
 from .hf.identity import fingerprint
+from .manifest import FORMAT, MANIFEST, damaged, manifest_of
 from .planning.methods import METHODS
 from .planning.plan import Plan
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-MANIFEST = "document.json"
-FORMAT = 1
 _KIND = "shard"  # beginning of the names of files of keys and values
 
 
@@ -152,38 +151,6 @@ class Shard:
         with safe_open(path, framework="pt") as file:
             layers = json.loads((file.metadata() or {})["positions"])
         return cls(path, {int(layer): [range(*each) for each in runs] for layer, runs in layers.items()})
-
-
-def manifest_of(folder: Path) -> dict[str, Any]:
-    """The manifest of a document; InputError if there is none that this version can read."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"There is no document in {str(folder)!r}: {MANIFEST} cannot be read.") from error
-    except ValueError as error:
-        raise damaged(folder, f"{MANIFEST} is not JSON") from error
-    if not isinstance(found, dict) or not isinstance(found.get("format"), int):
-        raise damaged(folder, f"{MANIFEST} is no manifest of a document")
-    if found["format"] != FORMAT:
-        raise InputError(
-            f"The document in {str(folder)!r} is of format {found['format']}, and this version of apb reads format "
-            f"{FORMAT}; use the version that wrote it, {found.get('apb')}, or read the text again."
-        )
-    return found
-
-
-def documents(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """(folder, manifest) of the document in a folder, or of those in the folders in it."""
-    if (folder / MANIFEST).is_file():
-        return [(folder, manifest_of(folder))]
-    if not folder.is_dir():
-        raise InputError(f"The folder {str(folder)!r} does not exist.")
-    return [(path.parent, manifest_of(path.parent)) for path in sorted(folder.glob(f"*/{MANIFEST}"))]
-
-
-def damaged(folder: Path, what: str) -> InputError:
-    """The error of a store that cannot be trusted."""
-    return InputError(f"The document in {str(folder)!r} is damaged: {what}; read the text again.")
 
 
 def load(engine: Engine, folder: Path, verify: bool) -> tuple[Asking, State]:

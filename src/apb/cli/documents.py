@@ -79,7 +79,7 @@ def _read(request: Reading) -> None:
     """One rank's part of reading; rank 0 prints."""
     from ..distributed import launch
     from ..engine import Engine
-    from ..store import manifest_of
+    from ..manifest import manifest_of
     from .progress import Bar
     from .quiet import quiet_libraries
 
@@ -119,7 +119,7 @@ def ask(
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a document that apb read has kept; each question reads its own rows alone."""
-    from ..store import manifest_of
+    from ..manifest import manifest_of
 
     manifest = manifest_of(store)
     if model.model is None:
@@ -186,7 +186,7 @@ def documents(
     as_json: options.AsJson = False,
 ) -> None:
     """List the documents of a folder: their sizes, and what they were read by and for."""
-    from ..store import documents as found_in
+    from ..manifest import documents as found_in
 
     found = [summary_of(path, manifest) for path, manifest in found_in(store)]
     if as_json:

@@ -84,7 +84,8 @@ class Library:
         plan = engine.plan(prompt, max_new_tokens)
         _, size, _ = engine.demand(plan, max_new_tokens)
         session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, between=between)
-        if plan.query_start < SHORTEST_KEPT or size > self.room:
+        once = plan.going_on < plan.document  # with propagation it answers this question alone
+        if once or plan.query_start < SHORTEST_KEPT or size > self.room:
             return session, None, lambda: None
         seconds, asking = session.timing["prefill_s"], OfTokens(arranged.prefix, arranged.document)
         state = State.of_session(session, arranged, (arranged.query,), engine.reading.compressor.name)

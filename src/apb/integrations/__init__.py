@@ -1,0 +1,1 @@
+"""Other programs that answer from documents in a store."""
