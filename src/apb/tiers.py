@@ -17,7 +17,7 @@ from .document import Document
 from .errors import InputError
 from .generation import Generation
 from .hf.host import HostCopy
-from .store import MANIFEST, documents, manifest_of
+from .manifest import MANIFEST, documents, manifest_of
 
 if TYPE_CHECKING:
     from .engine import Engine
