@@ -15,12 +15,14 @@ from transformers.cache_utils import Cache
 
 from ..errors import InputError
 from ..layers.base import AttentionInput
+from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .config import kv_heads, layer_count
 from .fusing import fuse_parts
 from .placement import devices
+from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .windows import not_handed_over
 
@@ -53,8 +55,10 @@ class Attachment:
         self.peculiar: set[str] = set()
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
+        self.recurrent = len(recurrent_modules(model))
         self._attend: Attend | None = None
-        self._calls = 0
+        self._recur: Recur | None = None
+        self._calls = self._recurrent_calls = 0
         self._before_rope: BeforeRope | None = None
         self._original = model.config._attn_implementation
         self._was_training = model.training
@@ -69,6 +73,7 @@ class Attachment:
             module.apb = self  # type: ignore[assignment]
         self._undo = [fuse_parts(model)] if fused else []
         self._undo += [pin_length(model, lambda: self.total), chunk_mlps(model)]
+        self._undo.append(take_over(model, lambda: None if self._recur is None else self._counted))
         self._users = 0
 
     @classmethod
@@ -114,18 +119,25 @@ class Attachment:
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
 
+    def _counted(self, layer: RecurrentInput) -> Tensor:
+        assert self._recur is not None, "called where recurrent layers are taken over"
+        self._recurrent_calls += 1
+        return self._recur(layer)
+
     @contextmanager
-    def running(self, attend: Attend, total: int, before_rope: bool = False) -> Iterator[None]:
+    def running(self, attend: Attend, recur: Recur, total: int, before_rope: bool = False) -> Iterator[None]:
         """Let ``attend`` compute every layer's attention of the forward pass inside.
 
         Args:
             attend: see :data:`Attend`.
+            recur: reads the rows of the recurrent layers, see :data:`Recur`.
             total: tokens of the whole prompt and answer so far, over all ranks (RoPE variants depend on it).
             before_rope: pass q, k, v before RoPE to ``attend``.
         """
         if not self._users:
             raise RuntimeError(CLOSED)
-        self._attend, self.total, self._calls = attend, total, 0
+        self._attend, self._recur, self.total = attend, recur, total
+        self._calls = self._recurrent_calls = 0
         self._before_rope = BeforeRope(self.modules) if before_rope else None
         try:
             yield
@@ -134,8 +146,13 @@ class Attachment:
                     f"{type(self.model).__name__} has {len(self.modules)} attention layers "
                     f"but {self._calls} called the attention function: its results cannot be trusted."
                 )
+            if self._recurrent_calls != self.recurrent:
+                raise InputError(
+                    f"{type(self.model).__name__} has {self.recurrent} recurrent layers but {self._recurrent_calls} "
+                    "were called: its results cannot be trusted."
+                )
         finally:
-            self._attend = None
+            self._attend = self._recur = None
             if self._before_rope is not None:
                 self._before_rope.remove()
                 self._before_rope = None
@@ -218,10 +235,11 @@ AttentionInterface.register(NAME, _attention)
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention module of every layer, in order; InputError if there are none, or they are not causal."""
+    recurrent = set(recurrent_modules(model))
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention") and module not in recurrent
     ]
     if not found:
         raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")

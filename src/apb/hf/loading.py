@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from . import damaged, gguf, placement, rope
 from .config import query_heads
 from .counting import head_dim
 from .tensor_parallel import settings, shared
+from .wrappers import NAMES, decoder_config, is_wrapper
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,14 +34,20 @@ def shipped_model() -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder, GGUF file or hub id; InputError if there is none."""
-    if gguf.is_gguf(model):
-        return gguf.load_config(model)
+    """The configuration of a checkpoint folder, GGUF file or hub id, of a multimodal one's text decoder.
+
+    InputError if there is none.
+    """
+    return gguf.load_config(model) if gguf.is_gguf(model) else decoder_config(_whole_config(model, trust_remote_code))
+
+
+def _whole_config(model: str | Path, trust_remote_code: bool) -> Any:
+    """The configuration as transformers reads it."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise InputError(f"The model folder {str(model)!r} does not exist.")
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
-        return load_config(_base_of(adapter), trust_remote_code)
+        return _whole_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration's own checks may raise anything
@@ -95,7 +101,8 @@ def load_model(
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
     Safetensors go straight to the device, a tensor at a time; GGUF files are expanded. Torch files are read with
-    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: as
+    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Of a multimodal checkpoint the text
+    decoder's weights alone are loaded. Quantization is transformers' own: as
     in the checkpoint's configuration, or one of its configurations as ``quantization``. So are adapters: a folder with
     one of peft's is loaded onto its base model. With several ``gpus`` the layers are split over that many, beginning
     with ``device``; DoesNotFit, before weights are read, if they are too small. InputError if weights are missing or
@@ -111,12 +118,17 @@ def load_model(
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
+    wrapped = not gguf.is_gguf(model) and is_wrapper(_whole_config(model, trust_remote_code))
     try:
         kind: Any = AutoModelForCausalLM
         if mesh is None:
             options["device_map"] = places
-        else:
-            options |= {"config": load_config(model, trust_remote_code), **settings(mesh)}
+        if mesh is not None or wrapped:
+            options["config"] = load_config(model, trust_remote_code)
+        if wrapped:
+            options["key_mapping"] = NAMES
+        if mesh is not None:
+            options |= settings(mesh)
             decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
             kind = shared(decoder, mesh)
         if gguf.is_gguf(model):
@@ -164,9 +176,9 @@ def _places(
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
-# Settings of recurrent layers: those of Mamba, RWKV and related models.
-_RECURRENT = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
-_ATTENTION = {"full_attention", "sliding_attention"}
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mamba2"}
+_OTHER = {"mlp", "moe"}
 
 
 def check_supported(config: Any) -> None:
@@ -180,18 +192,17 @@ def check_supported(config: Any) -> None:
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)
+    if is_wrapper(config) and not loads:
+        raise InputError(
+            f"{name!r} models are multimodal; apb reads with the text decoder inside them: give Engine.from_pretrained "
+            "the checkpoint, which loads that alone."
+        )
     if paired or (not loads and not getattr(config, "auto_map", None)):
         raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    odd = sorted(set(kinds) - _ATTENTION)
-    recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
+    odd = sorted(set(kinds) - _ATTENTION - _RECURRENT - _OTHER)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
     takes_over = known and kind._can_set_attn_implementation()
-    if recurrent and (odd or not takes_over):
-        raise InputError(
-            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs "
-            "through the whole text, which cannot be cut into blocks."
-        )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
     if getattr(text, "num_kv_shared_layers", 0):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..hardware import Stopwatch
 from ..hf.attach import Attachment
 from ..hf.cache import Arrival, ShardCache
 from ..layers.base import AttentionInput
+from ..layers.recurrent import Recur, RecurrentLayers, State
 from ..layers.routing import Attend
 from ..planning.itinerary import Itinerary
 from ..prompt import Prompt
@@ -56,6 +58,7 @@ def read(
     cache = _cache(itineraries[0], attachment.layers, max_new_tokens)
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
+    before_query: dict[int, State] = {}
 
     def attend(layer: AttentionInput) -> Tensor:
         nonlocal attended
@@ -83,8 +86,11 @@ def read(
         cache.arrival = lambda layer, arrival=arrival: arrival  # type: ignore[misc]
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        with torch.no_grad(), _running(attachment, strategy, attend, length):
+        recurrent = RecurrentLayers(itinerary, group)
+        recur = partial(recurrent.read, states=cache.states, before=before_query)
+        with torch.no_grad(), _running(attachment, strategy, attend, recur, length):
             logits = group.broadcast(attachment.last_logits(ids, positions, cache))
+    cache.mark(plan.query_start, before_query)
     return cache, logits, watch.seconds()
 
 
@@ -107,7 +113,8 @@ def inspect(
         return out
 
     ids, places = _rows(itinerary, prompt, attachment.devices[0])
-    with torch.no_grad(), _running(attachment, strategy, attend):
+    recur = partial(RecurrentLayers(itinerary, strategy.group).read, states={}, before={})
+    with torch.no_grad(), _running(attachment, strategy, attend, recur):
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 
 
@@ -120,11 +127,12 @@ def _cache(itinerary: Itinerary, layers: int, max_new_tokens: int) -> ShardCache
 
 
 def _running(
-    attachment: Attachment, strategy: Strategy, attend: Attend, length: int | None = None
+    attachment: Attachment, strategy: Strategy, attend: Attend, recur: Recur, length: int | None = None
 ) -> AbstractContextManager[None]:
     """A pass of the model by a strategy; q, k, v before RoPE are provided only if pairs are to be selected."""
     plan = strategy.plan
-    return attachment.running(attend, length or plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
+    before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
+    return attachment.running(attend, recur, length or plan.total, before_rope)
 
 
 def _check_cancelled(cancelled: Callable[[], bool] | None, everyone: Group, device: torch.device) -> None:

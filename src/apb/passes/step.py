@@ -17,6 +17,7 @@ from ..hf.attach import Attachment
 from ..hf.cache import Layout, ShardCache, StepCache
 from ..kernels import fused
 from ..layers.base import AttentionInput
+from ..layers.recurrent import RecurrentInput
 from ..layers.shards import StoredShard, merge_over_ranks
 from .capture import captured
 
@@ -48,6 +49,8 @@ class Stepper:
         layout, attachment = cache.layout, self._attachment
         if self._reader is None:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
+        if attachment.recurrent:
+            return "recurrent layers carry a state from token to token"
         if None in layout.heads:
             return "some layers keep no keys and values"
         if layout.device.type != "cuda":
@@ -85,6 +88,10 @@ class Stepper:
         self._steps.clear()
 
 
+def _none(layer: RecurrentInput) -> Tensor:
+    raise AssertionError("models with recurrent layers are not stepped")
+
+
 class _Step:
     """Reads one token over any cache of one layout."""
 
@@ -115,7 +122,7 @@ class _Step:
             def attend(layer: AttentionInput) -> Tensor:
                 return merge_over_ranks(layer, *reader.attend(layer, shard), group).wait()
 
-            with torch.no_grad(), attachment.running(attend, cache.total):
+            with torch.no_grad(), attachment.running(attend, _none, cache.total):
                 return attachment.last_logits(ids, position, cache)
 
         self._run: Callable[[Group], Tensor] = run
