@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,23 @@ def _places(
 
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
-_RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mamba2"}
-_OTHER = {"mlp", "moe"}
+_RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
+# Families with recurrent layers that have been compared with transformers' own reading.
+_COMPARED = {
+    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
+    "falcon_h1", "bamba", "lfm2", "lfm2_moe", "lfm3",
+}  # fmt: skip
+# Settings of recurrent layers: those of Mamba, RWKV and related models.
+_RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
 
 
 def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
     name = config.model_type
-    other = InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    other = InputError(
+        f"Models of type {name!r} are not causal decoders that can be read here, and have none inside them that "
+        "transformers loads alone; name a model that generates text."
+    )
     try:
         text = config.get_text_config()
     except ValueError as error:  # a text encoder beside the decoder
@@ -200,9 +210,16 @@ def check_supported(config: Any) -> None:
     if paired or (not loads and not getattr(config, "auto_map", None)):
         raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    odd = sorted(set(kinds) - _ATTENTION - _RECURRENT - _OTHER)
+    compared = text.model_type in _COMPARED
+    odd = sorted(set(kinds) - _ATTENTION - (_RECURRENT if compared else set()))
+    recurrent = sorted(setting for setting in vars(text) if _RECURRENT_SETTING.search(setting))
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
     takes_over = known and kind._can_set_attn_implementation()
+    if recurrent and not compared and (odd or not takes_over):
+        raise InputError(
+            f"{name!r} models have recurrent layers (setting {recurrent[0]!r}) of a kind that has not been compared "
+            f"with transformers' own reading; those of {', '.join(sorted(_COMPARED))} have been."
+        )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
     if getattr(text, "num_kv_shared_layers", 0):
@@ -236,6 +253,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
+    if text.model_type in _COMPARED and (plan.ranks > 1 or plan.rounds > 1 or tensor > 1):
+        raise InputError(
+            f"{config.model_type!r} models have recurrent layers, whose state is not handed on between ranks or rounds "
+            "yet; read on one rank, in one round."
+        )
     if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "

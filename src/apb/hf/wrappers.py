@@ -18,6 +18,8 @@ NAMES = {
     r"^(?:model\.)?(?:language_model|text_model|llm)\.(lm_head|embed_out)\.": r"\1.",
     r"^(?:model\.)?(?:language_model|text_model|llm)\.": "model.",
 }
+# Prompts are read in both directions (paligemma), or the decoder's weights have other names.
+_OTHERWISE = ("paligemma", "kimi_k25", "qianfan_ocr", "nemo_speechlm", "vision-encoder-decoder")
 # Settings of the whole checkpoint that decide how its decoder is made.
 _OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config")
 
@@ -27,6 +29,8 @@ def is_wrapper(config: Any) -> bool:
     try:
         text = config.get_text_config()
     except ValueError:  # a text encoder beside the decoder
+        return False
+    if config.model_type in _OTHERWISE:
         return False
     generates = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)

@@ -86,7 +86,7 @@ def read(
         cache.arrival = lambda layer, arrival=arrival: arrival  # type: ignore[misc]
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        recurrent = RecurrentLayers(itinerary, group)
+        recurrent = RecurrentLayers(itinerary)
         recur = partial(recurrent.read, states=cache.states, before=before_query)
         with torch.no_grad(), _running(attachment, strategy, attend, recur, length):
             logits = group.broadcast(attachment.last_logits(ids, positions, cache))
@@ -113,7 +113,7 @@ def inspect(
         return out
 
     ids, places = _rows(itinerary, prompt, attachment.devices[0])
-    recur = partial(RecurrentLayers(itinerary, strategy.group).read, states={}, before={})
+    recur = partial(RecurrentLayers(itinerary).read, states={}, before={})
     with torch.no_grad(), _running(attachment, strategy, attend, recur):
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 
