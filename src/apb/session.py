@@ -123,6 +123,7 @@ class Session:
         switches = self._switches(total)
         again = self.token_ids[self.plan.total :] if switches else []
         logits = self._start_over(total) if switches else self.logits
+        self._cache.mark(self._cache.total, self._cache.states)
         wanted = [*again, *token_ids]
         parts = [token_scores(logits.unsqueeze(0), wanted[:1])]
         for start in range(0, len(wanted) - 1, _ROWS):

@@ -47,6 +47,8 @@ def save(engine: Engine, asking: Asking, state: State, folder: Path) -> None:
     group = engine.group
     if engine.mesh.tensor.size > 1:
         raise InputError("Documents of ranks that share weights cannot be saved yet; read without tensor parallelism.")
+    if state.cache.states:
+        raise InputError("Documents of models with recurrent layers cannot be saved yet; keep them in memory.")
     stamp = torch.tensor([secrets.randbits(48)], device=engine.device)
     shards = [
         folder / f"{_KIND}-{int(group.broadcast(stamp).item()):012x}-{rank}.safetensors" for rank in range(group.size)

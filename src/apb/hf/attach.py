@@ -17,12 +17,14 @@ from transformers.cache_utils import Cache
 
 from ..errors import InputError
 from ..layers.base import AttentionInput
+from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .config import kv_heads, layer_count
 from .fusing import fuse_parts
 from .placement import devices
+from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .windows import not_handed_over
 
@@ -36,14 +38,17 @@ class _Run(threading.local):
 
     Attributes:
         attend: computes its attention; None outside.
+        recur: reads the rows of recurrent layers; None outside.
         total: tokens of the whole prompt and answer so far.
-        calls: layers attended so far.
+        calls, recurrent_calls: layers of either kind so far.
         before_rope: q, k and v before RoPE, if they are wanted.
     """
 
     attend: Attend | None = None
+    recur: Recur | None = None
     total: int = 0
     calls: int = 0
+    recurrent_calls: int = 0
     before_rope: BeforeRope | None = None
 
 
@@ -72,6 +77,7 @@ class Attachment:
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._run = _Run()
+        self.recurrent = len(recurrent_modules(model))
         self._original = model.config._attn_implementation
         self._was_training = model.training
         model.eval()
@@ -85,6 +91,7 @@ class Attachment:
             module.apb = self  # type: ignore[assignment]
         self._undo = [fuse_parts(model)] if fused else []
         self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model)]
+        self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0
 
     @classmethod
@@ -130,19 +137,27 @@ class Attachment:
         output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
 
+    def _counted(self, layer: RecurrentInput) -> Tensor:
+        run = self._run
+        assert run.recur is not None, "called where recurrent layers are taken over"
+        run.recurrent_calls += 1
+        return run.recur(layer)
+
     @contextmanager
-    def running(self, attend: Attend, total: int, before_rope: bool = False) -> Iterator[None]:
+    def running(self, attend: Attend, recur: Recur, total: int, before_rope: bool = False) -> Iterator[None]:
         """Let ``attend`` compute every layer's attention of the forward pass inside.
 
         Args:
             attend: see :data:`Attend`.
+            recur: reads the rows of the recurrent layers, see :data:`Recur`.
             total: tokens of the whole prompt and answer so far, over all ranks (RoPE variants depend on it).
             before_rope: pass q, k, v before RoPE to ``attend``.
         """
         if not self._users:
             raise RuntimeError(CLOSED)
         run = self._run
-        run.attend, run.total, run.calls = attend, total, 0
+        run.attend, run.recur, run.total = attend, recur, total
+        run.calls = run.recurrent_calls = 0
         run.before_rope = BeforeRope(self.modules) if before_rope else None
         try:
             yield
@@ -151,8 +166,13 @@ class Attachment:
                     f"{type(self.model).__name__} has {len(self.modules)} attention layers "
                     f"but {run.calls} called the attention function: its results cannot be trusted."
                 )
+            if run.recurrent_calls != self.recurrent:
+                raise InputError(
+                    f"{type(self.model).__name__} has {self.recurrent} recurrent layers but {run.recurrent_calls} "
+                    "were called: its results cannot be trusted."
+                )
         finally:
-            run.attend = None
+            run.attend = run.recur = None
             if run.before_rope is not None:
                 run.before_rope.remove()
                 run.before_rope = None
@@ -236,10 +256,11 @@ AttentionInterface.register(NAME, _attention)
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The attention module of every layer, in order; InputError if there are none, or they are not causal."""
+    recurrent = set(recurrent_modules(model))
     found = [
         module
         for module in model.modules()
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention")
+        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention") and module not in recurrent
     ]
     if not found:
         raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")

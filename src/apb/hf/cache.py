@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..decoding.base import LayerIndex
+from ..errors import InputError
+from ..layers.recurrent import RecurrentInput, State
 
 
 @dataclass(frozen=True)
@@ -151,11 +153,12 @@ class ShardLayer(CacheLayerMixin):
 class Tail:
     """The last tokens of a shard: by layer keys, values (1, kv_heads, tokens, head_dim) and true positions.
 
-    ``total`` is the number of tokens of all ranks with them.
+    ``total`` is the number of tokens of all ranks with them, ``states`` those of recurrent layers after them.
     """
 
     layers: dict[int, tuple[Tensor, Tensor, list[range]]]
     total: int
+    states: Mapping[int, State] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +171,7 @@ class Tail:
             layer: (keys.to(device_of(layer)), values.to(device_of(layer)), positions)
             for layer, (keys, values, positions) in self.layers.items()
         }
-        return Tail(layers, self.total)
+        return Tail(layers, self.total, self.states)
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class ShardCache(Cache):
         arrival: :class:`Arrival` of the current pass, by the index of a layer.
         total: tokens seen so far by all ranks together.
         indexes: see :class:`apb.decoding.Shard`.
+        states: by recurrent layer its state after those, the same on every rank.
     """
 
     growth = 256
@@ -206,6 +210,9 @@ class ShardCache(Cache):
         self.arrival: Callable[[int], Arrival] = lambda layer: Arrival(None, ())
         self.total = total
         self.indexes: dict[Hashable, dict[int, LayerIndex]] = {}
+        self.states: dict[int, State] = {}
+        # States after fewer tokens, to return to: unlike keys, they cannot be cut.
+        self._marks: dict[int, dict[int, State]] = {}
         super().__init__(layers=[ShardLayer(self, index) for index in range(layers)])
 
     def expect(self, positions: range) -> None:
@@ -270,8 +277,29 @@ class ShardCache(Cache):
                 layer.place((range(self.total, self.total + 1),))
         self.total += 1
 
+    def recur(self, layer: RecurrentInput) -> Tensor:
+        """:data:`apb.layers.recurrent.Recur` of rows after all that are held."""
+        return layer.read(layer.hidden, self.states.setdefault(layer.index, layer.fresh()))
+
+    def mark(self, total: int, states: Mapping[int, State]) -> None:
+        """Keep copies of the states of recurrent layers after ``total`` tokens, so that :meth:`forget` can return."""
+        if states:
+            self._marks[total] = {layer: state.copy() for layer, state in states.items()}
+
     def forget(self, total: int) -> None:
-        """Return to the state after the first ``total`` tokens; those after them must have been read by passes."""
+        """Return to the state after the first ``total`` tokens; those after them must have been read by passes.
+
+        InputError if a model with recurrent layers is to return to where no state was kept. It is, from now on, there.
+        """
+        if self.states and total == self.total:
+            self.mark(total, self.states)
+        elif self.states and total not in self._marks:
+            raise InputError(
+                f"The state of the recurrent layers after {total} tokens is not there any more; read the text again."
+            )
+        elif self.states:
+            self.states = {layer: state.copy() for layer, state in self._marks[total].items()}
+        self._marks = {place: states for place, states in self._marks.items() if place <= total}
         for layer in self._kept():
             layer.forget(total)
             for indexes in self.indexes.values():
@@ -281,7 +309,7 @@ class ShardCache(Cache):
 
     def cut(self, total: int) -> Tail:
         """As :meth:`forget`, but return what is dropped."""
-        tail = Tail({layer.index: layer.tail(total) for layer in self._kept()}, self.total)
+        tail = Tail({layer.index: layer.tail(total) for layer in self._kept()}, self.total, self.states)
         self.forget(total)
         return tail
 
@@ -289,6 +317,7 @@ class ShardCache(Cache):
         """Append what :meth:`cut` returned, in the state in which it left the cache."""
         for index, (keys, values, positions) in tail.layers.items():
             self._layer(index).append(keys, values, positions)
+        self.states = {layer: state.copy() for layer, state in tail.states.items()}
         self.total = tail.total
 
     def fill(self, layer: int, parts: Iterable[tuple[Tensor, Tensor, range]]) -> None:

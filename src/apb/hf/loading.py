@@ -20,6 +20,7 @@ from . import damaged, float8, gguf, placement, rope
 from .config import query_heads
 from .counting import head_dim
 from .tensor_parallel import settings, shared
+from .wrappers import NAMES, decoder_config, is_wrapper
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -34,14 +35,20 @@ def shipped_model() -> Path:
 
 
 def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
-    """The configuration of a checkpoint folder, GGUF file or hub id; InputError if there is none."""
-    if gguf.is_gguf(model):
-        return gguf.load_config(model)
+    """The configuration of a checkpoint folder, GGUF file or hub id, of a multimodal one's text decoder.
+
+    InputError if there is none.
+    """
+    return gguf.load_config(model) if gguf.is_gguf(model) else decoder_config(_whole_config(model, trust_remote_code))
+
+
+def _whole_config(model: str | Path, trust_remote_code: bool) -> Any:
+    """The configuration as transformers reads it."""
     if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
         raise InputError(f"The model folder {str(model)!r} does not exist.")
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
-        return load_config(_base_of(adapter), trust_remote_code)
+        return _whole_config(_base_of(adapter), trust_remote_code)
     try:
         return AutoConfig.from_pretrained(str(model), trust_remote_code=trust_remote_code)
     except Exception as error:  # a configuration's own checks may raise anything
@@ -95,10 +102,11 @@ def load_model(
     """The weights of a checkpoint, in ``dtype`` on ``device``, ready for inference; of a mesh, this process's share.
 
     Safetensors go straight to the device, a tensor at a time; GGUF files are expanded. Torch files are read with
-    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Quantization is transformers' own: as
-    in the checkpoint's configuration, or one of its configurations as ``quantization``; or "fp8", in which linear
-    layers are rounded to fp8 once they are loaded. Adapters are transformers' too: a folder with one of peft's is
-    loaded onto its base model. With several ``gpus`` the layers are split over that many, beginning
+    ``weights_only``: no code from a checkpoint runs unless ``trust_remote_code``. Of a multimodal checkpoint the text
+    decoder's weights alone are loaded. Quantization is transformers' own: as in the checkpoint's configuration, or one
+    of its configurations as ``quantization``; or "fp8", in which linear layers are rounded to fp8 once they are loaded.
+    Adapters are transformers' too: a folder with one of peft's is loaded onto its base model. With several ``gpus`` the
+    layers are split over that many, beginning
     with ``device``; DoesNotFit, before weights are read, if they are too small. InputError if weights are missing or
     have other shapes than in the configuration.
     """
@@ -113,12 +121,17 @@ def load_model(
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
+    wrapped = not gguf.is_gguf(model) and is_wrapper(_whole_config(model, trust_remote_code))
     try:
         kind: Any = AutoModelForCausalLM
         if mesh is None:
             options["device_map"] = places
-        else:
-            options |= {"config": load_config(model, trust_remote_code), **settings(mesh)}
+        if mesh is not None or wrapped:
+            options["config"] = load_config(model, trust_remote_code)
+        if wrapped:
+            options["key_mapping"] = NAMES
+        if mesh is not None:
+            options |= settings(mesh)
             decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
             kind = shared(decoder, mesh)
         if gguf.is_gguf(model):
@@ -166,15 +179,24 @@ def _places(
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
+# Families with recurrent layers that have been compared with transformers' own reading.
+_COMPARED = {
+    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
+    "falcon_h1", "bamba", "lfm2", "lfm2_moe", "lfm3",
+}  # fmt: skip
 # Settings of recurrent layers: those of Mamba, RWKV and related models.
-_RECURRENT = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
-_ATTENTION = {"full_attention", "sliding_attention"}
+_RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
 
 
 def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
     name = config.model_type
-    other = InputError(f"Models of type {name!r} are not causal decoders; name a model that generates text.")
+    other = InputError(
+        f"Models of type {name!r} are not causal decoders that can be read here, and have none inside them that "
+        "transformers loads alone; name a model that generates text."
+    )
     try:
         text = config.get_text_config()
     except ValueError as error:  # a text encoder beside the decoder
@@ -182,17 +204,23 @@ def check_supported(config: Any) -> None:
     known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
     loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     paired = getattr(text, "is_encoder_decoder", False)
+    if is_wrapper(config) and not loads:
+        raise InputError(
+            f"{name!r} models are multimodal; apb reads with the text decoder inside them: give Engine.from_pretrained "
+            "the checkpoint, which loads that alone."
+        )
     if paired or (not loads and not getattr(config, "auto_map", None)):
         raise other
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    odd = sorted(set(kinds) - _ATTENTION)
-    recurrent = sorted(setting for setting in vars(text) if _RECURRENT.search(setting))
+    compared = text.model_type in _COMPARED
+    odd = sorted(set(kinds) - _ATTENTION - (_RECURRENT if compared else set()))
+    recurrent = sorted(setting for setting in vars(text) if _RECURRENT_SETTING.search(setting))
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
     takes_over = known and kind._can_set_attn_implementation()
-    if recurrent and (odd or not takes_over):
+    if recurrent and not compared and (odd or not takes_over):
         raise InputError(
-            f"{name!r} models have state-space or recurrent layers (setting {recurrent[0]!r}): their state runs "
-            "through the whole text, which cannot be cut into blocks."
+            f"{name!r} models have recurrent layers (setting {recurrent[0]!r}) of a kind that has not been compared "
+            f"with transformers' own reading; those of {', '.join(sorted(_COMPARED))} have been."
         )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
@@ -227,6 +255,16 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
+    if text.model_type in _COMPARED and (plan.ranks > 1 or plan.rounds > 1 or tensor > 1):
+        raise InputError(
+            f"{config.model_type!r} models have recurrent layers, whose state is not handed on between ranks or rounds "
+            "yet; read on one rank, in one round."
+        )
+    if text.model_type in _COMPARED and plan.going_on < plan.document:
+        raise InputError(
+            f"{config.model_type!r} models have recurrent layers, whose state runs through every row; read without "
+            "propagation."
+        )
     if plan.rounds > 1 and getattr(text, "kv_lora_rank", None):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "

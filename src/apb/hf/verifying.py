@@ -157,7 +157,7 @@ def _ours(model: PreTrainedModel) -> Tensor:
             places = range(shard.total, shard.total + ids.shape[1])
             shard.expect(places)
             positions = torch.tensor([list(places)], device=ids.device)
-            with torch.no_grad(), attachment.running(attend, shard.total):
+            with torch.no_grad(), attachment.running(attend, shard.recur, shard.total):
                 output = model(input_ids=ids, position_ids=positions, past_key_values=shard, use_cache=True)
             logits.append(output.logits[0].float())
     finally:

@@ -17,6 +17,7 @@ from ..hf.attach import Attachment
 from ..hf.cache import Arrival, ShardCache
 from ..hf.rows import other_rows
 from ..layers.base import AttentionInput
+from ..layers.recurrent import Recur, RecurrentLayers, State
 from ..layers.routing import Attend
 from ..planning.itinerary import Itinerary
 from ..prompt import Prompt
@@ -65,6 +66,7 @@ def read(
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
     propagating = Propagating(strategy, everyone) if plan.going_on < plan.document else None
+    before_query: dict[int, State] = {}
 
     def attend(layer: AttentionInput) -> Tensor:
         nonlocal attended
@@ -97,8 +99,12 @@ def read(
         cache.arrival = partial(_arrival, itinerary, propagating)
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        with torch.no_grad(), _running(attachment, strategy, attend, length), _above(attachment, propagating):
+        recurrent = RecurrentLayers(itinerary)
+        recur = partial(recurrent.read, states=cache.states, before=before_query)
+        above = _above(attachment, propagating)
+        with torch.no_grad(), _running(attachment, strategy, attend, recur, length), above:
             logits = group.broadcast(attachment.last_logits(ids, positions, cache))
+    cache.mark(plan.query_start, before_query)
     return cache, logits, watch.seconds()
 
 
@@ -121,7 +127,8 @@ def inspect(
         return out
 
     ids, places = _rows(itinerary, prompt, attachment.devices[0])
-    with torch.no_grad(), _running(attachment, strategy, attend):
+    recur = partial(RecurrentLayers(itinerary).read, states={}, before={})
+    with torch.no_grad(), _running(attachment, strategy, attend, recur):
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 
 
@@ -133,11 +140,12 @@ def _arrival(itinerary: Itinerary, propagating: Propagating | None, layer: int) 
 
 
 def _running(
-    attachment: Attachment, strategy: Strategy, attend: Attend, length: int | None = None
+    attachment: Attachment, strategy: Strategy, attend: Attend, recur: Recur, length: int | None = None
 ) -> AbstractContextManager[None]:
     """A pass of the model by a strategy; q, k, v before RoPE are provided only if pairs are to be selected."""
     plan = strategy.plan
-    return attachment.running(attend, length or plan.total, strategy.compressor.needs_before_rope and plan.blocks > 1)
+    before_rope = strategy.compressor.needs_before_rope and plan.blocks > 1
+    return attachment.running(attend, recur, length or plan.total, before_rope)
 
 
 def _above(attachment: Attachment, propagating: Propagating | None) -> AbstractContextManager[None]:

@@ -19,6 +19,7 @@ from ..hf.cache import Layout, ShardCache
 from ..hf.stepping import StepCache
 from ..kernels import fused
 from ..layers.base import AttentionInput
+from ..layers.recurrent import RecurrentInput
 from ..layers.shards import StoredShard, merge_over_ranks
 from .capture import captured
 
@@ -50,6 +51,8 @@ class Stepper:
         layout, attachment = cache.layout, self._attachment
         if self._reader is None:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
+        if attachment.recurrent:
+            return "recurrent layers carry a state from token to token"
         if None in layout.heads:
             return "some layers keep no keys and values"
         if layout.device.type != "cuda":
@@ -87,6 +90,10 @@ class Stepper:
         self._steps.clear()
 
 
+def _none(layer: RecurrentInput) -> Tensor:
+    raise AssertionError("models with recurrent layers are not stepped")
+
+
 class _Step:
     """Reads one token over any cache of one layout."""
 
@@ -117,7 +124,7 @@ class _Step:
             def attend(layer: AttentionInput) -> Tensor:
                 return merge_over_ranks(layer, *reader.attend(layer, shards[layer.index]), group).wait()
 
-            with torch.no_grad(), attachment.running(attend, cache.total):
+            with torch.no_grad(), attachment.running(attend, _none, cache.total):
                 return attachment.last_logits(ids, position, cache)
 
         self._run: Callable[[Group], Tensor] = run

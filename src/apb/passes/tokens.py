@@ -102,5 +102,5 @@ class Continuation:
             return merged(layer, *window_partial(layer, rows, decoder.backend))
 
         router = Router({LayerKind.FULL: attend_full, LayerKind.WINDOW: attend_window})
-        with torch.no_grad(), decoder.attachment.running(router, cache.total):
+        with torch.no_grad(), decoder.attachment.running(router, cache.recur, cache.total):
             return decoder.group.broadcast(run(ids, positions, cache))

@@ -23,6 +23,7 @@ from ...hf.heads import HeadShape, save_heads
 from ...hf.loading import check_supported, position_limit
 from ...kernels.attention import Segment, attention
 from ...layers.base import AttentionInput
+from ...layers.recurrent import from_the_start
 from .data import Example, Samples, ahead, order
 from .labels import answer_attention, head_loss, top_overlap
 
@@ -186,7 +187,7 @@ class HeadTrainer:
             self._sums += torch.stack((loss.detach() / self.shape.layers, overlap / share))
             return attention(layer.q, [Segment(layer.k, layer.v, causal=True)], layer.scale)[0]
 
-        with torch.no_grad(), self.attachment.running(attend, ids.shape[1], before_rope=True):
+        with torch.no_grad(), self.attachment.running(attend, from_the_start, ids.shape[1], before_rope=True):
             self.attachment.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1)
 
     def _head(self, layer: int) -> Head:

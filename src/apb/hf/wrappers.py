@@ -1,0 +1,48 @@
+"""Multimodal checkpoints, read as the text decoder inside them: images and sound have no place in a document here."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
+
+# Names of a decoder's weights in checkpoints of wrappers, old and new, by those of the decoder alone. Anchored, so that
+# the weights of encoders, which may have a part of one of these names, stay unknown and are not loaded.
+NAMES = {
+    r"^(?:model\.)?(?:language_model|text_model|llm)\.model\.": "model.",
+    r"^(?:model\.)?(?:language_model|text_model|llm)\.(lm_head|embed_out)\.": r"\1.",
+    r"^(?:model\.)?(?:language_model|text_model|llm)\.": "model.",
+}
+# Prompts are read in both directions (paligemma), or the decoder's weights have other names.
+_OTHERWISE = ("paligemma", "kimi_k25", "qianfan_ocr", "nemo_speechlm", "vision-encoder-decoder")
+# Settings of the whole checkpoint that decide how its decoder is made.
+_OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config")
+
+
+def is_wrapper(config: Any) -> bool:
+    """True if a configuration is that of a multimodal model whose text decoder transformers can load alone."""
+    try:
+        text = config.get_text_config()
+    except ValueError:  # a text encoder beside the decoder
+        return False
+    if config.model_type in _OTHERWISE:
+        return False
+    generates = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    paired = getattr(text, "is_encoder_decoder", False)
+    return generates and type(text) is not type(config) and type(text) in MODEL_FOR_CAUSAL_LM_MAPPING and not paired
+
+
+def decoder_config(config: Any) -> Any:
+    """The configuration of a wrapper's text decoder; any other configuration itself."""
+    if not is_wrapper(config):
+        return config
+    text = copy.deepcopy(config.get_text_config())
+    for name in _OF_THE_WHOLE:
+        if hasattr(config, name):
+            setattr(text, name, getattr(config, name))
+    return text
