@@ -13,7 +13,7 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "phi3", "glm", "glm4", "olmo2", "olmo3", "granite", "smollm3", "cohere",
     "cohere2", "stablelm", "nemotron", "gpt_neox", "gpt2", "opt", "starcoder2", "exaone4", "seed_oss", "gemma",
     "gemma2", "gemma3_text", "gpt_oss", "qwen2_moe", "qwen3_moe", "mixtral", "olmoe", "glm4_moe", "minimax_m2",
-    "deepseek_v3", "mamba2", "jamba", "falcon_h1", "qwen3_next", "gemma3n_text", "llama4_text", "gptj", "bert",
+    "deepseek_v3", "lfm2", "qwen3_next", "mamba2", "zamba2", "gemma3n_text", "llama4_text", "gptj", "bert",
 )  # fmt: skip
 
 TITLE = """# Models
@@ -31,6 +31,10 @@ itself reads a short prompt. `verify=False` skips the comparison.
 Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
 ranks that hold them, without selection. Latent attention caches latents, attends to keys and values expanded from them,
 and reads in one round.
+
+Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under every strategy: the state runs through
+prefix, blocks and question in order, and the anchor begins its own. So far on one rank and in one round; decode goes
+without CUDA graphs, and documents cannot be saved. Of a multimodal checkpoint the text decoder alone is loaded.
 
 GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb[gguf]`. transformers reads those of
 the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as well,

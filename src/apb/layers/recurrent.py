@@ -84,5 +84,7 @@ class RecurrentLayers:
     def _walk(layer: RecurrentInput, runs: Sequence[slice], state: State, out: Tensor) -> State:
         """Read runs of rows in order, into ``out``; the state after them."""
         for rows in runs:
+            if rows.start == rows.stop:  # an anchor of which this rank has no rows
+                continue
             out[:, rows] = layer.read(layer.hidden[:, rows], state)
         return state
