@@ -51,7 +51,7 @@ def test_a_wrong_result_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize(
-    "model_type", ["mamba", "jamba", "qwen3_next", "llama4_text", "bert", "t5", "musicgen", "diffllama", "doge"]
+    "model_type", ["mamba", "bamba", "zamba2", "llama4_text", "bert", "t5", "musicgen", "diffllama", "doge"]
 )
 def test_what_cannot_work_is_refused(model_type: str) -> None:
     """By name, with the reason, and with nothing compared."""
@@ -60,6 +60,13 @@ def test_what_cannot_work_is_refused(model_type: str) -> None:
     card = check(AutoConfig.for_model(model_type, **own))
     assert card.refused
     assert not card.supported
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next"])
+def test_recurrent_layers_are_compared(model_type: str) -> None:
+    """Every exact strategy gives transformers' logits, after the prompt and after further tokens."""
+    card = check(AutoConfig.for_model(model_type))
+    assert card.supported, card.results
 
 
 def test_shrinking_keeps_what_is_peculiar() -> None:

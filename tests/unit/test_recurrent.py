@@ -50,6 +50,20 @@ def test_full_is_transformers(family: str) -> None:
     engine.close()
 
 
+def test_star_with_an_anchor_without_rows() -> None:
+    """On one rank block 0 holds star's anchor: with everything in sight of a block, the rest is as ever."""
+    model = model_of("qwen3_5_text")
+    for layer in model.model.layers:  # attention layers that add nothing: what is left is recurrent, and exact
+        if hasattr(layer, "self_attn"):
+            layer.self_attn.o_proj.weight.data.zero_()
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT.token_ids])).logits[0, -1]
+    for strategy in ("star", "apb"):
+        engine = apb.Engine.from_model(model, strategy=strategy, blocks=3, verify=False)
+        torch.testing.assert_close(engine.prefill(PROMPT).logits, expected, rtol=1e-4, atol=1e-4)
+        engine.close()
+
+
 def test_rounds_are_refused() -> None:
     """By name, before anything is read."""
     engine = apb.Engine.from_model(model_of("lfm2"), blocks=4, rounds=2, verify=False)

@@ -184,7 +184,7 @@ _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
-    "falcon_h1", "bamba", "lfm2", "lfm2_moe", "lfm3",
+    "falcon_h1", "lfm2", "lfm2_moe", "lfm3",
 }  # fmt: skip
 # Settings of recurrent layers: those of Mamba, RWKV and related models.
 _RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
@@ -194,8 +194,8 @@ def check_supported(config: Any) -> None:
     """InputError, naming the model and the reason, where its attention cannot be taken over."""
     name = config.model_type
     other = InputError(
-        f"Models of type {name!r} are not causal decoders that can be read here, and have none inside them that "
-        "transformers loads alone; name a model that generates text."
+        f"Models of type {name!r} are not causal decoders, and none inside them has been compared with the whole "
+        "model; name a model that generates text."
     )
     try:
         text = config.get_text_config()

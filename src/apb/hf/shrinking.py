@@ -72,6 +72,8 @@ def shrink(config: Any) -> Any:
         known = getattr(text, name, None)
         if isinstance(known, int) and not isinstance(known, bool) and known > value:
             setattr(small, name, value)
+    if getattr(text, "attn_layer_period", None):  # Jamba's way to say which layers attend
+        small.attn_layer_period, small.attn_layer_offset = 2, 1
     if getattr(text, "first_k_dense_replace", None):
         small.first_k_dense_replace = 1
     for name, value in vars(text).items():

@@ -60,7 +60,7 @@ class RecurrentLayers:
 
     def __init__(self, itinerary: Itinerary) -> None:
         self._query = itinerary.query.rows
-        self._anchor = [] if itinerary.anchor is None else [itinerary.anchor.rows]
+        self._anchor = [itinerary.anchor.rows] if itinerary.anchor else []  # a share may have no rows
         rows = [span.rows for span in itinerary.blocks]
         self._blocks = [slice(rows[0].start, rows[-1].stop)] if rows else []  # blocks in order are one run
 
