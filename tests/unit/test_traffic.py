@@ -52,7 +52,7 @@ def test_apb_by_hand() -> None:
 def test_halos_by_hand() -> None:
     """Sliding layers of ring: chunks 0..7 of ten rows on ranks 0 1 2 3 3 2 1 0; a window of 4 needs three keys of the
     chunk before. Of the boundaries only 1|2 and 5|6, between ranks 1 and 2, lie between hosts."""
-    sliding = traffic("ring", 2, ModelShape(**{**vars(SMALL), "windows": (4, 4, 4)}))
+    sliding = traffic("ring", 2, ModelShape(**{**vars(SMALL), "reach": (4, 4, 4)}))
     piece = 3 * 64 * 2
     # Rank 0 gives chunk 0's end; 1 those of 1 and 6; 2 of 2 and 5; 3 of 4 alone, to rank 2, and of 3 to itself.
     assert sliding == [
