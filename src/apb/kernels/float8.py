@@ -8,10 +8,11 @@ takes the time.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, library
+
+from .fused import why_no_triton
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
@@ -30,7 +31,7 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (rows, width) float8_e4m3fn, and (rows,) fp32.
     """
-    if x.is_cuda and x.shape[1] <= _WIDEST and find_spec("triton") is not None:
+    if x.is_cuda and x.shape[1] <= _WIDEST and why_no_triton() is None:
         from . import float8_rows
 
         return float8_rows.scaled(x)
@@ -57,7 +58,7 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
 
 
 def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    if x.is_cuda and len(x) == 1 and find_spec("triton") is not None:
+    if x.is_cuda and len(x) == 1 and why_no_triton() is None:
         from . import matvec
 
         return matvec.linear(x, weight, bias, scale)

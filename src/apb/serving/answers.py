@@ -79,7 +79,7 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
         read_for: str | None = None
         close: Callable[[], None] = lambda: None  # noqa: E731
     else:
-        session, read_for, close = worker.library.open(task.prompt, task.new_tokens, progress, pause)
+        session, read_for, close = worker.kept.open(task.prompt, task.new_tokens, progress, pause)
     try:
         share.read = share.to_read
         logits, length = session.logits, len(session.token_ids)

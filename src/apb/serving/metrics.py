@@ -33,9 +33,9 @@ class Metrics:
         for name, text, value in (
             ("apb_waiting_requests", "Requests in the queue.", lambda: worker.waiting),
             ("apb_running_requests", "Requests that are read or answered.", lambda: worker.running),
-            ("apb_documents", "Documents that stay read.", lambda: len(worker.library)),
-            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: worker.library.size),
-            ("apb_document_hits", "Requests whose document was read already.", lambda: worker.library.hits),
+            ("apb_documents", "Documents that stay read.", lambda: len(worker.kept)),
+            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: worker.kept.size),
+            ("apb_document_hits", "Requests whose document was read already.", lambda: worker.kept.hits),
         ):
             Gauge(name, text, registry=registry).set_function(value)
 

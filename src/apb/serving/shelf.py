@@ -1,4 +1,4 @@
-"""Documents that clients have given to keep: their texts, by id. What was read of them is the worker's library."""
+"""Documents that clients have given to keep: their texts, by id. What was read of them is in :mod:`.kept`."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from ..errors import Cancelled, InputError
 from ..prompt import Prompt
 from .answers import Event, Task, answer
 from .fairness import Pace, Share, next_of
-from .library import Library
+from .kept import KeptDocuments
 from .turns import Ended, Turn
 
 # Length of the queue; further requests are refused, as they would wait for minutes at best.
@@ -60,7 +60,7 @@ class Worker:
 
     Attributes:
         engine, exact: the engine, and the one that ordinary requests are read with.
-        library: documents that stay read.
+        kept: documents that stay read.
         draining: True once no further requests are taken.
         last_error: the last failure that was not the client's.
     """
@@ -78,7 +78,7 @@ class Worker:
         self._pace = Pace()
         plan = self.exact.plan(Prompt((), (0,) * engine.group.size * 64, (0,)), 1)
         self.room = self.exact.demand(plan, 1)[2]
-        self.library = Library(engine, int(self.room * _DOCUMENTS))
+        self.kept = KeptDocuments(engine, int(self.room * _DOCUMENTS))
         self.draining = False
         self.last_error: str | None = None
 
@@ -184,7 +184,7 @@ class Worker:
         if len(self._running) >= MOST_RUNNING:
             return None
         now = time.monotonic()
-        taken = sum(job.bytes for job in self._running.values()) + self.library.room
+        taken = sum(job.bytes for job in self._running.values()) + self.kept.room
         read = [job.task.prompt.document for job in self._running.values()]
         for job in sorted(self._waiting, key=lambda job: job.share.rank(self._pace, now)):
             if not job.task.ordinary and job.task.prompt.document in read:
@@ -217,13 +217,13 @@ class Worker:
 
     def _start(self, number: int) -> None:
         job = self._running.get(number)
-        box = [None if job is None else (job.task, job.bytes + self.library.room > self.room)]
+        box = [None if job is None else (job.task, job.bytes + self.kept.room > self.room)]
         if self._control is not None:
             dist.broadcast_object_list(box, src=0, group=self._control)
         assert box[0] is not None, "rank 0 has the job"
         task, alone = box[0]
         if alone:
-            self.library.clear()
+            self.kept.clear()
         tell: Callable[[Event], None] = job.tell if job is not None else lambda event: None
         share = job.share if job is not None else Share(0, 0)
 

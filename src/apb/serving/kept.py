@@ -21,13 +21,13 @@ Tokens = tuple[int, ...]
 
 
 @dataclass
-class _Kept:
+class _Entry:
     document: Document
     size: int
     busy: bool = False
 
 
-class Library:
+class KeptDocuments:
     """Documents of one rank. All ranks make the same calls in the same order, and keep the same documents.
 
     Attributes:
@@ -39,7 +39,7 @@ class Library:
         self.room = room
         self.hits = 0
         self._engine = engine
-        self._kept: OrderedDict[Tokens, _Kept] = OrderedDict()
+        self._kept: OrderedDict[Tokens, _Entry] = OrderedDict()
 
     @property
     def size(self) -> int:
@@ -89,7 +89,7 @@ class Library:
             return session, None, lambda: None
         seconds, asking = session.timing["prefill_s"], OfTokens(arranged.prefix, arranged.document)
         state = State.of_session(session, arranged, (arranged.query,), engine.reading.compressor.name)
-        kept = _Kept(Document(engine, asking, state), size, busy=True)
+        kept = _Entry(Document(engine, asking, state), size, busy=True)
         tokens = everything[: plan.query_start]
         self._kept[tokens] = kept
         self._shrink()
@@ -109,7 +109,7 @@ class Library:
             default=None,
         )
 
-    def _close(self, tokens: Tokens, kept: _Kept) -> None:
+    def _close(self, tokens: Tokens, kept: _Entry) -> None:
         kept.busy = False
         self._shrink()
 
