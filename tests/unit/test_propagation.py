@@ -18,7 +18,7 @@ from apb.hf.rows import decoder_layers, other_rows
 from apb.kernels.attention import attention
 from apb.kernels.scattered import scattered_window
 from apb.kernels.segment import Segment
-from apb.kernels.selection import attention_over_all
+from apb.kernels.selection import attention_received
 from apb.planning.cost import predict
 from families import ANSWER, PROMPT
 from propagated import KEEP, LAYER
@@ -141,11 +141,12 @@ def test_the_attention_that_keys_receive(softcap: float | None) -> None:
     torch.manual_seed(3)
     q, k = torch.randn(70, 4, 8), torch.randn(50, 2, 8)
     _, lse = attention(q, [Segment(k, k)], 0.5, softcap=softcap)
-    received = attention_over_all(q, k, lse, 0.5, softcap)
+    received = attention_received(q, k, 0.5, softcap, lse).sum(0) * 2  # two heads to a KV head
     logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.5
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     torch.testing.assert_close(received, logits.softmax(-1).mean(1).sum(0), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(attention_over_all(q, k[10:], lse, 0.5, softcap), received[10:], rtol=1e-4, atol=1e-5)
+    part = attention_received(q, k[10:], 0.5, softcap, lse).sum(0) * 2
+    torch.testing.assert_close(part, received[10:], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..distributed.collectives import Group
 from ..kernels.scattered import scattered_window
-from ..kernels.selection import attention_over_all
+from ..kernels.selection import attention_received
 from ..layers.base import AttentionInput, LayerKind
 from ..layers.routing import Router
 from ..layers.shards import full_partial
@@ -87,7 +87,10 @@ class Propagating:
             held.append((layer.earlier[0], itinerary.earlier))
         held.append((layer.k[itinerary.block_rows], [range(span.start, span.stop) for span in itinerary.blocks]))
         for keys, places in held:
-            received = attention_over_all(query.q, keys, lse, layer.scale, layer.softcap)
+            if not len(keys):
+                continue
+            group = query.q.shape[1] // keys.shape[1]
+            received = attention_received(query.q, keys, layer.scale, layer.softcap, lse).sum(0) * group
             for place, part in zip(places, received.split([len(place) for place in places]), strict=True):
                 outside = max(plan.prefix - place.start, 0)
                 found[place.start + outside - plan.prefix : place.stop - plan.prefix] = part[outside:]

@@ -96,33 +96,6 @@ def attention_received(
     return received
 
 
-def attention_over_all(query: Tensor, k: Tensor, lse: Tensor, scale: float, softcap: float | None = None) -> Tensor:
-    """The attention that keys receive from the query rows, whose softmax is over these keys and others.
-
-    Args:
-        query: (rows, heads, head_dim), at least one row.
-        k: (tokens, kv_heads, head_dim), any strides.
-        lse: (heads, rows) fp32, the log-sum-exp of every row over all keys that it sees, the others included.
-        scale: factor on q.k.
-        softcap: as in :func:`apb.attention`.
-
-    Returns:
-        (tokens,) fp32: mean over the rows, sum over the heads.
-    """
-    rows, _, head_dim = query.shape
-    kv_heads = k.shape[1]
-    received = query.new_zeros(k.shape[0], dtype=torch.float32)
-    for first in range(0, rows, _ROWS):
-        chunk = query[first : first + _ROWS].float().unflatten(1, (kv_heads, -1))
-        grouped = chunk.transpose(0, 1).reshape(kv_heads, -1, head_dim)
-        totals = lse[:, first : first + _ROWS].unflatten(0, (kv_heads, -1)).transpose(1, 2).reshape(kv_heads, -1, 1)
-        for start in range(0, k.shape[0], _CHUNK):
-            keys = k[start : start + _CHUNK].permute(1, 2, 0).float()
-            logits = capped((grouped @ keys) * scale, softcap)
-            received[start : start + _CHUNK] += (logits - totals).exp_().sum((0, 1))
-    return received / rows
-
-
 def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton: bool | None = None) -> Tensor:
     """Top tokens, per KV head, of a block's last ``selectable`` tokens; the tokens before those are in the anchor.
 
