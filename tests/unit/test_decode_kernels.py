@@ -74,8 +74,8 @@ def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype
 def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> None:
     """A partial result is its own message; merged in one launch they are attention over all keys."""
     from apb.kernels import decode, reference
+    from apb.kernels.merge import pack
     from apb.kernels.segment import Segment
-    from apb.layers.shards import _message
 
     torch.manual_seed(0)
     q, k, v = (torch.randn(count, heads, 20).to(dtype) for count, heads in ((3, 4), (90, 2), (90, 2)))
@@ -84,7 +84,7 @@ def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> Non
         start = 0 if length == 50 else 50
         held = torch.tensor([length], dtype=torch.int32)
         partial = decode.attention(q, k[start:], v[start:], 0.3, length=held, partial=True)
-        messages.append(_message(*partial))
+        messages.append(pack(*partial))
         assert messages[-1].data_ptr() == partial[0].data_ptr()
         torch.testing.assert_close(
             messages[-1], torch.cat([partial[0], partial[1].T.unsqueeze(-1)], -1), rtol=0, atol=0

@@ -28,3 +28,37 @@ def merge(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Tensor, Tenso
         merged += part
         del part  # else it would be alive while the next one is computed
     return merged, total
+
+
+def pack(out: Tensor, lse: Tensor) -> Tensor:
+    """A partial result as one message, (rows, heads, head_dim + 1) fp32: the output with its log-sum-exp beside it.
+
+    Args:
+        out: (rows, heads, head_dim).
+        lse: (heads, rows) fp32. Where a kernel wrote both into one such tensor, that is the message, without a copy.
+    """
+    rows, heads, head_dim = out.shape
+    row = heads * (head_dim + 1), head_dim + 1
+    beside = out.dtype == lse.dtype and lse.data_ptr() == out.data_ptr() + head_dim * out.element_size()
+    if beside and out.stride() == (*row, 1) and lse.stride() == row[::-1]:
+        return out.as_strided((rows, heads, head_dim + 1), (*row, 1))
+    return torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
+
+
+def merge_packed(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`merge` of messages, on NVIDIA GPUs in one launch.
+
+    Args:
+        packed: (parts, rows, heads, head_dim + 1) fp32, as :func:`pack` makes them.
+        dtype: in which a GPU gives ``out``; elsewhere it is fp32.
+
+    Returns:
+        out (rows, heads, head_dim) and lse (heads, rows) fp32.
+    """
+    from .fused import why_no_triton  # which merges too
+
+    if packed.is_cuda and why_no_triton() is None:
+        from . import decode
+
+        return decode.merge(packed, dtype)
+    return merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))

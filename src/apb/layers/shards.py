@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
-from ..kernels.fused import why_no_triton
-from ..kernels.merge import merge
+from ..kernels.merge import merge_packed, pack
 from ..kernels.window import Run, window_attention
 from ..timing import timed
 from .base import AttentionInput
@@ -76,29 +74,15 @@ class Merging:
             return self.partial
         with timed("communication"):
             packed = self.partial.wait()
-        if packed.is_cuda and why_no_triton() is None:
-            from ..kernels import decode
-
-            # Rounded at once, unless sinks are still to come; the sums are there for who asks for them.
-            return decode.merge(packed, self.layer.q.dtype if self.layer.sinks is None else packed.dtype)
-        return merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
+        # Rounded at once, unless sinks are still to come.
+        return merge_packed(packed, self.layer.q.dtype if self.layer.sinks is None else packed.dtype)
 
 
 def merge_over_ranks(layer: AttentionInput, out: Tensor, lse: Tensor, group: Group) -> Merging:
     """Start to merge partial results over the ranks: out (rows, heads, head_dim), lse (heads, rows) fp32."""
     if group.size == 1:
         return Merging(layer, (out, lse))
-    return Merging(layer, group.all_gather(_message(out, lse)))
-
-
-def _message(out: Tensor, lse: Tensor) -> Tensor:
-    """(rows, heads, head_dim + 1) fp32: the partial output with its log-sum-exp beside it, as kernels may give them."""
-    rows, heads, head_dim = out.shape
-    row = heads * (head_dim + 1), head_dim + 1
-    beside = out.dtype == lse.dtype and lse.data_ptr() == out.data_ptr() + head_dim * out.element_size()
-    if beside and out.stride() == (*row, 1) and lse.stride() == row[::-1]:
-        return out.as_strided((rows, heads, head_dim + 1), (*row, 1))
-    return torch.cat([out.float(), lse.T.unsqueeze(-1)], -1)
+    return Merging(layer, group.all_gather(pack(out, lse)))
 
 
 def full_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
