@@ -16,18 +16,22 @@ _EXPECTED = 32
 
 @dataclass
 class Pace:
-    """Seconds per token, as measured so far on this server; later measurements count more."""
+    """Seconds per token, as measured so far on this server: the first measurement alone, then later ones count more."""
 
     read_s: float = _READ_S
     write_s: float = _WRITE_S
+    reads: int = 0
+    writes: int = 0
 
     def saw_read(self, tokens: int, seconds: float) -> None:
-        """A prompt has been read."""
-        self.read_s += 0.3 * (seconds / tokens - self.read_s)
+        """So many of a prompt's tokens have been read; one of its layers counts as that share of them."""
+        self.reads += 1
+        self.read_s += max(0.1, 1 / self.reads) * (seconds / tokens - self.read_s)
 
     def saw_written(self, seconds: float) -> None:
         """A token has been written."""
-        self.write_s += 0.1 * (seconds - self.write_s)
+        self.writes += 1
+        self.write_s += max(0.1, 1 / self.writes) * (seconds - self.write_s)
 
 
 @dataclass

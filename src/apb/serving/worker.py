@@ -238,7 +238,7 @@ class Worker:
         if job is None:
             return self._turns[number].go_on()
         share, since = job.share, time.monotonic()
-        was_writing = share.writing
+        was_writing, read = share.writing, share.read
         ended = self._turns[number].go_on()
         seconds = time.monotonic() - since
         share.worked_s += seconds
@@ -247,8 +247,8 @@ class Worker:
             self._pace.saw_written(seconds)
             return ended
         share.reading_s += seconds
-        if share.writing:
-            self._pace.saw_read(share.to_read, share.reading_s)
+        if read < share.read and not share.writing:  # what is found read takes no time, and is done at once
+            self._pace.saw_read(share.read - read, seconds)
         for other in self._running.values():
             other.share.owed = other.share.writing and other is not job
         return ended
