@@ -74,7 +74,7 @@ class Served:
             model=more.pop("model", "tiny"), messages=messages, extra_body=body, **more
         )
 
-    def get(self, path: str, method: str = "GET", body: bytes | None = None) -> tuple[int, str]:
+    def get(self, path: str, method: str = "GET", body: bytes | Iterator[bytes] | None = None) -> tuple[int, str]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
         connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -258,9 +258,10 @@ def test_documents_are_kept(served: Served) -> None:
 
 
 def test_bodies_are_limited(served: Served) -> None:
-    """Before they are parsed or tokenized."""
-    status, body = served.get("/v1/chat/completions", "POST", b" " * 600_000)
-    assert status == 413 and "at most" in json.loads(body)["error"]["message"]
+    """Before they are parsed or tokenized. A client is told, not cut off, whether or not it says how much it sends."""
+    for large in (b" " * 600_000, b" " * 20_000_000, iter([b" " * 400_000] * 40)):
+        status, body = served.get("/v1/chat/completions", "POST", large)
+        assert status == 413 and "at most" in json.loads(body)["error"]["message"]
     message = {"messages": [{"role": "user", "content": "x" * 70_000}]}
     status, body = served.get("/v1/chat/completions", "POST", json.dumps(message).encode())
     assert status == 400 and "at most 65,536" in json.loads(body)["error"]["message"]

@@ -7,6 +7,7 @@ import hmac
 import json
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 from prometheus_client import Counter
@@ -22,6 +23,9 @@ _BYTES_PER_CHARACTER, _BYTES_BESIDE = 6, 1 << 16
 UNLIMITED = 1 << 20
 # Seconds that a body may take to come in.
 BODY_S = 60.0
+# Seconds for which the rest of a refused body is taken and dropped. Most clients read no answer before they have sent
+# everything, and a connection that is closed on what they send is an error to them that says nothing.
+_DROPPING_S = 5.0
 
 
 def most_characters(positions: int | None) -> int:
@@ -57,9 +61,15 @@ class Gate:
 
         headers = dict(scope["headers"])
         try:
-            if scope["path"].startswith("/v1/"):
-                self._check_key(headers)
-            body = await self._body(headers, receive)
+            try:
+                if scope["path"].startswith("/v1/"):
+                    self._check_key(headers)
+                self._check_declared(headers)
+            except Refusal:
+                if b"expect" not in headers:  # such a client waits to be told whether to send its body
+                    await _drop(receive)
+                raise
+            body = await self._body(receive)
         except Refusal as refusal:
             await _respond(watched, refusal)
             return
@@ -81,10 +91,12 @@ class Gate:
             message = "This server asks for an API key: send one of its keys as 'Authorization: Bearer KEY'."
             raise Refusal(401, message, "authentication_error", "invalid_api_key", {"WWW-Authenticate": "Bearer"})
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
+    def _check_declared(self, headers: dict[bytes, bytes]) -> None:
         declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._most:
             raise self._too_large(int(declared))
+
+    async def _body(self, receive: Receive) -> bytes:
         parts, size = [], 0
         try:
             async with asyncio.timeout(BODY_S):
@@ -95,6 +107,8 @@ class Gate:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > self._most:
+                        if message.get("more_body"):
+                            await _drop(receive)
                         raise self._too_large(size)
                     if not message.get("more_body"):
                         return b"".join(parts)
@@ -105,6 +119,14 @@ class Gate:
         return Refusal(
             413, f"The request's body has {size:,} bytes, and at most {self._most:,} are read; send a shorter text."
         )
+
+
+async def _drop(receive: Receive) -> None:
+    """Take what is left of a body, for a while."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DROPPING_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 async def _respond(send: Any, refusal: Refusal) -> None:
