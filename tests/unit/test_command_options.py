@@ -81,14 +81,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         found.compressors.add(compressor)
         return loaded(compressor, read)
 
-    def work(server: serve.Server) -> None:  # in place of a server, which would not end
-        reading = Reading.of(**server.reading)
+    def run(processes: int, served: serve.Served, *more: Any) -> None:  # in place of a server, which would not end
+        reading = Reading.of(**served.reading)
         found.methods.update(reading.methods)
         found.compressors.add(reading.compressor)
 
     monkeypatch.setattr(Plan, "of_method", of_method)
     monkeypatch.setattr(Compressor, "loaded", load)
-    monkeypatch.setattr(serve, "work", work)
+    monkeypatch.setattr(serve, "_run", run)
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda *_: Ceilings(1e11, 1e11, 0.0, 1e10))
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda *_: 1e10)
     return found

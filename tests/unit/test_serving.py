@@ -15,13 +15,16 @@ from typing import Any
 
 import openai
 import pytest
-import uvicorn
 
 import apb
 from apb.cli import serve
+from apb.hf.loading import position_limit
 from apb.serving import worker as worker_module
 from apb.serving.answers import Answer, Progress, Task, Written
 from apb.serving.app import make_app
+from apb.serving.desk import Desk
+from apb.serving.front import Front
+from apb.serving.ranks import Ranks
 from apb.serving.worker import Worker
 from command_line import Cli, cli  # noqa: F401
 
@@ -38,7 +41,7 @@ class Served:
     """A server on a free port, its worker on another thread; ``held`` keeps the worker from beginning jobs."""
 
     def __init__(self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = ()) -> None:
-        self.worker = Worker(engine)
+        self.worker, self.ranks = Worker(engine), Ranks()
         self.held = threading.Lock()
         self._over = threading.Event()
         begin = self.worker._work
@@ -50,22 +53,22 @@ class Served:
         self.worker._work = work  # type: ignore[method-assign]
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self._http = uvicorn.Server(
-            uvicorn.Config(make_app(self.worker, "tiny", 7, chat_template, keys), log_level="warning")
-        )
-        run = {"kwargs": {"sockets": [listening]}, "daemon": True}
-        self._threads = [threading.Thread(target=self._http.run, **run)]
-        self._threads += [threading.Thread(target=self.worker.run, args=(self._over.is_set,), daemon=True)]
-        for thread in self._threads:
-            thread.start()
+        limit = position_limit(engine.model.config)
+        app = make_app(self.ranks, "tiny", engine.needed_tokenizer(), limit, 7, chat_template, keys)
+        self._front = Front(app, listening).__enter__()
+        ready = threading.Event()
+        Desk(self.worker, self.ranks.connect(lambda facts: ready.set()), lambda: None).open()
+        self._working = threading.Thread(target=self.worker.run, args=(self._over.is_set,), daemon=True)
+        self._working.start()
+        assert ready.wait(10)
         self.client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0)
 
     def stop(self) -> None:
         self._over.set()
-        self._http.should_exit = True
-        for thread in self._threads:
-            thread.join(10)
-            assert not thread.is_alive()
+        self._working.join(10)
+        self.ranks.disconnect()
+        self._front.__exit__(None, None, None)
+        assert not self._working.is_alive()
 
     def ask(self, content: Any = QUESTION, document: str | None = DOCUMENT, **more: Any) -> Any:
         body = {} if document is None else {"document": document}
@@ -555,7 +558,7 @@ def test_what_cannot_be_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Status 2 and a sentence, before weights are read."""
-    monkeypatch.setattr(serve, "work", None)
+    monkeypatch.setattr(serve, "_run", None)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         cli("serve", "--port", taken.getsockname()[1]).refused("Nothing can listen at 127.0.0.1", "--port")
     cli("serve", "--port", 70000).refused("A port is a number from 0 to 65535")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
-import tempfile
-import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,21 +21,24 @@ from . import options
 from .groups import expanded, values
 
 if TYPE_CHECKING:
-    from ..serving.worker import Worker
+    from fastapi import FastAPI
+
+    from ..serving.messages import Facts
+    from ..serving.ranks import Ranks
+
+
+# SIGTERM is none of these: the ranks end by themselves once they have answered.
+_ENDED_BY = "SIGINT,SIGHUP,SIGQUIT"
+# Seconds that ranks have to end when one of them is lost; one that is stopped would take forever.
+_PATIENCE_S = 3
 
 
 @dataclass(frozen=True)
-class Server:
-    """Everything a rank needs to serve; plain values, so that it travels."""
+class Served:
+    """What a rank serves; plain values, so that it travels."""
 
     loading: dict[str, Any]
     reading: dict[str, Any]
-    chat_template: str | None
-    host: str
-    port: int
-    max_new_tokens: int
-    keys: tuple[str, ...]
-    served: str
 
 
 @expanded
@@ -56,76 +62,87 @@ def serve(
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
     at_least("max_new_tokens", max_new_tokens, 1)
-    with _listen(host, port) as free:
-        port = free.getsockname()[1]  # the same one when ranks are started again
-    keys = () if api_keys is None else _keys(api_keys)
+    with _listen(host, port) as listening:
+        keys = () if api_keys is None else _keys(api_keys)
 
-    from .checks import check_reading
+        from .checks import check_reading
 
-    place, _ = check_reading(model, ranks, reading)
+        place, read = check_reading(model, ranks, reading)
 
-    from ..hf.chat import template_of
-    from ..hf.loading import load_tokenizer
-    from ..prompt import Prompt
+        from ..hf.chat import template_of
+        from ..hf.loading import load_tokenizer, position_limit
+        from ..prompt import Prompt
+        from ..serving.app import make_app
 
-    tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
-    template = template_of(tokenizer, chat_template)
-    if chat_template is not None:  # one that cannot be applied is refused here, not with every request
-        Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
-        chat_template = template  # its text: the file is read once, and may change or go
-    with tempfile.TemporaryDirectory() as folder:
-        served = str(Path(folder, "served"))
-        server = Server(place.loading, values(reading), chat_template, host, port, max_new_tokens, keys, served)
-        _supervised(place.processes, server)
+        tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
+        template = template_of(tokenizer, chat_template)
+        if chat_template is not None:  # one that cannot be applied is refused here, not with every request
+            Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
+            chat_template = template  # its text: the file is read once, and may change or go
+        name = place.model.name
+        served = Path(name).resolve().name if Path(name).exists() else name
+        positions = None if read.allow_extrapolation else position_limit(place.config)
+        _run(
+            place.processes,
+            Served(place.loading, values(reading)),
+            lambda ranks: make_app(ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys),
+            listening,
+            f"{served!r} at http://{host}:{listening.getsockname()[1]}/v1",
+        )
 
 
-def _supervised(processes: int, server: Server) -> None:
-    """Start the ranks, and start them again whenever one of them is lost after they have served."""
+def _run(
+    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket, where: str
+) -> None:
+    """Serve: HTTP on a thread of this process, the ranks in others."""
     from ..distributed import launch
+    from ..serving.answers import noted
+    from ..serving.front import Front
+    from ..serving.ranks import Ranks
 
-    while True:
-        try:
-            launch.run(work, processes, server)
-            return
-        except Stopped:
-            raise
-        except RankError as error:
-            if not Path(server.served).exists():  # they never came so far, and would not the next time
+    def ready(facts: Facts) -> None:
+        count = "1 rank" if facts.ranks == 1 else f"{facts.ranks} ranks"
+        print(f"apb: serving {where}, {count}", file=sys.stderr, flush=True)
+
+    ranks = Ranks()
+    if launch.under_torchrun():  # which has started the ranks, and this is one of them
+        leads = os.environ["RANK"] == "0"
+        with Front(app_of(ranks), listening) if leads else nullcontext():
+            work(served, ranks.connect(ready) if leads else None)
+        return
+    with Front(app_of(ranks), listening), _draining(ranks):
+        while not ranks.draining:
+            try:
+                launch.launch(work, processes, served, ranks.connect(ready), ended_by=_ENDED_BY, patience_s=_PATIENCE_S)
+            except Stopped:
                 raise
-            Path(server.served).unlink()
-            print(f"apb: {error} They are started again.", file=sys.stderr, flush=True)
+            except RankError as error:
+                if not ranks.served:  # they never came so far, and would not the next time
+                    raise
+                ranks.last_error = noted(error)
+                print(f"apb: {error} They are started again.", file=sys.stderr, flush=True)
+            finally:
+                ranks.disconnect()
 
 
-def work(server: Server) -> None:
-    """One rank's part: the engine on this thread; on rank 0 the server on another."""
+def work(served: Served, pipe: Connection | None) -> None:
+    """One rank's part; ``pipe`` is rank 0's to the HTTP server."""
     from ..engine import Engine
     from ..serving.alive import SignsOfLife
+    from ..serving.desk import Desk
     from ..serving.worker import Worker
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(**server.loading, **server.reading)
+    engine = Engine.from_pretrained(**served.loading, **served.reading)
     worker = Worker(engine)
     signs = SignsOfLife() if engine.mesh.everyone.size > 1 else None
     if engine.device.type == "cuda":
         worker.warm_up()
-    if engine.mesh.everyone.rank == 0:
-        import uvicorn
-
-        from ..serving.app import make_app
-
-        model = server.loading["model"]
-        name = Path(model).resolve().name if Path(model).exists() else model
-        listening = _listen(server.host, server.port)
-        app = make_app(worker, name, server.max_new_tokens, server.chat_template, server.keys)
-        http = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-        if signs is None:  # ranks are ended by those who started them
-            _drain_on_sigterm(worker)
-        threading.Thread(target=http.run, kwargs={"sockets": [listening]}, daemon=True).start()
-        at = f"http://{server.host}:{listening.getsockname()[1]}/v1"
-        ranks = "1 rank" if engine.group.size == 1 else f"{engine.group.size} ranks"
-        print(f"apb: serving {name!r} at {at}, {ranks}", file=sys.stderr, flush=True)
-        Path(server.served).touch()
+    if pipe is not None and engine.mesh.everyone.rank == 0:
+        Desk(worker, pipe).open()
+    elif pipe is not None:  # every process is given it
+        pipe.close()
     if signs is not None:
         signs.start()
     worker.run()
@@ -133,14 +150,23 @@ def work(server: Server) -> None:
         signs.stop()
 
 
-def _drain_on_sigterm(worker: Worker) -> None:
+@contextmanager
+def _draining(ranks: Ranks) -> Iterator[None]:
     """SIGTERM: requests that are here are answered, no others are taken. A second one ends the server."""
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    def drain(*_: Any) -> None:
-        worker.draining = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def drain(number: int, frame: FrameType | None) -> None:
+        if ranks.draining or not ranks.ready:
+            raise SignalException("A signal was received.", signal.Signals(number))
+        ranks.drain()
 
-    signal.signal(signal.SIGTERM, drain)
+    before = signal.signal(signal.SIGTERM, drain)
+    try:
+        yield
+    except SignalException as error:  # between two groups of ranks
+        raise Stopped(f"{error.sigval.name} was received.") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _keys(file: Path) -> tuple[str, ...]:

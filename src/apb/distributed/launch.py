@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -23,6 +23,8 @@ from .collectives import Group
 _PATIENCE = timedelta(minutes=30)
 # Seconds that a rank waits before it exits because of another one's failure, so that the launcher sees that one first.
 _GRACE = 5.0
+# Signals that end all ranks.
+_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 # Exit status of a rank that raised InputError.
 _WRONG_INPUT = 2
 
@@ -169,10 +171,17 @@ def run(function: Callable[..., None], ranks: int, *args: Any) -> None:
         launch(function, ranks, *args)
 
 
-def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
+def launch(
+    function: Callable[..., None], ranks: int, *args: Any, ended_by: str = _SIGNALS, patience_s: int = 30
+) -> None:
     """Run ``function(*args)`` in ``ranks`` processes on this machine, with torch's elastic launcher.
 
     If one of them dies or fails, the others are ended within seconds.
+
+    Args:
+        function, ranks, args: see above.
+        ended_by: names of the signals to this process that end all ranks, with commas between them.
+        patience_s: seconds after which a rank that does not end is killed.
 
     Raises:
         RankError: a rank died or failed; the message names it and the reason.
@@ -182,18 +191,20 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-    )
-    with _threads_shared(ranks):
+    shares = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+    with _environment(shares | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(patience_s)}):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            signals_to_handle=ended_by,
+        )
         try:
             elastic_launch(config, _run_rank)(function, *args)
         except ChildFailedError as error:
@@ -203,7 +214,8 @@ def launch(function: Callable[..., None], ranks: int, *args: Any) -> None:
                 raise InputError(sentence) from None
             if kind == NotFinite.__name__:  # of all ranks alike
                 raise NotFinite(sentence) from None
-            raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}; the other ranks were ended.") from None
+            others = "; the other ranks were ended" if ranks > 1 else ""
+            raise RankError(f"Rank {rank} of {ranks} {_reason(failure)}{others}.") from None
         except SignalException as error:
             if error.sigval == signal.SIGINT:
                 raise KeyboardInterrupt from None
@@ -245,13 +257,12 @@ def _message(failure: Any) -> str:
 
 
 @contextmanager
-def _threads_shared(ranks: int) -> Iterator[None]:
-    """Divide the CPU cores among the processes, unless the user has set OMP_NUM_THREADS."""
-    if "OMP_NUM_THREADS" in os.environ:
-        yield
-        return
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // ranks))
+def _environment(defaults: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for a while, unless the user has."""
+    ours = {name: value for name, value in defaults.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        del os.environ["OMP_NUM_THREADS"]
+        for name in ours:
+            del os.environ[name]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Sampling, Scored
 from ..prompt import Prompt
 
@@ -59,6 +61,25 @@ class Answer:
 
     index: int
     result: Generation
+
+
+class Failed(RuntimeError):
+    """A request failed by an error that was not foreseen; the message names it."""
+
+
+class Lost(RuntimeError):
+    """The ranks that worked on a request are gone."""
+
+
+def travelling(error: Exception) -> Exception:
+    """An error as it travels to another process, which may not know its class."""
+    known = next((kind for kind in (InputError, Cancelled, NotFinite) if isinstance(error, kind)), None)
+    return Failed(unexpected(error)) if known is None else known(str(error))
+
+
+def noted(error: BaseException) -> str:
+    """An error's kind and the time: what is told of it later, to whoever asks."""
+    return f"{type(error).__name__} at {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
 
 
 # Events of a request; the last one is the error that it ended with, or None.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,18 +14,19 @@ from starlette.exceptions import HTTPException
 
 from ..errors import InputError
 from ..generation import Sampling
-from ..hf.loading import position_limit
-from ..hf.sampling import own_sampling
 from .answers import Task
 from .following import Following
 from .limits import Gate, most_characters
 from .metrics import Metrics
 from .prompts import Asked, Said
+from .ranks import Ranks
 from .replies import ErrorBody, Refusal, Reply, TextReply
 from .schema import ChatRequest, CompletionRequest, DocumentRequest
 from .shelf import Shelf
 from .tokenizing import Tokenizing
-from .worker import Worker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Error responses that every endpoint may give, for the OpenAPI description.
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -38,15 +39,17 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again."},
     499: {"model": ErrorBody, "description": "The client left."},
     500: {"model": ErrorBody, "description": "Answering failed."},
-    503: {"model": ErrorBody, "description": "The server is ending."},
+    503: {"model": ErrorBody, "description": "The server is ending, or its ranks are being started."},
 }
 # Seconds after which a client that was told to come again later should, at most.
 _LATER_S = 600
 
 
 def make_app(
-    worker: Worker,
+    ranks: Ranks,
     name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    positions: int | None,
     max_new_tokens: int,
     chat_template: str | None = None,
     keys: Collection[str] = (),
@@ -54,43 +57,43 @@ def make_app(
     """The server application for one model.
 
     Args:
-        worker: rank 0's worker; its :meth:`~apb.serving.worker.Worker.run` must be running on another thread.
+        ranks: they answer.
         name: the model's name in the API.
+        tokenizer: the model's.
+        positions: tokens that the model can read; None if any number.
         max_new_tokens: limit on an answer's tokens for requests that set none.
         chat_template: as in :meth:`apb.Prompt.from_chat`.
         keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
-    engine, metrics = worker.engine, Metrics(worker)
-    unlimited = engine.reading.allow_extrapolation
-    characters = most_characters(None if unlimited else position_limit(engine.model.config))
+    metrics, characters = Metrics(ranks), most_characters(positions)
     app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
     served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
-    tokenizing = Tokenizing(engine.needed_tokenizer(), chat_template, characters)
-    own, shelf = own_sampling(engine.model), Shelf()
+    tokenizing = Tokenizing(tokenizer, chat_template, characters)
+    shelf = Shelf()
 
     def check_name(asked: str | None) -> None:
         if asked not in (None, name):
             raise Refusal(404, f"The model {asked!r} is not served here; ask for {name!r}.", code="model_not_found")
 
-    def submitted(task: Task, following: Following) -> None:
+    async def submitted(task: Task, following: Following) -> None:
         """Queue a request, or refuse it."""
-        if worker.draining:
+        if ranks.draining:
             raise Refusal(503, "The server is ending; ask another one.", "server_error", "ending")
-        following.job = worker.submit(task, following.tell)
+        following.job = await ranks.submit(task, following.tell)
         if following.job is None:
-            later = {"Retry-After": str(min(max(int(worker.wait_s()), 1), _LATER_S))}
-            message = f"{worker.waiting} requests are waiting; try again later."
+            later = {"Retry-After": str(min(max(int(ranks.wait_s()), 1), _LATER_S))}
+            message = f"{ranks.waiting} requests are waiting; try again later."
             raise Refusal(429, message, "server_error", "overloaded", later)
 
     async def answered(
         body: ChatRequest | CompletionRequest, asked: Asked, request: Request, kind: type[Reply]
     ) -> Response:
-        sampling = body.sampling(max_new_tokens, own)
+        sampling = body.sampling(max_new_tokens, ranks.own_sampling)
         Sampling(**sampling)  # what is wrong with it is said before anything is queued
         task = Task(asked.prompt, sampling, body.n, asked.ordinary)
         following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics)
-        submitted(task, following)
+        await submitted(task, following)
         warned = {"X-APB-Warning": f"ignored: {', '.join(body.ignored)}"[:500]} if body.ignored else {}
         warned = {key: value.encode("ascii", "replace").decode() for key, value in warned.items()}
         if body.stream:
@@ -119,13 +122,15 @@ def make_app(
         asked = await tokenizing.chat([Said("user", [body.question or NEUTRAL])], body.text)
         kept = shelf.put(body.text, body.name, body.question, asked.prompt)
         if kept.job is None:
+            kept.status = "reading"
             following = Following(Reply(name, {}, tokenizing.name), metrics, kept.heard)
             try:
-                submitted(Task(asked.prompt, answers=0), following)
+                await submitted(Task(asked.prompt, answers=0), following)
             except (Refusal, InputError):
                 shelf.remove(kept.id)
                 raise
-            kept.job, kept.status = following.job, "reading"
+            if kept.status == "reading":  # it may have failed by now
+                kept.job = following.job
         return kept.told()
 
     @app.get("/v1/documents")
@@ -152,11 +157,11 @@ def make_app(
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "last_error": worker.last_error}
+        return {"status": "ok", "last_error": ranks.last_error}
 
     @app.get("/ready")
     async def ready() -> Response:
-        return JSONResponse({"ready": not worker.draining}, 503 if worker.draining else 200)
+        return JSONResponse({"ready": ranks.ready}, 200 if ranks.ready else 503)
 
     @app.get("/metrics")
     async def counted() -> Response:

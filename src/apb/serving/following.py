@@ -13,8 +13,8 @@ from ..errors import Cancelled
 from ..generation import Generation
 from .answers import Answer, Event, Progress, Written
 from .metrics import Metrics
+from .ranks import Job
 from .replies import Refusal, Reply, failure, sse
-from .worker import Job
 
 # Seconds between keep-alive comments to a streaming client.
 _PULSE_S = 1.0
@@ -55,7 +55,7 @@ class Following:
     def leave(self) -> None:
         """The client waits no longer."""
         if self.job is not None:
-            self.job.cancelled.set()
+            self.job.cancel()
 
     async def whole(self, request: Request) -> dict[str, Any]:
         """The body with all answers; Refusal if the request failed or the client disconnected."""

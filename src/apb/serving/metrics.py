@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from ..generation import Generation
-from .worker import Worker
+from .ranks import Ranks
 
 # Bucket bounds of the histograms, in seconds.
 _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -15,7 +15,7 @@ _SHORT = (0.005, 0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 class Metrics:
     """What the server counts."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("apb_requests", "Requests by HTTP status.", ["status"], registry=registry)
         self.prompt = Counter("apb_prompt_tokens", "Tokens of answered prompts.", registry=registry)
@@ -31,11 +31,11 @@ class Metrics:
         text = "Seconds between pieces of an answer."
         self.between = Histogram("apb_between_tokens_seconds", text, buckets=_SHORT, registry=registry)
         for name, text, value in (
-            ("apb_waiting_requests", "Requests in the queue.", lambda: worker.waiting),
-            ("apb_running_requests", "Requests that are read or answered.", lambda: worker.running),
-            ("apb_documents", "Documents that stay read.", lambda: len(worker.kept)),
-            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: worker.kept.size),
-            ("apb_document_hits", "Requests whose document was read already.", lambda: worker.kept.hits),
+            ("apb_waiting_requests", "Requests in the queue.", lambda: ranks.waiting),
+            ("apb_running_requests", "Requests that are read or answered.", lambda: ranks.running),
+            ("apb_documents", "Documents that stay read.", lambda: ranks.kept.documents),
+            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: ranks.kept.size),
+            ("apb_document_hits", "Requests whose document was read already.", lambda: ranks.kept.hits),
         ):
             Gauge(name, text, registry=registry).set_function(value)
 

@@ -12,7 +12,10 @@ from pydantic import BaseModel
 
 from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Scored
+from .answers import Failed, Lost
 
+# Seconds after which a client is told to come again while ranks are started.
+AGAIN_S = 15
 # JSON has no infinity.
 _LOWEST = -9999.0
 
@@ -55,7 +58,10 @@ def failure(error: Exception) -> Refusal:
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):
         return Refusal(499, str(error), code="cancelled")
-    return Refusal(500, str(error) if isinstance(error, NotFinite) else unexpected(error), "server_error")
+    if isinstance(error, Lost):
+        return Refusal(503, str(error), "server_error", "ranks_lost", {"Retry-After": str(AGAIN_S)})
+    told = str(error) if isinstance(error, (NotFinite, Failed)) else unexpected(error)
+    return Refusal(500, told, "server_error")
 
 
 def sse(body: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..prompt import Prompt
 from .answers import Event, Progress
+from .ranks import Job
 from .replies import Refusal, failure
-from .worker import Job
 
 # Characters of all texts together; of more, the oldest have to be deleted first.
 MOST_CHARACTERS = 1 << 28
@@ -80,5 +80,5 @@ class Shelf:
         """Forget a document; one that is being read is no longer."""
         kept = self[number]
         if kept.job is not None:
-            kept.job.cancelled.set()
+            kept.job.cancel()
         del self._kept[number]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from ..engine import Engine
 from ..errors import Cancelled, InputError
 from ..prompt import Prompt
-from .answers import Event, Task, answer
+from .answers import Event, Task, answer, noted
 from .fairness import Pace, Share, next_of
 from .kept import KeptDocuments
 from .turns import Ended, Turn
@@ -53,6 +53,10 @@ class Job:
     share: Share
     bytes: int
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more: it ends before its next piece of work."""
+        self.cancelled.set()
 
 
 class Worker:
@@ -201,7 +205,7 @@ class Worker:
         if job is None:
             return
         if error is not None and not isinstance(error, (Cancelled, InputError)):
-            self.last_error = f"{type(error).__name__} at {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}"
+            self.last_error = noted(error)
         job.tell(error)
 
     # -- on all ranks ------------------------------------------------------------------------------------------------
