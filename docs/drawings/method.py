@@ -1,7 +1,7 @@
 """Draw the method: which keys each block of a text attends to. Run: python docs/drawings/method.py
 
-Writes docs/images/method-light.svg and method-dark.svg: rows are the parts of the prompt that are read, columns the keys
-that they see. A test checks that the files are what this script draws.
+Writes docs/images/method-light.svg and method-dark.svg: rows are the parts of the prompt that are read, columns the
+keys that they see. A test checks that the files are what this script draws.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the site has beside docs/: the README as its front page, CONTRIBUTING, the command line, and the files they link to.
+"""What the site has beside docs/: the README as its front page, other pages, the command line, and files they link to.
 
 Links in docs/ are those that work in the repository. Files outside docs/ that pages link to are put on the site.
 """

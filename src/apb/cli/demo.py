@@ -70,8 +70,9 @@ def demo(
     ratio = exact.timing["prefill_s"] / fast.timing["prefill_s"]
     print(f"Full attention took {ratio:.1f} times as long to read it.")
     if out is not None:
-        report = {"command": "apb " + " ".join(sys.argv[1:]), "query": query, "expected": expected, "ratio": ratio}
-        report["results"] = [fast.to_dict(), exact.to_dict()]
+        results = [fast.to_dict(), exact.to_dict()]
+        command = "apb " + " ".join(sys.argv[1:])
+        report = {"command": command, "query": query, "expected": expected, "ratio": ratio, "results": results}
         out.write_text(json.dumps(report, indent=1) + "\n")
     if expected is not None:
         right = expected in fast.text
