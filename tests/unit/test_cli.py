@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 import apb
+from apb.cli import demo
 from apb.planning.methods import METHODS
 from command_line import Cli, Outcome
 from models import tiny_heads, tiny_model
@@ -522,6 +523,25 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr.decode()
     for command in ("generate", "plan", "doctor"):
         assert command in done.stdout.decode()
+
+
+def test_the_version_and_completion() -> None:
+    """What shells ask for is answered in a process of its own, without torch."""
+    assert started("--version").out == f"apb {apb.__version__}\n"
+    asking = {"COMP_WORDS": "apb gen", "COMP_CWORD": "1", "_APB_COMPLETE": "complete_bash"}
+    assert started(env=os.environ | asking).out == "generate\n"
+
+
+def test_demo(cli: Cli, document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both strategies on a generated text, whose answer is checked, or on one's own."""
+    monkeypatch.setattr(demo, "DOCUMENT_TOKENS", 2000)
+    done = cli("demo", "--out", tmp_path / "demo.json")
+    written = json.loads((tmp_path / "demo.json").read_text())
+    assert done.status == 0 and f"The document says {written['expected']}: apb's answer is right." in done.out
+    assert [result["strategy"] for result in written["results"]] == ["apb", "full"]
+    own = cli("demo", "--document", document, "--query", "Who?")
+    assert own.status == 0 and "document.txt, " in own.out and "The document says" not in own.out
+    cli("demo", "--document", document).refused("--query")
 
 
 def test_interrupted_within_an_import(tmp_path: Path) -> None:

@@ -7,20 +7,37 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from .. import __version__
 from ..errors import InputError, NotFinite, RankError, unexpected
-from . import bench, check, doctor, documents, evaluate, explain, fidelity, generate, plan, report, serve, train
+from . import bench, check, demo, doctor, documents, evaluate, explain, fidelity, generate, plan, report, serve, train
 
 app = typer.Typer(
     name="apb",
-    help="Ask a question of a very long text.",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"apb {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Ask a question of a very long text."""
+
+
+app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("read")(documents.read)
 app.command("ask")(documents.ask)
@@ -46,6 +63,8 @@ _GRACE = 5.0
 
 def main() -> None:
     """Run the command line and exit: 0 done, 1 it failed, 2 the input was wrong, 130 interrupted."""
+    if "_APB_COMPLETE" in os.environ:  # a shell asks what a command line could go on with
+        app(prog_name="apb")
     status = run(app)
     if status != DONE and "apb.distributed.launch" in sys.modules:  # importing it would import torch, in seconds
         from ..distributed import launch

@@ -1,0 +1,73 @@
+"""README and docs: the tutorial runs as it stands, every other command is one that the command line takes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from apb.cli.main import app
+from command_line import Cli, cli  # noqa: F401
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+# Before `apb` itself: where it is installed, and the settings of one command.
+COMMAND = re.compile(r"^ *(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?apb +([a-z].*)$")
+
+
+def commands() -> list[Any]:
+    """Every `apb` command in a code block of a page."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        fenced = "".join(block[2] for block in BLOCK.finditer(text) if block[1] in ("sh", "bash", "console"))
+        indented = "\n".join(line for line in text.splitlines() if line.startswith("    "))
+        for line in (fenced + indented).splitlines():
+            if command := COMMAND.match(line):
+                found.append(pytest.param(command[1], id=f"{page.stem}: {command[1][:60]}"))
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_taken(command: str) -> None:
+    """Options and values are such as the command line knows; what they lead to is others' test."""
+    arguments = shlex.split(re.split(r" [<>|] ", command)[0], comments=True)
+    context = typer.main.get_command(app).make_context("apb", arguments)
+    while hasattr(context.command, "commands"):
+        name, *arguments = [*getattr(context, "_protected_args", ()), *context.args]
+        context = context.command.commands[name].make_context(name, arguments, parent=context)
+
+
+def test_the_tutorial(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Its text is made, and its commands and lines of Python find the number in it."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+    for kind, block in BLOCK.findall(page):
+        if made := re.match(r"python - <<'TEXT' > (\S+)\n(.*)^TEXT$", block, re.DOTALL | re.MULTILINE):
+            with open(made[1], "w") as file, contextlib.redirect_stdout(file):
+                exec(made[2], {})
+        elif kind == "python":
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec(block, {})
+            assert "482137" in said.getvalue() and "no question" in said.getvalue()
+        else:
+            for line in block.strip().splitlines():
+                done = cli(*shlex.split(line)[1:])
+                assert done.status == 0, done.err
+                asks = line.startswith(("apb generate", "apb ask"))
+                assert "482137" in done.out or not asks, line
+
+
+def test_drawings_are_those_of_their_script() -> None:
+    """docs/images/method-*.svg; `python docs/drawings/method.py` writes them."""
+    script = runpy.run_path(str(ROOT / "docs/drawings/method.py"))
+    for theme in script["THEMES"]:
+        assert (ROOT / f"docs/images/method-{theme.name}.svg").read_text() == script["drawing"](theme)
