@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import typer
 
+import apb
 from apb.cli.main import app
 from command_line import Cli, cli  # noqa: F401
 
@@ -64,6 +65,29 @@ def test_the_tutorial(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 assert done.status == 0, done.err
                 asks = line.startswith(("apb generate", "apb ask"))
                 assert "482137" in done.out or not asks, line
+
+
+def test_python_snippets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, on a tiny model that takes the place of the one named; the server's is run by its own test."""
+    monkeypatch.chdir(tmp_path)
+    original = apb.Engine.from_pretrained
+
+    def load(name: Any, **options: Any) -> apb.Engine:
+        engine = original(checkpoint, **options)
+        engine.needed_tokenizer().chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+        return engine
+
+    monkeypatch.setattr(apb.Engine, "from_pretrained", load)
+    text = "The lighthouse keeper of Orrin was called Maud. " * 12
+    prompt = apb.Prompt.from_text(load(checkpoint).needed_tokenizer(), text, "Who?")
+    ran = 0
+    for page in PAGES:
+        known: dict[str, Any] = {"apb": apb, "text": text, "prompt": prompt, "model": "tiny", "engine": load(checkpoint)}
+        for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            if kind == "python" and page.stem not in ("tutorial", "serving"):
+                exec(block.replace("positions(31)", "positions(1)"), known)
+                ran += 1
+    assert ran >= 5
 
 
 def test_drawings_are_those_of_their_script() -> None:
