@@ -362,6 +362,21 @@ def test_plan_json(cli: Cli, checkpoint: Path) -> None:
     assert rows["full"]["plan"] == rows["full"]["plan"] | {"blocks": 1, "ranks": 1, "anchor_length": 0}
 
 
+def test_plan_as_a_picture(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """A bar for every block, at its place, on its rank's row."""
+    drawn = tmp_path / "plan.svg"
+    options = ("--length", 1600, "--model", checkpoint, "--ranks", 2, "--blocks", 4)
+    assert cli("plan", *options, "--plot", drawn).status == 0
+    text = drawn.read_text()
+    one = tmp_path / "one.svg"
+    assert cli("plan", "--length", 1600, "--model", checkpoint, "--blocks", 1, "--plot", one).status == 0
+    bars = [picture.count("PolyCollection") for picture in (text, one.read_text())]
+    # full, minference 1 each; apb, star 4 and two shares of an anchor; ring 4, ulysses 2; on one rank ring has 2
+    assert bars == [1 + 1 + 6 + 6 + 4 + 2, 6 + 1] and "xmlns" in text
+    cli("plan", *options, "--plot", tmp_path / "plan.png").refused(".svg", "plan.png")
+    cli("plan", *options, "--plot", tmp_path / "none/plan.svg").refused("no folder")
+
+
 def test_plan_as_a_table(cli: Cli, checkpoint: Path) -> None:
     """Without --json the same numbers are a table, and a length beyond the model's positions is remarked on."""
     done = cli("plan", "--length", 100_000, "--blocks", 5, "--model", checkpoint)

@@ -82,7 +82,13 @@ def test_python_snippets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     prompt = apb.Prompt.from_text(load(checkpoint).needed_tokenizer(), text, "Who?")
     ran = 0
     for page in PAGES:
-        known: dict[str, Any] = {"apb": apb, "text": text, "prompt": prompt, "model": "tiny", "engine": load(checkpoint)}
+        known: dict[str, Any] = {
+            "apb": apb,
+            "text": text,
+            "prompt": prompt,
+            "model": "tiny",
+            "engine": load(checkpoint),
+        }
         for kind, block in BLOCK.findall(page.read_text(encoding="utf-8")):
             if kind == "python" and page.stem not in ("tutorial", "serving"):
                 exec(block.replace("positions(31)", "positions(1)"), known)

@@ -49,6 +49,9 @@ def plan(
     network_gbit: Annotated[
         float, typer.Option(help="Gbit/s between hosts, for every rank: each with an adapter of its own.")
     ] = NETWORK_GBIT,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw who reads what, a row for each rank, as SVG; needs apb[report].")
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """The plan for a document of that many tokens (bfloat16, a question of 32 tokens) and its predicted costs."""
@@ -60,6 +63,10 @@ def plan(
     at_least("ranks per host", sharing, 1)
     if not network_gbit > 0:
         raise InputError(f"--network-gbit takes a number above 0, not {network_gbit:g}.")
+    if plot is not None:
+        if plot.suffix != ".svg":
+            raise InputError(f"A plan is drawn as .svg, not as {str(plot)!r}.")
+        options.check_out(plot)
     # Errors of the request are raised before a model is looked for.
     plans = [plan_of(name, length, size, chosen.method, rounds) for name in METHODS]
     compressor = make_compressor(chosen.compressor, chosen.scoring)
@@ -80,6 +87,7 @@ def plan(
     compressor = loaded(compressor, config)
     shape = counting.model_shape(config, gpus_per_rank)
     plans = [with_propagation(each, propagated, shape) for each in plans]
+    rows = [_row(each, size, shape, compressor, basis, sharing) for each in plans]
     report = {
         "model": str(random_weights or model or "needle"),
         "length": length,
@@ -88,8 +96,14 @@ def plan(
         "gpus_per_rank": len(shape.split) or 1,
         "ceilings": None if basis is None else basis.to_dict(),
         "projection": basis is not None and basis.projects(size),
-        "strategies": [_row(each, size, shape, compressor, basis, sharing) for each in plans],
+        "strategies": rows,
     }
+    if plot is not None:
+        from .plan_plot import drawn
+
+        told = {row["strategy"] for row in rows if "refused" not in row}
+        title = f"{length:,} tokens, {report['model']}"
+        plot.write_text(drawn([each for each in plans if each.strategy in told], title), encoding="utf-8")
     if as_json:
         print(json.dumps(report))
     else:
