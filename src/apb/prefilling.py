@@ -227,7 +227,7 @@ class Prefiller:
 
     def device_of(self, layer: int) -> torch.device:
         """Where a layer's keys and values are."""
-        return placement.device_of(self._attachment.modules[layer])
+        return placement.device_of(self._attachment.of_layer[layer])
 
     @property
     def _everyone(self) -> Group:
