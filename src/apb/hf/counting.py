@@ -68,11 +68,7 @@ def head_dim(config: Any) -> int:
     text = config.get_text_config()
     if getattr(text, "kv_lora_rank", None):
         return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
-    return (
-        getattr(text, "head_dim", None)
-        or getattr(text, "attention_head_dim", None)
-        or text.hidden_size // text.num_attention_heads
-    )
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def _expert_row(model: PreTrainedModel, text: Any) -> int:

@@ -132,8 +132,10 @@ def _theirs(model: PreTrainedModel) -> Tensor:
     model.set_attn_implementation("eager")  # the others get no mask if they need none
     try:
         for ids, positions in _parts(model):
-            with torch.no_grad():  # not all count what is known already if they are given no positions (Bamba)
-                output = model(ids, position_ids=positions, past_key_values=known, use_cache=True)
+            # Not all count what is known already (Bamba); the first positions are the model's own, which may be odd.
+            told = {} if known is None else {"position_ids": positions}
+            with torch.no_grad():
+                output = model(ids, past_key_values=known, use_cache=True, **told)
             known = output.past_key_values
             logits.append(output.logits[0].float())
     finally:
