@@ -3,6 +3,7 @@ whichever ranks and rounds the rows are in."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,7 +60,9 @@ def test_exact_on_ranks(family: str) -> None:
         engine = engine_of(family, group, strategy=strategy)
         session = engine.prefill(prompt)
         layers = {layer: list(session.gather_kv(layer)) for layer in session.cache.indices}
-        states = {layer: [part.clone() for part in state.tensors()] for layer, state in session.cache.states.items()}
+        states = {
+            layer: [part.clone() for part in state.tensors().values()] for layer, state in session.cache.states.items()
+        }
         logits = [session.logits]
         for _ in range(tokens):
             logits.append(session.extend([int(logits[-1].argmax())]))
@@ -117,6 +120,32 @@ def test_documents(family: str) -> None:
         same(document.prefill(PROMPT.query).logits, expected[0])
         document.prefill((5, 6))
     engine.close()
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "minimax"])
+def test_stores_of_other_ranks(family: str, tmp_path: Path) -> None:
+    """A document that two ranks have written, on three: its states with it, wherever it is asked from."""
+    expected, _ = says(family, PROMPT.token_ids, ANSWER)
+    plenty = 1 << 40
+
+    def write(group: Group) -> None:
+        engine = engine_of(family, group, strategy="ring")
+        engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(tmp_path / "it")
+
+    def ask(group: Group) -> list[Tensor]:
+        engine = engine_of(family, group, strategy="ring")
+        documents = apb.Documents(engine, plenty, plenty)
+        documents.add("it", engine.load(tmp_path / "it"))
+        said = []
+        for query in (PROMPT.query, (5, 6), PROMPT.query, (*PROMPT.query, ANSWER[0])):
+            documents.make_room(plenty)
+            assert documents.place("it") == "host"
+            said.append(documents.document("it").prefill(query).logits)
+        return said
+
+    together(write, 2)
+    for first, _, again, longer in together(ask, 3):
+        same(torch.stack([first, again, longer]), expected[[0, 0, 1]])
 
 
 def test_only_what_cannot_be_is_refused() -> None:

@@ -23,7 +23,7 @@ from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .config import kv_heads, layer_count
 from .fusing import fuse_parts
-from .placement import devices
+from .placement import device_of, devices
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .windows import not_handed_over
@@ -62,9 +62,9 @@ class Attachment:
         self.model = model
         self.fused = fused
         self.modules = attention_modules(model)
-        # By the index of its layer; layers that share weights (Zamba2) are told theirs only when they are called.
-        self.of_layer = {layer_index(model, module): module for module in self.modules}
-        self._index = {module: index for index, module in self.of_layer.items()}
+        recurrent = recurrent_modules(model)
+        self.recurrent = len(recurrent)
+        self._index = {module: layer_index(model, module) for module in (*recurrent, *self.modules)}
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.layers = layer_count(model.config)
@@ -80,7 +80,6 @@ class Attachment:
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._run = _Run()
-        self.recurrent = len(recurrent_modules(model))
         # MiniMax's code refuses a cache that is not its own if it is to use one; its layers use it all the same.
         self._use_cache = text.model_type != "minimax"
         self._original = model.config._attn_implementation
@@ -124,6 +123,10 @@ class Attachment:
         self.model.set_attn_implementation(self._original)
         self.model.train(self._was_training)
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys, values and states are."""
+        return device_of(next(module for module, index in self._index.items() if index == layer))
+
     def last_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """One pass over this rank's rows (1, rows), inside :meth:`running`; logits (vocab,) fp32 of the last row."""
         output = self.model(
@@ -163,7 +166,7 @@ class Attachment:
         run = self._run
         run.attend, run.recur, run.total = attend, recur, total
         run.calls = run.recurrent_calls = 0
-        run.before_rope = BeforeRope(self.of_layer) if before_rope else None
+        run.before_rope = BeforeRope((each, self._index[each]) for each in self.modules) if before_rope else None
         try:
             yield
             if run.calls != len(self.modules):
@@ -275,7 +278,7 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def layer_index(model: PreTrainedModel, module: nn.Module) -> int:
-    """The index of a module's layer: its own word, or else the number in its name."""
+    """The index of a module's layer: its own word or, where layers share weights (Zamba2), the number in its name."""
     told = int(module.layer_idx)  # type: ignore[arg-type]
     if told >= 0:
         return told

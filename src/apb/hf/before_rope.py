@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ class BeforeRope:
         InputError: an attention module without such projections.
     """
 
-    def __init__(self, modules: Mapping[int, nn.Module]) -> None:
+    def __init__(self, modules: Iterable[tuple[nn.Module, int]]) -> None:
         self._thread = threading.get_ident()  # passes of several threads may take turns, each with its own hooks
         self._caught: dict[int, dict[str, Tensor]] = {}
         self._handles = []
-        for layer, module in modules.items():
+        for module, layer in modules:
             for part, source in _sources(module).items():
                 self._handles.append(source.register_forward_hook(self._catch(layer, part)))
 

@@ -133,7 +133,7 @@ def _theirs(model: PreTrainedModel) -> Tensor:
     try:
         for ids, positions in _parts(model):
             # Not all count what is known already (Bamba); the first positions are the model's own, which may be odd.
-            told = {} if known is None else {"position_ids": positions}
+            told: dict[str, Tensor] = {} if known is None else {"position_ids": positions}
             with torch.no_grad():
                 output = model(ids, past_key_values=known, use_cache=True, **told)
             known = output.past_key_values

@@ -8,7 +8,7 @@ the query's rows from there, as they read further tokens: every rank holds the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,8 +27,11 @@ class State(Protocol):
     def copy(self) -> State:
         """The same state, in other memory."""
 
-    def tensors(self) -> Sequence[Tensor]:
-        """All that it consists of, of the same shapes after any number of rows; none before any."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that it consists of, by name, of the same shapes after any number of rows; none before any."""
+
+    def to(self, device: torch.device) -> State:
+        """The same state on a device; it may be this one."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,11 @@ class RecurrentLayers:
 
 def _pack(state: State) -> Tensor:
     """A message of all that a state consists of: its bytes."""
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in state.tensors()])
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in state.tensors().values()])
 
 
 def _unpack(message: Tensor, state: State) -> None:
     """Overwrite a state by a message."""
-    parts = state.tensors()
+    parts = state.tensors().values()
     for part, piece in zip(parts, message.split([part.nbytes for part in parts]), strict=True):
         part.copy_(piece.clone().view(part.dtype).view(part.shape))  # a copy begins where numbers may
