@@ -9,7 +9,8 @@ Shapes: rows = len(A) + p + n + m, for a prefix of p tokens, a document of n and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 POOL = 5  # width of the max-pool over a block's scores
+RECURRENT = ("GatedDeltaNet", "Mixer", "MambaLayer", "ShortConv")  # ends of the names of recurrent layers
 Tokens = Sequence[int] | Tensor
 Score = Callable[[int, int], Tensor]
 
@@ -359,6 +361,38 @@ def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None
     return grown if window is None else grown & (positions[:, None] - positions < window)
 
 
+@contextmanager
+def recurrent_over(model: PreTrainedModel, layout: Layout, answer: int) -> Iterator[None]:
+    """Have recurrent layers read each sequence of rows from its beginning: the anchor; the text, the query and the
+    answer's rows, which come last; the text of the rounds so far and the query's copy, for each round but the last."""
+    at, rows = layout.anchor, len(layout.tokens)
+    text = [*range(at, at + layout.query.stop)]
+    sequences = [([*range(at)], at), ([*text, *range(rows, rows + answer)], len(text) + answer)]
+    for index, copy in enumerate(layout.copies[:-1]):
+        read = max(block.stop for number, block in enumerate(layout.blocks) if round_of(number, layout) <= index)
+        sequences.append(([*text[:read], *copy], len(copy)))
+
+    def read_so(forward: Any) -> Any:
+        def run(hidden: Tensor | None = None, **options: Any) -> Any:
+            hidden = options.pop("hidden_states") if hidden is None else hidden
+            out = torch.empty_like(hidden)
+            for sequence, counted in sequences:
+                if sequence:
+                    result = forward(hidden[:, sequence], **options)
+                    result = result[0] if isinstance(result, tuple) else result
+                    out[:, sequence[len(sequence) - counted :]] = result[:, len(sequence) - counted :]
+            return out
+
+        return run
+
+    modules = [module for module in model.modules() if type(module).__name__.endswith(RECURRENT)]
+    for module in modules:
+        module.forward = read_so(module.forward)
+    yield
+    for module in modules:
+        del module.forward
+
+
 @torch.no_grad()
 def masked_prefill(
     model: PreTrainedModel,
@@ -448,7 +482,8 @@ def masked_prefill(
     AttentionInterface.register("oracle", attention)
     before = model.config._attn_implementation
     model.set_attn_implementation("oracle")
-    output = model(torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False)
+    with recurrent_over(model, layout, len(answer)):
+        output = model(torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False)
     model.set_attn_implementation(before)
     # Else a rounding error could change which pairs are passed, and a comparison would be a coin toss.
     assert min(margins, default=math.inf) > 1e-4, f"scores are too close to each other: {min(margins)}"

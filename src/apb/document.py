@@ -197,6 +197,7 @@ class Document:
         copy = copy or HostCopy(state.cache)
         copy.replace(state.cache)
         state.cache.indexes.clear()  # built again when it is back and asked
+        state.cache.move_states(lambda _: torch.device("cpu"))
         state.tail, state.here = state.tail.to(lambda _: torch.device("cpu")), False
         return copy
 
@@ -209,6 +210,7 @@ class Document:
     def come_back(self, copy: HostCopy) -> None:
         """Return to the device from a copy; that goes on while the next question is read."""
         state = self.state
+        state.cache.move_states(self._engine.device_of)
         state.tail, state.here = state.tail.to(self._engine.device_of), True
         copy.fetch(state.cache, self._engine.device_of, ROOM)
 

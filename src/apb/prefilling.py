@@ -226,8 +226,8 @@ class Prefiller:
         return any(start <= length < total for length in self._attachment.switches)
 
     def device_of(self, layer: int) -> torch.device:
-        """Where a layer's keys and values are."""
-        return placement.device_of(self._attachment.modules[layer])
+        """Where a layer's keys, values and states are."""
+        return self._attachment.device_of(layer)
 
     @property
     def _everyone(self) -> Group:

@@ -244,8 +244,12 @@ class Session:
         more. Every rank must call it.
 
         Raises:
-            InputError: fewer tokens went through the upper layers, by propagation.
+            InputError: fewer tokens went through the upper layers, by propagation, or the model has recurrent layers.
         """
+        if self._cache.states:
+            raise InputError(
+                "The states of recurrent layers are not handed to transformers' generate yet; answer with this session."
+            )
         if self.plan.going_on < self.plan.document:
             raise InputError(
                 "The layers of this cache hold different tokens, because of propagation, and transformers' generate "

@@ -29,6 +29,7 @@ from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
 from .hf.host import Staging
 from .hf.identity import fingerprint
+from .hf.recurrent import named_states, states_named
 from .manifest import FORMAT, MANIFEST, damaged, manifest_of
 from .planning.methods import METHODS
 from .planning.plan import Plan
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 _KIND = "shard"  # beginning of the names of files of keys and values
+# Beginnings of the names of states of recurrent layers, after the document and after what it was read for.
+_STATE, _READ_STATE = "state", "read.state"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -47,8 +50,6 @@ def save(engine: Engine, asking: Asking, state: State, folder: Path) -> None:
     group = engine.group
     if engine.mesh.tensor.size > 1:
         raise InputError("Documents of ranks that share weights cannot be saved yet; read without tensor parallelism.")
-    if state.cache.states:
-        raise InputError("Documents of models with recurrent layers cannot be saved yet; keep them in memory.")
     stamp = torch.tensor([secrets.randbits(48)], device=engine.device)
     shards = [
         folder / f"{_KIND}-{int(group.broadcast(stamp).item()):012x}-{rank}.safetensors" for rank in range(group.size)
@@ -89,6 +90,8 @@ def _tensors(state: State) -> dict[str, Tensor]:
     for name in ("prefix", "document", "query", "kept", "unread"):
         found[name] = torch.tensor(getattr(state, name), dtype=torch.long)
     state.cache.forget(len(state.token_ids))
+    if state.cache.keeps_new:  # the same on every rank
+        found |= named_states(state.cache.states, _STATE) | named_states(state.tail.states, _READ_STATE)
     for layer in state.cache.indices:
         for name, part in zip(("keys", "values"), state.cache.shard(layer), strict=True):
             found[f"{layer}.{name}"] = part.transpose(0, 1).cpu().contiguous()
@@ -224,6 +227,9 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
         names = ("prefix", "document", "query", "kept", "unread")
         tokens = {name: tuple(last.get_tensor(name).tolist()) for name in names}
         logits = last.get_tensor("logits").to(engine.device)
+        states, read_states = (
+            states_named(last.keys(), name, last.get_tensor, engine.device_of) for name in (_STATE, _READ_STATE)
+        )
     total = sum(len(tokens[name]) for name in ("prefix", "document", "kept"))
     group = engine.group
     owns_tail = group.rank == group.size - 1
@@ -232,7 +238,8 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
     layers = shards[0].positions
     read = shards[group.rank].positions if own else {layer: [mine] for layer in layers}
     held = max(sum(map(len, runs)) for runs in read.values())
-    cache = ShardCache(max(layers) + 1, capacity=held + ROOM * owns_tail, keeps_new=owns_tail, total=total)
+    cache = ShardCache(max((*layers, *states)) + 1, capacity=held + ROOM * owns_tail, keeps_new=owns_tail, total=total)
+    cache.states = states
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}
     staging = Staging() if engine.device.type == "cuda" else None
     for layer in layers:
@@ -255,7 +262,7 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
         read_for=tuple(each if isinstance(each, str) else tuple(each) for each in manifest["read_for"]),
         compressor=manifest["compressor"] or "",
         cache=cache,
-        tail=Tail(tail, plan.total),
+        tail=Tail(tail, plan.total, read_states),
         logits=logits,
         prefill_s=manifest["prefill_s"],
         kept=tokens["kept"],

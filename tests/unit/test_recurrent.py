@@ -1,71 +1,156 @@
-"""Recurrent layers are exact: a state runs through the rows of a text, whatever its attention layers see of it."""
+"""Recurrent layers are exact: a state runs through the rows of a text, whatever its attention layers see of it, and
+whichever ranks and rounds the rows are in."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor
 
 import apb
-from families import PROMPT
+from apb.distributed.collectives import Group
+from apb.distributed.mesh import Mesh
+from families import ANSWER, PROMPT
+from hybrids import FAMILIES, make, says
+from oracle import masked_prefill
+from together import together
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-COUNTS = {"vocab_size": 503, "num_hidden_layers": 4, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "qwen3_5_text": {
-        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-    },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_dt_rank": 8, "mamba_d_state": 8},
-    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
-}  # fmt: skip
+# Fewer tokens than a convolution looks at, on every rank; blocks without any.
+SHORT = apb.Prompt.from_tokens([], PROMPT.document[:11], PROMPT.query[:2])
+SHORTER = apb.Prompt.from_tokens([7], PROMPT.document[:2], PROMPT.query[:1])
+APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4}
 
 
-def model_of(family: str) -> Any:
-    """A small random model, whose answers depend on its recurrent layers."""
-    config = AutoConfig.for_model(family, **SMALL, **COUNTS, **FAMILIES[family])
-    config._attn_implementation = "eager"
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+def engine_of(family: str, group: Group | None = None, **options: Any) -> apb.Engine:
+    """An engine on a model of its own."""
+    return apb.Engine.from_model(make(family), verify=False, mesh=None if group is None else Mesh.of(group), **options)
+
+
+def same(left: Any, right: Any) -> None:
+    """Equal within 1e-4."""
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def check_cache(
+    family: str, prompt: apb.Prompt, layers: dict[int, list[Tensor]], states: dict[int, list[Tensor]]
+) -> None:
+    """Keys and values, and states, are those in transformers' own cache."""
+    _, known = says(family, prompt.token_ids)
+    own = {}
+    for index, layer in enumerate(known.layers):
+        parts = [part for name in ("conv_states", "recurrent_states") for part in getattr(layer, name, {}).values()]
+        own[index] = [part for part in parts if part is not None]
+        if index in layers:
+            same([part.unsqueeze(0) for part in layers[index]], [layer.keys, layer.values])
+    for index, state in enumerate(getattr(known, "linear_cache", [])):  # MiniMax
+        own[index] = [] if isinstance(state, list) else [state]
+    assert states.keys() == {index for index, parts in own.items() if parts}
+    for index, state in states.items():
+        same(state, own[index])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_full_is_transformers(family: str) -> None:
-    """Logits, those after each of several tokens read in one pass, and those of a document asked twice."""
-    model = model_of(family)
+def test_exact_on_ranks(family: str) -> None:
+    """Logits, keys, values and states are transformers' own, on every rank; so are 24 tokens, chosen greedily."""
+
+    def read(group: Group, prompt: apb.Prompt, strategy: str, tokens: int) -> Any:
+        engine = engine_of(family, group, strategy=strategy)
+        session = engine.prefill(prompt)
+        layers = {layer: list(session.gather_kv(layer)) for layer in session.cache.indices}
+        states = {
+            layer: [part.clone() for part in state.tensors().values()] for layer, state in session.cache.states.items()
+        }
+        logits = [session.logits]
+        for _ in range(tokens):
+            logits.append(session.extend([int(logits[-1].argmax())]))
+        engine.close()
+        return torch.stack(logits), layers, states
+
+    for size, prompt, strategy, tokens in (
+        (1, PROMPT, "full", 0),
+        (2, PROMPT, "ulysses", 24),
+        (3, PROMPT, "ring", 0),
+        (4, SHORT, "ring", 1),
+        (4, SHORTER, "ring", 1),
+    ):
+        ranks = together(lambda group: read(group, prompt, strategy, tokens), size)  # noqa: B023
+        chosen = tuple(ranks[0][0].argmax(-1)[:tokens].tolist())
+        expected, _ = says(family, prompt.token_ids, chosen)
+        assert torch.equal(ranks[0][0].argmax(-1), expected.argmax(-1))
+        for logits, _, states in ranks:
+            same(logits, expected)
+            assert torch.equal(logits, ranks[0][0])
+            check_cache(family, prompt, {}, states)
+        check_cache(family, prompt, *ranks[0][1:])
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "lfm2"])
+def test_against_the_oracle(family: str) -> None:
+    """Attention as the strategy has it, and states that run through all of the text: alike on any ranks and rounds."""
+    for size, options in (
+        (2, APB),
+        (1, {**APB, "rounds": 3}),
+        (3, {**APB, "rounds": 2}),
+        (2, {"strategy": "star", "blocks": 5, "rounds": 2}),
+    ):
+        sizes = {"anchor_length": None, "passing_length": 0, **options}
+        parts = PROMPT.prefix, PROMPT.document, PROMPT.query
+        expected = masked_prefill(make(family), *parts, ANSWER, **sizes)
+
+        def read(group: Group) -> Tensor:
+            session = engine_of(family, group, **options).prefill(PROMPT)  # noqa: B023
+            return torch.stack([session.logits, *(session.extend([token]) for token in ANSWER)])
+
+        for logits in together(read, size):
+            same(logits, expected)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "jamba", "lfm2"])
+def test_documents(family: str) -> None:
+    """Several tokens read in one pass, and those of a document asked twice."""
     more = [7, 19, 4]
-    with torch.no_grad():
-        expected = model(torch.tensor([[*PROMPT.token_ids, *more]])).logits[0, len(PROMPT.token_ids) - 1 :]
-    engine = apb.Engine.from_model(model, strategy="full", verify=False)
-    session = engine.prefill(PROMPT)
-    torch.testing.assert_close(session.logits, expected[0], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(session.extend(more), expected[-1], rtol=1e-4, atol=1e-4)
+    expected, _ = says(family, PROMPT.token_ids, tuple(more))
+    engine = engine_of(family, strategy="full")
+    same(engine.prefill(PROMPT).extend(more), expected[-1])
     document = engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix)
     for _ in range(2):
-        logits = document.prefill(PROMPT.query).logits
-        torch.testing.assert_close(logits, expected[0], rtol=1e-4, atol=1e-4)
+        same(document.prefill(PROMPT.query).logits, expected[0])
         document.prefill((5, 6))
     engine.close()
 
 
-def test_star_with_an_anchor_without_rows() -> None:
-    """On one rank block 0 holds star's anchor: with everything in sight of a block, the rest is as ever."""
-    model = model_of("qwen3_5_text")
-    for layer in model.model.layers:  # attention layers that add nothing: what is left is recurrent, and exact
-        if hasattr(layer, "self_attn"):
-            layer.self_attn.o_proj.weight.data.zero_()
-    with torch.no_grad():
-        expected = model(torch.tensor([PROMPT.token_ids])).logits[0, -1]
-    for strategy in ("star", "apb"):
-        engine = apb.Engine.from_model(model, strategy=strategy, blocks=3, verify=False)
-        torch.testing.assert_close(engine.prefill(PROMPT).logits, expected, rtol=1e-4, atol=1e-4)
-        engine.close()
+@pytest.mark.parametrize("family", ["falcon_h1", "minimax"])
+def test_stores_of_other_ranks(family: str, tmp_path: Path) -> None:
+    """A document that two ranks have written, on three: its states with it, wherever it is asked from."""
+    expected, _ = says(family, PROMPT.token_ids, ANSWER)
+    plenty = 1 << 40
+
+    def write(group: Group) -> None:
+        engine = engine_of(family, group, strategy="ring")
+        engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(tmp_path / "it")
+
+    def ask(group: Group) -> list[Tensor]:
+        engine = engine_of(family, group, strategy="ring")
+        documents = apb.Documents(engine, plenty, plenty)
+        documents.add("it", engine.load(tmp_path / "it"))
+        said = []
+        for query in (PROMPT.query, (5, 6), PROMPT.query, (*PROMPT.query, ANSWER[0])):
+            documents.make_room(plenty)
+            assert documents.place("it") == "host"
+            said.append(documents.document("it").prefill(query).logits)
+        return said
+
+    together(write, 2)
+    for first, _, again, longer in together(ask, 3):
+        same(torch.stack([first, again, longer]), expected[[0, 0, 1]])
 
 
-def test_rounds_are_refused() -> None:
-    """By name, before anything is read."""
-    engine = apb.Engine.from_model(model_of("lfm2"), blocks=4, rounds=2, verify=False)
-    with pytest.raises(apb.InputError, match=r"'lfm2' models have recurrent layers.*one round"):
+def test_only_what_cannot_be_is_refused() -> None:
+    """Propagation, by name, before anything is read."""
+    engine = engine_of("lfm2", **APB, propagation="0.5")
+    with pytest.raises(apb.InputError, match=r"'lfm2' models have recurrent layers.*without propagation"):
         engine.prefill(PROMPT)
+    engine.close()

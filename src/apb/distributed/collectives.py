@@ -93,10 +93,20 @@ class Group:
         dist.gather(x.contiguous(), parts, group=self.process_group, group_dst=0)
         return parts
 
-    def broadcast(self, x: Tensor) -> Tensor:
-        """Overwrite ``x`` with rank 0's on every rank, and return it."""
+    def send(self, x: Tensor, to: int) -> Pending:
+        """Start to send ``x`` to another rank, which calls :meth:`receive`; the result is ``x``."""
+        operation = dist.P2POp(dist.isend, x, group=self.process_group, group_peer=to)
+        return Pending(x, *dist.batch_isend_irecv([operation]))
+
+    def receive(self, x: Tensor, source: int) -> Tensor:
+        """Overwrite ``x`` with what another rank sends, and return it."""
+        operation = dist.P2POp(dist.irecv, x, group=self.process_group, group_peer=source)
+        return Pending(x, *dist.batch_isend_irecv([operation])).wait()
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """Overwrite ``x`` with rank ``source``'s on every rank, and return it."""
         if self.size > 1:
-            dist.broadcast(x, group=self.process_group, group_src=0)
+            dist.broadcast(x, group=self.process_group, group_src=source)
         return x
 
     def sum(self, x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from .before_rope import BeforeRope
 from .chunking import chunk_mlps
 from .config import kv_heads, layer_count
 from .fusing import fuse_parts
-from .placement import devices
+from .placement import device_of, devices
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .windows import not_handed_over
@@ -62,6 +62,9 @@ class Attachment:
         self.model = model
         self.fused = fused
         self.modules = attention_modules(model)
+        recurrent = recurrent_modules(model)
+        self.recurrent = len(recurrent)
+        self._index = {module: layer_index(model, module) for module in (*recurrent, *self.modules)}
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.layers = layer_count(model.config)
@@ -77,7 +80,8 @@ class Attachment:
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._run = _Run()
-        self.recurrent = len(recurrent_modules(model))
+        # MiniMax's code refuses a cache that is not its own if it is to use one; its layers use it all the same.
+        self._use_cache = text.model_type != "minimax"
         self._original = model.config._attn_implementation
         self._was_training = model.training
         model.eval()
@@ -119,16 +123,20 @@ class Attachment:
         self.model.set_attn_implementation(self._original)
         self.model.train(self._was_training)
 
+    def device_of(self, layer: int) -> torch.device:
+        """Where a layer's keys, values and states are."""
+        return device_of(next(module for module, index in self._index.items() if index == layer))
+
     def last_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """One pass over this rank's rows (1, rows), inside :meth:`running`; logits (vocab,) fp32 of the last row."""
         output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=self._use_cache, logits_to_keep=1
         )
         return output.logits[0, -1].float().contiguous()
 
     def all_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As :meth:`last_logits`, of every row: logits (rows, vocab) fp32."""
-        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=self._use_cache)
         return output.logits[0].float().contiguous()
 
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
@@ -158,7 +166,7 @@ class Attachment:
         run = self._run
         run.attend, run.recur, run.total = attend, recur, total
         run.calls = run.recurrent_calls = 0
-        run.before_rope = BeforeRope(self.modules) if before_rope else None
+        run.before_rope = BeforeRope((each, self._index[each]) for each in self.modules) if before_rope else None
         try:
             yield
             if run.calls != len(self.modules):
@@ -192,7 +200,7 @@ class Attachment:
         if q.shape[0] != 1:
             raise InputError(f"One prompt at a time: the batch has {q.shape[0]} rows.")
         run.calls += 1
-        index = int(module.layer_idx)  # type: ignore[arg-type]
+        index = self._index[module]
         before = run.before_rope.pop(index) if run.before_rope is not None else None
         if window is None:
             window = self._windows[index]
@@ -267,3 +275,12 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     if not all(getattr(module, "is_causal", True) for module in found):
         raise InputError(f"The attention of {type(model).__name__} is not causal; use a model that generates text.")
     return found
+
+
+def layer_index(model: PreTrainedModel, module: nn.Module) -> int:
+    """The index of a module's layer: its own word or, where layers share weights (Zamba2), the number in its name."""
+    told = int(module.layer_idx)  # type: ignore[arg-type]
+    if told >= 0:
+        return told
+    name = next(name for name, each in model.named_modules() if each is module)
+    return next(int(part) for part in name.split(".") if part.isdecimal())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,13 +19,13 @@ class BeforeRope:
         InputError: an attention module without such projections.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[tuple[nn.Module, int]]) -> None:
         self._thread = threading.get_ident()  # passes of several threads may take turns, each with its own hooks
         self._caught: dict[int, dict[str, Tensor]] = {}
         self._handles = []
-        for module in modules:
+        for module, layer in modules:
             for part, source in _sources(module).items():
-                self._handles.append(source.register_forward_hook(self._catch(int(module.layer_idx), part)))  # type: ignore[arg-type]
+                self._handles.append(source.register_forward_hook(self._catch(layer, part)))
 
     def _catch(self, layer: int, part: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:

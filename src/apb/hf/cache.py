@@ -162,8 +162,8 @@ class Tail:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its keys and values."""
-        return sum(x.nbytes for keys, values, _ in self.layers.values() for x in (keys, values))
+        """Bytes of its keys, values and states."""
+        return sum(x.nbytes for keys, values, _ in self.layers.values() for x in (keys, values)) + _bytes(self.states)
 
     def to(self, device_of: Callable[[int], torch.device]) -> Tail:
         """The same tokens, each layer's on its device."""
@@ -171,7 +171,8 @@ class Tail:
             layer: (keys.to(device_of(layer)), values.to(device_of(layer)), positions)
             for layer, (keys, values, positions) in self.layers.items()
         }
-        return Tail(layers, self.total, self.states)
+        states = {layer: state.to(device_of(layer)) for layer, state in self.states.items()}
+        return Tail(layers, self.total, states)
 
 
 @dataclass(frozen=True)
@@ -246,18 +247,15 @@ class ShardCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage of all layers, with the room that is left in it."""
-        return sum(x.nbytes for layer in self._kept() for x in (layer.keys, layer.values) if x is not None)
+        """Bytes of the storage of all layers, with the room that is left in it, and of states."""
+        kept = (x for layer in self._kept() for x in (layer.keys, layer.values))
+        return sum(x.nbytes for x in kept if x is not None) + _bytes(self.states)
 
     @property
     def filled(self) -> int:
-        """Bytes of the keys and values that are held."""
-        return sum(
-            x[:, :, : layer.length].nbytes
-            for layer in self._kept()
-            for x in (layer.keys, layer.values)
-            if x is not None
-        )
+        """Bytes of the keys and values that are held, and of states."""
+        kept = ((layer, x) for layer in self._kept() for x in (layer.keys, layer.values))
+        return sum(x[:, :, : layer.length].nbytes for layer, x in kept if x is not None) + _bytes(self.states)
 
     def reserve(self, tokens: int) -> None:
         """Ensure storage for so many more tokens, if this rank keeps them: growing once is cheaper than in steps."""
@@ -280,6 +278,11 @@ class ShardCache(Cache):
     def recur(self, layer: RecurrentInput) -> Tensor:
         """:data:`apb.layers.recurrent.Recur` of rows after all that are held."""
         return layer.read(layer.hidden, self.states.setdefault(layer.index, layer.fresh()))
+
+    def move_states(self, device_of: Callable[[int], torch.device]) -> None:
+        """Have the states of recurrent layers on other devices, and no others to return to."""
+        self.states = {layer: state.to(device_of(layer)) for layer, state in self.states.items()}
+        self._marks.clear()
 
     def mark(self, total: int, states: Mapping[int, State]) -> None:
         """Keep copies of the states of recurrent layers after ``total`` tokens, so that :meth:`forget` can return."""
@@ -369,6 +372,10 @@ class ShardCache(Cache):
         layer = self.layers[index]
         assert isinstance(layer, ShardLayer)
         return layer
+
+
+def _bytes(states: Mapping[int, State]) -> int:
+    return sum(part.nbytes for state in states.values() for part in state.tensors().values())
 
 
 def _grow(x: Tensor, capacity: int) -> Tensor:

@@ -184,7 +184,7 @@ _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
-    "falcon_h1", "lfm2", "lfm2_moe", "lfm3",
+    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax",
 }  # fmt: skip
 # Settings of recurrent layers: those of Mamba, RWKV and related models.
 _RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
@@ -255,10 +255,10 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
-    if text.model_type in _COMPARED and (plan.ranks > 1 or plan.rounds > 1 or tensor > 1):
+    if text.model_type in _COMPARED and tensor > 1:
         raise InputError(
-            f"{config.model_type!r} models have recurrent layers, whose state is not handed on between ranks or rounds "
-            "yet; read on one rank, in one round."
+            f"{config.model_type!r} models have recurrent layers, whose weights are not shared yet; read on more ranks "
+            "instead, without tensor parallelism."
         )
     if text.model_type in _COMPARED and plan.going_on < plan.document:
         raise InputError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from ..layers.recurrent import Recur, RecurrentInput
+from ..layers.recurrent import Recur, RecurrentInput, State
 
 # Mixers of most families name their cache so; the others are known by their class.
 _ARGUMENT = "cache_params"
@@ -20,6 +20,7 @@ _OTHERS = ("ShortConv", "LightningAttention")
 # Mamba-1: transformers' scan of several rows begins at zero whatever the state, that of one row does not.
 _ROW_BY_ROW = ("MambaMixer",)
 _MAMBA_2 = ("Zamba2MambaMixer",)
+_CONV, _RECURRENT, _LIGHTNING = "convolution", "recurrence", "lightning"
 
 
 class LayerState:
@@ -33,10 +34,35 @@ class LayerState:
         """The same state, in other memory."""
         return copy.deepcopy(self)
 
-    def tensors(self) -> Sequence[Tensor]:
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> LayerState:
+        """The state that consists of what :meth:`tensors` returned."""
+        state = cls(max((int(name.rpartition(".")[2]) + 1 for name in tensors if "." in name), default=1))
+        for name, part in tensors.items():
+            kind, _, number = name.partition(".")
+            if kind == _CONV:
+                state.layer.update_conv_state(part, int(number))
+            elif kind == _RECURRENT:
+                state.layer.update_recurrent_state(part, int(number))
+            else:
+                state.lightning = part
+        return state
+
+    def tensors(self) -> Mapping[str, Tensor]:
         """Columns of the convolution and states, of the same shapes after any number of rows; none before any."""
-        held = (*self.layer.conv_states.values(), *self.layer.recurrent_states.values(), self.lightning)
-        return [part for part in held if part is not None]
+        held = {
+            **{f"{_CONV}.{number}": part for number, part in self.layer.conv_states.items()},
+            **{f"{_RECURRENT}.{number}": part for number, part in self.layer.recurrent_states.items()},
+            _LIGHTNING: self.lightning,
+        }
+        return {name: part for name, part in held.items() if part is not None}
+
+    def to(self, device: torch.device) -> LayerState:
+        """The same state on a device; this one, if it is there."""
+        parts = self.tensors()
+        if all(part.device == device for part in parts.values()):
+            return self
+        return LayerState.of({name: part.to(device) for name, part in parts.items()})
 
 
 class _Single(Cache):
@@ -53,6 +79,27 @@ class _Single(Cache):
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
         """Replace it."""
         self._state.lightning = linear_cache
+
+
+def named_states(states: Mapping[int, State], name: str) -> dict[str, Tensor]:
+    """The tensors of states by layer, on the host, under names that begin with ``name``."""
+    return {
+        f"{name}.{layer}.{part}": tensor.cpu().contiguous()
+        for layer, state in states.items()
+        for part, tensor in state.tensors().items()
+    }
+
+
+def states_named(
+    names: Iterable[str], name: str, read: Callable[[str], Tensor], device_of: Callable[[int], torch.device]
+) -> dict[int, State]:
+    """The states of :func:`named_states` by layer, on the devices of their layers; ``read``: the tensor of a name."""
+    parts: dict[int, dict[str, Tensor]] = {}
+    for each in names:
+        if each.startswith(f"{name}."):
+            layer, _, part = each.removeprefix(f"{name}.").partition(".")
+            parts.setdefault(int(layer), {})[part] = read(each).to(device_of(int(layer)))
+    return {layer: LayerState.of(tensors) for layer, tensors in parts.items()}
 
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:

@@ -34,6 +34,18 @@ _SMALL = {
     "topk_group": 1,
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
+    "linear_num_heads": 2,
+    "linear_head_dim": 32,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "mamba_n_heads": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 32,
+    "mamba_d_state": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "mamba_chunk_size": 32,
+    "chunk_size": 32,
 }
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
@@ -72,8 +84,7 @@ def shrink(config: Any) -> Any:
         known = getattr(text, name, None)
         if isinstance(known, int) and not isinstance(known, bool) and known > value:
             setattr(small, name, value)
-    if getattr(text, "attn_layer_period", None):  # Jamba's way to say which layers attend
-        small.attn_layer_period, small.attn_layer_offset = 2, 1
+    _shrink_recurrent(text, small, layers)
     if getattr(text, "first_k_dense_replace", None):
         small.first_k_dense_replace = 1
     for name, value in vars(text).items():
@@ -90,6 +101,25 @@ def shrink(config: Any) -> Any:
     small.dtype = "float32"
     small._attn_implementation = "eager"
     return small
+
+
+def _shrink_recurrent(text: Any, small: Any, layers: list[int]) -> None:
+    """Lower the sizes of recurrent layers, which most families name in their own way."""
+    if getattr(text, "attn_layer_period", None):  # Jamba's way to say which layers attend
+        small.attn_layer_period, small.attn_layer_offset = 2, 1
+    if getattr(text, "attn_layer_indices", None):  # Bamba's
+        small.attn_layer_indices = [layers.index(layer) for layer in text.attn_layer_indices if layer in layers]
+    if getattr(text, "linear_num_key_heads", None):
+        small.linear_num_key_heads = 2
+        small.linear_num_value_heads = 2 * (text.linear_num_value_heads // text.linear_num_key_heads)
+    if getattr(text, "n_mamba_heads", None):  # Zamba2 attends to the embeddings as well, side by side with the rows
+        small.attention_hidden_size, small.hidden_size = small.hidden_size, small.hidden_size // 2
+        small.hybrid_layer_ids = [place for place, layer in enumerate(layers) if layer in text.hybrid_layer_ids]
+        small.mamba_headdim = small.mamba_expand * small.hidden_size // small.n_mamba_heads
+    if getattr(text, "mamba_d_ssm", None):
+        small.mamba_d_ssm = small.mamba_n_heads * small.mamba_d_head
+    elif getattr(text, "mamba_n_heads", None):
+        small.mamba_d_head = small.mamba_expand * small.hidden_size // small.mamba_n_heads
 
 
 def _latent(text: Any) -> bool:

@@ -131,9 +131,11 @@ def _theirs(model: PreTrainedModel) -> Tensor:
     attention, known, logits = model.config._attn_implementation, None, []
     model.set_attn_implementation("eager")  # the others get no mask if they need none
     try:
-        for ids in _parts(model):
+        for ids, positions in _parts(model):
+            # Not all count what is known already (Bamba); the first positions are the model's own, which may be odd.
+            told: dict[str, Tensor] = {} if known is None else {"position_ids": positions}
             with torch.no_grad():
-                output = model(ids, past_key_values=known, use_cache=True)
+                output = model(ids, past_key_values=known, use_cache=True, **told)
             known = output.past_key_values
             logits.append(output.logits[0].float())
     finally:
@@ -153,23 +155,22 @@ def _ours(model: PreTrainedModel) -> Tensor:
         return merge_over_ranks(layer, *partial(layer, rows, "reference"), Group()).wait()
 
     try:
-        for ids in _parts(model):
-            places = range(shard.total, shard.total + ids.shape[1])
-            shard.expect(places)
-            positions = torch.tensor([list(places)], device=ids.device)
+        for ids, positions in _parts(model):
+            shard.expect(range(shard.total, shard.total + ids.shape[1]))
             with torch.no_grad(), attachment.running(attend, shard.recur, shard.total):
-                output = model(input_ids=ids, position_ids=positions, past_key_values=shard, use_cache=True)
-            logits.append(output.logits[0].float())
+                logits.append(attachment.all_logits(ids, positions, shard))
     finally:
         attachment.release()
     return torch.cat(logits)
 
 
-def _parts(model: PreTrainedModel) -> list[Tensor]:
-    """PROMPT, and then each token of ANSWER, as token ids (1, tokens) of the model."""
+def _parts(model: PreTrainedModel) -> list[tuple[Tensor, Tensor]]:
+    """PROMPT, and then each token of ANSWER: token ids of the model and positions, (1, tokens) each."""
     vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-    parts = [list(PROMPT), *([token] for token in ANSWER)]
-    return [torch.tensor([part], device=model.device) % vocabulary for part in parts]
+    ids = torch.tensor([[*PROMPT, *ANSWER]], device=model.device) % vocabulary
+    positions = torch.arange(ids.shape[1], device=model.device).unsqueeze(0)
+    lengths = [len(PROMPT), *(1 for _ in ANSWER)]
+    return list(zip(ids.split(lengths, 1), positions.split(lengths, 1), strict=True))
 
 
 def _key(kind: type[PreTrainedModel], config: Any) -> str:

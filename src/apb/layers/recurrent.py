@@ -1,19 +1,24 @@
 """Recurrent layers in prefill: exact under every strategy.
 
-A layer's state runs through rows in order. A rank's rows belong to two sequences: the anchor, which begins anew, and
-the document, whose blocks and query carry the state on.
+A layer's state runs through rows in order. There are two sequences of them, the anchor, which begins anew, and the
+document, whose blocks and query carry the state on, from rank to rank and from round to round: the rank that has read a
+run of rows hands the state on to the one that holds the next. All ranks get the state after the last block, and read
+the query's rows from there, as they read further tokens: every rank holds the final state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ..distributed.collectives import Group, Pending
 from ..planning.itinerary import Itinerary
+from ..planning.runs import Run, anchor_runs, document_runs
+from ..timing import timed
 
 
 class State(Protocol):
@@ -22,8 +27,11 @@ class State(Protocol):
     def copy(self) -> State:
         """The same state, in other memory."""
 
-    def tensors(self) -> Sequence[Tensor]:
-        """All that it consists of, of the same shapes after any number of rows."""
+    def tensors(self) -> Mapping[str, Tensor]:
+        """All that it consists of, by name, of the same shapes after any number of rows; none before any."""
+
+    def to(self, device: torch.device) -> State:
+        """The same state on a device; it may be this one."""
 
 
 @dataclass(frozen=True)
@@ -53,38 +61,76 @@ def from_the_start(layer: RecurrentInput) -> Tensor:
 
 
 class RecurrentLayers:
-    """The recurrent layers of one round of a prefill, on one rank.
+    """The recurrent layers of one round of a prefill, on one rank."""
 
-    One rank and one round: what hands a state on to others is refused before anything runs.
-    """
-
-    def __init__(self, itinerary: Itinerary) -> None:
+    def __init__(self, itinerary: Itinerary, group: Group) -> None:
+        self._group = group
         self._query = itinerary.query.rows
-        self._anchor = [itinerary.anchor.rows] if itinerary.anchor else []  # a share may have no rows
-        rows = [span.rows for span in itinerary.blocks]
-        self._blocks = [slice(rows[0].start, rows[-1].stop)] if rows else []  # blocks in order are one run
+        self._anchors = anchor_runs(itinerary.plan, itinerary.round)
+        self._document = document_runs(itinerary.plan, itinerary.round)
 
     def read(self, layer: RecurrentInput, states: dict[int, State], before: dict[int, State]) -> Tensor:
-        """Output (1, rows, width) of all rows of this rank.
+        """Output (1, rows, width) of all rows of this rank; every rank calls it for every layer.
 
         Args:
             layer: the layer.
             states: is given the layer's state after the query.
-            before: is given the state before the query.
+            before: has the state after the blocks of earlier rounds, if any; is given that before the query.
         """
         out = torch.empty_like(layer.hidden)
-        self._walk(layer, self._anchor, layer.fresh(), out)
-        state = self._walk(layer, self._blocks, layer.fresh(), out)
+        sent: list[Pending] = []
+        # Every rank goes through what is sent and received in the same order, so that none waits in a circle.
+        for anchor in self._anchors:
+            self._walk(layer, anchor, layer.fresh(), out, sent)
+        state = self._walk(layer, self._document, before.get(layer.index) or layer.fresh(), out, sent)
+        state = self._share(layer, state, self._document[-1].rank)
+        for each in sent:
+            each.wait()
         before[layer.index] = state.copy()
         out[:, self._query] = layer.read(layer.hidden[:, self._query], state)
         states[layer.index] = state
         return out
 
-    @staticmethod
-    def _walk(layer: RecurrentInput, runs: Sequence[slice], state: State, out: Tensor) -> State:
-        """Read runs of rows in order, into ``out``; the state after them."""
-        for rows in runs:
-            if rows.start == rows.stop:  # an anchor of which this rank has no rows
+    def _walk(
+        self, layer: RecurrentInput, runs: Sequence[Run], state: State, out: Tensor, sent: list[Pending]
+    ) -> State:
+        """Read this rank's runs of a sequence, into ``out``; the state after the last of them, ``state`` if none."""
+        for place, run in enumerate(runs):
+            if run.rank != self._group.rank:
                 continue
-            out[:, rows] = layer.read(layer.hidden[:, rows], state)
+            if place:
+                state = self._like(layer, state)
+                with timed("communication"):
+                    _unpack(self._group.receive(_pack(state), runs[place - 1].rank), state)
+            out[:, run.rows] = layer.read(layer.hidden[:, run.rows], state)
+            if place + 1 < len(runs):
+                sent.append(self._group.send(_pack(state), runs[place + 1].rank))
         return state
+
+    def _share(self, layer: RecurrentInput, state: State, source: int) -> State:
+        """The state that rank ``source`` has, on every rank."""
+        if self._group.size == 1:
+            return state
+        state = self._like(layer, state)
+        with timed("communication"):
+            _unpack(self._group.broadcast(_pack(state), source), state)
+        return state
+
+    @staticmethod
+    def _like(layer: RecurrentInput, state: State) -> State:
+        """A state to be overwritten: this one, or that after any row, which has the shapes of all others."""
+        if not state.tensors():
+            layer.read(layer.hidden[:, :1], state)
+        return state
+
+
+def _pack(state: State) -> Tensor:
+    """A message of all that a state consists of: its bytes."""
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in state.tensors().values()])
+
+
+def _unpack(message: Tensor, state: State) -> None:
+    """Overwrite a state by a message."""
+    parts = state.tensors().values()
+    for part, piece in zip(parts, message.split([part.nbytes for part in parts]), strict=True):
+        part.copy_(piece.clone().view(part.dtype).view(part.shape))  # a copy begins where numbers may
