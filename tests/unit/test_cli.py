@@ -461,7 +461,7 @@ def test_lengths_are_checked_before_anything_is_answered(cli: Cli, checkpoint: P
 def test_doctor_json(cli: Cli) -> None:
     """The machine, every back-end with whether it is used and why, and the ways ranks can talk."""
     report = cli("doctor", "--json").json
-    assert set(report) == {"machine", "backends", "fusing", "communication"}
+    assert set(report) == {"machine", "backends", "fusing", "communication", "extras", "model"}
     assert report["machine"]["torch"] == torch.__version__
     assert report["machine"]["cores"] == os.cpu_count()
     cpu = [row for row in report["backends"] if row["device"] == "cpu"]
@@ -471,6 +471,25 @@ def test_doctor_json(cli: Cli) -> None:
     assert all(row["why"] for row in report["backends"] + report["fusing"] + report["communication"])
     assert {row["name"]: row["usable"] for row in report["communication"]}["gloo"] is True
     assert report["fusing"][0]["usable"] is False
+    assert all(row["usable"] for row in report["model"]) and "positions" in {row["name"] for row in report["model"]}
+
+
+def test_doctor_of_a_model(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be read says why; weights that do not fit, and packages that lack, say what to do."""
+
+    def rows(part: str, *options: object) -> dict[str, Any]:
+        return {row["name"]: row for row in cli("doctor", *options, "--json").json[part]}
+
+    read = rows("model", "--model", checkpoint, "--ranks", 2)
+    tokens = int(read["longest document"]["why"].split()[0].replace(",", ""))
+    assert tokens > 100_000 and "2 ranks" in read["longest document"]["why"]
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    assert not rows("model", "--model", tmp_path)["model"]["usable"]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 200_000}))
+    small = rows("model", "--model", checkpoint)["weights"]
+    assert not small["usable"] and "--tensor-parallel" in small["why"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else True)
+    assert "pip install 'apb[adapters]'" in rows("extras")["adapters"]["why"]
 
 
 def test_doctor_as_tables(cli: Cli) -> None:

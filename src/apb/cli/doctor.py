@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Annotated, Any
 
-from ..errors import InputError
+import typer
+
+from ..errors import InputError, at_least
 from . import options
+from .remedies import extras, of_model
 
 
-def doctor(as_json: options.AsJson = False) -> None:
-    """Show what this machine can run, which attention back-ends it uses, and why not the others."""
-    report = examine()
+def doctor(
+    model: options.ModelName = None,
+    ranks: Annotated[int, typer.Option(help="Ranks that it is to be read on.")] = 1,
+    as_json: options.AsJson = False,
+) -> None:
+    """Show what this machine can run, what is missing for a model, and which command or option mends it."""
+    at_least("ranks", ranks, 1)
+    report = examine(model, ranks)
     if as_json:
         print(json.dumps(report))
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -32,14 +41,15 @@ def doctor(as_json: options.AsJson = False) -> None:
     for row in report["fusing"]:
         table.add_row(row["device"], "yes" if row["usable"] else "no", row["why"])
     console.print(table)
-    table = Table("communication", "usable", "why", title="Several ranks")
-    for row in report["communication"]:
-        table.add_row(row["name"], "yes" if row["usable"] else "no", row["why"])
-    console.print(table)
+    for part, title in (("communication", "Several ranks"), ("extras", "Optional parts"), ("model", "The model")):
+        table = Table("", "usable", "why", title=title)
+        for row in report[part]:
+            table.add_row(row["name"], "yes" if row["usable"] else "no", escape(row["why"]))
+        console.print(table)
 
 
-def examine() -> dict[str, Any]:
-    """The report as plain values: ``machine``, ``backends``, ``fusing``, ``communication``."""
+def examine(model: str | None = None, ranks: int = 1) -> dict[str, Any]:
+    """The report as plain values: ``machine``, ``backends``, ``fusing``, ``communication``, ``extras``, ``model``."""
     import psutil
     import torch
     import torch.distributed as dist
@@ -47,7 +57,9 @@ def examine() -> dict[str, Any]:
     from ..hardware import fingerprint
     from ..hf.fusing import why_not
     from ..hf.loading import shipped_model
+    from .quiet import quiet_libraries
 
+    quiet_libraries()
     cpu = torch.device("cpu")
     gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     machine: dict[str, Any] = fingerprint(cpu, torch.float32)
@@ -81,6 +93,8 @@ def examine() -> dict[str, Any]:
             {"name": "gloo", "usable": dist.is_gloo_available(), "why": "ranks on the CPU"},
             {"name": "nccl", "usable": nccl, "why": "ranks on GPUs" if nccl else no_gpu},
         ],
+        "extras": extras(),
+        "model": of_model(model, ranks),
     }
 
 

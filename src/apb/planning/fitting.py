@@ -72,6 +72,27 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
             rounds = f" in {candidate.rounds} rounds" if candidate.rounds > 1 else ""
             ranks = f" on {candidate.ranks} ranks" if candidate.ranks > 1 else ""
             return f"what fits is {candidate.strategy!r} with {candidate.blocks} blocks{rounds}{ranks}"
+    shorter = _shorter(plan, fits)
+    if shorter:
+        return f"what fits is a document of at most {shorter:,} tokens"
+    return (
+        f"the weights alone take {_gib(shape.parameters * 2)} in 16 bits: "
+        "use --tensor-parallel, --gpus-per-rank, or a smaller model"
+    )
+
+
+def longest(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: Scoring) -> int:
+    """The longest document, in tokens, that is predicted to fit if it is read as this plan reads, up to its length."""
+
+    def fits(candidate: Plan) -> bool:
+        needed, _, room = demand(candidate, shape, hardware, new_tokens, compressor)
+        return needed <= room
+
+    return _shorter(plan, fits)
+
+
+def _shorter(plan: Plan, fits: Callable[[Plan], bool]) -> int:
+    """The longest document, within a hundredth, whose plan fits; 0 if none does."""
     shortest, longest = 0, plan.document
     while longest - shortest > max(shortest // 100, 1):
         middle = (shortest + longest) // 2
@@ -79,12 +100,7 @@ def _way_out(plan: Plan, shape: ModelShape, fits: Callable[[Plan], bool]) -> str
             shortest = middle
         else:
             longest = middle
-    if shortest:
-        return f"what fits is a document of at most {shortest:,} tokens"
-    return (
-        f"the weights alone take {_gib(shape.parameters * 2)} in 16 bits: "
-        "use --tensor-parallel, --gpus-per-rank, or a smaller model"
-    )
+    return shortest
 
 
 def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
