@@ -6,11 +6,8 @@ keys that they see. A test checks that the files are what this script draws.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
+from shapes import Colours, picture, rectangle, words, write
 
-IMAGES = Path(__file__).resolve().parents[1] / "images"
 BLOCKS = 4
 # Blocks a rank, in the drawing's two ranks.
 PER_RANK = 2
@@ -19,37 +16,9 @@ ANCHOR, BLOCK, PASSED, QUESTION = 56, 112, 5, 56
 LEFT, TOP, GAP, LEGEND = 132, 34, 6, 40
 
 
-@dataclass(frozen=True)
-class Colours:
-    """One theme."""
-
-    name: str
-    text: str
-    faint: str
-    unseen: str
-    anchor: str
-    passed: str
-    own: str
-    question: str
-
-
-THEMES = (
-    Colours("light", "#1f2328", "#59636e", "#d8dee4", "#bf8700", "#cf222e", "#0969da", "#1a7f37"),
-    Colours("dark", "#f0f6fc", "#9198a1", "#30363d", "#d29922", "#f85149", "#4493f8", "#3fb950"),
-)
-
-
-def rectangle(x: float, y: float, width: float, height: float, fill: str) -> str:
-    return f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="2" fill="{fill}"/>'
-
-
 def triangle(x: float, y: float, side: float, height: float, fill: str) -> str:
     """The lower left half of a cell: each row sees the keys up to its own."""
     return f'<path d="M{x:g} {y:g} L{x + side:g} {y + height:g} L{x:g} {y + height:g} Z" fill="{fill}"/>'
-
-
-def words(x: float, y: float, text: str, fill: str, anchor: str = "start", size: int = 13) -> str:
-    return f'<text x="{x:g}" y="{y:g}" fill="{fill}" text-anchor="{anchor}" font-size="{size}">{escape(text)}</text>'
 
 
 def drawing(colours: Colours) -> str:
@@ -93,23 +62,12 @@ def drawing(colours: Colours) -> str:
         "Each block of the text attends to a small anchor, to the pairs that earlier blocks pass on, and to itself; "
         "the question's rows attend to all blocks."
     )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-        f'height="{height:g}" role="img" font-family="system-ui, sans-serif"><title>{described}</title>'
-        + "".join(parts)
-        + "</svg>\n"
-    )
+    return picture(parts, width, height, described)
 
 
 # Where in an earlier block the passed pairs of the drawing stand.
 SHARES = (0.14, 0.38, 0.46, 0.79)
 
 
-def main() -> None:
-    IMAGES.mkdir(exist_ok=True)
-    for colours in THEMES:
-        (IMAGES / f"method-{colours.name}.svg").write_text(drawing(colours))
-
-
 if __name__ == "__main__":
-    main()
+    write("method", drawing)

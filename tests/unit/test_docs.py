@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import re
 import runpy
@@ -96,8 +97,10 @@ def test_python_snippets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     assert ran >= 5
 
 
-def test_drawings_are_those_of_their_script() -> None:
-    """docs/images/method-*.svg; `python docs/drawings/method.py` writes them."""
-    script = runpy.run_path(str(ROOT / "docs/drawings/method.py"))
-    for theme in script["THEMES"]:
-        assert (ROOT / f"docs/images/method-{theme.name}.svg").read_text() == script["drawing"](theme)
+@pytest.mark.parametrize("name", ["method", "speed"])
+def test_drawings_are_those_of_their_scripts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/images/NAME-*.svg; `python docs/drawings/NAME.py` writes them."""
+    monkeypatch.syspath_prepend(ROOT / "docs/drawings")
+    script = runpy.run_path(str(ROOT / f"docs/drawings/{name}.py"))
+    for theme in importlib.import_module("shapes").THEMES:
+        assert (ROOT / f"docs/images/{name}-{theme.name}.svg").read_text() == script["drawing"](theme)
