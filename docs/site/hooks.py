@@ -18,6 +18,7 @@ PAGES = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
     "needle.md": "models/needle/README.md",
+    "examples.md": "examples/README.md",
     "results.md": "benchmarks/results/README.md",
 }
 COMMANDS = "reference/command-line.md"
