@@ -1,0 +1,108 @@
+"""Figures in README and docs are those of committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def page(name: str) -> str:
+    """A page's text, with single spaces."""
+    return re.sub(r"\s+", " ", (ROOT / name).read_text(encoding="utf-8"))
+
+
+def result(name: str) -> Any:
+    """A result file."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def prefill(name: str, strategy: str, length: int) -> dict[str, Any]:
+    """A row of a file of `apb bench prefill`."""
+    return next(row for row in result(name)["rows"] if (row["strategy"], row["length"]) == (strategy, length))
+
+
+def test_the_demo() -> None:
+    """README's bars, and the blocks beside them."""
+    for each in result("demo_cpu.json")["results"]:
+        seconds, blocks = each["timing"]["prefill_s"], each["plan"]["blocks"]
+        said = rf"{each['strategy']} +#+ +{seconds:.1f} s +" + ("exact" if each["exact"] else f"{blocks} blocks")
+        assert re.search(said, page("README.md")), said
+
+
+def test_what_the_picture_says_in_words() -> None:
+    """The text for those who do not see README's picture."""
+    full, apb = (prefill("prefill_bf16_h200.json", name, 131_072)["seconds"] for name in ("full", "apb"))
+    fp8 = prefill("prefill_fp8_h200.json", "apb", 131_072)["seconds"]
+    (row,) = result("follow_up_h200.json")["rows"]
+    near, far = row["device"]["first_token_s"], row["disk"]["page_cache"]["first_token_s"]
+    said = (
+        f"reads them in {full:.1f} seconds, apb in {apb:.1f}, in fp8 in {fp8:.1f}; the next question about them takes"
+    )
+    assert f"{said} {near:.2f} to {far:.2f} seconds" in page("README.md")
+
+
+def test_accuracy_of_a_real_model() -> None:
+    """README's table: each row's mean and intervals stand in one row of the report, in this order."""
+    report = (RESULTS / "real_models.md").read_text().splitlines()
+    table = (ROOT / "README.md").read_text().split("| | mean score |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == 6
+    for row in table:
+        figures = re.findall(r"[+-]?\d+\.\d", "|".join(row.split("|")[2:5]))
+        held = [re.findall(r"[+-]?\d+\.\d", line) for line in report]
+        assert figures in held, row
+
+
+def test_prefill_predicted_and_measured() -> None:
+    """The table of docs/benchmarks.md."""
+    lines = (ROOT / "docs/benchmarks.md").read_text().splitlines()
+    for length in (65_536, 131_072, 262_144):
+        for strategy in ("full", "apb"):
+            row = prefill(f"prefill_{length}_h200.json", strategy, length)
+            told = next(line for line in lines if line.startswith(f"| {length:,} | `{strategy}` |"))
+            cells = [cell.strip() for cell in told.split("|")[3:-1]]
+            gib = [row["predicted_peak_bytes"] / 2**30, row["peak_bytes"] / 2**30]
+            seconds = [row["predicted_seconds"], row["seconds"]]
+            assert [float(cell) for cell in cells[:2]] == pytest.approx(gib, abs=0.051)
+            assert [float(cell) for cell in cells[3:5]] == pytest.approx(seconds, rel=0.005)
+            assert cells[6] == f"{row['of_floor']:.0%}".replace("%", " %")
+
+
+def test_follow_ups() -> None:
+    """The tables of docs/documents.md, on a GPU and on a CPU."""
+    text = page("docs/documents.md")
+    (row,) = result("follow_up_h200.json")["rows"]
+    host, disk = row["host"], row["disk"]
+    seconds = f"{row['anew']['first_token_s']:.2f} | {row['device']['first_token_s']:.3f} | {host['first_token_s']:.3f}"
+    rate = f"({host['bytes_per_s'] / 1e9:.0f} GB/s, {host['of_copy_rate']:.0%} of".replace("%", " %")
+    later = f"{disk['page_cache']['first_token_s']:.2f} | {disk['cold']['first_token_s']:.1f}"
+    assert f"{seconds} {rate}" in text and f"| {later} |" in text
+    for row in result("follow_up_cpu.json")["rows"]:
+        said = rf"`{row['strategy']}`[^`]* {row['anew_s']:.1f} s (anew )?and {row['first_token_s']:.2f} s"
+        assert re.search(said, text), said
+
+
+def test_second_requests() -> None:
+    """The table of docs/benchmarks.md."""
+    now, before = (result(f"second_request_{name}h200.json")["rows"][1:4] for name in ("", "before_"))
+    lines = (ROOT / "docs/benchmarks.md").read_text().splitlines()
+    told = [line.split("|")[2:-1] for line in lines if re.match(r"\| (first|second|third), \d+K", line)]
+    for cells, row, old in zip(told, now, before, strict=True):
+        known = [row["first_token_s"] * 1e3, row["replay_s"] * 1e3, row["graphs_captured"], old["first_token_s"] * 1e3]
+        assert [float(cell) for cell in cells] == pytest.approx(known, abs=0.051)
+
+
+def test_all_results_are_described() -> None:
+    """Each file has a line in the folder's README, and each link of a page to one leads there."""
+    listed = (RESULTS / "README.md").read_text()
+    for path in RESULTS.iterdir():
+        assert path.name in listed or path.name in ("README.md", "needle_compressors_study.json"), path.name
+    for each in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        for link in re.findall(r"\]\(([^)#:]+)\)", each.read_text(encoding="utf-8")):
+            assert (each.parent / link).exists(), (each.name, link)
