@@ -33,8 +33,11 @@ ranks that hold them, without selection. Latent attention caches latents, attend
 and reads in one round.
 
 Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under every strategy: the state runs through
-prefix, blocks and question in order, and the anchor begins its own. So far on one rank and in one round; decode goes
-without CUDA graphs, and documents cannot be saved. Of a multimodal checkpoint the text decoder alone is loaded.
+prefix, blocks and question in order, and the anchor begins its own. A rank hands it on to the one that holds the next
+rows, so that in these layers ranks work one after the other; every rank has the state after the question. Rows that
+begin from a state are read one by one in Mamba 1 (Jamba) and lightning attention (MiniMax), whose code in transformers
+takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs. Of a
+multimodal checkpoint the text decoder alone is loaded.
 
 GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb[gguf]`. transformers reads those of
 the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as well,

@@ -56,6 +56,18 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 16,
         },
     ),
+    "falcon_h1": (
+        "FalconH1ForCausalLM",
+        {
+            **SMALL,
+            "head_dim": 16,
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
     "gemma2": ("Gemma2ForCausalLM", {**WIDE, **MIXED, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("Gemma3ForCausalLM", {**WIDE, **MIXED}),
     "gpt_oss": ("GptOssForCausalLM", {**SMALL, **MIXED, "head_dim": 16, "num_local_experts": 4}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm3": CONV,
 }  # fmt: skip
 
+_ONE_BY_ONE = Lock()  # models made at once by several threads would share the seeded numbers
+
 
 @cache
 def _made(family: str) -> PreTrainedModel:
@@ -70,7 +73,8 @@ def _made(family: str) -> PreTrainedModel:
 
 def make(family: str) -> PreTrainedModel:
     """A model of its own every time, with the same weights."""
-    return copy.deepcopy(_made(family))
+    with _ONE_BY_ONE:
+        return copy.deepcopy(_made(family))
 
 
 @cache

@@ -244,12 +244,9 @@ class Session:
         more. Every rank must call it.
 
         Raises:
-            InputError: fewer tokens went through the upper layers, by propagation, or the model has recurrent layers.
+            InputError: fewer tokens went through the upper layers, by propagation, or the model's code has a cache of
+                its own (MiniMax).
         """
-        if self._cache.states:
-            raise InputError(
-                "The states of recurrent layers are not handed to transformers' generate yet; answer with this session."
-            )
         if self.plan.going_on < self.plan.document:
             raise InputError(
                 "The layers of this cache hold different tokens, because of propagation, and transformers' generate "
@@ -260,7 +257,9 @@ class Session:
             keys, values = self.gather_kv(layer)
             if keys is not None and values is not None:
                 layers.append((layer, keys, values))
-        return dynamic_cache(layers) if self._group.rank == self._tensor.rank == 0 else None
+        if not self._group.rank == self._tensor.rank == 0:
+            return None
+        return dynamic_cache(layers, self._cache.states, self._decoder.attachment.model.config)
 
     def _shares_heads(self, keys: Tensor) -> bool:
         """True if the processes of a rank hold different KV heads; some models hold all of them in every process."""

@@ -123,6 +123,7 @@ def counting() -> Iterator[list[int]]:
     """The bytes that this rank sends to others, one entry a call, of the collectives that strategies use."""
     sent: list[int] = []
     all_gather, shift, all_to_all = Group.all_gather, Group.shift, Group.all_to_all
+    send, broadcast = Group.send, Group.broadcast
 
     def count(*parts: Tensor) -> int:
         return sum(part.numel() * part.element_size() for part in parts)
@@ -139,7 +140,18 @@ def counting() -> Iterator[list[int]]:
         sent.append(count(*(part for rank, part in enumerate(parts) if rank != group.rank)))
         return all_to_all(group, parts, shapes)
 
+    def counted_send(group: Group, x: Tensor, to: int) -> Pending:
+        sent.append(count(x))
+        return send(group, x, to)
+
+    def counted_broadcast(group: Group, x: Tensor, source: int = 0) -> Tensor:
+        states = x.dtype == torch.uint8  # logits, which are broadcast too, are in no prediction
+        sent.append((group.size - 1) * count(x) if states and source == group.rank else 0)
+        return broadcast(group, x, source)
+
     with (
+        patch.object(Group, "send", counted_send),
+        patch.object(Group, "broadcast", counted_broadcast),
         patch.object(Group, "all_gather", counted_all_gather),
         patch.object(Group, "shift", counted_shift),
         patch.object(Group, "all_to_all", counted_all_to_all),
@@ -333,6 +345,12 @@ def collect(group: Group) -> dict[str, Any]:
     parts = [torch.full((group.rank + 1, to + 1), 10.0 * group.rank + to) for to in range(group.size)]
     received = group.all_to_all(parts, [(source + 1, group.rank + 1) for source in range(group.size)])
     told = group.broadcast(mine.clone())
+    told_by_last = group.broadcast(mine.clone(), group.size - 1)
+    handed = mine.clone()  # from rank to rank, each adding its own
+    if group.rank:
+        handed += group.receive(torch.empty_like(mine), group.rank - 1)
+    if group.rank + 1 < group.size:
+        group.send(handed, group.rank + 1).wait()
     group.barrier()
     waited = gathered.wait()
     return {
@@ -343,6 +361,8 @@ def collect(group: Group) -> dict[str, Any]:
         "shift": shifted.wait(),
         "all_to_all": received,
         "broadcast": told,
+        "broadcast of the last": told_by_last,
+        "handed on": handed,
         "gather": group.gather(mine),
     }
 

@@ -232,6 +232,8 @@ def test_collectives(records: Records, size: int) -> None:
         assert torch.equal(got["all_gather of a view"], torch.stack([view + other for other in range(size)]))
         assert torch.equal(got["shift"], mine[rank - 1])
         assert torch.equal(got["broadcast"], mine[0])
+        assert torch.equal(got["broadcast of the last"], mine[-1])
+        assert torch.equal(got["handed on"], torch.stack(mine[: rank + 1]).sum(0))
         assert [part.tolist() for part in got["all_to_all"]] == [
             [[10.0 * source + rank] * (rank + 1)] * (source + 1) for source in range(size)
         ]

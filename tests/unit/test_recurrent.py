@@ -13,6 +13,9 @@ from torch import Tensor
 import apb
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.hf.counting import model_shape
+from apb.planning.cost import Ceilings, predict
+from apb.planning.plan import Plan
 from families import ANSWER, PROMPT
 from hybrids import FAMILIES, make, says
 from oracle import masked_prefill
@@ -146,6 +149,50 @@ def test_stores_of_other_ranks(family: str, tmp_path: Path) -> None:
     together(write, 2)
     for first, _, again, longer in together(ask, 3):
         same(torch.stack([first, again, longer]), expected[[0, 0, 1]])
+
+
+def test_transformers_goes_on() -> None:
+    """From the whole cache of two ranks, states included; a cache that only a model's own code knows is refused."""
+    ids = torch.tensor([[*PROMPT.token_ids, ANSWER[0]]])
+
+    def read(group: Group, family: str) -> Any:
+        engine = engine_of(family, group, strategy="ring")
+        session = engine.prefill(PROMPT)
+        try:
+            return session.to_dynamic_cache()
+        finally:
+            engine.close()
+
+    for family in ("qwen3_next", "falcon_h1"):
+        cache, other = together(lambda group: read(group, family), 2)  # noqa: B023
+        assert other is None
+        expected, _ = says(family, PROMPT.token_ids, ANSWER[:1])
+        with torch.no_grad():
+            same(make(family)(ids[:, -1:], past_key_values=cache).logits[0, -1], expected[1])
+    with pytest.raises(apb.InputError, match="cache of its own"):
+        read(Group(), "minimax")
+
+
+def test_waiting_and_states_are_predicted() -> None:
+    """A rank waits for the linear maps of the others' rows in recurrent layers; two states lie in its memory."""
+    plan, shape = Plan.build(3, 100, 6, ranks=2, strategy="ring"), model_shape(make("qwen3_5_text").config)
+    assert shape.attention_layers == 1
+    cost = predict(plan, shape, element_bytes=4)
+    layers = make("qwen3_5_text").model.layers
+    weights = sum(
+        each.weight.numel()
+        for layer in layers
+        for each in getattr(layer, "linear_attn", torch.nn.Identity()).modules()
+        if isinstance(each, torch.nn.Linear)
+    )
+    rows = plan.rows_by_rank()
+    for rank, other in zip(cost.ranks, reversed(rows), strict=True):
+        assert rank.waiting_flops == 2 * weights * other
+        assert rank.state_bytes == 2 * shape.recurrent.state_bytes(4)
+        assert rank.peak_bytes == rank.weight_bytes + rank.cache_bytes + rank.activation_bytes + rank.state_bytes
+    slow, none = Ceilings(1e9, 1e9, 1e9), Plan.build(3, 100, 6)
+    assert cost.ranks[0].seconds(slow) > cost.ranks[0].linear_flops / 1e9 + cost.ranks[0].waiting_flops / 1e9
+    assert predict(none, shape).ranks[0].waiting_flops == 0
 
 
 def test_only_what_cannot_be_is_refused() -> None:

@@ -384,9 +384,16 @@ def _grow(x: Tensor, capacity: int) -> Tensor:
     return grown
 
 
-def dynamic_cache(layers: Sequence[tuple[int, Tensor, Tensor]]) -> DynamicCache:
-    """transformers' own cache of (layer, keys, values (kv_heads, tokens, head_dim)), in the order of the layers."""
-    cache = DynamicCache()
+def dynamic_cache(
+    layers: Sequence[tuple[int, Tensor, Tensor]], states: Mapping[int, State], config: Any
+) -> DynamicCache:
+    """transformers' own cache of (layer, keys, values (kv_heads, tokens, head_dim)), in order, and of states by layer.
+
+    InputError if it has no place for them.
+    """
+    cache = DynamicCache(config=config) if states else DynamicCache()
+    for layer, state in states.items():
+        state.copy_into(cache.layers[layer])
     for layer, keys, values in layers:
         cache.update(keys.unsqueeze(0), values.unsqueeze(0), layer)
     return cache

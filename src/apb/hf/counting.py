@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import InputError, first_line
-from ..planning.shape import ModelShape
+from ..planning.shape import ModelShape, Recurrent
 from . import placement
 from .attach import attention_modules
 from .config import kv_heads, layer_count, query_heads, vocabulary
+from .recurrent import recurrent_modules, state_of
 from .windows import layer_windows
 
 # Cached by configuration and number of GPUs.
@@ -58,6 +59,8 @@ def _count(config: Any, gpus: int) -> ModelShape:
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         reach=tuple(layer_windows(text)),
         cache_width=latent + text.qk_rope_head_dim if latent else 0,
+        attending=len(attention_modules(model)) if recurrent_modules(model) else 0,
+        recurrent=_recurrent(model, text),
         expert_row=_expert_row(model, text),
         split=split,
     )
@@ -69,6 +72,20 @@ def head_dim(config: Any) -> int:
     if getattr(text, "kv_lora_rank", None):
         return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
+def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
+    """The recurrent layers, of which all have states of the same shapes."""
+    modules = recurrent_modules(model)
+    if not modules:
+        return None
+    parts = [part for module in modules for part in state_of(module.to(torch.bfloat16), text).tensors().values()]
+    wide = sum(part.numel() for part in parts if part.dtype == torch.float32)
+    return Recurrent(
+        parameters=sum(_multiplied(part, text) for module in modules for part in module.modules()),
+        narrow=sum(part.numel() for part in parts) - wide,
+        wide=wide,
+    )
 
 
 def _expert_row(model: PreTrainedModel, text: Any) -> int:

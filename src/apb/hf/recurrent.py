@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
+from ..errors import InputError
 from ..layers.recurrent import Recur, RecurrentInput, State
 
 # Mixers of most families name their cache so; the others are known by their class.
@@ -38,14 +39,8 @@ class LayerState:
     def of(cls, tensors: Mapping[str, Tensor]) -> LayerState:
         """The state that consists of what :meth:`tensors` returned."""
         state = cls(max((int(name.rpartition(".")[2]) + 1 for name in tensors if "." in name), default=1))
-        for name, part in tensors.items():
-            kind, _, number = name.partition(".")
-            if kind == _CONV:
-                state.layer.update_conv_state(part, int(number))
-            elif kind == _RECURRENT:
-                state.layer.update_recurrent_state(part, int(number))
-            else:
-                state.lightning = part
+        state.lightning = tensors.get(_LIGHTNING)
+        _write(tensors, state.layer)
         return state
 
     def tensors(self) -> Mapping[str, Tensor]:
@@ -57,12 +52,28 @@ class LayerState:
         }
         return {name: part for name, part in held.items() if part is not None}
 
+    def copy_into(self, layer: Any) -> None:
+        """Make it the state of a layer of transformers' own cache; InputError if that has none for it."""
+        if self.lightning is not None:
+            raise InputError("MiniMax's code in transformers has a cache of its own; answer with this session instead.")
+        _write(self.tensors(), layer)
+
     def to(self, device: torch.device) -> LayerState:
         """The same state on a device; this one, if it is there."""
         parts = self.tensors()
         if all(part.device == device for part in parts.values()):
             return self
         return LayerState.of({name: part.to(device) for name, part in parts.items()})
+
+
+def _write(tensors: Mapping[str, Tensor], layer: Any) -> None:
+    """Write the states of a layer of transformers' own cache."""
+    for name, part in tensors.items():
+        kind, _, number = name.partition(".")
+        if kind == _CONV:
+            layer.update_conv_state(part, int(number))
+        elif kind == _RECURRENT:
+            layer.update_recurrent_state(part, int(number))
 
 
 class _Single(Cache):
@@ -111,6 +122,23 @@ def _is_recurrent(kind: type[nn.Module]) -> bool:
     return kind.__name__.endswith(_OTHERS) or _ARGUMENT in inspect.signature(kind.forward).parameters
 
 
+def state_of(module: nn.Module, text: Any) -> LayerState:
+    """The state of a recurrent module after a row, for its shapes: on the meta device it costs nothing."""
+    state = LayerState(_state_count(text))
+    parameters = inspect.signature(module.forward).parameters
+    needed = [
+        name
+        for name, each in parameters.items()
+        if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
+    weight = next(module.parameters())
+    row = torch.empty(1, 1, text.hidden_size, dtype=weight.dtype, device=weight.device)
+    cache = {_cache_argument(parameters): _Single(state, int(module.layer_idx))}  # type: ignore[arg-type]
+    with torch.no_grad():
+        module.forward(**dict.fromkeys(needed) | {next(iter(parameters)): row} | cache)
+    return state
+
+
 def take_over(model: PreTrainedModel, recur: Callable[[], Recur | None]) -> Callable[[], None]:
     """Have every recurrent module of a model called by what ``recur`` returns; returns a function that undoes it.
 
@@ -118,7 +146,7 @@ def take_over(model: PreTrainedModel, recur: Callable[[], Recur | None]) -> Call
     """
     modules = recurrent_modules(model)
     before = [vars(module).get("forward") for module in modules]
-    states = int(getattr(model.config.get_text_config(), "number_of_conv_states", None) or 1)
+    states = _state_count(model.config.get_text_config())
     for module in modules:
         module.forward = _by_runs(module, states, recur)
 
@@ -131,11 +159,19 @@ def take_over(model: PreTrainedModel, recur: Callable[[], Recur | None]) -> Call
     return undo
 
 
+def _state_count(text: Any) -> int:
+    return int(getattr(text, "number_of_conv_states", None) or 1)
+
+
+def _cache_argument(parameters: Iterable[str]) -> str:
+    return _ARGUMENT if _ARGUMENT in parameters else "past_key_values"
+
+
 def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) -> Callable[..., Any]:
     original = module.forward
     parameters = inspect.signature(original).parameters
     rows_name, index = next(iter(parameters)), int(module.layer_idx)  # type: ignore[arg-type]
-    cache_name = _ARGUMENT if _ARGUMENT in parameters else "past_key_values"
+    cache_name = _cache_argument(parameters)
     name = type(module).__name__
     one_by_one = name.endswith(_ROW_BY_ROW) and name not in _MAMBA_2
 

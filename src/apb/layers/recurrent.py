@@ -30,6 +30,9 @@ class State(Protocol):
     def tensors(self) -> Mapping[str, Tensor]:
         """All that it consists of, by name, of the same shapes after any number of rows; none before any."""
 
+    def copy_into(self, layer: Any) -> None:
+        """Make it the state of a layer of transformers' own cache."""
+
     def to(self, device: torch.device) -> State:
         """The same state on a device; it may be this one."""
 

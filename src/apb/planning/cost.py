@@ -13,6 +13,7 @@ from .itinerary import Kind
 from .memory import activations
 from .network import Hosts, Sent
 from .plan import Plan
+from .runs import rows_of_others
 from .shape import ModelShape
 from .traffic import sent
 
@@ -50,8 +51,10 @@ class RankCost:
     """The cost of one rank's prefill.
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
-    between linear maps and attention. If the layers of a rank are on several GPUs, bytes of weights, cache and
-    activations are those of the GPU that holds most.
+    between linear maps and attention. ``waiting_flops`` are those of other ranks in recurrent layers, which this rank
+    waits for: a state runs through the ranks' rows one after the other. What such layers compute beside linear maps is
+    not counted. ``state_bytes`` are two states of them, before and after the query. If the layers of a rank are on
+    several GPUs, bytes of weights, cache and activations are those of the GPU that holds most.
     """
 
     linear_flops: int
@@ -63,11 +66,13 @@ class RankCost:
     weight_bytes: int
     cache_bytes: int
     activation_bytes: int
+    waiting_flops: int = 0
+    state_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """Memory at its peak."""
-        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+        return self.weight_bytes + self.cache_bytes + self.state_bytes + self.activation_bytes
 
     @property
     def flops(self) -> int:
@@ -78,7 +83,7 @@ class RankCost:
         """Time at the ceilings; ``hidden``: communication overlaps with attention, else precedes it."""
         attention = (self.attention_flops + self.scoring_flops) / ceilings.attention
         sending = self.sending_seconds(ceilings)
-        others = self.linear_flops / ceilings.linear + self.moved_bytes / ceilings.memory
+        others = (self.linear_flops + self.waiting_flops) / ceilings.linear + self.moved_bytes / ceilings.memory
         return others + (max(attention, sending) if hidden else attention + sending)
 
     def sending_seconds(self, ceilings: Ceilings) -> float:
@@ -221,12 +226,13 @@ def _rank(
             query_pairs += plan.query * (plan.query + 1) // 2
     kept += plan.query if rank == plan.tail_rank else 0
     sliding = model.sliding(plan.total)
-    full_layers = model.layers - sum(sliding.values())
+    full_layers = model.attention_layers - sum(sliding.values())
     attended = full_layers * (plan.method.attended(plan, rank, model.heads) + model.heads * query_pairs)
     attended += model.heads * sum(count * _window_pairs(plan, rank, window) for window, count in sliding.items())
     carried = plan.contexts()[-1] if plan.rounds > 1 else 0  # pairs of earlier rounds that later ones see, per layer
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
+    recurrent = model.recurrent
     scoring = 0
     if compressor is not None:
         scoring = compressor.flops(model, plan.query)
@@ -241,6 +247,8 @@ def _rank(
         weight_bytes=parameters * element_bytes,
         cache_bytes=kept * layers * model.layer_cache_row * element_bytes,
         activation_bytes=widest * element_bytes,
+        waiting_flops=0 if recurrent is None else 2 * recurrent.parameters * rows_of_others(plan, rank),
+        state_bytes=0 if recurrent is None else 2 * recurrent.state_bytes(element_bytes),
     )
 
 

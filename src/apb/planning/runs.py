@@ -51,6 +51,15 @@ def document_runs(plan: Plan, round: int) -> list[Run]:
     return joined
 
 
+def rows_of_others(plan: Plan, rank: int) -> int:
+    """Rows that other ranks read in all rounds while this one waits: one rank after the other reads its own."""
+    rows = 0
+    for round in range(plan.rounds):
+        shared = [anchor for anchor in anchor_runs(plan, round) if len(anchor) > 1]
+        rows += sum(len(run) for runs in (*shared, document_runs(plan, round)) for run in runs if run.rank != rank)
+    return rows
+
+
 def _runs(plan: Plan, round: int, kind: Kind) -> list[Run]:
     found = [
         Run(rank, span.start, span.stop, span.row)

@@ -7,6 +7,24 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class Recurrent:
+    """The recurrent layers of a model.
+
+    Attributes:
+        parameters: weights that each row of a pass is multiplied by in them.
+        narrow, wide: numbers of a state of all of them, in the model's dtype and in fp32.
+    """
+
+    parameters: int
+    narrow: int
+    wide: int
+
+    def state_bytes(self, element_bytes: int) -> int:
+        """Bytes of a state of all layers."""
+        return self.narrow * element_bytes + self.wide * 4
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The numbers of a model that costs depend on.
 
@@ -17,6 +35,8 @@ class ModelShape:
         parameters: all weights, embeddings included.
         reach: for every layer its window, own token included, or None if it sees all; empty: all do.
         cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
+        attending: layers that attend; 0: all.
+        recurrent: the recurrent layers; None without any.
         expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
         split: (layers, weights) of each GPU if the layers of a rank are on several; empty if they are on one.
     """
@@ -32,6 +52,8 @@ class ModelShape:
     parameters: int
     reach: tuple[int | None, ...] = ()
     cache_width: int = 0
+    attending: int = 0
+    recurrent: Recurrent | None = None
     expert_row: int = 0
     split: tuple[tuple[int, int], ...] = ()
 
@@ -46,9 +68,14 @@ class ModelShape:
         return 2 * self.kv_heads * self.head_dim
 
     @property
+    def attention_layers(self) -> int:
+        """Layers that attend."""
+        return self.attending or self.layers
+
+    @property
     def cache_row(self) -> int:
         """Numbers that one token's keys and values take in the cache, over all layers."""
-        return self.layers * self.layer_cache_row
+        return self.attention_layers * self.layer_cache_row
 
     @property
     def layer_cache_row(self) -> int:
@@ -57,7 +84,7 @@ class ModelShape:
 
     def fullest(self, tokens: int) -> tuple[int, int]:
         """(layers, weights) of the rank's fullest GPU, with ``tokens`` tokens in the cache."""
-        parts = self.split or ((self.layers, self.parameters),)
+        parts = self.split or ((self.attention_layers, self.parameters),)
         return max(parts, key=lambda part: part[1] + part[0] * tokens * self.layer_cache_row)
 
     def shared(self, size: int) -> ModelShape:
