@@ -60,7 +60,8 @@ def layer_of(family: str) -> tuple[nn.Module, Any]:
     """A model of one recurrent layer and one that attends, and the module of the first."""
     config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
     torch.manual_seed(0)
-    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=torch.float32).eval()
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = kind._from_config(config, dtype=torch.float32).eval()
     module = recurrent_modules(model)[0]
     with torch.no_grad():
         for weight in module.parameters():
