@@ -88,6 +88,8 @@ def test_exact_on_ranks(family: str) -> None:
             assert torch.equal(logits, ranks[0][0])
             check_cache(family, prompt, {}, states)
         check_cache(family, prompt, *ranks[0][1:])
+        size_of_states = sum(part.nbytes for state in states.values() for part in state)
+        assert size_of_states == model_shape(make(family).config).recurrent.state_bytes(4)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5_text", "falcon_h1", "lfm2"])
