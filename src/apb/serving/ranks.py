@@ -69,8 +69,7 @@ class Ranks:
         """Queue a request; None if the queue is full.
 
         Raises:
-            InputError: it can never be answered.
-            Refusal: there are no ranks at the moment, or looking at the request failed.
+            Refusal: it can never be answered, or there are no ranks at the moment.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -197,7 +196,8 @@ class Ranks:
     def _lost(self) -> None:
         with self._lock:
             self.facts, self._state = None, State()
-            jobs, asked = list(self._jobs.values()), list(self._asked.values())
+            jobs = [job for number, job in self._jobs.items() if number not in self._asked]
+            asked = list(self._asked.values())
             self._jobs.clear()
             self._asked.clear()
         for future in asked:
