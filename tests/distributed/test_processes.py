@@ -269,7 +269,7 @@ def test_serving_goes_on_after_a_rank_was_killed(arguments: list[str], tmp_path:
         while not list(tmp_path.glob("kept/*/*/document.json")) and time.monotonic() < deadline:
             time.sleep(0.1)
         old = ranks()
-        pieces = asked(line, max_tokens=3000, stream=True)
+        pieces = asked(line, max_tokens=2800, stream=True)
         next(pieces)
         old[-1].send_signal(signal.SIGKILL)
         with pytest.raises(openai.APIError, match="A rank was lost while it worked on this request"):
