@@ -75,7 +75,8 @@ def serve(
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
     at_least("max_new_tokens", max_new_tokens, 1)
-    with _listen(host, port) as listening:
+    leads = os.environ.get("RANK", "0") == "0"  # of those that torchrun started, if it did
+    with _listen(host, port) if leads else nullcontext() as listening:
         keys = () if api_keys is None else _keys(api_keys)
 
         from .checks import check_reading
@@ -103,12 +104,12 @@ def serve(
                 ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys, shelf=Shelf(documents)
             ),
             listening,
-            f"{served!r} at http://{host}:{listening.getsockname()[1]}/v1",
+            f"{served!r} at http://{host}",
         )
 
 
 def _run(
-    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket, where: str
+    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket | None, where: str
 ) -> None:
     """Serve: HTTP on a thread of this process, the ranks in others."""
     from ..distributed import launch
@@ -118,13 +119,16 @@ def _run(
 
     def ready(facts: Facts) -> None:
         count = "1 rank" if facts.ranks == 1 else f"{facts.ranks} ranks"
-        print(f"apb: serving {where}, {count}", file=sys.stderr, flush=True)
+        assert listening is not None
+        print(f"apb: serving {where}:{listening.getsockname()[1]}/v1, {count}", file=sys.stderr, flush=True)
 
     ranks = Ranks()
-    if launch.under_torchrun():  # which has started the ranks, and this is one of them
-        leads = os.environ["RANK"] == "0"
-        with Front(app_of(ranks), listening) if leads else nullcontext():
-            work(served, ranks.connect(ready) if leads else None)
+    if listening is None:  # a rank of torchrun's, but the first
+        work(served, None)
+        return
+    if launch.under_torchrun():
+        with Front(app_of(ranks), listening):
+            work(served, ranks.connect(ready))
         return
     with Front(app_of(ranks), listening), _draining(ranks):
         while not ranks.draining:
@@ -133,7 +137,7 @@ def _run(
             except Stopped:
                 raise
             except RankError as error:
-                if not ranks.served:  # they never came so far, and would not the next time
+                if ranks.draining or not ranks.served:  # they never came so far, and would not the next time
                     raise
                 ranks.last_error = noted(error)
                 print(f"apb: {error} They are started again.", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ class Ranks:
 
     Attributes:
         facts: what the group at work has said of itself; None while there is none that can answer.
-        served: True once a group was ready.
+        served: True once the last group was ready.
         draining: True once no further requests are taken.
         last_error: the last failure that was not a client's.
     """
@@ -131,6 +131,7 @@ class Ranks:
     def connect(self, ready: Callable[[Facts], None]) -> Connection:
         """The other end of the pipe, for rank 0 of a new group; ``ready`` is called once that can answer."""
         ours, self._theirs = Pipe()
+        self.served = False
         outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._outbox = outbox
         self._listener = threading.Thread(target=self._listen, args=(ours, outbox, ready), daemon=True)
