@@ -90,13 +90,26 @@ def test_damaged_documents_are_read_anew(
 
 
 def test_two_requests_at_once_on_one_document(engine: apb.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read once; the others ask copies while the first is being answered, and all are as if alone."""
+    """The second asks a copy while the first is being answered; both are as if alone, and only one is kept."""
     worker, copy, copied = Worker(engine), apb.Document.copy, []
     monkeypatch.setattr(apb.Document, "copy", lambda document: copied.append(document) or copy(document))
-    (read, who), (again, where), (third, same) = asked(worker, WHO, WHERE, WHO)
-    assert (read, again, third) == (True, False, False)
-    assert (who, where, same) == (expected(engine, WHO), expected(engine, WHERE), who)
-    assert worker.kept.told.hits == len(copied) == 2 and asked(worker, WHERE) == [(False, where)]
+    kept, sessions, closes = worker.kept, [], []
+    for question in (WHO, WHERE):
+        prompt = apb.Prompt.from_tokens((), TEXT, question)
+        assert kept.read_of(prompt) == (len(TEXT) if sessions else 0)
+        session, _, close = kept.open(prompt, 6, lambda *_: None, lambda: None)
+        sessions.append(session)
+        closes.append(close)
+    told: list[list[int]] = [[], []]
+    for _ in range(6):  # in turns
+        for session, tokens in zip(sessions, told, strict=True):
+            tokens.append(int(session.logits.argmax()))
+            session.extend(tokens[-1:])
+    assert told == [expected(engine, WHO), expected(engine, WHERE)]
+    assert len(copied) == 1 and kept.told.documents == 1
+    for close in closes:
+        close()
+    assert asked(worker, WHERE, WHO) == [(False, told[1]), (False, told[0])] and kept.told.hits == 3
 
 
 def test_a_copy_of_a_document_in_use(engine: apb.Engine) -> None:

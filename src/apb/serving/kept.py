@@ -78,6 +78,11 @@ class KeptDocuments:
         self.documents.write()
         self._tell()
 
+    def read_of(self, prompt: Prompt) -> int:
+        """How many tokens of a prompt have been read already."""
+        known = self._longest(self._engine.reading.arranged(prompt).token_ids)
+        return 0 if known is None else known[1]
+
     def open(
         self,
         prompt: Prompt,

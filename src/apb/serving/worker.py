@@ -236,6 +236,8 @@ class Worker:
             self.kept.clear()
         tell: Callable[[Event], None] = job.tell if job is not None else lambda event: None
         share = job.share if job is not None else Share(0, 0)
+        if job is not None and not task.ordinary:
+            share.read = min(self.kept.read_of(task.prompt), share.to_read - 1)
 
         def work(pause: Callable[[], None]) -> None:
             answer(self, task, tell, share, pause)
