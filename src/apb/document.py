@@ -178,6 +178,12 @@ class Document:
             raise RuntimeError("The document was dropped from memory by the keeper it was given to; nothing is left.")
         save(self._engine, self._asking, self.state, Path(folder))
 
+    def copy(self) -> Document:
+        """The same document in memory of its own, so that both can be asked at once; this one may be in use."""
+        state = self.state
+        self._check_here()
+        return Document(self._engine, self._asking, replace(state, cache=state.cache.copy(len(self.token_ids), ROOM)))
+
     def rest(self) -> None:
         """End the last question's session, and forget what was asked."""
         self._end_session()

@@ -34,6 +34,8 @@ class _Kept:
         size: bytes of its keys and values.
         device: bytes that it takes on the device, with the room for questions and answers.
         disk: bytes of its files.
+        held: True while it must not leave the device.
+        tried: the tokens with which it could not be written to disk.
     """
 
     document: Document | None = None
@@ -45,6 +47,8 @@ class _Kept:
     device: int = 0
     host: int = 0
     disk: int = 0
+    held: bool = False
+    tried: tuple[int, ...] | None = None
 
     @property
     def here(self) -> bool:
@@ -147,6 +151,43 @@ class Documents:
         self._settle(self._kept[_name(key)])
         return answer
 
+    def hold(self, key: str, held: bool = True) -> None:
+        """Have a document stay on the device, whatever others need; or let it go when the next one needs the room."""
+        kept = self._kept.get(_name(key))
+        if kept is not None:
+            kept.held = held
+
+    def held(self, key: str) -> bool:
+        """True if a document is held."""
+        kept = self._kept.get(_name(key))
+        return kept is not None and kept.held
+
+    @property
+    def unwritten(self) -> bool:
+        """True if :meth:`write` has something to do."""
+        return self._unwritten() is not None
+
+    def write(self) -> None:
+        """Write the document that was asked last, of those that are not on disk, in place of any asked before it.
+
+        It stays where it is. So nothing is lost when this process ends, whatever ends it, once all are written.
+        """
+        name = self._unwritten()
+        if name is None:
+            return
+        kept = self._kept[name]
+        assert kept.document is not None
+        kept.document.rest()
+        for other in list(self._kept.values()):
+            if other is kept or self.bytes()["disk"] + kept.size <= self.disk_bytes:
+                break
+            self._remove(other)
+            if other.document is None:
+                self._drop(other)
+        if self.bytes()["disk"] + kept.size <= self.disk_bytes:
+            self._write(name, kept)
+        kept.tried = kept.document.token_ids
+
     def make_room(self, size: int) -> None:
         """Have documents leave the device, until ``size`` of its bytes are free for others, or none is there."""
         self._free_device(size, None)
@@ -202,7 +243,7 @@ class Documents:
         for kept in sorted(self._kept.values(), key=lambda kept: kept is last):
             if self.bytes()["device"] + more <= self.device_bytes:
                 break
-            if kept.here:
+            if kept.here and not kept.held:
                 self._move_down(kept)
 
     def _free_host(self, more: int) -> None:
@@ -251,13 +292,7 @@ class Documents:
             self._remove(kept)
             if self.folder is not None and kept.size <= self.disk_bytes:
                 self._free_disk(kept.size)
-                try:
-                    document.save(self.folder / name)
-                except InputError as error:
-                    warnings.warn(f"A document is forgotten. {error}", stacklevel=2)
-                else:
-                    kept.folder, kept.stored = self.folder / name, document.token_ids
-                    kept.disk = _bytes_on_disk(kept.folder)
+                self._write(name, kept)
         document.drop()
         kept.document = None
         kept.drop_copy()
@@ -265,6 +300,29 @@ class Documents:
             self._drop(kept)
         else:
             self._free_disk(0)
+
+    def _write(self, name: str, kept: _Kept) -> None:
+        """Write a document to disk, if it can be written."""
+        assert self.folder is not None and kept.document is not None
+        tokens = kept.document.token_ids
+        try:
+            kept.document.save(self.folder / name)
+        except InputError as error:
+            warnings.warn(f"A document is not on disk, and is forgotten once it is nowhere else. {error}", stacklevel=2)
+        else:
+            kept.folder, kept.stored = self.folder / name, tokens
+            kept.disk = _bytes_on_disk(kept.folder)
+
+    def _unwritten(self) -> str | None:
+        """The name of what :meth:`write` writes; documents in use are not, whose caches hold more than them."""
+        if self.folder is None:
+            return None
+        for name, kept in reversed(self._kept.items()):
+            if kept.document is not None and not kept.held and kept.size <= self.disk_bytes:
+                tokens = kept.document.token_ids
+                if tokens not in (kept.stored, kept.tried):
+                    return name
+        return None
 
     def _remove(self, kept: _Kept) -> None:
         """Remove a document's store, if it has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
@@ -222,38 +223,69 @@ def test_serving_on_two_ranks(arguments: list[str]) -> None:
         end(process, started)
 
 
-def test_serving_goes_on_after_a_rank_was_killed(arguments: list[str]) -> None:
-    """All ranks are started again, at the same port, and answer; none of the old ones is left."""
+def test_serving_goes_on_after_a_rank_was_killed(arguments: list[str], tmp_path: Path) -> None:
+    """Only the request in flight fails; all ranks are started again and answer, by what they have read before.
+
+    SIGTERM then lets them answer what they are at.
+    """
     given = dict(pairwise(arguments))
     command = ["apb.cli.main", "serve", "--model", given["--model"], "--blocks", "3", "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", *command, "--ranks", "2", "--port", "0"], stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-m", *command, "--ranks", "2", "--port", "0", "--documents", str(tmp_path / "kept")],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     started: list[psutil.Process] = []
+    text = TEXT * (1 + 1024 // len(TEXT))  # long enough to be kept
 
     def serving() -> str:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, b"")
         return next(line.decode() for line in lines if b"serving" in line)
 
-    def asked(line: str) -> str | None:
-        port = re.findall(r":(\d+)/v1", line)[0]
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60)
-        body = {"document": TEXT}
+    def asked(line: str, **more: Any) -> Any:
+        address = re.findall(r"http://[^,]*", line)[0]
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
         messages: list[Any] = [{"role": "user", "content": "Who?"}]
-        answer = client.chat.completions.create(
-            model=Path(given["--model"]).name, messages=messages, extra_body=body, max_tokens=5
+        return client.chat.completions.create(
+            model=Path(given["--model"]).name, messages=messages, extra_body={"document": text}, **more
         )
-        return answer.choices[0].message.content
+
+    def get(line: str, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", int(re.findall(r":(\d+)/v1", line)[0]), timeout=20)
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+    def ranks() -> list[psutil.Process]:
+        found = psutil.Process(process.pid).children(recursive=True)
+        started.extend(found)
+        return [each for each in found if "spawn_main" in " ".join(each.cmdline())]
 
     try:
         line = serving()
-        before = asked(line)
-        started = psutil.Process(process.pid).children(recursive=True)
-        ranks = [each for each in started if "spawn_main" in " ".join(each.cmdline())]
-        ranks[-1].send_signal(signal.SIGKILL)
-        assert serving() == line
-        assert asked(line) == before
-        assert all_gone(ranks)
+        before = asked(line, max_tokens=5).choices[0].message.content
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("kept/*/*/document.json")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        old = ranks()
+        pieces = asked(line, max_tokens=2800, stream=True)
+        next(pieces)
+        old[-1].send_signal(signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="A rank was lost while it worked on this request"):
+            list(pieces)
+        assert get(line, "/ready")[0] == 503
+        with pytest.raises(openai.InternalServerError, match="ranks are being started") as refused:
+            asked(line, max_tokens=5)
+        assert refused.value.status_code == 503 and refused.value.response.headers["Retry-After"] == "15"
+        assert serving() == line and get(line, "/ready")[0] == 200
+        assert asked(line, max_tokens=5).choices[0].message.content == before
+        assert "apb_document_hits 1.0" in get(line, "/metrics")[1]
+        assert all_gone(old)
+        new, pieces = ranks(), asked(line, max_tokens=200, stream=True)
+        next(pieces)
+        process.send_signal(signal.SIGTERM)
+        assert list(pieces)[-1].choices[0].finish_reason == "length"
+        assert process.wait(60) == 0 and all_gone(new)
     finally:
         end(process, started)

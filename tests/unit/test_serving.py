@@ -250,11 +250,11 @@ def test_documents_are_kept(served: Served) -> None:
     while told["status"] == "reading":
         told = json.loads(served.get(f"/v1/documents/{told['id']}")[1])
     assert (told["status"], told["read"], told["name"]) == ("read", told["tokens"], "orrin")
-    hits = served.worker.kept.hits
+    hits = served.worker.kept.told.hits
     answer = served.client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": QUESTION}], extra_body={"document_id": told["id"]}
     )
-    assert served.worker.kept.hits == hits + 1 and answer.apb["read_for"] == "this question"
+    assert served.worker.kept.told.hits == hits + 1 and answer.apb["read_for"] == "this question"
     assert [each["id"] for each in json.loads(served.get("/v1/documents")[1])["data"]] == [told["id"]]
     assert served.get(f"/v1/documents/{told['id']}", "DELETE")[0] == 200
     assert served.get(f"/v1/documents/{told['id']}")[0] == 404
@@ -516,10 +516,9 @@ def test_what_has_been_read_stays(engine: apb.Engine, alone: Worker) -> None:
     reads, other = ask("Where?")
     assert reads == 0 and other.read_for == "another question"
     reads, again = ask(QUESTION)
-    assert reads == 0 and again.text == expected.text and alone.kept.hits == 2
-    alone.kept.room = 1
-    alone.kept._shrink()
-    assert len(alone.kept) == 0 and ask(QUESTION)[0] > 0
+    assert reads == 0 and again.text == expected.text and alone.kept.told.hits == 2
+    alone.kept.clear()
+    assert ask(QUESTION)[0] > 0
 
 
 def test_memory_decides_who_begins(engine: apb.Engine, alone: Worker) -> None:

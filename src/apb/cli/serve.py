@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -23,8 +24,10 @@ from .groups import expanded, values
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from ..serving.kept import Places
     from ..serving.messages import Facts
     from ..serving.ranks import Ranks
+    from .checks import Place
 
 
 # SIGTERM is none of these: the ranks end by themselves once they have answered.
@@ -39,6 +42,7 @@ class Served:
 
     loading: dict[str, Any]
     reading: dict[str, Any]
+    places: Places
 
 
 @expanded
@@ -53,6 +57,15 @@ def serve(
     port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens, where a request names none.")] = 512,
     api_keys: Annotated[Path | None, typer.Option(help="File of API keys, one a line, for all requests.")] = None,
+    documents: Annotated[
+        Path | None, typer.Option(help="Folder in which documents stay read, also when the server ends.")
+    ] = None,
+    host_gib: Annotated[
+        float | None, typer.Option(help="Host memory for documents; by default 30 % of what is free beside GPUs.")
+    ] = None,
+    disk_gib: Annotated[
+        float | None, typer.Option(help="Disk space for documents; by default half of what is free.")
+    ] = None,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, /v1/completions, /v1/documents, GET /v1/models, /health, /metrics."""
     try:
@@ -62,7 +75,8 @@ def serve(
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
     at_least("max_new_tokens", max_new_tokens, 1)
-    with _listen(host, port) as listening:
+    leads = os.environ.get("RANK", "0") == "0"  # of those that torchrun started, if it did
+    with _listen(host, port) if leads else nullcontext() as listening:
         keys = () if api_keys is None else _keys(api_keys)
 
         from .checks import check_reading
@@ -73,6 +87,7 @@ def serve(
         from ..hf.loading import load_tokenizer, position_limit
         from ..prompt import Prompt
         from ..serving.app import make_app
+        from ..serving.shelf import Shelf
 
         tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
         template = template_of(tokenizer, chat_template)
@@ -84,15 +99,17 @@ def serve(
         positions = None if read.allow_extrapolation else position_limit(place.config)
         _run(
             place.processes,
-            Served(place.loading, values(reading)),
-            lambda ranks: make_app(ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys),
+            Served(place.loading, values(reading), _places(place, documents, host_gib, disk_gib)),
+            lambda ranks: make_app(
+                ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys, shelf=Shelf(documents)
+            ),
             listening,
-            f"{served!r} at http://{host}:{listening.getsockname()[1]}/v1",
+            f"{served!r} at http://{host}",
         )
 
 
 def _run(
-    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket, where: str
+    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket | None, where: str
 ) -> None:
     """Serve: HTTP on a thread of this process, the ranks in others."""
     from ..distributed import launch
@@ -102,13 +119,16 @@ def _run(
 
     def ready(facts: Facts) -> None:
         count = "1 rank" if facts.ranks == 1 else f"{facts.ranks} ranks"
-        print(f"apb: serving {where}, {count}", file=sys.stderr, flush=True)
+        assert listening is not None
+        print(f"apb: serving {where}:{listening.getsockname()[1]}/v1, {count}", file=sys.stderr, flush=True)
 
     ranks = Ranks()
-    if launch.under_torchrun():  # which has started the ranks, and this is one of them
-        leads = os.environ["RANK"] == "0"
-        with Front(app_of(ranks), listening) if leads else nullcontext():
-            work(served, ranks.connect(ready) if leads else None)
+    if listening is None:  # a rank of torchrun's, but the first
+        work(served, None)
+        return
+    if launch.under_torchrun():
+        with Front(app_of(ranks), listening):
+            work(served, ranks.connect(ready))
         return
     with Front(app_of(ranks), listening), _draining(ranks):
         while not ranks.draining:
@@ -117,7 +137,7 @@ def _run(
             except Stopped:
                 raise
             except RankError as error:
-                if not ranks.served:  # they never came so far, and would not the next time
+                if ranks.draining or not ranks.served:  # they never came so far, and would not the next time
                     raise
                 ranks.last_error = noted(error)
                 print(f"apb: {error} They are started again.", file=sys.stderr, flush=True)
@@ -135,7 +155,7 @@ def work(served: Served, pipe: Connection | None) -> None:
 
     quiet_libraries()
     engine = Engine.from_pretrained(**served.loading, **served.reading)
-    worker = Worker(engine)
+    worker = Worker(engine, served.places)
     signs = SignsOfLife() if engine.mesh.everyone.size > 1 else None
     if engine.device.type == "cuda":
         worker.warm_up()
@@ -167,6 +187,33 @@ def _draining(ranks: Ranks) -> Iterator[None]:
         raise Stopped(f"{error.sigval.name} was received.") from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _places(place: Place, documents: Path | None, host_gib: float | None, disk_gib: float | None) -> Places:
+    """Where documents may stay beside the device, in how many bytes; InputError if the folder cannot be had."""
+    import psutil
+
+    from ..serving.kept import Places
+
+    for name, given in (("--host-gib", host_gib), ("--disk-gib", disk_gib)):
+        if given is not None and not 0 <= given < 1 << 20:
+            raise InputError(f"{name} is a number of GiB from 0 to a million, not {given}.")
+    if disk_gib is not None and documents is None:
+        raise InputError("--disk-gib is for the folder of --documents, which is not given; give one.")
+    # On the CPU the device is host memory.
+    free = 0.3 * psutil.virtual_memory().available / place.processes if place.device.type == "cuda" else 0.0
+    host = free if host_gib is None else host_gib * 2**30 / place.processes
+    if documents is None:
+        return Places(int(host))
+    try:
+        documents.mkdir(parents=True, exist_ok=True)
+        there = sum(path.stat().st_size for path in documents.rglob("*.safetensors"))
+        half = (shutil.disk_usage(documents).free + there) / 2
+    except OSError as error:
+        raise InputError(
+            f"The folder {str(documents)!r} cannot be used for documents: {error.strerror}; choose another."
+        ) from error
+    return Places(int(host), str(documents), int(half if disk_gib is None else disk_gib * 2**30))
 
 
 def _keys(file: Path) -> tuple[str, ...]:

@@ -106,6 +106,17 @@ class ShardLayer(CacheLayerMixin):
         parts = (x[:, :, first : self.length].clone() for x in (self.keys, self.values))
         return *parts, positions  # type: ignore[return-value]
 
+    def until(self, stop: int) -> Iterator[tuple[Tensor, Tensor, range]]:
+        """Keys, values and positions of the tokens at true positions before ``stop``, in storage order."""
+        keys, values = self.view()
+        yield keys[:, :, :0], values[:, :, :0], range(0)  # for the shape of a layer that has none
+        row = 0
+        for run in self.positions:
+            part = range(run.start, min(run.stop, stop))
+            if part:
+                yield keys[:, :, row : row + len(part)], values[:, :, row : row + len(part)], part
+            row += len(run)
+
     def append(self, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
         """Append tokens at these true positions."""
         self.arrive()
@@ -341,6 +352,16 @@ class ShardCache(Cache):
         """
         into = self._layer(layer)
         into.keys, into.values, into.arriving = keys, values, arriving
+
+    def copy(self, total: int, room: int) -> ShardCache:
+        """The first ``total`` tokens, in storage of their own with room for more; those after them must be newer."""
+        capacity = max(self.held) + room * self.keeps_new
+        made = ShardCache(len(self.layers), capacity=capacity, keeps_new=self.keeps_new, total=total)
+        for layer in self._kept():
+            made.fill(layer.index, layer.until(total))
+        states = self.states if total == self.total else self._marks.get(total, {})
+        made.states = {layer: state.copy() for layer, state in states.items()}
+        return made
 
     def clear(self) -> None:
         """Free the storage of all layers."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -53,6 +54,7 @@ def make_app(
     max_new_tokens: int,
     chat_template: str | None = None,
     keys: Collection[str] = (),
+    shelf: Shelf | None = None,
 ) -> FastAPI:
     """The server application for one model.
 
@@ -64,13 +66,14 @@ def make_app(
         max_new_tokens: limit on an answer's tokens for requests that set none.
         chat_template: as in :meth:`apb.Prompt.from_chat`.
         keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
+        shelf: the documents that clients give; None: one in memory alone.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
     metrics, characters = Metrics(ranks), most_characters(positions)
     app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
     served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
     tokenizing = Tokenizing(tokenizer, chat_template, characters)
-    shelf = Shelf()
+    shelf = shelf or Shelf()
 
     def check_name(asked: str | None) -> None:
         if asked not in (None, name):
@@ -123,7 +126,7 @@ def make_app(
         kept = shelf.put(body.text, body.name, body.question, asked.prompt)
         if kept.job is None:
             kept.status = "reading"
-            following = Following(Reply(name, {}, tokenizing.name), metrics, kept.heard)
+            following = Following(Reply(name, {}, tokenizing.name), metrics, partial(shelf.heard, kept))
             try:
                 await submitted(Task(asked.prompt, answers=0), following)
             except (Refusal, InputError):

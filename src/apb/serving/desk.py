@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 
 from ..hf.sampling import own_sampling
 from .answers import Event, travelling
-from .messages import Cancel, Drain, Facts, Happened, Kept, State, Submit, Taken
+from .messages import Cancel, Drain, Facts, Happened, State, Submit, Taken
 from .worker import Job, Worker
 
 # Seconds between signs of life to the server.
@@ -81,9 +81,8 @@ class Desk:
             self._send(self._state())
 
     def _state(self) -> State:
-        worker, kept = self._worker, self._worker.kept
-        told = Kept(len(kept), kept.hits, kept.size)
-        return State(worker.waiting, worker.running, worker.wait_s(), worker.last_error, told)
+        worker = self._worker
+        return State(worker.waiting, worker.running, worker.wait_s(), worker.last_error, worker.kept.told)
 
     def _send(self, message: object) -> None:
         # If the other end is gone, the thread that listens learns of it.

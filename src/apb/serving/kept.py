@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from ..asking import OfTokens
 from ..document import Document, State
 from ..engine import Engine
+from ..errors import InputError
+from ..hf.identity import fingerprint
+from ..manifest import MANIFEST, manifest_of
 from ..prompt import Prompt
 from ..session import Session
+from ..store import tokens_hash
+from ..tiers import Documents
+from .messages import Kept
 
 # Tokens after a document that are read in one pass; a text that goes on for longer is read anew.
 LONGEST_REST = 8192
@@ -18,41 +29,59 @@ LONGEST_REST = 8192
 SHORTEST_KEPT = 1024
 
 Tokens = tuple[int, ...]
+Opened = tuple[Session, str | None, Callable[[], None]]
 
 
-@dataclass
-class _Entry:
-    document: Document
-    size: int
-    busy: bool = False
+@dataclass(frozen=True)
+class Places:
+    """Where documents may stay beside the device.
+
+    Attributes:
+        host_bytes: of every rank, in host memory.
+        folder: for those on disk; what is there is found again.
+        disk_bytes: of all files there.
+    """
+
+    host_bytes: int = 0
+    folder: str | None = None
+    disk_bytes: int = 0
 
 
 class KeptDocuments:
-    """Documents of one rank. All ranks make the same calls in the same order, and keep the same documents.
+    """Documents by the tokens they begin with, on one rank. All ranks make the same calls in the same order.
 
     Attributes:
-        room: bytes that documents may take on the fullest rank; the least recently used are forgotten beyond.
-        hits: requests that found their document here.
+        room: bytes that documents may take on the device of the fullest rank.
+        told: what is said of them; another thread may look.
     """
 
-    def __init__(self, engine: Engine, room: int) -> None:
-        self.room = room
-        self.hits = 0
+    def __init__(self, engine: Engine, room: int, places: Places) -> None:
         self._engine = engine
-        self._kept: OrderedDict[Tokens, _Entry] = OrderedDict()
-
-    @property
-    def size(self) -> int:
-        """Bytes on the fullest rank, as predicted."""
-        return sum(kept.size for kept in self._kept.values())
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        self._leads = engine.mesh.everyone.rank == 0
+        # Ranks may find different amounts of memory free, and must decide alike.
+        bounds = torch.tensor([room, places.host_bytes, places.disk_bytes], device=engine.device)
+        self.room, host, disk = engine.mesh.everyone.all_gather(bounds).wait().amin(0).tolist()
+        folder = None if places.folder is None else Path(places.folder) / _reading(engine)
+        self._lengths = dict(self._found(folder)) if folder is not None else {}
+        self.documents = Documents(engine, self.room, host, folder, disk)
+        self._hits = 0
+        self.told = Kept()
+        self._tell()
 
     def clear(self) -> None:
-        """Forget all documents that no request is using."""
-        for tokens in [tokens for tokens, kept in self._kept.items() if not kept.busy]:
-            del self._kept[tokens]
+        """Have the device free of all documents that no request is using."""
+        self.documents.make_room(self.room)
+        self._tell()
+
+    def write(self) -> None:
+        """Write a document to disk that is not there yet."""
+        self.documents.write()
+        self._tell()
+
+    def read_of(self, prompt: Prompt) -> int:
+        """How many tokens of a prompt have been read already."""
+        known = self._longest(self._engine.reading.arranged(prompt).token_ids)
+        return 0 if known is None else known[1]
 
     def open(
         self,
@@ -60,60 +89,113 @@ class KeptDocuments:
         max_new_tokens: int,
         progress: Callable[[int, int], None],
         between: Callable[[], None],
-    ) -> tuple[Session, str | None, Callable[[], None]]:
+    ) -> Opened:
         """The session of a prompt, for which question its document was read, and what to call after use.
 
-        A document that is in use is not found; its text is read anew.
+        Of a document that is in use a copy is used, since each keeps the rows of one question at a time.
         """
-        engine = self._engine
-        arranged = engine.reading.arranged(prompt)
-        everything = arranged.token_ids
-        found = self._longest(everything)
-        if found is not None:
-            kept, tokens = self._kept[found], everything[len(found) :]
-            self._kept.move_to_end(found)
-            self.hits += 1
-            kept.busy = True
+        arranged = self._engine.reading.arranged(prompt)
+        tokens = arranged.token_ids
+        while (known := self._longest(tokens)) is not None:
+            key, length = known
             try:
-                read_for = kept.document.read_for_as_seen_from(tokens)
-                session = kept.document.prefill(tokens, max_new_tokens=max_new_tokens)
-            except BaseException:
-                kept.busy = False
-                raise
-            return session, read_for, lambda: self._close(found, kept)
-        plan = engine.plan(prompt, max_new_tokens)
-        _, size, _ = engine.demand(plan, max_new_tokens)
-        session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, between=between)
+                used = self.documents.held(key)
+                document = self.documents.document(key)
+            except InputError as error:
+                self._forget(key, error)
+                continue
+            self._hits += 1
+            asked = document.copy() if used else document
+            if not used:
+                self.documents.hold(key)
+            return self._asked(asked, tokens[length:], max_new_tokens, None if used else key)
+        plan = self._engine.plan(prompt, max_new_tokens)
+        _, size, _ = self._engine.demand(plan, max_new_tokens)
+        session = self._engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, between=between)
         once = plan.going_on < plan.document  # with propagation it answers this question alone
         if once or plan.query_start < SHORTEST_KEPT or size > self.room:
             return session, None, lambda: None
         seconds, asking = session.timing["prefill_s"], OfTokens(arranged.prefix, arranged.document)
-        state = State.of_session(session, arranged, (arranged.query,), engine.reading.compressor.name)
-        kept = _Entry(Document(engine, asking, state), size, busy=True)
-        tokens = everything[: plan.query_start]
-        self._kept[tokens] = kept
-        self._shrink()
-        session = kept.document.prefill(arranged.query, max_new_tokens=max_new_tokens)
-        session.timing["prefill_s"] = seconds
-        return session, kept.document.read_for_as_seen_from(arranged.query), lambda: self._close(tokens, kept)
+        state = State.of_session(session, arranged, (arranged.query,), self._engine.reading.compressor.name)
+        opened = self._added(Document(self._engine, asking, state), arranged.query, max_new_tokens)
+        opened[0].timing["prefill_s"] = seconds
+        return opened
 
-    def _longest(self, tokens: Tokens) -> Tokens | None:
-        """The longest document at the beginning of these tokens that is not in use and leaves little to read."""
-        return max(
-            (
-                known
-                for known, kept in self._kept.items()
-                if not kept.busy and 0 < len(tokens) - len(known) <= LONGEST_REST and tokens[: len(known)] == known
-            ),
-            key=len,
-            default=None,
-        )
+    def _added(self, document: Document, query: Tokens, max_new_tokens: int) -> Opened:
+        """Keep a document that was read, if it can be, and ask it."""
+        key: str | None = tokens_hash(document.token_ids)
+        assert key is not None
+        if key in self.documents:  # another request has read it meanwhile
+            return self._asked(document, query, max_new_tokens, None)
+        try:
+            self.documents.add(key, document)
+        except InputError:  # larger than was predicted
+            key = None
+        else:
+            self._lengths[key] = len(document.token_ids)
+            self.documents.hold(key)
+        return self._asked(document, query, max_new_tokens, key)
 
-    def _close(self, tokens: Tokens, kept: _Entry) -> None:
-        kept.busy = False
-        self._shrink()
+    def _asked(self, document: Document, query: Tokens, max_new_tokens: int, key: str | None) -> Opened:
+        """Ask a document, which is held under a key if it has one."""
 
-    def _shrink(self) -> None:
-        idle = [tokens for tokens, kept in self._kept.items() if not kept.busy]
-        while idle and self.size > self.room:
-            del self._kept[idle.pop(0)]
+        def close() -> None:
+            if key is not None:
+                self.documents.hold(key, False)
+
+        self._tell()
+        try:
+            read_for = document.read_for_as_seen_from(query)
+            return document.prefill(query, max_new_tokens=max_new_tokens), read_for, close
+        except BaseException:
+            close()
+            raise
+
+    def _longest(self, tokens: Tokens) -> tuple[str, int] | None:
+        """Key and length of the longest document at the beginning of these tokens that leaves little to read."""
+        self._lengths = {key: length for key, length in self._lengths.items() if key in self.documents}
+        least = max(len(tokens) - LONGEST_REST, 1)
+        lengths = sorted({length for length in self._lengths.values() if least <= length < len(tokens)})
+        found = [(key, length) for key, length in _hashes(tokens, lengths) if self._lengths.get(key) == length]
+        return found[-1] if found else None
+
+    def _forget(self, key: str, error: InputError) -> None:
+        if self._leads:
+            print(f"apb: a document is read anew. {error}", file=sys.stderr, flush=True)
+        self.documents.forget(key)
+
+    def _found(self, folder: Path) -> Iterator[tuple[str, int]]:
+        """Keys and lengths of the documents in a folder; what is none that can be read is removed."""
+        wrong = []
+        for path in sorted(folder.glob(f"*/{MANIFEST}")):
+            try:
+                manifest = manifest_of(path.parent)
+                yield str(manifest["tokens_sha256"]), int(manifest["tokens"])
+            except (InputError, KeyError) as error:
+                wrong.append((path.parent, error))
+        everyone = self._engine.mesh.everyone
+        everyone.barrier()
+        for path, reason in wrong if self._leads else ():
+            print(f"apb: a document is dropped. {reason}", file=sys.stderr, flush=True)
+            shutil.rmtree(path)
+        everyone.barrier()
+
+    def _tell(self) -> None:
+        self.told = Kept(len(self._lengths), self._hits, self.documents.bytes())
+
+
+def _hashes(tokens: Tokens, lengths: list[int]) -> Iterator[tuple[str, int]]:
+    """:func:`apb.store.tokens_hash` of the first so many tokens, for lengths in ascending order, in one pass."""
+    digest, done = hashlib.sha256(), 0
+    for length in lengths:
+        text = ",".join(map(str, tokens[done:length]))
+        digest.update(f"{',' if done else ''}{text}".encode())
+        done = length
+        yield digest.hexdigest(), length
+
+
+def _reading(engine: Engine) -> str:
+    """A folder's name for this model read in this way: what is read otherwise is something else."""
+    reading = engine.reading
+    how = (reading.methods, reading.compressor, reading.rounds, reading.automatic, engine.dtype)
+    return f"{fingerprint(engine.model)}-{hashlib.sha256(repr(how).encode()).hexdigest()[:8]}"

@@ -50,11 +50,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Kept:
-    """What stays read: documents, requests that found theirs there, and bytes on the fullest rank."""
+    """What stays read: documents, requests that found theirs there, and bytes of each place."""
 
     documents: int = 0
     hits: int = 0
-    size: int = 0
+    bytes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,13 @@ class Metrics:
             ("apb_waiting_requests", "Requests in the queue.", lambda: ranks.waiting),
             ("apb_running_requests", "Requests that are read or answered.", lambda: ranks.running),
             ("apb_documents", "Documents that stay read.", lambda: ranks.kept.documents),
-            ("apb_document_bytes", "Bytes of them on the fullest rank, as predicted.", lambda: ranks.kept.size),
             ("apb_document_hits", "Requests whose document was read already.", lambda: ranks.kept.hits),
         ):
             Gauge(name, text, registry=registry).set_function(value)
+        text = "Bytes of documents in each place, on disk of all ranks, else of the fullest one."
+        size = Gauge("apb_document_bytes", text, ["place"], registry=registry)
+        for place in ("device", "host", "disk"):
+            size.labels(place).set_function(lambda place=place: ranks.kept.bytes.get(place, 0))  # type: ignore[misc]
 
     def count(self, result: Generation) -> None:
         """Record an answer."""

@@ -43,7 +43,7 @@ class Ranks:
 
     Attributes:
         facts: what the group at work has said of itself; None while there is none that can answer.
-        served: True once a group was ready.
+        served: True once the last group was ready.
         draining: True once no further requests are taken.
         last_error: the last failure that was not a client's.
     """
@@ -69,8 +69,7 @@ class Ranks:
         """Queue a request; None if the queue is full.
 
         Raises:
-            InputError: it can never be answered.
-            Refusal: there are no ranks at the moment, or looking at the request failed.
+            Refusal: it can never be answered, or there are no ranks at the moment.
         """
         loop = asyncio.get_running_loop()
         with self._lock:
@@ -132,6 +131,7 @@ class Ranks:
     def connect(self, ready: Callable[[Facts], None]) -> Connection:
         """The other end of the pipe, for rank 0 of a new group; ``ready`` is called once that can answer."""
         ours, self._theirs = Pipe()
+        self.served = False
         outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._outbox = outbox
         self._listener = threading.Thread(target=self._listen, args=(ours, outbox, ready), daemon=True)
@@ -197,7 +197,8 @@ class Ranks:
     def _lost(self) -> None:
         with self._lock:
             self.facts, self._state = None, State()
-            jobs, asked = list(self._jobs.values()), list(self._asked.values())
+            jobs = [job for number, job in self._jobs.items() if number not in self._asked]
+            asked = list(self._asked.values())
             self._jobs.clear()
             self._asked.clear()
         for future in asked:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from ..errors import first_line
 from ..prompt import Prompt
 from .answers import Event, Progress
 from .ranks import Job
@@ -15,6 +19,8 @@ from .replies import Refusal, failure
 
 # Characters of all texts together; of more, the oldest have to be deleted first.
 MOST_CHARACTERS = 1 << 28
+# What is written of a document.
+_WRITTEN = ("id", "text", "name", "question", "tokens", "created")
 
 
 @dataclass
@@ -50,8 +56,19 @@ class Kept:
 class Shelf:
     """The documents by id, which follows from text and question: the same again is the same document."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        """Make one; with a folder the documents are there again after a restart, if they had been read."""
         self._kept: dict[str, Kept] = {}
+        self._folder = None if folder is None else folder / "given"
+        for path in sorted(self._folder.glob("*.json"), key=_written) if self._folder is not None else ():
+            try:
+                kept = Kept(**json.loads(path.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                print(f"apb: {str(path)!r} is not there any more. {first_line(error)}.", file=sys.stderr, flush=True)
+                path.unlink(missing_ok=True)
+            else:
+                kept.read, kept.status = kept.tokens, "read"
+                self._kept[kept.id] = kept
 
     def __iter__(self) -> Iterator[Kept]:
         return iter(self._kept.values())
@@ -76,9 +93,29 @@ class Shelf:
             self._kept[number] = Kept(number, text, name, question, len(prompt))
         return self._kept[number]
 
+    def heard(self, kept: Kept, event: Event) -> None:
+        """Take an event of a document's reading; once it has been read it is there after a restart too."""
+        kept.heard(event)
+        if event is not None or self._folder is None or kept.id not in self._kept:
+            return
+        fields = {name: getattr(kept, name) for name in _WRITTEN}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            part = self._folder / f"{kept.id}.part"
+            part.write_text(json.dumps(fields), encoding="utf-8")
+            part.replace(self._folder / f"{kept.id}.json")
+        except OSError as error:
+            print(f"apb: a document will not be there after a restart: {error}.", file=sys.stderr, flush=True)
+
     def remove(self, number: str) -> None:
         """Forget a document; one that is being read is no longer."""
         kept = self[number]
         if kept.job is not None:
             kept.job.cancel()
         del self._kept[number]
+        if self._folder is not None:
+            (self._folder / f"{number}.json").unlink(missing_ok=True)
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns

@@ -21,7 +21,7 @@ from ..errors import Cancelled, InputError
 from ..prompt import Prompt
 from .answers import Event, Task, answer, noted
 from .fairness import Pace, Share, next_of
-from .kept import KeptDocuments
+from .kept import KeptDocuments, Places
 from .turns import Ended, Turn
 
 # Length of the queue; further requests are refused, as they would wait for minutes at best.
@@ -40,7 +40,7 @@ _PATIENCE_S = 60.0
 # Seconds between looks at whether the server has been stopped.
 _PAUSE_S = 0.2
 # What rank 0 may tell the others to do, and how a rank's last piece of work ended.
-_NOTHING, _START, _WORK, _CANCEL, _STOP = range(5)
+_NOTHING, _START, _WORK, _CANCEL, _WRITE, _STOP = range(6)
 _GOES_ON, _ENDED, _FAILED = range(3)
 
 
@@ -69,7 +69,7 @@ class Worker:
         last_error: the last failure that was not the client's.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, places: Places | None = None) -> None:
         self.engine, self.exact = engine, engine.exactly()
         self._everyone = engine.mesh.everyone
         # Waiting in an NCCL collective would keep the GPUs busy.
@@ -82,7 +82,7 @@ class Worker:
         self._pace = Pace()
         plan = self.exact.plan(Prompt((), (0,) * engine.group.size * 64, (0,)), 1)
         self.room = self.exact.demand(plan, 1)[2]
-        self.kept = KeptDocuments(engine, int(self.room * _DOCUMENTS))
+        self.kept = KeptDocuments(engine, int(self.room * _DOCUMENTS), places or Places())
         self.draining = False
         self.last_error: str | None = None
 
@@ -143,7 +143,11 @@ class Worker:
             if kind == _STOP:
                 for turn in self._turns.values():
                     turn.cancel()
+                while self.kept.documents.unwritten:
+                    self.kept.write()
                 return
+            if kind == _WRITE:
+                self.kept.write()
             if kind == _START:
                 self._start(number)
             elif kind == _CANCEL:
@@ -179,6 +183,8 @@ class Worker:
                 if at_work:
                     share = next_of((self._running[number].share for number in self._turns), self._pace)
                     return _WORK, at_work[id(share)]
+                if not self._running and self.kept.documents.unwritten:
+                    return _WRITE, -1
                 if time.monotonic() > until or self._running:
                     return _NOTHING, -1
                 self._came.wait(_PAUSE_S)
@@ -189,10 +195,10 @@ class Worker:
             return None
         now = time.monotonic()
         taken = sum(job.bytes for job in self._running.values()) + self.kept.room
-        read = [job.task.prompt.document for job in self._running.values()]
+        read = [job.task.prompt.document for job in self._running.values() if not job.share.writing]
         for job in sorted(self._waiting, key=lambda job: job.share.rank(self._pace, now)):
             if not job.task.ordinary and job.task.prompt.document in read:
-                continue  # it finds the document read once that one is done
+                continue  # it finds the document once that one has read it
             if not self._running or taken + job.bytes <= self.room:
                 return job
             if now - job.share.since > _PATIENCE_S:  # it has waited long enough for smaller ones
@@ -230,6 +236,8 @@ class Worker:
             self.kept.clear()
         tell: Callable[[Event], None] = job.tell if job is not None else lambda event: None
         share = job.share if job is not None else Share(0, 0)
+        if job is not None and not task.ordinary:
+            share.read = min(self.kept.read_of(task.prompt), share.to_read - 1)
 
         def work(pause: Callable[[], None]) -> None:
             answer(self, task, tell, share, pause)
