@@ -121,13 +121,13 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
 
     if task.ordinary:
         session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=pause)
-        read_for: str | None = None
+        passed: Passed | None = None
         close: Callable[[], None] = lambda: None  # noqa: E731
     else:
         session, passed, close = worker.kept.open(task.prompt, task.new_tokens, progress, pause)
-        read_for = passed.read_for
-        tell(passed)
     try:
+        if passed is not None:
+            tell(passed)
         share.read = share.to_read
         logits, length = session.logits, len(session.token_ids)
         for index in range(task.answers):
@@ -137,7 +137,7 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + index)
             result = _write(engine, session, sampling, index, tell, share, pause)
-            result.read_for = read_for
+            result.read_for = None if passed is None else passed.read_for
             tell(Answer(index, result))
     finally:
         close()
