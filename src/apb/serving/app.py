@@ -20,6 +20,7 @@ from .answers import Event, Task
 from .following import Following
 from .limits import Gate, most_characters
 from .metrics import Metrics
+from .page import add_page
 from .prompts import Asked, Said
 from .ranks import Ranks
 from .replies import ErrorBody, Refusal, Reply, TextReply
@@ -76,6 +77,8 @@ def make_app(
     served["turns"] = template_of(tokenizer, chat_template) is not None  # else it takes one message alone
     tokenizing = Tokenizing(tokenizer, chat_template, characters)
     shelf = shelf or Shelf()
+
+    add_page(app)
 
     def check_name(asked: str | None) -> None:
         if asked not in (None, name):
