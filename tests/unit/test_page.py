@@ -110,7 +110,7 @@ def picture(page: Browser, name: str) -> None:
     for scheme in ("light", "dark"):
         page.prefers(scheme)
         with Image.open(io.BytesIO(page.picture())) as image:
-            image.convert("RGB").quantize(96).save(Path(PICTURES, f"{name}_{scheme}.png"), optimize=True)
+            image.convert("RGB").quantize(96).save(Path(PICTURES, f"{name}-{scheme}.png"), optimize=True)
     page.prefers("light")
 
 
@@ -128,6 +128,8 @@ def test_a_text_is_asked(page: Browser, address: str, text: Path) -> None:
     assert any(answer in mark for mark in marks) and sum(map(len, marks)) < len(shown) / 4
     page.click("#after")
     assert page.text("#place") == f"1 of {page.js('document.querySelectorAll(`#shown mark`).length')} passages"
+    while answer not in page.text("mark.here"):
+        page.click("#after")
     picture(page, "page")
 
     page.click("#question")
@@ -208,7 +210,6 @@ def test_a_narrow_window(page: Browser, text: Path) -> None:
     page.size(375, 760, scale=2)
     wide = "document.documentElement.scrollWidth > innerWidth"
     assert not page.js(wide)
-    picture(page, "page_narrow_start")
     page.give("#file", text)
     page.until("!document.querySelector('#chosen').hidden")
     question, answer = facts(text)[1]
@@ -217,6 +218,7 @@ def test_a_narrow_window(page: Browser, text: Path) -> None:
     page.click("summary")
     assert not page.js(wide)
     page.click("summary")
-    page.click("#after")
+    while answer not in page.text("mark.here"):
+        page.click("#after")
     page.js("document.querySelector('.turn').scrollIntoView()")
-    picture(page, "page_narrow")
+    picture(page, "page-narrow")

@@ -20,7 +20,7 @@ import apb
 from apb.cli import serve
 from apb.hf.loading import position_limit
 from apb.serving import worker as worker_module
-from apb.serving.answers import Answer, Progress, Task, Written
+from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
 from apb.serving.desk import Desk
 from apb.serving.front import Front
@@ -524,7 +524,7 @@ def test_one_request_fails_alone(engine: apb.Engine, alone: Worker, monkeypatch:
     told: list[tuple[int, Any]] = []
     for number, prompt in enumerate(prompts):
         alone.submit(Task(prompt, {"max_new_tokens": 9}), lambda event, number=number: told.append((number, event)))
-    alone.run(lambda: sum(not isinstance(event, (Progress, Written, Answer)) for _, event in told) == 2)
+    alone.run(lambda: sum(not isinstance(event, (Progress, Passed, Written, Answer)) for _, event in told) == 2)
     assert [event.result.text for number, event in told if isinstance(event, Answer)] == [expected]
     assert [str(event) for number, event in told if number == 1] == ["out of luck"]
     assert alone.last_error is not None and alone.last_error.startswith("RuntimeError at ")
