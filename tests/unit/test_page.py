@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import test_serving
 from transformers import AutoTokenizer
 
+import apb
 from apb.evaluation.tasks import generate
+from apb.serving.app import make_app
 from browser import CHROMIUM, Browser
 
 if CHROMIUM is None:
@@ -32,25 +34,18 @@ PICTURES = os.environ.get("APB_PICTURES")
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def address() -> Iterator[str]:
     """A server with an API key."""
-    folder = tmp_path_factory.mktemp("server")
-    (folder / "keys").write_text(KEY)
-    (folder / "template").write_text(TEMPLATE)
-    options = ["--model", MODEL, "--device", "cpu", "--dtype", "float32", "--port", 0, "--strategy", "apb"]
-    options += ["--blocks", 4, "--api-keys", folder / "keys", "--chat-template", folder / "template"]
-    command = [sys.executable, "-c", "from apb.cli.main import main; main()", "serve", *map(str, options)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.search(r"http://\S+(?=/v1)", line):
-                break
-        else:
-            pytest.fail("".join(lines))
-        yield found[0]
-        process.terminate()
+    engine = apb.Engine.from_pretrained(MODEL, strategy="apb", blocks=4, device="cpu", dtype="float32")
+
+    def named(ranks: Any, name: str, *rest: Any, **more: Any) -> Any:
+        return make_app(ranks, MODEL.name, *rest, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_serving, "make_app", named)
+        server = test_serving.Served(engine, TEMPLATE, (KEY,))
+    yield f"http://127.0.0.1:{server.port}"
+    server.stop()
 
 
 @pytest.fixture(scope="module")
