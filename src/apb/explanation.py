@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Number of most often chosen passages listed per block, and the longest gap in tokens inside one.
-_LISTED, _GAP = 3, 4
+_LISTED, GAP = 3, 4
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,7 @@ class Explanation:
         if not share.any():
             return []
         marked = torch.nonzero(share > share.max() / 2).flatten().tolist()
-        runs: list[list[int]] = []
-        for token in marked:
-            if runs and token - runs[-1][-1] <= _GAP:
-                runs[-1].append(token)
-            else:
-                runs.append([token])
-        found = [(run[0], run[-1] + 1, float(share[run[0] : run[-1] + 1].max())) for run in runs]
+        found = [(start, stop, float(share[start:stop].max())) for start, stop in runs(marked, GAP)]
         best = sorted(found, key=lambda passage: -passage[2])[:_LISTED]
         return sorted((span.start + start, span.start + stop, strength) for start, stop, strength in best)
 
@@ -133,6 +127,17 @@ class Explanation:
             text = f"<b>{text}</b>" if on else text
             spans.append(f"<u>{text}</u>" if held else text)
         return "".join(spans)
+
+
+def runs(places: Sequence[int], gap: int = 1) -> list[tuple[int, int]]:
+    """Ascending numbers as runs (first, last + 1), in which the next one is at most ``gap`` further on."""
+    found: list[tuple[int, int]] = []
+    for place in places:
+        if found and place - found[-1][1] < gap:
+            found[-1] = (found[-1][0], place + 1)
+        else:
+            found.append((place, place + 1))
+    return found
 
 
 def explain(

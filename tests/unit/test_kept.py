@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import apb
-from apb.serving.answers import Answer, Progress, Task
+from apb.serving.answers import Answer, Passed, Progress, Task
 from apb.serving.kept import Places
+from apb.serving.prompts import Asked
+from apb.serving.shelf import Shelf
 from apb.serving.worker import Worker
 
 TEXT = tuple(3 + i * i % 90 for i in range(1200))
@@ -125,8 +127,6 @@ def test_a_copy_of_a_document_in_use(engine: apb.Engine) -> None:
 
 def test_given_documents_are_there_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Once they have been read; one that is deleted, or damaged, is not."""
-    from apb.serving.shelf import Shelf
-
     shelf, prompt = Shelf(tmp_path), apb.Prompt((), TEXT, WHO)
     kept = [shelf.put(text, None, "Who?", prompt) for text in ("one", "two", "three", "four")]
     for each in kept[:3]:
@@ -135,5 +135,20 @@ def test_given_documents_are_there_again(tmp_path: Path, capsys: pytest.CaptureF
     shelf.remove(kept[0].id)
     (tmp_path / "given" / f"{kept[2].id}.json").write_text(json.dumps({"id": 3}))
     again = Shelf(tmp_path)
-    assert [each.told() for each in again] == [kept[1].told()] and again.text_of(kept[1].id) == "two"
+    assert [each.told() for each in again] == [kept[1].told()] and again[kept[1].id].text == "two"
     assert kept[2].id in capsys.readouterr().err
+
+
+def test_given_documents_that_a_question_has_read(tmp_path: Path) -> None:
+    """They are there again too, with what was passed on, in characters."""
+    prompt = apb.Prompt.from_tokens((), (1, 2, 3), (4,))
+    shelf, asked = Shelf(tmp_path), Asked(prompt, {}, False, lambda first, last: (10 * first, 10 * last))
+    kept = shelf.put("a text", None, None, prompt)
+    shelf.overheard(kept, asked, "Who?", Progress(1, 2))
+    assert [each.id for each in Shelf(tmp_path)] == []
+    shelf.overheard(kept, asked, "Who?", Passed([(1, 2, 0.5)], [], "this question"))
+    again = Shelf(tmp_path)[kept.id]
+    passages = {"data": [{"start": 10, "stop": 20, "share": 0.5}], "went_on": []}
+    assert again.passages() == {"object": "list", "question": "Who?"} | passages
+    shelf.overheard(kept, asked, "Where?", Passed(None, (), "another question"))  # found on disk: nothing new
+    assert kept.passages() == again.passages()

@@ -115,6 +115,35 @@ def test_a_document_of_its_own() -> None:
     assert document == f"{TEXT}\n\n{long}".rstrip() and query.strip() == f"{ASKED}[assistant]"
 
 
+def test_a_document_of_a_conversation() -> None:
+    """It stays in front of the first message, where it was read; a longer last message is cut as any other is."""
+    turns = (("system", "Be brief."), ("user", "Where?"), ("assistant", "In Orrin."))
+    _, document, query, told = chat(*turns, ("user", ASKED), document=TEXT)
+    assert document == f"{TEXT}\n\nWhere?[assistant]In Orrin."
+    assert query == f"[user]{ASKED}[assistant]" and told["found"] == "message"
+    long = SENTENCE * (LONGEST_GIVEN // len(SENTENCE) + 1)
+    _, document, query, told = chat(*turns, ("user", f"{long}\n\n{ASKED}"), document=TEXT)
+    assert document.startswith(f"{TEXT}\n\nWhere?[assistant]In Orrin.[user]{long}".rstrip())
+    assert query.strip() == f"{ASKED}[assistant]" and told["found"] == "end"
+
+
+@pytest.mark.parametrize("turns", [(), (("user", "Where?"), ("assistant", "There."))], ids=["first", "follow-up"])
+@pytest.mark.parametrize("template", [None, TEMPLATE, TEMPLATE.replace("'content'] }}", "'content'] | trim }}")])
+def test_characters_of_a_document(template: str | None, turns: tuple[tuple[str, str], ...]) -> None:
+    """Tokens of the prompt's document stand for characters of the text as it was given; what follows is none of it."""
+    if template is None and turns:
+        template = TEMPLATE
+    tokenizer, text = byte_tokenizer(template), f"\n  \u00d6de an Orrin. {TEXT}"
+    found = asked(tokenizer, [Said(role, [said]) for role, said in (*turns, ("user", ASKED))], text)
+    lead = len(text) - len(text.lstrip()) if "trim" in str(template) else 0
+    raw = text[lead:].encode()  # one token each
+    for first, last in ((0, 9), (500, 540)):
+        before, after = (lead + len(raw[:place].decode()) for place in (first, last))
+        assert found.characters(first, last) == (before, after)
+    assert found.characters(0, len(raw) + 9) == (lead, len(text))
+    assert found.characters(len(raw) + 2, len(raw) + 9) is None
+
+
 def test_an_instruction_in_front_is_read_by_all() -> None:
     """It stands in the prefix, which every block sees, and the last few tokens of the text are the query."""
     prefix, document, query, told = chat(("user", f"Summarise this:\n\n{TEXT}"))

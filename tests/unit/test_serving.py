@@ -20,7 +20,7 @@ import apb
 from apb.cli import serve
 from apb.hf.loading import position_limit
 from apb.serving import worker as worker_module
-from apb.serving.answers import Answer, Progress, Task, Written
+from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
 from apb.serving.desk import Desk
 from apb.serving.front import Front
@@ -260,6 +260,39 @@ def test_documents_are_kept(served: Served) -> None:
     assert served.get(f"/v1/documents/{told['id']}")[0] == 404
 
 
+def test_passages_of_a_document(served: Served) -> None:
+    """A text kept without reading is read for the first question on it; what was passed on is told in characters."""
+    text = "\u00d6de. " + DOCUMENT * 4
+    post = json.dumps({"text": text, "read": False}).encode()
+    path = f"/v1/documents/{json.loads(served.get('/v1/documents', 'POST', post)[1])['id']}"
+    assert json.loads(served.get(path)[1])["status"] == "unread"
+    assert served.get(f"{path}/content") == (200, text)
+    status, body = served.get(f"{path}/passages")
+    assert status == 404 and "ask it a question first" in json.loads(body)["error"]["message"]
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    body = {"document_id": path.rpartition("/")[2]}
+    chunks = list(served.client.chat.completions.create(model="tiny", messages=messages, stream=True, extra_body=body))
+    assert chunks[-1].apb["read_for"] == "this question"
+    told = json.loads(served.get(path)[1])
+    assert (told["status"], told["question"]) == ("read", QUESTION)
+    found = json.loads(served.get(f"{path}/passages")[1])
+    assert found["question"] == QUESTION and found["went_on"] == []
+    spans = [(each["start"], each["stop"]) for each in found["data"]]
+    assert spans == sorted(spans) and all(0 <= start < stop <= len(text) for start, stop in spans)
+    assert all(0 < each["share"] <= 1 for each in found["data"])
+    plan = chunks[-1].apb["plan"]
+    third = plan["document_tokens"] // 3
+    assert any(start < third for start, _ in spans) and max(stop for _, stop in spans) <= 2 * third + 2
+    served.get(path, "DELETE")
+    served.get("/v1/documents", "POST", post)  # given again it is found read, and what was passed on with it
+    answer = served.client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": "Where?"}], extra_body=body
+    )
+    assert answer.apb["read_for"] == "another question"
+    assert json.loads(served.get(f"{path}/passages")[1])["data"] == found["data"]
+    served.get(path, "DELETE")
+
+
 def test_bodies_are_limited(served: Served) -> None:
     """Before they are parsed or tokenized. A client is told, not cut off, whether or not it says how much it sends."""
     for large in (b" " * 600_000, b" " * 20_000_000, iter([b" " * 400_000] * 40)):
@@ -491,7 +524,7 @@ def test_one_request_fails_alone(engine: apb.Engine, alone: Worker, monkeypatch:
     told: list[tuple[int, Any]] = []
     for number, prompt in enumerate(prompts):
         alone.submit(Task(prompt, {"max_new_tokens": 9}), lambda event, number=number: told.append((number, event)))
-    alone.run(lambda: sum(not isinstance(event, (Progress, Written, Answer)) for _, event in told) == 2)
+    alone.run(lambda: sum(not isinstance(event, (Progress, Passed, Written, Answer)) for _, event in told) == 2)
     assert [event.result.text for number, event in told if isinstance(event, Answer)] == [expected]
     assert [str(event) for number, event in told if number == 1] == ["out of luck"]
     assert alone.last_error is not None and alone.last_error.startswith("RuntimeError at ")

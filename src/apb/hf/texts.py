@@ -99,6 +99,10 @@ class Tokens(ABC):
             last -= 1
         return self.ids[:first], self.ids[first:last], self.ids[last:]
 
+    def characters(self, first: int, last: int) -> tuple[int, int] | None:
+        """The characters of all pieces that tokens [first, last) stand for; None if the tokenizer does not say."""
+        return None
+
     @abstractmethod
     def _cut(self, start: int, stop: int) -> tuple[int, int]:
         """From characters to tokens: the first one, and the last one + 1."""
@@ -136,6 +140,11 @@ class _Fast(Tokens):
         added = encoding.special_tokens_mask
         front = sum(takewhile(bool, added))
         self._own = range(front, max(front, len(added) - sum(takewhile(bool, reversed(added)))))
+
+    def characters(self, first: int, last: int) -> tuple[int, int] | None:
+        """See :meth:`Tokens.characters`."""
+        first, last = max(first, self._own.start), min(last, self._own.stop)
+        return (self._span(first)[0], self._span(last - 1)[1]) if first < last else None
 
     def _span(self, token: int) -> tuple[int, int]:
         """The characters of a token; of a control token those of its name, as some include white space."""

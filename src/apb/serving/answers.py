@@ -47,6 +47,30 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Passed:
+    """A document has been read, now or for an earlier request: what its blocks passed on.
+
+    Attributes:
+        passages: of each block those that most layers and KV heads passed on: (first token, last + 1, share of these
+            that chose the strongest token); None if that is not known.
+        went_on: with propagation the runs of tokens that went through the upper layers.
+        read_for: the question it was read for, seen from this one; None if it was read for this one and is not kept.
+    """
+
+    passages: Sequence[tuple[int, int, float]] | None = ()
+    went_on: Sequence[tuple[int, int]] = ()
+    read_for: str | None = None
+
+    def within(self, start: int, stop: int, read_for: str | None) -> Passed:
+        """What of it lies between two positions of the prompt, counted from the first, and as seen from a question."""
+        if self.passages is None:
+            return Passed(None, (), read_for)
+        cut = [(max(a, start) - start, min(b, stop) - start, much) for a, b, much in self.passages]
+        on = [(max(a, start) - start, min(b, stop) - start) for a, b in self.went_on]
+        return Passed([each for each in cut if each[0] < each[1]], [each for each in on if each[0] < each[1]], read_for)
+
+
+@dataclass(frozen=True)
 class Written:
     """A piece of an answer's text, with the log-probabilities of its tokens where they are asked for."""
 
@@ -83,7 +107,7 @@ def noted(error: BaseException) -> str:
 
 
 # Events of a request; the last one is the error that it ended with, or None.
-Event = Progress | Written | Answer | Exception | None
+Event = Progress | Passed | Written | Answer | Exception | None
 
 
 def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Share, pause: Callable[[], None]) -> None:
@@ -97,11 +121,13 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
 
     if task.ordinary:
         session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=pause)
-        read_for: str | None = None
+        passed: Passed | None = None
         close: Callable[[], None] = lambda: None  # noqa: E731
     else:
-        session, read_for, close = worker.kept.open(task.prompt, task.new_tokens, progress, pause)
+        session, passed, close = worker.kept.open(task.prompt, task.new_tokens, progress, pause)
     try:
+        if passed is not None:
+            tell(passed)
         share.read = share.to_read
         logits, length = session.logits, len(session.token_ids)
         for index in range(task.answers):
@@ -111,7 +137,7 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + index)
             result = _write(engine, session, sampling, index, tell, share, pause)
-            result.read_for = read_for
+            result.read_for = None if passed is None else passed.read_for
             tell(Answer(index, result))
     finally:
         close()

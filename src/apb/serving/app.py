@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from starlette.exceptions import HTTPException
 
 from ..errors import InputError
 from ..generation import Sampling
-from .answers import Task
+from ..hf.chat import template_of
+from .answers import Event, Task
 from .following import Following
 from .limits import Gate, most_characters
 from .metrics import Metrics
+from .page import add_page
 from .prompts import Asked, Said
 from .ranks import Ranks
 from .replies import ErrorBody, Refusal, Reply, TextReply
@@ -71,9 +73,12 @@ def make_app(
     app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
     metrics, characters = Metrics(ranks), most_characters(positions)
     app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
-    served = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
+    served: dict[str, Any] = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
+    served["turns"] = template_of(tokenizer, chat_template) is not None  # else it takes one message alone
     tokenizing = Tokenizing(tokenizer, chat_template, characters)
     shelf = shelf or Shelf()
+
+    add_page(app)
 
     def check_name(asked: str | None) -> None:
         if asked not in (None, name):
@@ -90,12 +95,16 @@ def make_app(
             raise Refusal(429, message, "server_error", "overloaded", later)
 
     async def answered(
-        body: ChatRequest | CompletionRequest, asked: Asked, request: Request, kind: type[Reply]
+        body: ChatRequest | CompletionRequest,
+        asked: Asked,
+        request: Request,
+        kind: type[Reply],
+        heard: Callable[[Event], None] | None = None,
     ) -> Response:
         sampling = body.sampling(max_new_tokens, ranks.own_sampling)
         Sampling(**sampling)  # what is wrong with it is said before anything is queued
         task = Task(asked.prompt, sampling, body.n, asked.ordinary)
-        following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics)
+        following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics, heard)
         await submitted(task, following)
         warned = {"X-APB-Warning": f"ignored: {', '.join(body.ignored)}"[:500]} if body.ignored else {}
         warned = {key: value.encode("ascii", "replace").decode() for key, value in warned.items()}
@@ -107,11 +116,10 @@ def make_app(
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         check_name(body.model)
-        said, document = body.said(), body.document
-        if body.document_id is not None:
-            document = shelf.text_of(body.document_id)
-        asked = await tokenizing.chat(said, document)
-        return await answered(body, asked, request, Reply)
+        said, kept = body.said(), None if body.document_id is None else shelf[body.document_id]
+        asked = await tokenizing.chat(said, body.document if kept is None else kept.text)
+        heard = None if kept is None else partial(shelf.overheard, kept, asked, said[-1].text)
+        return await answered(body, asked, request, Reply, heard)
 
     @app.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -124,9 +132,14 @@ def make_app(
 
         asked = await tokenizing.chat([Said("user", [body.question or NEUTRAL])], body.text)
         kept = shelf.put(body.text, body.name, body.question, asked.prompt)
-        if kept.job is None:
+
+        def heard(event: Event) -> None:
+            kept.passes(asked, body.question, event)
+            shelf.heard(kept, event)
+
+        if body.read and kept.job is None:
             kept.status = "reading"
-            following = Following(Reply(name, {}, tokenizing.name), metrics, partial(shelf.heard, kept))
+            following = Following(Reply(name, {}, tokenizing.name), metrics, heard)
             try:
                 await submitted(Task(asked.prompt, answers=0), following)
             except (Refusal, InputError):
@@ -143,6 +156,14 @@ def make_app(
     @app.get("/v1/documents/{number}")
     async def document(number: str) -> dict[str, Any]:
         return shelf[number].told()
+
+    @app.get("/v1/documents/{number}/content")
+    async def content(number: str) -> Response:
+        return PlainTextResponse(shelf[number].text)
+
+    @app.get("/v1/documents/{number}/passages")
+    async def passages(number: str) -> dict[str, Any]:
+        return shelf[number].passages()
 
     @app.delete("/v1/documents/{number}")
     async def forget(number: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from fastapi import Request
 
 from ..errors import Cancelled
 from ..generation import Generation
-from .answers import Answer, Event, Progress, Written
+from .answers import Answer, Event, Passed, Progress, Written
 from .metrics import Metrics
 from .ranks import Job
 from .replies import Refusal, Reply, failure, sse
@@ -21,7 +21,7 @@ _PULSE_S = 1.0
 
 
 class Following:
-    """One request's events.
+    """One request's events; ``heard`` is called with each of them as well, on a thread of the worker's.
 
     Attributes:
         job: the request, once it is queued.
@@ -49,7 +49,7 @@ class Following:
             self._metrics.failed.inc()
         if self._heard is not None:
             self._heard(event)
-        elif not self._loop.is_closed():
+        if not isinstance(event, Passed) and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     def leave(self) -> None:

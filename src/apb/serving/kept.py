@@ -21,7 +21,9 @@ from ..prompt import Prompt
 from ..session import Session
 from ..store import tokens_hash
 from ..tiers import Documents
+from .answers import Passed
 from .messages import Kept
+from .passing import Passing
 
 # Tokens after a document that are read in one pass; a text that goes on for longer is read anew.
 LONGEST_REST = 8192
@@ -30,6 +32,8 @@ SHORTEST_KEPT = 1024
 
 Tokens = tuple[int, ...]
 Opened = tuple[Session, str | None, Callable[[], None]]
+# Of a document that was read before the server was started.
+_UNKNOWN = Passed(None)
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class KeptDocuments:
         folder = None if places.folder is None else Path(places.folder) / _reading(engine)
         self._lengths = dict(self._found(folder)) if folder is not None else {}
         self.documents = Documents(engine, self.room, host, folder, disk)
+        self._passed: dict[str, Passed] = {}
         self._hits = 0
         self.told = Kept()
         self._tell()
@@ -89,13 +94,14 @@ class KeptDocuments:
         max_new_tokens: int,
         progress: Callable[[int, int], None],
         between: Callable[[], None],
-    ) -> Opened:
-        """The session of a prompt, for which question its document was read, and what to call after use.
+    ) -> tuple[Session, Passed, Callable[[], None]]:
+        """The session of a prompt, what its document passed on and for which question, and what to call after use.
 
         Of a document that is in use a copy is used, since each keeps the rows of one question at a time.
         """
         arranged = self._engine.reading.arranged(prompt)
         tokens = arranged.token_ids
+        text = len(arranged.prefix), len(arranged.prefix) + len(arranged.document)
         while (known := self._longest(tokens)) is not None:
             key, length = known
             try:
@@ -108,20 +114,26 @@ class KeptDocuments:
             asked = document.copy() if used else document
             if not used:
                 self.documents.hold(key)
-            return self._asked(asked, tokens[length:], max_new_tokens, None if used else key)
+            session, read_for, close = self._asked(asked, tokens[length:], max_new_tokens, None if used else key)
+            return session, self._passed.get(key, _UNKNOWN).within(*text, read_for), close
         plan = self._engine.plan(prompt, max_new_tokens)
         _, size, _ = self._engine.demand(plan, max_new_tokens)
-        session = self._engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, between=between)
+        passing = Passing(plan)
+        session = self._engine.prefill(
+            prompt, max_new_tokens=max_new_tokens, progress=progress, between=between, on_selection=passing.seen
+        )
+        passed = passing.found(self._engine, session)
         once = plan.going_on < plan.document  # with propagation it answers this question alone
         if once or plan.query_start < SHORTEST_KEPT or size > self.room:
-            return session, None, lambda: None
+            return session, passed.within(*text, None), lambda: None
         seconds, asking = session.timing["prefill_s"], OfTokens(arranged.prefix, arranged.document)
         state = State.of_session(session, arranged, (arranged.query,), self._engine.reading.compressor.name)
-        opened = self._added(Document(self._engine, asking, state), arranged.query, max_new_tokens)
-        opened[0].timing["prefill_s"] = seconds
-        return opened
+        document = Document(self._engine, asking, state)
+        session, read_for, close = self._added(document, arranged.query, max_new_tokens, passed)
+        session.timing["prefill_s"] = seconds
+        return session, passed.within(*text, read_for), close
 
-    def _added(self, document: Document, query: Tokens, max_new_tokens: int) -> Opened:
+    def _added(self, document: Document, query: Tokens, max_new_tokens: int, passed: Passed) -> Opened:
         """Keep a document that was read, if it can be, and ask it."""
         key: str | None = tokens_hash(document.token_ids)
         assert key is not None
@@ -132,7 +144,7 @@ class KeptDocuments:
         except InputError:  # larger than was predicted
             key = None
         else:
-            self._lengths[key] = len(document.token_ids)
+            self._lengths[key], self._passed[key] = len(document.token_ids), passed
             self.documents.hold(key)
         return self._asked(document, query, max_new_tokens, key)
 
@@ -154,6 +166,7 @@ class KeptDocuments:
     def _longest(self, tokens: Tokens) -> tuple[str, int] | None:
         """Key and length of the longest document at the beginning of these tokens that leaves little to read."""
         self._lengths = {key: length for key, length in self._lengths.items() if key in self.documents}
+        self._passed = {key: passed for key, passed in self._passed.items() if key in self._lengths}
         least = max(len(tokens) - LONGEST_REST, 1)
         lengths = sorted({length for length in self._lengths.values() if least <= length < len(tokens)})
         found = [(key, length) for key, length in _hashes(tokens, lengths) if self._lengths.get(key) == length]

@@ -23,6 +23,8 @@ LONGEST_GIVEN = 4 * LONGEST
 _OPENING = 1000
 # Characters of a document's beginning with which the text before it is encoded as it is before all of it.
 _ENOUGH = 64
+# The piece that is the document, if the client has told it from the question.
+_GIVEN = "document"
 # Words of the question that the response shows from its beginning, and as many from its end.
 _SHOWN = 8
 
@@ -51,11 +53,14 @@ class Asked:
         prompt: its tokens, in the parts that strategies treat differently.
         question: what the response says of the question: its first and last words, tokens, and where it was found.
         ordinary: True if there is no document, so that the prompt is to be read exactly.
+        characters: of the text given as document, those that tokens [first, last) of the prompt's document stand for;
+            None if they are of no characters of it, or the tokenizer does not say.
     """
 
     prompt: Prompt
     question: dict[str, str | int]
     ordinary: bool
+    characters: Callable[[int, int], tuple[int, int] | None] = lambda first, last: None
 
 
 def asked(
@@ -69,7 +74,7 @@ def asked(
     Args:
         tokenizer: the model's.
         said: all messages, in order.
-        document: stands before the last message, if given, and that is the question.
+        document: stands before the user's first message, if given; all of the last one is then the question.
         chat_template: as in :meth:`apb.Prompt.from_chat`.
 
     Raises:
@@ -80,12 +85,20 @@ def asked(
         _check(each.text, f"message from {each.role}")
     if document is not None:
         _check(document, "document")
-    text = last.text if document is None else document + BLANK_LINE + last.text
-    start = len(text) - len(last.parts[-1] if document is None else last.text)
-    found = _found(tokenizer, text, start)
-    turns = [Turn(each.role, [Piece(each.text, f"message {number}")]) for number, each in enumerate(said[:-1])]
+    opened = next((number for number, each in enumerate(said) if each.role == last.role), len(said) - 1)
+    goes_on = document is not None and opened < len(said) - 1
+    # Where it stood when the conversation began: there it is found read.
+    given = [Piece(document, _GIVEN), Piece(BLANK_LINE)] if document is not None and goes_on else []
+    turns = [
+        Turn(each.role, [*(given if number == opened else []), Piece(each.text, f"message {number}")])
+        for number, each in enumerate(said[:-1])
+    ]
+    text, start = last.text, 0 if document is not None else len(last.text) - len(last.parts[-1])
+    if document is not None and not goes_on:
+        text, start = document + BLANK_LINE + text, len(document + BLANK_LINE)
+    found = _found(tokenizer, text, start, told=document is not None or start > 0)
     template = template_of(tokenizer, chat_template)
-    pieces = _pieces(text, found)
+    pieces = _pieces(text, found, "rest" if goes_on else _GIVEN)
     if template is not None:
         pieces = rendered(tokenizer, template, [*turns, Turn(last.role, pieces)])
     elif turns:
@@ -97,21 +110,23 @@ def asked(
     def encoded(pieces: Sequence[Piece]) -> Tokens:
         return encode(tokenizer, pieces, special=template is None, template=template)
 
-    prompt, tokens = _prompt(pieces, encoded)
-    return Asked(prompt, _told(text, found, tokens), document is None and start == 0 and len(prompt) <= ORDINARY)
+    prompt, count, tokens = _prompt(pieces, encoded)
+    ordinary = document is None and start == 0 and len(prompt) <= ORDINARY
+    places = {} if document is None else {"characters": _places(document, pieces, prompt, tokens)}
+    return Asked(prompt, _told(text, found, count), ordinary, **places)
 
 
 def plain(tokenizer: PreTrainedTokenizerBase, text: str) -> Asked:
     """The prompt of a text as POST /v1/completions gives it: no template, names of control tokens are those tokens."""
     _check(text, "prompt")
-    found = _found(tokenizer, text, 0)
+    found = _found(tokenizer, text, 0, told=False)
     begun = bool(tokenizer.bos_token) and text.startswith(str(tokenizer.bos_token))
 
     def as_it_is(pieces: Sequence[Piece]) -> Tokens:
         return encode(tokenizer, [Piece(piece.text) for piece in pieces], special=not begun)
 
-    prompt, tokens = _prompt(_pieces(text, found), as_it_is)
-    return Asked(prompt, _told(text, found, tokens), len(prompt) <= ORDINARY)
+    prompt, count, _ = _prompt(_pieces(text, found), as_it_is)
+    return Asked(prompt, _told(text, found, count), len(prompt) <= ORDINARY)
 
 
 def _check(text: str, what: str) -> None:
@@ -123,25 +138,43 @@ def _check(text: str, what: str) -> None:
         raise InputError(f"The {what} is empty; give a text with at least one word.")
 
 
-def _found(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> Cut:
-    """The cut of a message whose question begins at ``start`` if the client says so, else anywhere (0)."""
+def _found(tokenizer: PreTrainedTokenizerBase, text: str, start: int, told: bool) -> Cut:
+    """The cut of a message whose question begins at ``start`` if the client has ``told`` it from a document."""
 
     def tokens(part: str) -> int:
         return len(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
 
     given = text[start:]
-    if start and len(given) <= SEARCHED and tokens(given) <= LONGEST_GIVEN:
-        return Cut(0, start - len(BLANK_LINE), start)
+    if told and len(given) <= SEARCHED and tokens(given) <= LONGEST_GIVEN:
+        return Cut(0, max(start - len(BLANK_LINE), 0), start)
     found = cut(given, tokens)
     # Behind a document nothing stands in front.
-    return Cut(0 if start else found.head, start + found.stop, start + found.start, found.tail) if start else found
+    return Cut(0, start + found.stop, start + found.start, found.tail) if told else found
 
 
-def _pieces(text: str, found: Cut) -> list[Piece]:
+def _pieces(text: str, found: Cut, document: str = _GIVEN) -> list[Piece]:
     """The message in pieces: what stands in front, the document, blanks, the question."""
     borders = (0, found.head, found.stop, found.start, len(text))
-    named = zip(("front", "document", None, "question"), borders, borders[1:], strict=False)
+    named = zip(("front", document, None, "question"), borders, borders[1:], strict=False)
     return [Piece(text[start:stop], name) for name, start, stop in named if start < stop]
+
+
+def _places(
+    document: str, pieces: Sequence[Piece], prompt: Prompt, tokens: Tokens
+) -> Callable[[int, int], tuple[int, int] | None]:
+    """Where in a text its tokens stand, which begin the prompt's document or follow in it."""
+    number = next(number for number, piece in enumerate(pieces) if piece.source == _GIVEN)
+    # A template may have stripped it.
+    begins = sum(len(piece.text) for piece in pieces[:number]) - max(document.find(pieces[number].text[:_ENOUGH]), 0)
+
+    def characters(first: int, last: int) -> tuple[int, int] | None:
+        found = tokens.characters(len(prompt.prefix) + first, len(prompt.prefix) + last)
+        if found is None:
+            return None
+        start, stop = max(found[0] - begins, 0), min(found[1] - begins, len(document))
+        return (start, stop) if start < stop else None
+
+    return characters
 
 
 def _told(text: str, found: Cut, tokens: int) -> dict[str, str | int]:
@@ -152,8 +185,8 @@ def _told(text: str, found: Cut, tokens: int) -> dict[str, str | int]:
     return {"found": where, "first": " ".join(words[:_SHOWN]), "last": " ".join(words[-_SHOWN:]), "tokens": tokens}
 
 
-def _prompt(pieces: Sequence[Piece], encoded: Callable[[Sequence[Piece]], Tokens]) -> tuple[Prompt, int]:
-    """The prompt of a chat in pieces, and the number of the question's tokens.
+def _prompt(pieces: Sequence[Piece], encoded: Callable[[Sequence[Piece]], Tokens]) -> tuple[Prompt, int, Tokens]:
+    """The prompt of a chat in pieces, the number of the question's tokens, and all tokens.
 
     The document begins with the first long text, and ends before the question.
     """
@@ -169,7 +202,7 @@ def _prompt(pieces: Sequence[Piece], encoded: Callable[[Sequence[Piece]], Tokens
     if place:
         texts = sorted(place.values())
         long = (number for number in texts if len(pieces[number].text) > _OPENING)
-        first = next(long, place.get("document", texts[0]))
+        first = next(long, place.get(_GIVEN, texts[0]))
         opening, closing = tokens.around(first)[0], tokens.around(texts[-1])[2]
         document, query = ids[len(opening) : len(ids) - len(closing)], closing
         if question is None:
@@ -179,7 +212,7 @@ def _prompt(pieces: Sequence[Piece], encoded: Callable[[Sequence[Piece]], Tokens
         if document and query:
             ahead = [*pieces[:first], *([] if question is None else [pieces[question], Piece(BLANK_LINE)])]
             begun = Piece(pieces[first].text[:_ENOUGH], pieces[first].source)
-            return Prompt(opening, document, query, encoded([*ahead, begun]).around(len(ahead))[0]), count
+            return Prompt(opening, document, query, encoded([*ahead, begun]).around(len(ahead))[0]), count, tokens
     if len(ids) < 2:
         raise InputError("The prompt has a single token, and at least 2 are needed; give a longer one.")
-    return Prompt((), ids[:-1], ids[-1:]), count
+    return Prompt((), ids[:-1], ids[-1:]), count, tokens

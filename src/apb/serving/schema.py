@@ -188,8 +188,10 @@ class DocumentRequest(_Open):
         text: the document.
         question: what it is read for, if that is known.
         name: shown in lists.
+        read: False to keep the text alone; it is then read for the first question that is asked of it.
     """
 
     text: str
     question: str | None = None
     name: str | None = None
+    read: bool = True
