@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .answering import whole
 from .asking import ANOTHER, NONE, THIS, Asking, Question
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
-from .hf.cache import ShardCache, Tail
+from .hf.cache import Tail
 from .hf.host import HostCopy
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
+from .state import ROOM, State
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -29,56 +29,6 @@ if TYPE_CHECKING:
 _SEAM = 16
 # Rows that a growing document reads in one pass.
 _ROWS = 4096
-ROOM = 512
-"""Tokens that there is room for after a document: for more its keys and values are copied to a larger storage."""
-
-
-@dataclass
-class State:
-    """What one rank keeps of a document.
-
-    Attributes:
-        plan: how it was read.
-        prefix, document: its tokens as they were read.
-        query: the tokens of what it was read for.
-        read_for: the questions that these are of, if any.
-        compressor: name of what chose the pairs that blocks passed on.
-        cache: keys and values of prefix, document and kept turns.
-        tail: those of ``query``, which is answered from there as if it had been asked at once.
-        logits: (vocab,) fp32, after ``query``.
-        prefill_s: seconds it took to read.
-        kept: tokens after the document that stay.
-        unread: the last token of the last kept answer, which has been chosen but not read.
-        here: False while keys and values are in host memory and not on the device.
-    """
-
-    plan: Plan
-    prefix: tuple[int, ...]
-    document: tuple[int, ...]
-    query: tuple[int, ...]
-    read_for: tuple[Question, ...]
-    compressor: str
-    cache: ShardCache
-    tail: Tail
-    logits: Tensor
-    prefill_s: float
-    kept: tuple[int, ...] = ()
-    unread: tuple[int, ...] = ()
-    here: bool = True
-
-    @classmethod
-    def of_session(cls, session: Session, prompt: Prompt, read_for: tuple[Question, ...], compressor: str) -> State:
-        """The state after a prompt (as it was read, in its arrangement), without its question."""
-        plan, cache = session.plan, session.cache
-        tail, seconds = cache.cut(plan.query_start), session.timing["prefill_s"]
-        parts = prompt.prefix, prompt.document, prompt.query
-        return cls(plan, *parts, read_for, compressor, cache, tail, session.logits, seconds)
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """All tokens that stay read: prefix, document, kept turns."""
-        return self.prefix + self.document + self.kept
-
 
 NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
 """Why a document is not written to disk."""

@@ -10,7 +10,7 @@ import torch
 
 from .answering import Answering, whole
 from .asking import Asking, OfText, OfTokens
-from .document import ROOM, Document, State
+from .document import Document
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.opening import Checkpoint
@@ -18,6 +18,7 @@ from .passes.prefill import Progress
 from .prefilling import Prefiller
 from .prompt import Prompt
 from .reading import AUTO, Reading
+from .state import ROOM, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -24,7 +24,6 @@ from torch import Tensor
 from . import __version__
 from .asking import Asking, OfText, OfTokens
 from .distributed.collectives import Group
-from .document import ROOM, State
 from .errors import InputError, first_line
 from .hf.cache import ShardCache, Tail
 from .hf.host import Staging
@@ -33,6 +32,7 @@ from .hf.recurrent import named_states, states_named
 from .manifest import FORMAT, MANIFEST, damaged, manifest_of
 from .planning.methods import METHODS
 from .planning.plan import Plan
+from .state import ROOM, State
 
 if TYPE_CHECKING:
     from .engine import Engine

@@ -14,8 +14,9 @@ from ..distributed.collectives import Group
 from ..errors import Cancelled
 from ..hardware import Stopwatch
 from ..hf.attach import Attachment
-from ..hf.cache import Arrival, ShardCache
+from ..hf.cache import ShardCache
 from ..hf.rows import other_rows
+from ..hf.shard_layer import Arrival
 from ..layers.base import AttentionInput
 from ..layers.recurrent import Recur, RecurrentLayers, State
 from ..layers.routing import Attend
