@@ -19,14 +19,12 @@ from .hf.host import HostCopy
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
-from .state import ROOM, State
+from .state import ROOM, SEAM, State
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-# Tokens at a document's end that may change where its text goes on.
-_SEAM = 16
 # Rows that a growing document reads in one pass.
 _ROWS = 4096
 
@@ -81,7 +79,7 @@ class Document:
         before, after = state.prefix + state.document, prompt.prefix + prompt.document
         same = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
         # The last tokens of a text may be others once it goes on.
-        if prompt.prefix != state.prefix or min(same, len(after)) < len(before) - _SEAM:
+        if prompt.prefix != state.prefix or min(same, len(after)) < len(before) - SEAM:
             raise InputError(
                 "The text does not begin with the document that it is to go on from; read it without after=."
             )
@@ -103,12 +101,14 @@ class Document:
         """Be the document of these tokens, which are what the cache holds, read for nothing in particular."""
         state = self.state
         document = tokens[len(state.prefix) :]
+        tail = state.cache.cut(len(tokens))
+        state.cache.keep_windows(len(tokens) - SEAM)
         self.state = replace(
             state,
             plan=replace(state.plan, document=len(document)),
             document=document,
             query=(),
-            tail=state.cache.cut(len(tokens)),
+            tail=tail,
             prefill_s=state.prefill_s + seconds,
             kept=(),
             unread=(),

@@ -166,7 +166,7 @@ class Engine(Prefiller):
         Raises:
             InputError: there is no document, it is damaged or of a newer version, or of another model or dtype.
         """
-        from .store import load
+        from .restoring import load
 
         return Document(self, *load(self, Path(folder), verify))
 

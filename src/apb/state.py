@@ -12,6 +12,8 @@ from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
 
+SEAM = 16
+"""Tokens at a document's end that may change where its text goes on."""
 ROOM = 512
 """Tokens that there is room for after a document: for more its keys and values are copied to a larger storage."""
 
@@ -51,9 +53,13 @@ class State:
 
     @classmethod
     def of_session(cls, session: Session, prompt: Prompt, read_for: tuple[Question, ...], compressor: str) -> State:
-        """The state after a prompt (as it was read, in its arrangement), without its question."""
+        """The state after a prompt (as it was read, in its arrangement), without its question.
+
+        The session's cache goes with it: layers with a window keep only what further tokens see.
+        """
         plan, cache = session.plan, session.cache
         tail, seconds = cache.cut(plan.query_start), session.timing["prefill_s"]
+        cache.keep_windows(plan.query_start - SEAM)
         parts = prompt.prefix, prompt.document, prompt.query
         return cls(plan, *parts, read_for, compressor, cache, tail, session.logits, seconds)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +70,17 @@ class ShardCache(Cache):
         total: tokens seen so far by all ranks together.
         indexes: see :class:`apb.decoding.Shard`.
         states: by recurrent layer its state after those, the same on every rank.
+        windows: by layer its window in tokens, own token included; without an entry it sees all.
     """
 
     growth = 256
 
-    def __init__(self, layers: int, *, capacity: int, keeps_new: bool, total: int) -> None:
+    def __init__(
+        self, layers: int, *, capacity: int, keeps_new: bool, total: int, windows: Mapping[int, int] | None = None
+    ) -> None:
+        """``windows`` may be filled later, while the layers run for the first time."""
+        self.windows = {} if windows is None else windows
+        self._least = 0  # tokens below which it cannot return
         self.capacity = capacity
         self.keeps_new = keeps_new
         self.arrival: Callable[[int], Arrival] = lambda layer: Arrival(None, ())
@@ -157,11 +164,30 @@ class ShardCache(Cache):
         if states:
             self._marks[total] = {layer: state.copy() for layer, state in states.items()}
 
+    def keep_windows(self, total: int) -> None:
+        """Keep of layers with a window only what rows after the first ``total`` tokens can see, or later ones.
+
+        Nobody may return to fewer tokens than that afterwards.
+        """
+        for layer in self._kept():
+            start = total + 1 - self.windows.get(layer.index, total + 1)
+            if start <= 0:
+                continue
+            layer.drop_before(start)
+            self._least = total
+            for indexes in self.indexes.values():
+                indexes.pop(layer.index, None)
+
     def forget(self, total: int) -> None:
         """Return to the state after the first ``total`` tokens; those after them must have been read by passes.
 
-        InputError if a model with recurrent layers is to return to where no state was kept. It is, from now on, there.
+        InputError if a model with recurrent layers is to return to where no state was kept, or one with windows to
+        where its keys are not there any more. It is, from now on, there.
         """
+        if total < self._least:
+            raise InputError(
+                f"What layers with a window see after {total} tokens is not there any more; read the text again."
+            )
         if self.states and total == self.total:
             self.mark(total, self.states)
         elif self.states and total not in self._marks:
@@ -191,13 +217,15 @@ class ShardCache(Cache):
         self.states = {layer: state.copy() for layer, state in tail.states.items()}
         self.total = tail.total
 
-    def fill(self, layer: int, parts: Iterable[tuple[Tensor, Tensor, range]]) -> None:
-        """Write a layer of an empty cache: keys, values (1, kv_heads, tokens, head_dim) and their true positions."""
+    def fill(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
+        """Append to a layer: keys, values (1, kv_heads, tokens, head_dim) and their true positions.
+
+        A layer that has not been written yet gets storage for ``capacity`` tokens.
+        """
         into = self._layer(layer)
-        for keys, values, positions in parts:
-            if not into.is_initialized:
-                into.lazy_initialization(keys, values)
-            into.append(keys, values, [positions])
+        if not into.is_initialized:
+            into.lazy_initialization(keys, values)
+        into.append(keys, values, positions)
 
     def put(self, layer: int, keys: Tensor, values: Tensor, arriving: Callable[[], None] | None) -> None:
         """Make these the storage of a layer, which keeps its tokens: the same ones, elsewhere or on their way.
@@ -212,10 +240,13 @@ class ShardCache(Cache):
 
     def copy(self, total: int, room: int) -> ShardCache:
         """The first ``total`` tokens, in storage of their own with room for more; those after them must be newer."""
-        capacity = max(self.held) + room * self.keeps_new
-        made = ShardCache(len(self.layers), capacity=capacity, keeps_new=self.keeps_new, total=total)
+        windows = dict(self.windows)
+        made = ShardCache(len(self.layers), capacity=0, keeps_new=self.keeps_new, total=total, windows=windows)
+        made._least = self._least
         for layer in self._kept():
-            made.fill(layer.index, layer.until(total))
+            made.capacity = layer.length + room * self.keeps_new
+            for keys, values, places in layer.until(total):
+                made.fill(layer.index, keys, values, [places])
         states = self.states if total == self.total else self._marks.get(total, {})
         made.states = {layer: state.copy() for layer, state in states.items()}
         return made

@@ -94,6 +94,23 @@ class ShardLayer(CacheLayerMixin):
             if kept:
                 self.positions.append(kept)
 
+    def drop_before(self, start: int) -> None:
+        """Drop the tokens at true positions before ``start``, and the storage that they take."""
+        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        parts, row = [], 0
+        for each in self.positions:
+            if each.stop > start:
+                parts.append((row + max(start - each.start, 0), range(max(each.start, start), each.stop)))
+            row += len(each)
+        dropped = self.length - sum(len(places) for _, places in parts)
+        if not dropped:
+            return
+        self.arrive()
+        rows = [slice(first, first + len(places)) for first, places in parts]
+        capacity = max(self.keys.shape[2] - dropped, 1)
+        self.keys, self.values = _only(self.keys, rows, capacity), _only(self.values, rows, capacity)
+        self.length, self.positions = self.length - dropped, [places for _, places in parts]
+
     def tail(self, start: int) -> tuple[Tensor, Tensor, list[range]]:
         """Copies of the tokens at true positions from ``start`` on, the last to be appended, and their positions."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
@@ -155,6 +172,16 @@ class ShardLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+def _only(x: Tensor, rows: Sequence[slice], capacity: int) -> Tensor:
+    """A storage of its own that begins with these rows of (1, kv_heads, tokens, head_dim)."""
+    kept = torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=x.device)
+    row = 0
+    for part in rows:
+        kept[:, :, row : row + part.stop - part.start] = x[:, :, part]
+        row += part.stop - part.start
+    return kept
 
 
 def _grow(x: Tensor, capacity: int) -> Tensor:

@@ -63,7 +63,13 @@ def read(
     owns_tail = itineraries[0].owns_tail
     tail = plan.query + room if owns_tail else 0
     held = sum(len(block) for block in plan.owned(group.rank))
-    cache = ShardCache(attachment.layers, capacity=held + tail, keeps_new=owns_tail, total=plan.total)
+    cache = ShardCache(
+        attachment.layers,
+        capacity=held + tail,
+        keeps_new=owns_tail,
+        total=plan.total,
+        windows=attachment.windows,
+    )
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
     propagating = Propagating(strategy, everyone) if plan.going_on < plan.document else None
