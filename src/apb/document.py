@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 # Rows that a growing document reads in one pass.
 _ROWS = 4096
 
-NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
-"""Why a document is not written to disk."""
-
 
 class Document:
     """A text that an engine has read, in the keys and values of its ranks. Make one with :meth:`apb.Engine.read`.
@@ -76,6 +73,8 @@ class Document:
         """
         state, engine = self.state, self._engine
         self._check_here()
+        if self.plan.going_on < self.plan.document:
+            raise InputError("A document cannot go on from one that was read with propagation; read it anew.")
         before, after = state.prefix + state.document, prompt.prefix + prompt.document
         same = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
         # The last tokens of a text may be others once it goes on.
@@ -118,10 +117,8 @@ class Document:
         """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
 
         Raises:
-            InputError: the folder cannot be written, or the document was read with propagation.
+            InputError: the folder cannot be written, on any of the ranks.
         """
-        if self.plan.propagation is not None:
-            raise InputError(NOT_SAVED)
         from .store import save
 
         if not self.state.cache.indices:

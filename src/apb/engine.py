@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .answering import Answering, whole
-from .asking import Asking, OfText, OfTokens
+from .asking import NO_QUESTION, Asking, OfText, OfTokens
 from .document import Document
 from .errors import InputError
 from .generation import Generation, Sampling
@@ -143,10 +143,7 @@ class Engine(Prefiller):
             if after is not None:
                 raise InputError("A document cannot go on from one that was read with propagation; read it without.")
             if not read_for:
-                raise InputError(
-                    "With propagation a document is read for a question, which chooses the rows that go on; give the "
-                    "question, or read it without propagation."
-                )
+                raise InputError(NO_QUESTION)
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
             return after

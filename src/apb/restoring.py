@@ -24,6 +24,7 @@ from .layers.recurrent import State as LayerState
 from .manifest import damaged, manifest_of
 from .planning.methods import METHODS
 from .planning.plan import Plan
+from .planning.propagation import Propagation
 from .state import ROOM, SEAM, State
 from .store import READ_STATE, STATE, hash_of, reason
 
@@ -143,7 +144,9 @@ def _asking(engine: Engine, manifest: dict[str, Any]) -> Asking:
 def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) -> State:
     prefix, document, query, ranks, rounds = manifest["sizes"]
     method = METHODS[manifest["strategy"]](**manifest["options"])
-    plan = Plan(method, prefix, document, query, ranks, rounds)
+    told = manifest.get("propagation")
+    propagation = None if told is None else Propagation(told["layer"], told["keep"])
+    plan = Plan(method, prefix, document, query, ranks, rounds, propagation=propagation)
     with safe_open(shards[-1].path, framework="pt") as last:
         names = ("prefix", "document", "query", "kept", "unread")
         tokens = {name: tuple(last.get_tensor(name).tolist()) for name in names}

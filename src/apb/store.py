@@ -124,6 +124,7 @@ def _manifest(engine: Engine, model: str, asking: Asking, state: State, shards: 
         "tokens_sha256": tokens_hash(state.token_ids),
         "strategy": plan.strategy,
         "options": asdict(plan.method),
+        "propagation": None if plan.propagation is None else asdict(plan.propagation) | (plan.propagated() or {}),
         "sizes": [plan.prefix, plan.document, plan.query, plan.ranks, plan.rounds],
         "exact": plan.exact,
         "compressor": state.compressor if plan.passing_length else None,
