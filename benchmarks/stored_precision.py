@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     engine = apb.Engine.from_pretrained(arguments.model, strategy=arguments.strategy, verify=False)
+    tokenizer = engine.needed_tokenizer()
     report: dict[str, Any] = {
         "command": f"python {' '.join(sys.argv)}",
         "fingerprint": fingerprint(engine.device, engine.dtype),
@@ -49,7 +50,7 @@ def main() -> None:
     }
     for task in arguments.task or ["single", "multikey"]:
         found: dict[str, list[dict[str, Any]]] = {"as it is": [], "float8": [], "int8": []}
-        for item in items(engine.tokenizer, task, arguments.length, arguments.samples, 4711):
+        for item in items(tokenizer, task, arguments.length, arguments.samples, 4711):
             for name, outcome in asked(engine, item).items():
                 found[name].append(outcome)
             report["cells"] = [each for each in report["cells"] if each["task"] != task]
