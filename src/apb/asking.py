@@ -25,6 +25,11 @@ TYPICAL = (
 """Questions that stand for those to come."""
 THIS, ANOTHER, NONE = "this question", "another question", "no question"
 """For which question the document was read, seen from the question that is asked."""
+NO_QUESTION = (
+    "With propagation a document is read for a question, which chooses the rows that go on; give the question, or read "
+    "it without propagation."
+)
+"""Why a text cannot be read."""
 # Characters of a document's end after which a question is encoded as it is after all of it.
 _ENOUGH = 2000
 

@@ -3,85 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .answering import whole
 from .asking import ANOTHER, NONE, THIS, Asking, Question
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
-from .hf.cache import ShardCache, Tail
+from .hf.cache import Tail
 from .hf.host import HostCopy
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
+from .state import ROOM, SEAM, State
 
 if TYPE_CHECKING:
     from .engine import Engine
 
 
-# Tokens at a document's end that may change where its text goes on.
-_SEAM = 16
 # Rows that a growing document reads in one pass.
 _ROWS = 4096
-ROOM = 512
-"""Tokens that there is room for after a document: for more its keys and values are copied to a larger storage."""
-
-
-@dataclass
-class State:
-    """What one rank keeps of a document.
-
-    Attributes:
-        plan: how it was read.
-        prefix, document: its tokens as they were read.
-        query: the tokens of what it was read for.
-        read_for: the questions that these are of, if any.
-        compressor: name of what chose the pairs that blocks passed on.
-        cache: keys and values of prefix, document and kept turns.
-        tail: those of ``query``, which is answered from there as if it had been asked at once.
-        logits: (vocab,) fp32, after ``query``.
-        prefill_s: seconds it took to read.
-        kept: tokens after the document that stay.
-        unread: the last token of the last kept answer, which has been chosen but not read.
-        here: False while keys and values are in host memory and not on the device.
-    """
-
-    plan: Plan
-    prefix: tuple[int, ...]
-    document: tuple[int, ...]
-    query: tuple[int, ...]
-    read_for: tuple[Question, ...]
-    compressor: str
-    cache: ShardCache
-    tail: Tail
-    logits: Tensor
-    prefill_s: float
-    kept: tuple[int, ...] = ()
-    unread: tuple[int, ...] = ()
-    here: bool = True
-
-    @classmethod
-    def of_session(cls, session: Session, prompt: Prompt, read_for: tuple[Question, ...], compressor: str) -> State:
-        """The state after a prompt (as it was read, in its arrangement), without its question."""
-        plan, cache = session.plan, session.cache
-        tail, seconds = cache.cut(plan.query_start), session.timing["prefill_s"]
-        parts = prompt.prefix, prompt.document, prompt.query
-        return cls(plan, *parts, read_for, compressor, cache, tail, session.logits, seconds)
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        """All tokens that stay read: prefix, document, kept turns."""
-        return self.prefix + self.document + self.kept
-
-
-NOT_SAVED = "A document read with propagation answers one question, and cannot be saved; read it without propagation."
-"""Why a document is not written to disk."""
 
 
 class Document:
@@ -128,10 +73,12 @@ class Document:
         """
         state, engine = self.state, self._engine
         self._check_here()
+        if self.plan.going_on < self.plan.document:
+            raise InputError("A document cannot go on from one that was read with propagation; read it anew.")
         before, after = state.prefix + state.document, prompt.prefix + prompt.document
         same = next((n for n, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), len(before))
         # The last tokens of a text may be others once it goes on.
-        if prompt.prefix != state.prefix or min(same, len(after)) < len(before) - _SEAM:
+        if prompt.prefix != state.prefix or min(same, len(after)) < len(before) - SEAM:
             raise InputError(
                 "The text does not begin with the document that it is to go on from; read it without after=."
             )
@@ -153,12 +100,14 @@ class Document:
         """Be the document of these tokens, which are what the cache holds, read for nothing in particular."""
         state = self.state
         document = tokens[len(state.prefix) :]
+        tail = state.cache.cut(len(tokens))
+        state.cache.keep_windows(len(tokens) - SEAM)
         self.state = replace(
             state,
             plan=replace(state.plan, document=len(document)),
             document=document,
             query=(),
-            tail=state.cache.cut(len(tokens)),
+            tail=tail,
             prefill_s=state.prefill_s + seconds,
             kept=(),
             unread=(),
@@ -168,10 +117,8 @@ class Document:
         """Write the document to a folder, for :meth:`apb.Engine.load`; every rank must call it.
 
         Raises:
-            InputError: the folder cannot be written, or the document was read with propagation.
+            InputError: the folder cannot be written, on any of the ranks.
         """
-        if self.plan.propagation is not None:
-            raise InputError(NOT_SAVED)
         from .store import save
 
         if not self.state.cache.indices:

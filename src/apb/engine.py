@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .answering import Answering, whole
-from .asking import Asking, OfText, OfTokens
-from .document import ROOM, Document, State
+from .asking import NO_QUESTION, Asking, OfText, OfTokens
+from .document import Document
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.opening import Checkpoint
@@ -18,6 +18,7 @@ from .passes.prefill import Progress
 from .prefilling import Prefiller
 from .prompt import Prompt
 from .reading import AUTO, Reading
+from .state import ROOM, State
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,10 +143,7 @@ class Engine(Prefiller):
             if after is not None:
                 raise InputError("A document cannot go on from one that was read with propagation; read it without.")
             if not read_for:
-                raise InputError(
-                    "With propagation a document is read for a question, which chooses the rows that go on; give the "
-                    "question, or read it without propagation."
-                )
+                raise InputError(NO_QUESTION)
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
             return after
@@ -165,7 +163,7 @@ class Engine(Prefiller):
         Raises:
             InputError: there is no document, it is damaged or of a newer version, or of another model or dtype.
         """
-        from .store import load
+        from .restoring import load
 
         return Document(self, *load(self, Path(folder), verify))
 

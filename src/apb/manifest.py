@@ -9,7 +9,8 @@ from typing import Any
 from .errors import InputError
 
 MANIFEST = "document.json"
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)  # before 2 every layer had every token
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:
@@ -22,10 +23,10 @@ def manifest_of(folder: Path) -> dict[str, Any]:
         raise damaged(folder, f"{MANIFEST} is not JSON") from error
     if not isinstance(found, dict) or not isinstance(found.get("format"), int):
         raise damaged(folder, f"{MANIFEST} is no manifest of a document")
-    if found["format"] != FORMAT:
+    if found["format"] not in _READ:
         raise InputError(
-            f"The document in {str(folder)!r} is of format {found['format']}, and this version of apb reads format "
-            f"{FORMAT}; use the version that wrote it, {found.get('apb')}, or read the text again."
+            f"The document in {str(folder)!r} is of format {found['format']}, and this version of apb reads formats up "
+            f"to {FORMAT}; use the version that wrote it, {found.get('apb')}, or read the text again."
         )
     return found
 

@@ -20,6 +20,7 @@ from .hf.attach import CLOSED, Attachment, attention_modules
 from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
+from .hf.tensor_parallel import splits_heads
 from .kernels.attention import choose
 from .layers.base import AttentionInput
 from .passes import prefill
@@ -43,6 +44,7 @@ class Prefiller:
         model, tokenizer: what reads; the tokenizer may be None.
         devices, device, dtype: of the model; the first of its devices.
         mesh, group: all processes, and the ranks that share a prompt's rows.
+        head_group: the processes that hold other KV heads of the same rows, with this one.
         backend, fused, graphs: as in :meth:`apb.Engine.from_model`.
     """
 
@@ -74,6 +76,7 @@ class Prefiller:
         self.mesh = mesh or Mesh.join(self.device, gpus=len(self.devices))
         self.graphs = graphs and self.mesh.devices is None
         self.group: Group = self.mesh.sequence
+        self.head_group: Group = self.mesh.tensor if splits_heads(model.config) else Group()
         layers = attention_modules(model)
         places = [placement.device_of(layer) for layer in layers]
         read_heads = partial(load_heads, **asdict(shape), dtype=self.dtype, devices=places)

@@ -214,8 +214,9 @@ class Session:
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.
 
-        Tokens are in document order: prefix, document, query, then those read since; above a layer of propagation
-        those that went on, see :meth:`positions`. Every rank must call it.
+        Tokens are in document order: prefix, document, query, then those read since. Above a layer of propagation they
+        are those that went on, and a document's layers with a sliding window have only the last ones, which further
+        tokens see; :meth:`positions` tells which. Every rank must call it.
         """
         places = self._places(layer)
         keys, values = (self._gather(shard, places) for shard in self._cache.shard(layer))
@@ -244,13 +245,13 @@ class Session:
         more. Every rank must call it.
 
         Raises:
-            InputError: fewer tokens went through the upper layers, by propagation, or the model's code has a cache of
-                its own (MiniMax).
+            InputError: layers hold different tokens, by propagation or because a document keeps only what windows need,
+                or the model's code has a cache of its own (MiniMax).
         """
-        if self.plan.going_on < self.plan.document:
+        if len({len(self.positions(layer)) for layer in self._cache.indices}) > 1:
             raise InputError(
-                "The layers of this cache hold different tokens, because of propagation, and transformers' generate "
-                "takes the same for all; read the prompt without propagation."
+                "The layers of this cache hold different tokens, because of propagation or of windows in a document, "
+                "and transformers' generate takes the same for all; read the prompt anew, without propagation."
             )
         layers = []
         for layer in self._cache.indices:

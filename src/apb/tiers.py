@@ -327,9 +327,9 @@ class Documents:
     def _remove(self, kept: _Kept) -> None:
         """Remove a document's store, if it has one."""
         if kept.folder is not None:
-            if self.engine.group.rank == 0:
+            if self.engine.mesh.everyone.rank == 0:
                 shutil.rmtree(kept.folder)
-            self.engine.group.barrier()
+            self.engine.mesh.everyone.barrier()
         kept.folder, kept.stored, kept.disk = None, None, 0
 
     def _drop(self, kept: _Kept) -> None:

@@ -193,6 +193,7 @@ def generate(group: Group) -> dict[str, Any]:
     }
 
 
+WINDOWS = "apb, windows"
 ASKED = [tuple((7 * i + 31 * j + 2) % VOCABULARY for j in range(2 + i)) for i in (0, 5, 2, 0)]
 
 
@@ -225,9 +226,11 @@ def store(group: Group, folder: Path) -> dict[str, list[Any]]:
     """
     plenty = 1 << 40
     found: dict[str, list[Any]] = {}
-    for strategy in ("ring", "apb"):
-        blocks = {"blocks": 5} if strategy == "apb" else {}
-        engine = apb.Engine.from_model(without_eos(Case(1).model()), strategy=strategy, mesh=Mesh.of(group), **blocks)
+    for strategy in ("ring", "apb", WINDOWS):
+        blocks = {} if strategy == "ring" else {"blocks": 5}
+        model = families.make(*families.PECULIAR["gemma3_text"]) if strategy == WINDOWS else Case(1).model()
+        name = "apb" if strategy == WINDOWS else strategy
+        engine = apb.Engine.from_model(without_eos(model), strategy=name, mesh=Mesh.of(group), **blocks)
         place = folder / strategy
         if group.size == 1:
             engine.read(tokens=PROMPT.document, prefix=PROMPT.prefix, question=PROMPT.query).save(place)
@@ -242,6 +245,10 @@ def store(group: Group, folder: Path) -> dict[str, list[Any]]:
         document = documents.document("it")
         found[strategy] += [document.prefill(query).logits for query in (PROMPT.query, ASKED[1])]
         document.save(place)
+        if strategy == WINDOWS:  # as on one rank: those further tokens see, wherever they are
+            document.rest()
+            held = torch.tensor([document.state.cache.held])
+            found[strategy].append(group.all_gather(held).wait().sum((0, 1)).tolist())
         engine.close()
     return found
 

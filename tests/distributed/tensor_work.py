@@ -24,6 +24,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 for name in ("gemma2", "gpt_oss", "qwen3_moe"):
     SHAPES[name] = (families.PECULIAR[name][0], families.PECULIAR[name][1] | EVEN)
 PROPAGATED = {**families.APB, "propagation": apb.Propagation(1, 0.3)}
+# Each process holds its own KV heads, or all of them.
+STORED = ("llama", "phi3")
 READINGS = ("full", "ulysses", "apb, 3 rounds")
 
 
@@ -57,8 +59,19 @@ def everything(folder: str) -> None:
         engine = apb.Engine.from_model(model, mesh=mesh, **PROPAGATED)
         session = engine.prefill(families.PROMPT)
         results[family, "propagated"] = session.positions(2), session.extend([1])
+        engine.close()
+        if family in STORED:
+            results[family, "stored"] = store(apb.Engine.from_model(model, strategy="ring", mesh=mesh), folder, family)
     torch.save(results, Path(folder, f"rank{dist.get_rank()}.pt"))
     dist.destroy_process_group()
+
+
+def store(engine: apb.Engine, folder: str, family: str) -> list[torch.Tensor]:
+    """What documents say: one that was read here, the same from disk, and one that a single process has written."""
+    document = engine.read(tokens=families.PROMPT.document, prefix=families.PROMPT.prefix)
+    document.save(Path(folder, f"{family} of four"))
+    loaded = [engine.load(Path(folder, f"{family} of {writer}")) for writer in ("four", "one")]
+    return [each.prefill(families.PROMPT.query).logits for each in (document, *loaded)]
 
 
 def _local(weight: Any) -> torch.Tensor:

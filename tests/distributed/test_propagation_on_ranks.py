@@ -52,6 +52,14 @@ def test_rows_are_dealt_evenly(outcomes: Outcomes, size: int, reading: str) -> N
     assert max(above) - min(above) <= len(PROMPT.prefix) + 2
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_documents_on_disk(outcomes: Outcomes, size: int) -> None:
+    """Written by fewer ranks than read them: each layer has what it saw, windows included."""
+    logits, _ = propagated.expected(*propagation_work.STORED)
+    for rank in range(size):
+        torch.testing.assert_close(outcomes[rank][size, "stored"], logits[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("size", "reading"), [(n, name) for n in SIZES for name in readings(n)])
 def test_keeping_all_changes_nothing(outcomes: Outcomes, size: int, reading: str) -> None:
     """With keep=1.0 every strategy gives on any number of ranks what it gives there without propagation."""

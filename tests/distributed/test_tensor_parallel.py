@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,11 +17,23 @@ from apb.hf.tensor_parallel import check_shards
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where models and documents are."""
+    return tmp_path_factory.mktemp("mesh")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[Any, Any]]:
     """What each of the four processes got."""
-    folder = tmp_path_factory.mktemp("mesh")
     for family, shape in tensor_work.SHAPES.items():
-        families.make(*shape).save_pretrained(folder / family)
+        model = families.make(*shape)
+        model.save_pretrained(folder / family)
+        if family in tensor_work.STORED:
+            engine = apb.Engine.from_model(model, strategy="full")
+            engine.read(tokens=families.PROMPT.document, prefix=families.PROMPT.prefix).save(
+                folder / f"{family} of one"
+            )
+            engine.close()
     launch(tensor_work.everything, 4, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(4)]
 
@@ -67,6 +80,16 @@ def test_propagation(results: list[dict[Any, Any]], family: str) -> None:
         found, others = result[family, "propagated"]
         assert found == positions
         torch.testing.assert_close(others, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", tensor_work.STORED)
+def test_documents_on_disk(results: list[dict[Any, Any]], folder: Path, family: str) -> None:
+    """Written by processes that share weights and read by one that does not, and the other way round."""
+    engine = apb.Engine.from_model(families.make(*tensor_work.SHAPES[family]), strategy="full")
+    expected = engine.prefill(families.PROMPT).logits
+    found = [engine.load(folder / f"{family} of four").prefill(families.PROMPT.query).logits]
+    for logits in (*found, *(each for result in results for each in result[family, "stored"])):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

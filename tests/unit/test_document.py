@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 import apb
 import ropes
+from apb.state import SEAM
 from byte_checkpoint import TEMPLATE, byte_tokenizer
 from cases import VOCABULARY, Case
 from extension.nearest import Nearest
-from families import PECULIAR, make
+from families import PECULIAR, WINDOW, make
 from models import tiny_model, transformers_says, without_eos
 
 PROMPT = Case(1).prompt
@@ -115,6 +117,43 @@ def test_other_layers(family: str) -> None:
     for query in (QUESTIONS[9], QUESTIONS[0], QUESTIONS[9]):
         expected = engine.prefill(with_query(query)).logits
         torch.testing.assert_close(document.prefill(query).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["full", "apb"])
+def test_windows_keep_what_they_see(strategy: str, tmp_path: Path) -> None:
+    """After reading, on disk, in host memory, and as the text goes on: the last tokens alone, and the same answers."""
+    engine = engine_of(make(*PECULIAR["gemma3_text"]), strategy)
+    document = read(engine)
+    count = len(document.token_ids)
+    short = WINDOW - 1 + SEAM
+    assert document.state.cache.held == [short, count, short]
+    storage = [layer.keys.shape[2] for layer in document.state.cache.layers]
+    assert storage[0] == storage[1] - (count - short)
+    said = {query: document.prefill(query).logits for query in (QUESTIONS[9], QUESTIONS[0])}
+    session = document.prefill(QUESTIONS[0])
+    assert session.positions(0)[0] == count - short
+    assert session.gather_kv(0)[0].shape[1] == short + len(QUESTIONS[0])
+    with pytest.raises(apb.InputError, match="hold different tokens"):
+        session.to_dynamic_cache()
+    document.save(tmp_path)
+    loaded = engine.load(tmp_path)
+    assert loaded.state.cache.held == [short, count, short]
+    loaded.come_back(loaded.leave(None))
+    for query, logits in said.items():
+        torch.testing.assert_close(loaded.prefill(query).logits, logits, rtol=1e-4, atol=1e-4)
+    longer = (*PROMPT.document[:-SEAM], *range(3, 60))
+    for each in (document, loaded):
+        each.ask(QUESTIONS[9], keep=True, max_new_tokens=9)
+        engine.read(tokens=longer, prefix=PROMPT.prefix, after=each)
+        assert each.state.cache.held == [short, len(PROMPT.prefix) + len(longer), short]
+    torch.testing.assert_close(
+        loaded.prefill(QUESTIONS[3]).logits, document.prefill(QUESTIONS[3]).logits, rtol=0, atol=0
+    )
+    if strategy == "full":
+        anew = engine.prefill(apb.Prompt.from_tokens(PROMPT.prefix, longer, QUESTIONS[3])).logits
+        torch.testing.assert_close(document.prefill(QUESTIONS[3]).logits, anew, rtol=1e-4, atol=1e-4)
+    with pytest.raises(apb.InputError, match="is not there any more"):
+        document.state.cache.forget(count - SEAM)
 
 
 @pytest.mark.parametrize("query", [QUESTIONS[4], QUESTIONS[0][:1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -46,8 +47,8 @@ def test_keeping_all_changes_nothing(reading: str) -> None:
     assert kept.positions == without.positions == list(range(len(PROMPT)))
 
 
-def test_documents_answer_the_question_that_they_were_read_for() -> None:
-    """As the prompt does, any number of times; other questions are refused."""
+def test_documents_answer_the_question_that_they_were_read_for(tmp_path: Path) -> None:
+    """As the prompt does, any number of times, from disk too; other questions are refused."""
     engine = propagated.engine("qwen3", "apb")
     parts: dict[str, Any] = {"tokens": PROMPT.document, "prefix": PROMPT.prefix}
     document = engine.read(**parts, question=PROMPT.query)
@@ -62,8 +63,15 @@ def test_documents_answer_the_question_that_they_were_read_for() -> None:
         engine.read(**parts)
     with pytest.raises(apb.InputError, match="cannot go on from one"):
         engine.read(**parts, question=PROMPT.query, after=document)
-    with pytest.raises(apb.InputError, match="cannot be saved"):
-        document.save("nowhere")
+    document.save(tmp_path)
+    loaded = propagated.engine("qwen3", "apb", propagation=None).load(tmp_path)
+    assert loaded.plan == document.plan
+    assert loaded.state.cache.held == document.state.cache.held
+    assert torch.equal(loaded.prefill(PROMPT.query).logits, document.prefill(PROMPT.query).logits)
+    with pytest.raises(apb.InputError, match="read it anew for this one, or without propagation"):
+        loaded.ask(ANSWER, max_new_tokens=1)
+    with pytest.raises(apb.InputError, match="cannot go on from one"):
+        propagated.engine("qwen3", "apb", propagation=None).read(**parts, after=loaded)
 
 
 def test_results_tell_it() -> None:

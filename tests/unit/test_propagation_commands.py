@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,9 +31,13 @@ def test_generate(cli: Cli, checkpoint: Path, document: Path) -> None:
 
 
 def test_documents_on_disk(cli: Cli, checkpoint: Path, document: Path, tmp_path: Path) -> None:
-    """Refused before anything is read."""
-    given = ("read", "--document", document, "--out", tmp_path / "store", "--question", "Who?", "--model", checkpoint)
-    cli(*given, "--device", "cpu", "--propagate", "auto").refused("cannot be saved")
+    """They answer the question that they were read for; without one they are refused before anything is read."""
+    given: Any = ("read", "--document", document, "--out", tmp_path / "store", "--model", checkpoint, "--device", "cpu")
+    cli(*given, "--propagate", "auto").refused("give the question")
+    assert "rows above layer" in cli(*given, "--question", "Who?", "--propagate", "auto").err
+    asked = cli("ask", tmp_path / "store", "--query", "Who?", "--device", "cpu", "--max-new-tokens", 1, "--json").json
+    assert (asked["read_for"], asked["exact"]) == ("this question", False)
+    cli("ask", tmp_path / "store", "--query", "Where?", "--device", "cpu").refused("read it anew for this one")
 
 
 def test_plan(cli: Cli, checkpoint: Path) -> None:

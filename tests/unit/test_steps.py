@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 import apb
-from apb.hf.cache import Arrival, ShardCache
+from apb.hf.cache import ShardCache
+from apb.hf.shard_layer import Arrival
 from apb.passes import step
 from apb.session import Session
 from models import tiny_model, without_eos

@@ -104,7 +104,7 @@ def lacking(folder: Path) -> None:
 
     with safe_open(path, framework="pt") as file:
         save_file(tensors, path, metadata=file.metadata())
-    manifest(lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=store._hash(path)))(folder)
+    manifest(lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=store.hash_of(path)))(folder)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {

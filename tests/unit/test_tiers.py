@@ -11,9 +11,9 @@ from test_document import PROMPT, QUESTIONS, engine_of, llama, read
 
 import apb
 from apb import store
-from apb.document import ROOM
-from apb.hf.cache import ShardLayer
 from apb.hf.host import HostCopy
+from apb.hf.shard_layer import ShardLayer
+from apb.state import ROOM
 from cases import VOCABULARY
 
 # Bytes of a token: keys and values of three layers of two heads of 16 numbers in fp32.

@@ -66,11 +66,11 @@ def read(
 
     place, checked = check_reading(model, ranks, reading)
 
+    from ..asking import NO_QUESTION
     from ..distributed import launch
-    from ..document import NOT_SAVED
 
-    if checked.propagation is not None:
-        raise InputError(NOT_SAVED)
+    if checked.propagation is not None and not question:
+        raise InputError(NO_QUESTION)
     request = Reading(text, question or [], chat_template, str(out), place.loading, values(reading), as_json)
     launch.run(_read, place.processes, request)
 
@@ -201,13 +201,13 @@ def documents(
 def summary_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What is told of a document."""
     kept = ("created", "apb", "dtype", "tokens", "tokens_sha256")
-    how = ("strategy", "options", "exact", "compressor", "read_for")
+    how = ("strategy", "options", "propagation", "exact", "compressor", "read_for")
     size = sum(shard["bytes"] for shard in manifest["shards"])
     return {
         "store": str(folder),
         "model": manifest["model"]["name"],
         "fingerprint": manifest["model"]["fingerprint"],
-        **{name: manifest[name] for name in (*kept, *how)},
+        **{name: manifest.get(name) for name in (*kept, *how)},
         "ranks": len(manifest["shards"]),
         "bytes": size,
         "prefill_s": manifest["prefill_s"],
@@ -217,6 +217,8 @@ def summary_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 def told(summary: dict[str, Any]) -> str:
     """A summary in words."""
     exact = "exact" if summary["exact"] else "approximate"
+    if summary["propagation"]:
+        exact += ", {rows:,} rows above layer {layer}".format(**summary["propagation"])
     wanted = [each if isinstance(each, str) else "tokens" for each in summary["read_for"]]
     return (
         f"{summary['tokens']:,} tokens, {summary['bytes'] / 2**20:,.1f} MiB on {summary['ranks']} ranks, by "

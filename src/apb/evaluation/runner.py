@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from ..asking import NEUTRAL, TYPICAL, OfTokens
-from ..document import Document, State
+from ..document import Document
 from ..engine import Engine
 from ..errors import InputError, NotFinite, unexpected
 from ..hardware import device_name
 from ..hf.sampling import ends_turn
 from ..prompt import Prompt
+from ..state import State
 from .items import Item, prompt_hash
 from .records import Record, Store, file_name
 from .scoring import METRICS

@@ -77,6 +77,8 @@ class Attachment:
         self._windows = not_handed_over(text)
         # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
+        # By layer with a sliding window, its length, of those that have been run.
+        self.windows: dict[int, int] = {}
         # By layer, True if all its attention was finite, on its device; None if not checked.
         self.finite: dict[int, Tensor] | None = {} if os.environ.get("APB_CHECK_FINITE") else None
         self._run = _Run()
@@ -206,6 +208,8 @@ class Attachment:
             window = self._windows[index]
         asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
         self.peculiar |= {name for name, value in asked.items() if value is not None}
+        if window is not None:
+            self.windows[index] = window
         width = v.shape[-1]
         if width < k.shape[-1]:  # latent attention: kernels take values as wide as keys, and zeros stay zeros
             v = pad(v, (0, k.shape[-1] - width))

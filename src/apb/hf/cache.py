@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,153 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from ..decoding.base import LayerIndex
 from ..errors import InputError
 from ..layers.recurrent import RecurrentInput, State
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """The rows that a pass adds to a layer of this shard.
-
-    Attributes:
-        kept: rows of the pass whose keys and values are kept; None for no row.
-        positions: true positions of these rows, one range after the other.
-        whole: True if the layer's attention gets the whole shard, as in decode; in prefill it gets the pass's own keys
-            and values, including those of the anchor, which are not kept.
-    """
-
-    kept: slice | None
-    positions: tuple[range, ...]
-    whole: bool = False
-
-
-class ShardLayer(CacheLayerMixin):
-    """Keys and values of one layer: this rank's part of the prompt, then, on the tail rank, the generated tokens.
-
-    Attributes:
-        length: tokens held.
-        positions: their true positions, in storage order.
-        arriving: makes the work that follows wait for keys and values that are still on their way; None if they are
-            here. See :meth:`arrive`.
-    """
-
-    is_sliding = False
-
-    def __init__(self, shard: ShardCache, index: int) -> None:
-        super().__init__()
-        self.index = index
-        # Weakly: a cycle would keep gigabytes alive until Python's collector happens to run.
-        self._shard: ShardCache = weakref.proxy(shard)
-        self.length = 0
-        self.positions: list[range] = []
-        self.arriving: Callable[[], None] | None = None
-
-    def arrive(self) -> None:
-        """Have whatever reads the keys and values from now on see them all; called before they are used."""
-        if self.arriving is not None:
-            arriving, self.arriving = self.arriving, None
-            arriving()
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the storage, (1, kv_heads, capacity, head_dim), of the dtype and on the device of the states."""
-        capacity = max(self._shard.capacity, 1)
-        self.keys = key_states.new_empty(*key_states.shape[:2], capacity, key_states.shape[3])
-        self.values = value_states.new_empty(*value_states.shape[:2], capacity, value_states.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the rows that belong to this shard, by the cache's :class:`Arrival`.
-
-        An empty shard is returned with one dummy row: not all models can work on none.
-        """
-        arrival = self._shard.arrival(self.index)
-        if not self.is_initialized and (arrival.kept is not None or arrival.whole):
-            self.lazy_initialization(key_states, value_states)
-        if arrival.kept is not None:
-            self.append(key_states[:, :, arrival.kept], value_states[:, :, arrival.kept], arrival.positions)
-        return self.view(at_least=1) if arrival.whole else (key_states, value_states)
-
-    def place(self, positions: Sequence[range]) -> None:
-        """Record the true positions of tokens that were appended."""
-        for each in positions:
-            if self.positions and self.positions[-1].stop == each.start:
-                self.positions[-1] = range(self.positions[-1].start, each.stop)
-            elif each:
-                self.positions.append(each)
-
-    def forget(self, start: int) -> None:
-        """Drop the tokens at true positions from ``start`` on, which must have been the last to be appended."""
-        while self.positions and self.positions[-1].stop > start:
-            last = self.positions.pop()
-            kept = range(last.start, max(last.start, start))
-            self.length -= len(last) - len(kept)
-            if kept:
-                self.positions.append(kept)
-
-    def tail(self, start: int) -> tuple[Tensor, Tensor, list[range]]:
-        """Copies of the tokens at true positions from ``start`` on, the last to be appended, and their positions."""
-        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-        self.arrive()
-        positions = [range(max(each.start, start), each.stop) for each in self.positions if each.stop > start]
-        first = self.length - sum(map(len, positions))
-        parts = (x[:, :, first : self.length].clone() for x in (self.keys, self.values))
-        return *parts, positions  # type: ignore[return-value]
-
-    def until(self, stop: int) -> Iterator[tuple[Tensor, Tensor, range]]:
-        """Keys, values and positions of the tokens at true positions before ``stop``, in storage order."""
-        keys, values = self.view()
-        yield keys[:, :, :0], values[:, :, :0], range(0)  # for the shape of a layer that has none
-        row = 0
-        for run in self.positions:
-            part = range(run.start, min(run.stop, stop))
-            if part:
-                yield keys[:, :, row : row + len(part)], values[:, :, row : row + len(part)], part
-            row += len(run)
-
-    def append(self, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
-        """Append tokens at these true positions."""
-        self.arrive()
-        self._append(keys, values)
-        self.place(positions)
-
-    def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
-        """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
-        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-        self.arrive()
-        length = max(self.length, at_least)
-        return self.keys[:, :, :length], self.values[:, :, :length]
-
-    def make_room(self, tokens: int) -> None:
-        """Ensure storage for ``tokens`` more tokens; growing costs a copy."""
-        assert self.keys is not None and self.values is not None
-        capacity = self.keys.shape[2]
-        if self.length + tokens > capacity:
-            self.arrive()
-            grown = max(self.length + tokens, capacity + self._shard.growth)
-            self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
-
-    def _append(self, keys: Tensor, values: Tensor) -> None:
-        self.make_room(keys.shape[2])
-        assert self.keys is not None and self.values is not None
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
-
-    def get_seq_length(self) -> int:
-        """Tokens of the whole prompt and answer so far, over all ranks: transformers counts positions with it."""
-        return self._shard.total
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Sizes for building a mask, which this package's attention never needs."""
-        return self._shard.total + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
+from .shard_layer import Arrival, ShardLayer
 
 
 @dataclass(frozen=True)
@@ -212,11 +70,17 @@ class ShardCache(Cache):
         total: tokens seen so far by all ranks together.
         indexes: see :class:`apb.decoding.Shard`.
         states: by recurrent layer its state after those, the same on every rank.
+        windows: by layer its window in tokens, own token included; without an entry it sees all.
     """
 
     growth = 256
 
-    def __init__(self, layers: int, *, capacity: int, keeps_new: bool, total: int) -> None:
+    def __init__(
+        self, layers: int, *, capacity: int, keeps_new: bool, total: int, windows: Mapping[int, int] | None = None
+    ) -> None:
+        """``windows`` may be filled later, while the layers run for the first time."""
+        self.windows = {} if windows is None else windows
+        self._least = 0  # tokens below which it cannot return
         self.capacity = capacity
         self.keeps_new = keeps_new
         self.arrival: Callable[[int], Arrival] = lambda layer: Arrival(None, ())
@@ -300,11 +164,30 @@ class ShardCache(Cache):
         if states:
             self._marks[total] = {layer: state.copy() for layer, state in states.items()}
 
+    def keep_windows(self, total: int) -> None:
+        """Keep of layers with a window only what rows after the first ``total`` tokens can see, or later ones.
+
+        Nobody may return to fewer tokens than that afterwards.
+        """
+        for layer in self._kept():
+            start = total + 1 - self.windows.get(layer.index, total + 1)
+            if start <= 0:
+                continue
+            layer.drop_before(start)
+            self._least = total
+            for indexes in self.indexes.values():
+                indexes.pop(layer.index, None)
+
     def forget(self, total: int) -> None:
         """Return to the state after the first ``total`` tokens; those after them must have been read by passes.
 
-        InputError if a model with recurrent layers is to return to where no state was kept. It is, from now on, there.
+        InputError if a model with recurrent layers is to return to where no state was kept, or one with windows to
+        where its keys are not there any more. It is, from now on, there.
         """
+        if total < self._least:
+            raise InputError(
+                f"What layers with a window see after {total} tokens is not there any more; read the text again."
+            )
         if self.states and total == self.total:
             self.mark(total, self.states)
         elif self.states and total not in self._marks:
@@ -334,13 +217,15 @@ class ShardCache(Cache):
         self.states = {layer: state.copy() for layer, state in tail.states.items()}
         self.total = tail.total
 
-    def fill(self, layer: int, parts: Iterable[tuple[Tensor, Tensor, range]]) -> None:
-        """Write a layer of an empty cache: keys, values (1, kv_heads, tokens, head_dim) and their true positions."""
+    def fill(self, layer: int, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
+        """Append to a layer: keys, values (1, kv_heads, tokens, head_dim) and their true positions.
+
+        A layer that has not been written yet gets storage for ``capacity`` tokens.
+        """
         into = self._layer(layer)
-        for keys, values, positions in parts:
-            if not into.is_initialized:
-                into.lazy_initialization(keys, values)
-            into.append(keys, values, [positions])
+        if not into.is_initialized:
+            into.lazy_initialization(keys, values)
+        into.append(keys, values, positions)
 
     def put(self, layer: int, keys: Tensor, values: Tensor, arriving: Callable[[], None] | None) -> None:
         """Make these the storage of a layer, which keeps its tokens: the same ones, elsewhere or on their way.
@@ -355,10 +240,13 @@ class ShardCache(Cache):
 
     def copy(self, total: int, room: int) -> ShardCache:
         """The first ``total`` tokens, in storage of their own with room for more; those after them must be newer."""
-        capacity = max(self.held) + room * self.keeps_new
-        made = ShardCache(len(self.layers), capacity=capacity, keeps_new=self.keeps_new, total=total)
+        windows = dict(self.windows)
+        made = ShardCache(len(self.layers), capacity=0, keeps_new=self.keeps_new, total=total, windows=windows)
+        made._least = self._least
         for layer in self._kept():
-            made.fill(layer.index, layer.until(total))
+            made.capacity = layer.length + room * self.keeps_new
+            for keys, values, places in layer.until(total):
+                made.fill(layer.index, keys, values, [places])
         states = self.states if total == self.total else self._marks.get(total, {})
         made.states = {layer: state.copy() for layer, state in states.items()}
         return made
@@ -397,12 +285,6 @@ class ShardCache(Cache):
 
 def _bytes(states: Mapping[int, State]) -> int:
     return sum(part.nbytes for state in states.values() for part in state.tensors().values())
-
-
-def _grow(x: Tensor, capacity: int) -> Tensor:
-    grown = torch.empty(*x.shape[:2], capacity, x.shape[3], dtype=x.dtype, device=x.device)
-    grown[:, :, : x.shape[2]] = x
-    return grown
 
 
 def dynamic_cache(

@@ -6,6 +6,7 @@ transformers differ in the arguments and results of its two classmethods around 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -67,6 +68,34 @@ def share(model: PreTrainedModel, mesh: DeviceMesh) -> PreTrainedModel:
                 )
                 setattr(module, name, torch.nn.Parameter(share, requires_grad=False))
     return model
+
+
+def splits_heads(config: Any) -> bool:
+    """True if processes that share a model's weights hold their own KV heads each; in some models they hold all."""
+    plan = getattr(config.get_text_config(), "base_model_tp_plan", None) or {}
+    return not any("attn" in name and style == "colwise_gather_output" for name, style in plan.items())
+
+
+def beginning(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """The first ``count`` values of a weight; if it is shared every process that has a part of it must ask."""
+    if not isinstance(weight, DTensor):
+        return weight.flatten()[:count]
+    (place,) = weight.placements
+    mesh, local = weight.device_mesh, weight.to_local()
+    rows = -(-count // max(math.prod(weight.shape[1:]), 1))
+    if rows * mesh.size() > weight.shape[0]:  # small, and perhaps not divided evenly
+        return weight.full_tensor().flatten()[:count]
+    if not place.is_shard(0):
+        shape = (rows, *weight.shape[1:])
+        stride = torch.empty(shape, device="meta").stride()
+        piece = local[:rows].contiguous()
+        weight = DTensor.from_local(piece, mesh, [place], run_check=False, shape=torch.Size(shape), stride=stride)
+        return weight.full_tensor().flatten()[:count]
+    first = local.new_empty(count)
+    if mesh.get_local_rank() == 0:  # which has the first rows
+        first.copy_(local[:rows].flatten()[:count])
+    torch.distributed.broadcast(first, group=mesh.get_group(), group_src=0)
+    return first
 
 
 class _Meshes:

@@ -256,7 +256,10 @@ class Fitting:
         if stored.shape != self.shape:
             return f"{document} is of a model of another shape, {stored.shape}, not {self.shape}."
         if not stored.whole:
-            return f"{document} does not hold every token in every layer."
+            return (
+                f"{document} does not hold every token in every layer: of layers with a sliding window it keeps the "
+                "last ones, after propagation those that went on, and vLLM hands all of them on to other prompts."
+            )
         return None
 
 

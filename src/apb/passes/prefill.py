@@ -14,8 +14,9 @@ from ..distributed.collectives import Group
 from ..errors import Cancelled
 from ..hardware import Stopwatch
 from ..hf.attach import Attachment
-from ..hf.cache import Arrival, ShardCache
+from ..hf.cache import ShardCache
 from ..hf.rows import other_rows
+from ..hf.shard_layer import Arrival
 from ..layers.base import AttentionInput
 from ..layers.recurrent import Recur, RecurrentLayers, State
 from ..layers.routing import Attend
@@ -62,7 +63,13 @@ def read(
     owns_tail = itineraries[0].owns_tail
     tail = plan.query + room if owns_tail else 0
     held = sum(len(block) for block in plan.owned(group.rank))
-    cache = ShardCache(attachment.layers, capacity=held + tail, keeps_new=owns_tail, total=plan.total)
+    cache = ShardCache(
+        attachment.layers,
+        capacity=held + tail,
+        keeps_new=owns_tail,
+        total=plan.total,
+        windows=attachment.windows,
+    )
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
     propagating = Propagating(strategy, everyone) if plan.going_on < plan.document else None

@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from ..asking import OfTokens
-from ..document import Document, State
+from ..document import Document
 from ..engine import Engine
 from ..errors import InputError
 from ..hf.identity import fingerprint
 from ..manifest import MANIFEST, manifest_of
 from ..prompt import Prompt
 from ..session import Session
+from ..state import State
 from ..store import tokens_hash
 from ..tiers import Documents
 from .answers import Passed
