@@ -112,7 +112,7 @@ class Found:
         }
 
 
-class Shelf:
+class Lookup:
     """The documents of one model in a store.
 
     Args:
