@@ -12,7 +12,6 @@ found by requests for the same document, under the same setting, alone.
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from ..asking import THIS
 from .loading import Handover, Load, Loader, Place
-from .lookup import ALLOWANCES, Found, Lookup, Stored
+from .lookup import ALLOWANCES, Found, Lookup, Stored, same_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -258,11 +257,6 @@ class Fitting:
         if not stored.whole:
             return f"{document} does not hold every token in every layer."
         return None
-
-
-def same_model(one: str, other: str) -> bool:
-    """True if two names, each a folder or a hub id, are of the same model."""
-    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
 def _check(config: VllmConfig) -> None:
