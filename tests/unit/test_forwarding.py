@@ -197,7 +197,7 @@ def test_what_is_stored_goes_straight_there(served: Served, vllm: Vllm) -> None:
     again = served.ask("Where was it?")
     assert again.apb["timing"]["prefill_s"] == 0
     assert again.apb["read_for"] == ("another question" if exact else "this question")
-    assert (again.apb["exact"], len(vllm.asked)) == (exact, 3)
+    assert (again.apb["exact"], len(vllm.asked), served.forwarding.answering) == (exact, 3, 0)
 
 
 @exactly

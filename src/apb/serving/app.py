@@ -43,7 +43,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again."},
     499: {"model": ErrorBody, "description": "The client left."},
     500: {"model": ErrorBody, "description": "Answering failed."},
-    503: {"model": ErrorBody, "description": "The server is ending, or its ranks are being started."},
+    502: {"model": ErrorBody, "description": "The vLLM server that answers failed."},
+    503: {"model": ErrorBody, "description": "The server is ending, its ranks are being started, or vLLM is gone."},
 }
 # Seconds after which a client that was told to come again later should, at most.
 _LATER_S = 600
