@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
 
 import apb
 from apb.cli import serve
@@ -352,3 +353,25 @@ def test_wrong_input(cli: Cli, checkpoint: Path, vllm: Vllm, tmp_path: Path) -> 
     cli(*both, vllm.url).refused("start it with --enable-prompt-tokens-details")
     vllm.root = "some/other"
     cli(*both, vllm.url).refused("serves 'some/other', not")
+
+
+def test_the_end_waits_for_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ranks have nothing more to read after SIGTERM, but answers are still on their way."""
+    from apb.distributed import launch
+
+    left, made = [2, 1, 0], list[Ranks]()
+
+    class Answering:
+        @property
+        def answering(self) -> int:
+            return left.pop(0)
+
+    def app_of(ranks: Ranks, forwarding: Any) -> FastAPI:
+        made.append(ranks)
+        return FastAPI()
+
+    monkeypatch.setattr(launch, "launch", lambda *_, **__: made[0].drain())
+    served: Any = None
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serve._run(1, served, app_of, lambda submit: Answering(), listening, "nothing")  # type: ignore[arg-type,return-value]
+    assert left == []
