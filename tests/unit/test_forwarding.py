@@ -346,12 +346,12 @@ def test_wrong_input(cli: Cli, checkpoint: Path, vllm: Vllm, tmp_path: Path) -> 
     cli(*given, "--answer-with", vllm.url).refused("go together")
     cli(*given, "--answer-with", vllm.url, "--store", tmp_path / "none").refused("is no folder; make it")
     cli(*both, "here:8000").refused("is http://HOST:PORT, not 'here:8000'")
-    cli(*both, "http://127.0.0.1:9").refused("No vLLM server can be used", "Connection refused", "start it")
+    cli(*both, "http://127.0.0.1:9").refused("127.0.0.1:9 cannot be reached: Connection refused; start it, or leave")
     cli(*both, vllm.url, "--propagate", "0.2").refused("leave propagation out")
     cli(*both, vllm.url, "--tensor-parallel", "2").refused("leave --tensor-parallel out")
     vllm.took = lambda prompt: None
     cli(*both, vllm.url).refused("start it with --enable-prompt-tokens-details")
-    vllm.root = "some/other"
+    vllm.took, vllm.root = (lambda prompt: 0), "some/other"
     cli(*both, vllm.url).refused("serves 'some/other', not")
 
 

@@ -109,17 +109,17 @@ class VllmServer:
             with Exchange(url, "/v1/models") as exchange:
                 served = json.loads(exchange.read())["data"][0]
             server = cls(url, str(served["id"]), int(served["max_model_len"]))
-            name = str(served.get("root") or server.model)
-            if not _alike(name, checkpoint):
-                raise InputError(
-                    f"The vLLM server at {url} serves {name!r}, not {checkpoint!r}; start both with one checkpoint."
-                )
             with server.ask([0], {"max_tokens": 1, "temperature": 0.0}) as exchange:
                 told = [usage for _, usage in exchange.pieces() if usage]
-        except (Refusal, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"No vLLM server can be used at {url}: {_sentence(error)}") from error
+        except Refusal as error:
+            raise InputError(f"{str(error).rstrip('.')}; start it, or leave --answer-with out.") from error
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"What answers at {url} is no vLLM server; give the address of one.") from error
+        name = str(served.get("root") or server.model)
+        if not _alike(name, checkpoint):
+            raise InputError(
+                f"The vLLM server at {url} serves {name!r}, not {checkpoint!r}; start both with one checkpoint."
+            )
         if not told or cached(told[-1]) is None:
             raise InputError(
                 f"The vLLM server at {url} does not tell how much of a prompt it finds in the store; start it with "
@@ -272,8 +272,3 @@ def _alike(one: str, other: str) -> bool:
 
 def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).rstrip(".") or type(error).__name__
-
-
-def _sentence(error: Exception) -> str:
-    said = str(error).rstrip(".") if isinstance(error, Refusal) else f"it answers in another way, {error!r}"
-    return f"{said}; start it, or leave --answer-with out."
