@@ -30,8 +30,6 @@ SHORTEST_STORED = 1024
 MOST_FORWARDED = 256
 
 Tell = Callable[[Event], None]
-
-
 # Takes a request; None if there are too many.
 Submit = Callable[[Task, Tell], Awaitable[Cancellable | None]]
 
@@ -93,7 +91,7 @@ class Forwarding:
         if self._answering >= MOST_FORWARDED:
             return None
         if task.ordinary or len(prompt) < SHORTEST_STORED:
-            request.go_on(HandedOver(task.prompt.token_ids))
+            request.go_on(HandedOver((task.prompt if task.ordinary else prompt).token_ids))
         elif (there := await asyncio.to_thread(self._stored, prompt)) is not None:
             request.go_on(there)
         else:
