@@ -7,9 +7,11 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
@@ -24,6 +26,8 @@ from .groups import expanded, values
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from .. import reading as readings
+    from ..serving.forwarding import Forwarding, Submit
     from ..serving.kept import Places
     from ..serving.messages import Facts
     from ..serving.ranks import Ranks
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 _ENDED_BY = "SIGINT,SIGHUP,SIGQUIT"
 # Seconds that ranks have to end when one of them is lost; one that is stopped would take forever.
 _PATIENCE_S = 3
+# Seconds between looks at whether the other server has answered, at the end.
+_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ def serve(
     disk_gib: Annotated[
         float | None, typer.Option(help="Disk space for documents; by default half of what is free.")
     ] = None,
+    answer_with: Annotated[
+        str | None, typer.Option(help="Address of a vLLM server that answers from what is read here; see docs/vllm.md.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option(help="With --answer-with: the folder of documents that both servers see.")
+    ] = None,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, /v1/completions, /v1/documents, GET /v1/models, /health, /metrics."""
     try:
@@ -75,6 +87,10 @@ def serve(
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb[serve].") from error
     at_least("max_new_tokens", max_new_tokens, 1)
+    if (answer_with is None) != (store is None):
+        raise InputError("--answer-with and --store go together: an address, and a folder that both servers see.")
+    if store is not None and not store.is_dir():
+        raise InputError(f"The store {str(store)!r} is no folder; make it, and name it to the vLLM server too.")
     leads = os.environ.get("RANK", "0") == "0"  # of those that torchrun started, if it did
     with _listen(host, port) if leads else nullcontext() as listening:
         keys = () if api_keys is None else _keys(api_keys)
@@ -82,6 +98,7 @@ def serve(
         from .checks import check_reading
 
         place, read = check_reading(model, ranks, reading)
+        elsewhere = None if answer_with is None or store is None else _elsewhere(answer_with, store, place, read)
 
         from ..hf.chat import template_of
         from ..hf.loading import load_tokenizer, position_limit
@@ -100,16 +117,37 @@ def serve(
         _run(
             place.processes,
             Served(place.loading, values(reading), _places(place, documents, host_gib, disk_gib)),
-            lambda ranks: make_app(
-                ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys, shelf=Shelf(documents)
+            lambda ranks, forwarding: make_app(
+                ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys, Shelf(documents), forwarding
             ),
+            elsewhere,
             listening,
             f"{served!r} at http://{host}",
         )
 
 
+def _elsewhere(url: str, store: Path, place: Place, reading: readings.Reading) -> Callable[[Submit], Forwarding]:
+    """What hands requests to the vLLM server that answers; InputError if that cannot take what is read here."""
+    from ..serving.forwarding import Forwarding, Ours
+    from ..serving.vllm_server import VllmServer
+
+    if reading.propagation is not None:
+        raise InputError("With --answer-with documents are stored whole; leave propagation out.")
+    if place.tensor_parallel > 1:
+        raise InputError("Ranks that share weights cannot store documents yet; leave --tensor-parallel out here.")
+    server = VllmServer.at(url, place.model.name)
+    dtype = str(place.dtype).removeprefix("torch.")
+    ours = Ours(place.model.name, dtype, all(method.exact for method in reading.methods))
+    return partial(Forwarding, server=server, folder=store.resolve(), ours=ours, reading=reading)
+
+
 def _run(
-    processes: int, served: Served, app_of: Callable[[Ranks], FastAPI], listening: socket.socket | None, where: str
+    processes: int,
+    served: Served,
+    app_of: Callable[[Ranks, Forwarding | None], FastAPI],
+    elsewhere: Callable[[Submit], Forwarding] | None,
+    listening: socket.socket | None,
+    where: str,
 ) -> None:
     """Serve: HTTP on a thread of this process, the ranks in others."""
     from ..distributed import launch
@@ -126,11 +164,13 @@ def _run(
     if listening is None:  # a rank of torchrun's, but the first
         work(served, None)
         return
+    forwarding = None if elsewhere is None else elsewhere(ranks.submit)
+    app = app_of(ranks, forwarding)
     if launch.under_torchrun():
-        with Front(app_of(ranks), listening):
+        with Front(app, listening):
             work(served, ranks.connect(ready))
         return
-    with Front(app_of(ranks), listening), _draining(ranks):
+    with Front(app, listening), _draining(ranks):
         while not ranks.draining:
             try:
                 launch.launch(work, processes, served, ranks.connect(ready), ended_by=_ENDED_BY, patience_s=_PATIENCE_S)
@@ -143,6 +183,8 @@ def _run(
                 print(f"apb: {error} They are started again.", file=sys.stderr, flush=True)
             finally:
                 ranks.disconnect()
+        while forwarding is not None and forwarding.answering:
+            time.sleep(_PAUSE_S)
 
 
 def work(served: Served, pipe: Connection | None) -> None:

@@ -12,7 +12,6 @@ found by requests for the same document, under the same setting, alone.
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from ..asking import THIS
 from .loading import Handover, Load, Loader, Place
-from .shelf import ALLOWANCES, Found, Shelf, Stored
+from .lookup import ALLOWANCES, Found, Lookup, Stored, same_model
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -80,7 +79,7 @@ class DocumentConnector(KVConnectorBase_V1):
             if not store.is_dir():
                 raise ValueError(f"The store {str(store)!r} is no folder; name it as 'store' in the extra config.")
             unfit = Fitting.to(vllm_config, settings.get_from_extra_config("model", None))
-            self._shelf = Shelf(store, unfit, logger.warning)
+            self._lookup = Lookup(store, unfit, logger.warning)
             self._found: dict[str, Found] = {}
             self._refused: dict[str, Found] = {}
             self._handed: dict[str, Handover] = {}
@@ -109,7 +108,7 @@ class DocumentConnector(KVConnectorBase_V1):
         prompt = request.prompt_token_ids
         if prompt is None or request.mm_features or request.lora_request is not None or request.resumable:
             return  # the same token ids have other keys and values there
-        found, refused = self._shelf.find(prompt, self._allowance)
+        found, refused = self._lookup.find(prompt, self._allowance)
         if refused is not None and (found is None or found.tokens < refused.tokens):
             self._refused[request.request_id] = refused
             logger.info(
@@ -232,7 +231,7 @@ class DocumentConnector(KVConnectorBase_V1):
 
 @dataclass(frozen=True)
 class Fitting:
-    """Says why documents are not of vLLM's model, or None; see :class:`Shelf`."""
+    """Says why documents are not of vLLM's model, or None; see :class:`Lookup`."""
 
     model: str
     dtype: str
@@ -261,11 +260,6 @@ class Fitting:
                 "last ones, after propagation those that went on, and vLLM hands all of them on to other prompts."
             )
         return None
-
-
-def same_model(one: str, other: str) -> bool:
-    """True if two names, each a folder or a hub id, are of the same model."""
-    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))
 
 
 def _check(config: VllmConfig) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Sampling, Scored
 from ..prompt import Prompt
+from .storing import HandedOver, read_into
 
 if TYPE_CHECKING:
     from .fairness import Share
@@ -25,12 +27,15 @@ class Task:
         sampling: arguments of :class:`apb.generation.Sampling`.
         answers: how many answers to write, one after the other; 0 to read only.
         ordinary: True if the prompt is no document, and is to be read exactly.
+        store: folder into which the prompt's document is to be read, for another server to answer; nothing is written
+            here then.
     """
 
     prompt: Prompt
     sampling: dict[str, Any] = field(default_factory=dict)
     answers: int = 1
     ordinary: bool = False
+    store: str | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -107,7 +112,14 @@ def noted(error: BaseException) -> str:
 
 
 # Events of a request; the last one is the error that it ended with, or None.
-Event = Progress | Passed | Written | Answer | Exception | None
+Event = Progress | Passed | Written | Answer | HandedOver | Exception | None
+
+
+class Cancellable(Protocol):
+    """A request that has been taken."""
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
 
 
 def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Share, pause: Callable[[], None]) -> None:
@@ -119,6 +131,9 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
         share.read = min(done, share.to_read - 1)
         tell(Progress(done, total))
 
+    if task.store is not None:
+        tell(read_into(Path(task.store), engine, task.prompt, progress, pause))
+        return
     if task.ordinary:
         session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=pause)
         passed: Passed | None = None

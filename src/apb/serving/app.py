@@ -18,6 +18,7 @@ from ..generation import Sampling
 from ..hf.chat import template_of
 from .answers import Event, Task
 from .following import Following
+from .forwarding import Forwarding
 from .limits import Gate, most_characters
 from .metrics import Metrics
 from .page import add_page
@@ -42,7 +43,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": ErrorBody, "description": "Too many requests wait; Retry-After says when to come again."},
     499: {"model": ErrorBody, "description": "The client left."},
     500: {"model": ErrorBody, "description": "Answering failed."},
-    503: {"model": ErrorBody, "description": "The server is ending, or its ranks are being started."},
+    502: {"model": ErrorBody, "description": "The vLLM server that answers failed."},
+    503: {"model": ErrorBody, "description": "The server is ending, its ranks are being started, or vLLM is gone."},
 }
 # Seconds after which a client that was told to come again later should, at most.
 _LATER_S = 600
@@ -57,6 +59,7 @@ def make_app(
     chat_template: str | None = None,
     keys: Collection[str] = (),
     shelf: Shelf | None = None,
+    forwarding: Forwarding | None = None,
 ) -> FastAPI:
     """The server application for one model.
 
@@ -69,6 +72,7 @@ def make_app(
         chat_template: as in :meth:`apb.Prompt.from_chat`.
         keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
         shelf: the documents that clients give; None: one in memory alone.
+        forwarding: takes requests instead of the ranks, if another server answers.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None, responses=_ERRORS)
     metrics, characters = Metrics(ranks), most_characters(positions)
@@ -77,6 +81,7 @@ def make_app(
     served["turns"] = template_of(tokenizer, chat_template) is not None  # else it takes one message alone
     tokenizing = Tokenizing(tokenizer, chat_template, characters)
     shelf = shelf or Shelf()
+    submit = ranks.submit if forwarding is None else forwarding.submit
 
     add_page(app)
 
@@ -88,7 +93,7 @@ def make_app(
         """Queue a request, or refuse it."""
         if ranks.draining:
             raise Refusal(503, "The server is ending; ask another one.", "server_error", "ending")
-        following.job = await ranks.submit(task, following.tell)
+        following.job = await submit(task, following.tell)
         if following.job is None:
             later = {"Retry-After": str(min(max(int(ranks.wait_s()), 1), _LATER_S))}
             message = f"{ranks.waiting} requests are waiting; try again later."

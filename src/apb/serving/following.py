@@ -11,9 +11,8 @@ from fastapi import Request
 
 from ..errors import Cancelled
 from ..generation import Generation
-from .answers import Answer, Event, Passed, Progress, Written
+from .answers import Answer, Cancellable, Event, Passed, Progress, Written
 from .metrics import Metrics
-from .ranks import Job
 from .replies import Refusal, Reply, failure, sse
 
 # Seconds between keep-alive comments to a streaming client.
@@ -28,7 +27,7 @@ class Following:
     """
 
     def __init__(self, reply: Reply, metrics: Metrics, heard: Callable[[Event], None] | None = None) -> None:
-        self.job: Job | None = None
+        self.job: Cancellable | None = None
         self._reply, self._metrics, self._heard = reply, metrics, heard
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
         self._last: float | None = None

@@ -54,6 +54,8 @@ class Refusal(Exception):
 
 def failure(error: Exception) -> Refusal:
     """The error response for a request that failed after it was accepted."""
+    if isinstance(error, Refusal):
+        return error
     if isinstance(error, InputError):
         return Refusal(400, str(error))
     if isinstance(error, Cancelled):

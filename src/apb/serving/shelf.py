@@ -14,9 +14,8 @@ from typing import Any
 from ..asking import ANOTHER
 from ..errors import first_line
 from ..prompt import Prompt
-from .answers import Event, Passed, Progress
+from .answers import Cancellable, Event, Passed, Progress
 from .prompts import Asked
-from .ranks import Job
 from .replies import Refusal, failure
 
 # Characters of all texts together; of more, the oldest have to be deleted first.
@@ -43,7 +42,7 @@ class Kept:
     read: int = 0
     status: str = "unread"
     error: str | None = None
-    job: Job | None = None
+    job: Cancellable | None = None
     passed: dict[str, list[dict[str, float]]] | None = None
 
     def heard(self, event: Event) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,7 +113,7 @@ class Found:
         }
 
 
-class Shelf:
+class Lookup:
     """The documents of one model in a store.
 
     Args:
@@ -191,3 +192,8 @@ def common(one: Ids, other: Ids) -> int:
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length
+
+
+def same_model(one: str, other: str) -> bool:
+    """True if two names, each a folder or a hub id, are of the same model."""
+    return one == other or (os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other))

@@ -14,7 +14,7 @@ from torch import Tensor
 import apb
 from apb.asking import ANOTHER, NONE, THIS
 from apb.integrations.loading import Handover, Loader, Place
-from apb.integrations.shelf import NEVER, Shelf
+from apb.integrations.lookup import NEVER, Lookup
 from apb.manifest import MANIFEST
 from models import tiny_model
 
@@ -39,8 +39,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def shelf(store: Path, told: list[str] | None = None) -> Shelf:
-    return Shelf(store, lambda stored: None, (told if told is not None else []).append)
+def lookup(store: Path, told: list[str] | None = None) -> Lookup:
+    return Lookup(store, lambda stored: None, (told if told is not None else []).append)
 
 
 APB = (*PREFIX, *TEXT[:200])
@@ -63,7 +63,7 @@ WITHOUT = (*PREFIX, *TEXT[50:])
 )
 def test_found(store: Path, prompt: tuple[int, ...], allowance: str, expected: tuple[str, int, str] | None) -> None:
     """The document that saves most, exact if that saves as much; approximate ones whole, as allowed."""
-    found, _ = shelf(store).find(prompt, allowance)
+    found, _ = lookup(store).find(prompt, allowance)
     assert (found and (found.document.folder.name, found.tokens, found.read_for)) == expected
 
 
@@ -71,12 +71,12 @@ def test_approximate_ones_serve_their_question(store: Path, tmp_path: Path) -> N
     """With every token of the prompt; for another question only if that is allowed, and who asks learns of it."""
     shutil.copytree(store / "apb", tmp_path / "apb")
     own, other = (*APB, *QUERY), (*APB, *QUERY, 3)
-    found, refused = shelf(tmp_path).find(own, THIS)
+    found, refused = lookup(tmp_path).find(own, THIS)
     assert found is not None and (found.tokens, found.read_for, refused) == (len(own), THIS, None)
     for allowance in (THIS, NONE):
-        found, refused = shelf(tmp_path).find(other, allowance)
+        found, refused = lookup(tmp_path).find(other, allowance)
         assert found is None and refused is not None and refused.read_for == ANOTHER
-    found, refused = shelf(tmp_path).find(other, ANOTHER)
+    found, refused = lookup(tmp_path).find(other, ANOTHER)
     assert found is not None and (found.tokens, found.read_for, refused) == (len(APB), ANOTHER, None)
     assert found.to_dict() == {
         "document": "apb",
@@ -85,13 +85,13 @@ def test_approximate_ones_serve_their_question(store: Path, tmp_path: Path) -> N
         "exact": False,
         "read_for": ANOTHER,
     }
-    assert shelf(tmp_path).find(own, NEVER)[0] is None
+    assert lookup(tmp_path).find(own, NEVER)[0] is None
 
 
 def test_what_comes_and_goes(store: Path, tmp_path: Path) -> None:
     """A document is found once it is whole, told of once if it cannot be used, and gone when it is deleted."""
     told: list[str] = []
-    here = shelf(tmp_path, told)
+    here = lookup(tmp_path, told)
     assert here.find(OWN, THIS) == (None, None)
     shutil.copytree(store / "exact", tmp_path / "a")
     assert here.find(OWN, THIS)[0] is not None
@@ -101,7 +101,7 @@ def test_what_comes_and_goes(store: Path, tmp_path: Path) -> None:
     assert len(told) == 1 and "format 99" in told[0]
     shutil.rmtree(tmp_path / "a")
     assert here.documents() == []
-    assert Shelf(store, lambda stored: "No.", told.append).documents() == []
+    assert Lookup(store, lambda stored: "No.", told.append).documents() == []
     assert told[1:] == ["No."] * 3
 
 
