@@ -17,9 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
-from .config import query_heads
-from .counting import head_dim
+from .config import head_dim, query_heads, shared_layers
 from .tensor_parallel import settings, shared
+from .windows import chunked
 from .wrappers import NAMES, decoder_config, is_wrapper
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -179,7 +179,7 @@ def _places(
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
-_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
@@ -224,9 +224,9 @@ def check_supported(config: Any) -> None:
         )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
-    if getattr(text, "num_kv_shared_layers", 0):
+    if (getattr(text, "num_kv_shared_layers", None) or 0) >= (getattr(text, "num_hidden_layers", None) or 1):
         raise InputError(
-            f"{name!r} models have layers that share the keys and values of others, which are not kept apart."
+            f"{name!r} models attend to the keys and values of another model, whose tokens they guess; name that one."
         )
     if not getattr(text, "num_attention_heads", 0):
         raise InputError(f"{name!r} models like this one have no attention heads: there is no attention to take over.")
@@ -259,6 +259,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
         raise InputError(
             f"{config.model_type!r} models have recurrent layers, whose weights are not shared yet; read on more ranks "
             "instead, without tensor parallelism."
+        )
+    if plan.going_on < plan.document and (any(x is not None for x in shared_layers(config)) or chunked(text)):
+        raise InputError(
+            f"{config.model_type!r} models have layers that share keys and values or see chunks, which takes all rows; "
+            "read without propagation."
         )
     if text.model_type in _COMPARED and plan.going_on < plan.document:
         raise InputError(
