@@ -12,12 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
 from .config import head_dim, query_heads, shared_layers
+from .decoders import decoder_class
 from .tensor_parallel import settings, shared
 from .windows import chunked
 from .wrappers import NAMES, decoder_config, is_wrapper
@@ -130,10 +130,10 @@ def load_model(
             options["config"] = load_config(model, trust_remote_code)
         if wrapped:
             options["key_mapping"] = NAMES
+            kind = decoder_class(options["config"])
         if mesh is not None:
             options |= settings(mesh)
-            decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
-            kind = shared(decoder, mesh)
+            kind = shared(decoder_class(options["config"]), mesh)
         if gguf.is_gguf(model):
             loaded = gguf.load_model(model, kind, options)
         else:
@@ -201,8 +201,9 @@ def check_supported(config: Any) -> None:
         text = config.get_text_config()
     except ValueError as error:  # a text encoder beside the decoder
         raise other from error
-    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-    loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = decoder_class(text)
+    known = kind is not None
+    loads = known and decoder_class(config) is not None
     paired = getattr(text, "is_encoder_decoder", False)
     if is_wrapper(config) and not loads:
         raise InputError(
@@ -215,7 +216,6 @@ def check_supported(config: Any) -> None:
     compared = text.model_type in _COMPARED
     odd = sorted(set(kinds) - _ATTENTION - (_RECURRENT if compared else set()))
     recurrent = sorted(setting for setting in vars(text) if _RECURRENT_SETTING.search(setting))
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
     takes_over = known and kind._can_set_attn_implementation()
     if recurrent and not compared and (odd or not takes_over):
         raise InputError(
