@@ -24,6 +24,7 @@ from .chunking import chunk_mlps
 from .config import layer_count, shared_layers
 from .fusing import fuse_parts
 from .placement import device_of, devices
+from .positions import begin_behind_padding
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .temperature import has_own, warmed, without_own
@@ -100,6 +101,7 @@ class Attachment:
             module.apb = self  # type: ignore[assignment]
         self._undo = [fuse_parts(model)] if fused else []
         self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model), without_own(self.modules)]
+        self._undo.append(begin_behind_padding(model))
         self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0
 
@@ -287,7 +289,10 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     if not found:
         raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")
     if not all(getattr(module, "is_causal", True) for module in found):
-        raise InputError(f"The attention of {type(model).__name__} is not causal; use a model that generates text.")
+        raise InputError(
+            f"The attention of {type(model).__name__} is not causal; use a model that generates text, or set "
+            "is_decoder in its configuration if it was trained to."
+        )
     return found
 
 

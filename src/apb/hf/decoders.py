@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -39,8 +39,8 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
     body: type[PreTrainedModel]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -184,7 +184,8 @@ _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
-    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax",
+    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax", "bailing_hybrid",
+    "recurrent_gemma",
 }  # fmt: skip
 # Settings of recurrent layers: those of Mamba, RWKV and related models.
 _RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
@@ -221,6 +222,11 @@ def check_supported(config: Any) -> None:
         raise InputError(
             f"{name!r} models have recurrent layers (setting {recurrent[0]!r}) of a kind that has not been compared "
             f"with transformers' own reading; those of {', '.join(sorted(_COMPARED))} have been."
+        )
+    if "indexed_attention" in odd:
+        raise InputError(
+            f"{name!r} models have layers in which every row attends to the keys that an indexer chooses for it: that "
+            "needs a kernel that reads keys by such lists, where transformers masks a matrix of all rows and keys."
         )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
