@@ -28,6 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm4v": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
     "glm46v": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
 }  # fmt: skip
 
@@ -37,9 +38,9 @@ Written by `python docs/table.py` over all families that transformers knows as c
 with text; a test fails when there is one that is not here. For every family, its default configuration is shrunk, given
 random weights, and read by every strategy. *Works*: `full` gives transformers' own logits, and `ring`, `ulysses`,
 `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and during
-decode. *As* another: a multimodal checkpoint, whose text decoder is of that family. *Differs*: a small copy was read and
-did not come out right, so engines refuse it. `apb check --model PATH [--ranks R]` does the same for any checkpoint, and
-prints the figures.
+decode. *As* another: a multimodal checkpoint, whose text decoder is of that family. *Differs*: a small copy was read
+and did not come out right, or none could be made, so engines refuse it. `apb check --model PATH [--ranks R]` does the
+same for any checkpoint, and prints the figures.
 
 An engine makes the first of these comparisons itself, before weights are read, and refuses a model whose logits differ.
 The comparison takes a fraction of a second, once for each kind of model and the versions of all code involved; success
@@ -47,9 +48,9 @@ is recorded in `~/.cache/apb`. If no small copy can be made, as for some code th
 itself reads a short prompt. `verify=False` skips the comparison.
 
 Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
-ranks that hold them, without selection; so are chunks (Llama 4), windows whose edge stands still. Layers that share keys
-and values (Gemma 3n and 4) read those of the layer that has them, which are kept once. Latent attention caches latents, attends to keys and values expanded from them,
-and reads in one round.
+ranks that hold them, without selection; so are chunks (Llama 4), windows whose edge stands still. Layers that share
+keys and values (Gemma 3n and 4) read those of the layer that has them, which are kept once. Latent attention caches
+latents, attends to keys and values expanded from them, and reads in one round.
 
 Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under every strategy: the state runs through
 prefix, blocks and question in order, and the anchor begins its own. A rank hands it on to the one that holds the next
@@ -93,17 +94,25 @@ def row(family: str) -> str:
         return line(family, "refused", "It has no configuration of its own: it is made of other models.")
     if config.model_type != family and config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return line(family, f"as `{config.model_type}`", "")
-    return of_card(family, check(config))
+    return of_card(family, check(config), of_text_alone(config))
 
 
-def of_card(family: str, card: Card) -> str:
-    """The line of a result."""
+def of_text_alone(config: Any) -> bool:
+    """True if a configuration is that of a model of text, with nothing beside it."""
+    try:
+        return config.get_text_config() is config
+    except ValueError:  # a text encoder beside the decoder
+        return False
+
+
+def of_card(family: str, card: Card, alone: bool = True) -> str:
+    """The line of a result; ``alone``: of a model of text alone."""
     if card.supported:
         return line(family, "works", card.layers)
     if card.refused is None:
         failed = next(result for result in card.results if not result.passed)
         return line(family, "differs", f"{failed.name}: {failed.note or f'{failed.error:.1g} of the largest logit'}")
-    encoder = "not causal" in card.refused
+    encoder = alone and "not causal" in card.refused
     return line(family, "not a decoder" if encoder else "differs" if card.layers else "refused", card.refused)
 
 

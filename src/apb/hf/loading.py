@@ -184,8 +184,7 @@ _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
-    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax", "bailing_hybrid",
-    "recurrent_gemma",
+    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax",
 }  # fmt: skip
 # Settings of recurrent layers: those of Mamba, RWKV and related models.
 _RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
