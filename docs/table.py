@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         )
     },
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm4v": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
