@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, LlamaConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import apb
 from apb.check import check
@@ -20,7 +19,6 @@ from apb.layers import shards
 from apb.layers.base import AttentionInput
 
 ROOT = Path(__file__).parents[2]
-ENOUGH = 120
 spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
 assert spec is not None and spec.loader is not None
 table = importlib.util.module_from_spec(spec)
@@ -98,13 +96,6 @@ def test_every_family_is_in_the_table() -> None:
             assert result in ("refused", "not a decoder"), family
         else:
             assert result in ("works", "differs"), family
-
-
-def test_enough_families_work() -> None:
-    """The page counts what works among transformers' causal decoders."""
-    known = table.rows((ROOT / "docs" / "models.md").read_text())
-    works = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if " | works | " in known.get(name, "")]
-    assert len(works) >= ENOUGH
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "mamba2", "roberta", "qwen2_5_vl"])

@@ -35,7 +35,7 @@ def masked(
 
 @given(data=st.data())
 def test_window_against_the_definition(data: st.DataObject) -> None:
-    """Any rows, any window, sliding or not, keys in one run that begins anywhere or in several, own keys there or not."""
+    """Any rows, any window, sliding or not, keys in one run from anywhere or in several, own keys there or not."""
     window = data.draw(st.integers(1, 12), "window")
     first, rows = data.draw(st.integers(0, 30), "first"), data.draw(st.integers(1, 40), "rows")
     cuts = sorted(data.draw(st.lists(st.integers(0, first), max_size=5), "cuts"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -28,8 +28,8 @@ def decoder_class(text: Any) -> Any:
 def from_config(config: Any, **options: Any) -> PreTrainedModel:
     """A decoder of a configuration, with random weights; ``options`` as of AutoModelForCausalLM.from_config."""
     if config.model_type in _HEADLESS:
-        return decoder_class(config)._from_config(config, dtype=options.get("dtype"))  # type: ignore[no-any-return]
-    return AutoModelForCausalLM.from_config(config, **options)  # type: ignore[no-any-return]
+        return decoder_class(config)._from_config(config, dtype=options.get("dtype"))
+    return AutoModelForCausalLM.from_config(config, **options)
 
 
 class TextDecoder(PreTrainedModel, GenerationMixin):
@@ -39,8 +39,8 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
     body: type[PreTrainedModel]
     _supports_sdpa = True
     _supports_attention_backend = True
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
