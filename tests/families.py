@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import apb
 from apb.distributed.mesh import Mesh
-from apb.hf.counting import head_dim
+from apb.hf.config import head_dim
 from apb.hf.verifying import small_model
 from models import without_eos
 from oracle import masked_prefill
@@ -34,6 +34,14 @@ SMALL = {**PLAIN, "num_key_value_heads": 2}
 WIDE = {**SMALL, "head_dim": 32}  # not hidden / heads
 # Sliding layers in front of, between and behind others: what one kind gets wrong, the other carries on.
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+
+# The last layers of either kind attend to the keys and values of those before them.
+SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 # Models whose layers differ from plain attention: what has to come out right on any number of ranks.
 PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,7 +78,44 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": ("Gemma2ForCausalLM", {**WIDE, **MIXED, "attn_logit_softcapping": 2.0}),
     "gemma3_text": ("Gemma3ForCausalLM", {**WIDE, **MIXED}),
+    "gemma3n_text": (
+        "Gemma3nForCausalLM",
+        {
+            **WIDE,
+            **SHARING,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.0] * 4,
+        },
+    ),
+    "gemma4_text": (
+        "Gemma4ForCausalLM",
+        {
+            **SMALL,
+            **SHARING,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+        },
+    ),
     "gpt_oss": ("GptOssForCausalLM", {**SMALL, **MIXED, "head_dim": 16, "num_local_experts": 4}),
+    "llama4_text": (
+        "Llama4ForCausalLM",
+        {
+            **SMALL,
+            "head_dim": 16,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 2,
+            "no_rope_layers": [1, 0, 1],
+            "attention_chunk_size": WINDOW,
+            "floor_scale": 20,
+            "attn_scale": 0.5,
+        },
+    ),
     "mistral": ("MistralForCausalLM", {**SMALL, "sliding_window": WINDOW}),
     "phimoe": ("PhimoeForCausalLM", {**SMALL, "sliding_window": WINDOW, "num_local_experts": 4}),
     "qwen2_moe": (
@@ -91,7 +136,11 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 # Layers of these leave their window to the mask.
-UNTOLD = {"phimoe": [WINDOW] * 3, "qwen2_moe": [WINDOW, None, WINDOW]}
+UNTOLD = {
+    "llama4_text": [WINDOW, None, WINDOW],
+    "phimoe": [WINDOW] * 3,
+    "qwen2_moe": [WINDOW, None, WINDOW],
+}
 APB = {"strategy": "apb", "blocks": 5, "anchor_length": 29, "passing_length": 4}
 STAR = {"strategy": "star", "blocks": 5}
 READINGS: dict[str, dict[str, Any]] = {
@@ -137,12 +186,12 @@ def expected(family: str, reading: str) -> Tensor:
         with torch.no_grad():
             return model(torch.tensor([PROMPT.token_ids + ANSWER])).logits[0, len(PROMPT) - 1 :]
     sizes = {"anchor_length": None, "passing_length": 0, **options}
-    sizes["windows"] = UNTOLD.get(family)
+    sizes |= {"windows": UNTOLD.get(family), "chunked": family == "llama4_text"}
     return masked_prefill(model, PROMPT.prefix, PROMPT.document, PROMPT.query, ANSWER, **sizes)
 
 
 def decode_bytes(model: PreTrainedModel, size: int) -> int:
     """What a rank of ``size`` sends while ANSWER is read: per layer and token an output row and its lse, in fp32."""
     config = model.config
-    width = head_dim(config)
-    return (size - 1) * len(ANSWER) * config.num_hidden_layers * config.num_attention_heads * (width + 1) * 4
+    row = sum(head_dim(config, layer) + 1 for layer in range(config.num_hidden_layers))
+    return (size - 1) * len(ANSWER) * row * config.num_attention_heads * 4

@@ -331,7 +331,14 @@ def dense_decode(model: PreTrainedModel, result: OracleResult, token_ids: Tokens
     return model.lm_head(model.model.norm(hidden))
 
 
-def within(layout: Layout, window: int) -> Tensor:
+def near(positions: Tensor, window: int, chunked: bool) -> Tensor:
+    """(rows, rows), True where a column's position is in the window of a row's, which may be a chunk of the text."""
+    if chunked:
+        return positions[:, None] // window == positions // window
+    return positions[:, None] - positions < window
+
+
+def within(layout: Layout, window: int, chunked: bool = False) -> Tensor:
     """(rows, rows), True where a row sees a column on a layer with a sliding window: the true tokens that the window
     holds, whatever block they stand in; a row of an anchor that is a copy sees those of that anchor, and the query's
     rows of a round nothing that is not read yet."""
@@ -345,11 +352,10 @@ def within(layout: Layout, window: int) -> Tensor:
             if round_of(number, layout) <= index:
                 mask[copy.start : copy.stop, at + block.start : at + block.stop] = True
         mask[copy.start : copy.stop, copy.start : copy.stop] = causal(len(copy))
-    positions = torch.tensor(layout.positions)
-    return mask & (positions[:, None] - positions < window)
+    return mask & near(torch.tensor(layout.positions), window, chunked)
 
 
-def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None) -> Tensor:
+def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None, chunked: bool = False) -> Tensor:
     """A mask (..., rows, rows) with ``tokens`` more rows and columns at its end, which follow the query, see all of
     prefix, document and query, and themselves causally, within the window if there is one."""
     rows, at, stop = len(layout.tokens), layout.anchor, layout.query.stop
@@ -358,7 +364,7 @@ def read_on(mask: Tensor, layout: Layout, tokens: int, window: int | None = None
     grown[..., rows:, at : at + stop] = True
     grown[..., rows:, rows:] = causal(tokens)
     positions = torch.tensor([*layout.positions, *range(stop, stop + tokens)])
-    return grown if window is None else grown & (positions[:, None] - positions < window)
+    return grown if window is None else grown & near(positions, window, chunked)
 
 
 @contextmanager
@@ -407,13 +413,15 @@ def masked_prefill(
     strategy: str = "apb",
     rounds: int = 1,
     windows: Sequence[int | None] | None = None,
+    chunked: bool = False,
     propagation: tuple[int, int] | None = None,
     went_on: list[int] | None = None,
 ) -> Tensor:
     """Logits (1 + len(answer), vocab) after the query and after each token of `answer`, of any decoder: transformers'
     layers over all rows at once, the attention here, under the masks of this file. Pairs are passed as
     "query-edge" passes them. Capped logits, sinks, sliding windows, values narrower than keys: as the layer asks, but
-    for `windows` of layers that leave them to a mask.
+    for `windows` of layers that leave them to a mask, which are chunks of the text if `chunked`. Layers whose code
+    would scale q by the number of the row are given the factor of the row's position.
 
     `propagation`: a layer, and how many tokens of the document go on above it: the query's last rows choose them by the
     attention that they pay in that layer. All other rows then see and are seen by nobody who counts. `went_on` is
@@ -449,6 +457,9 @@ def masked_prefill(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **options: Any
     ) -> tuple[Tensor, None]:
         q, k, v = query[0], key[0], value[0]
+        if module in warm:
+            places = torch.tensor(positions)[:, None]
+            q = q * (1 + module.attn_scale * torch.log(1 + (places + 1) // module.floor_scale))
         logits = q.unflatten(0, (k.shape[0], -1)) @ k.transpose(1, 2)[:, None] * scaling
         cap, sinks, window = (options.get(name) for name in ("softcap", "s_aux", "sliding_window"))
         window = windows[module.layer_idx] if windows else window
@@ -457,7 +468,8 @@ def masked_prefill(
         if propagation is not None and module.layer_idx > propagation[0]:
             visible = among_those_that_went_on(window).expand(k.shape[0], -1, -1)
         elif window is not None:
-            visible = read_on(within(layout, window), layout, len(answer), window).expand(k.shape[0], -1, -1)
+            mask = within(layout, window, chunked)
+            visible = read_on(mask, layout, len(answer), window, chunked).expand(k.shape[0], -1, -1)
         else:
             selected = []
             for number, block in enumerate(layout.blocks):
@@ -479,12 +491,18 @@ def masked_prefill(
             choose_to_go_on(weights, propagation[1])
         return (weights @ v[:, None]).flatten(0, 1).transpose(0, 1)[None], None
 
+    warm = [module for module in model.modules() if getattr(module, "attn_temperature_tuning", False)]
+    warm = [module for module in warm if not module.use_rope]
+    for module in warm:
+        module.attn_temperature_tuning = False
     AttentionInterface.register("oracle", attention)
     before = model.config._attn_implementation
     model.set_attn_implementation("oracle")
     with recurrent_over(model, layout, len(answer)):
         output = model(torch.tensor([tokens]), position_ids=torch.tensor([positions]), use_cache=False)
     model.set_attn_implementation(before)
+    for module in warm:
+        module.attn_temperature_tuning = True
     # Else a rounding error could change which pairs are passed, and a comparison would be a coin toss.
     assert min(margins, default=math.inf) > 1e-4, f"scores are too close to each other: {min(margins)}"
     logits = output.logits[0]

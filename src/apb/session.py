@@ -11,6 +11,7 @@ from torch import Tensor
 from .distributed.collectives import Group
 from .errors import InputError, NotFinite
 from .hf.cache import ShardCache, dynamic_cache
+from .hf.config import kv_heads
 from .passes.tokens import Decoder
 from .planning.plan import Plan
 from .prompt import check_tokens, whole_numbers
@@ -222,7 +223,7 @@ class Session:
         keys, values = (self._gather(shard, places) for shard in self._cache.shard(layer))
         if keys is None or values is None:
             return None, None
-        if not self._shares_heads(keys):
+        if not self._shares_heads(keys, layer):
             return (keys.transpose(0, 1), values.transpose(0, 1)) if self._tensor.rank == 0 else (None, None)
         parts = [self._tensor.gather(x.contiguous()) for x in (keys, values)]
         if parts[0] is None or parts[1] is None:
@@ -262,9 +263,10 @@ class Session:
             return None
         return dynamic_cache(layers, self._cache.states, self._decoder.attachment.model.config)
 
-    def _shares_heads(self, keys: Tensor) -> bool:
+    def _shares_heads(self, keys: Tensor, layer: int) -> bool:
         """True if the processes of a rank hold different KV heads; some models hold all of them in every process."""
-        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == self._decoder.attachment.kv_heads
+        whole = kv_heads(self._decoder.attachment.model.config, layer)
+        return self._tensor.size > 1 and keys.shape[1] * self._tensor.size == whole
 
     def _places(self, layer: int) -> list[list[range]]:
         """For every rank, the true positions of the tokens in its shard of a layer, in the order it holds them."""

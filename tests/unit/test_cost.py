@@ -352,6 +352,7 @@ def test_model_shape_is_the_models(family: str) -> None:
 EXPERT_ROWS = {
     "deepseek_v3": 2 * (2 * 64 + 3 * 32),
     "gpt_oss": 4 * (2 * 64 + 3 * 96),
+    "llama4_text": 2 * (2 * 64 + 3 * 96),
     "phimoe": 2 * (2 * 64 + 3 * 96),
     "qwen2_moe": 2 * (2 * 64 + 3 * 32),
     "qwen3_moe": 2 * (2 * 64 + 3 * 32),
@@ -367,8 +368,11 @@ def test_model_shape_is_what_a_run_meets(family: str) -> None:
     with contextlib.closing(apb.Engine.from_model(model, strategy="full")) as engine:
         engine.inspect(PROMPT, [0], lambda _, layer: layers.append(layer))
         cache = engine.prefill(PROMPT).to_dynamic_cache()
-    assert {layer.q.shape[1:] for layer in layers} == {(shape.heads, shape.head_dim)}
-    assert {layer.k.shape[1:] for layer in layers} == {(shape.kv_heads, shape.head_dim)}
+    for seen, (kv_heads, width) in ((False, (shape.kv_heads, shape.head_dim)), (True, shape.near or (0, 0))):
+        some = [layer for layer in layers if bool(layer.window) is seen or shape.near is None]
+        assert {layer.q.shape[1:] for layer in some} == {(shape.heads, width)} or not width
+        assert {layer.k.shape[1:] for layer in some} == {(kv_heads, width)} or not width
+    assert (shape.near is not None) is (family == "gemma4_text")
     assert [layer.window for layer in layers if layer.window] == list(shape.windows)
     assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) == len(PROMPT) * shape.cache_row
     kinds = ("conv_states", "recurrent_states")
@@ -379,12 +383,13 @@ def test_model_shape_is_what_a_run_meets(family: str) -> None:
 
     def flops(tokens: int) -> int:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.base_model(torch.arange(tokens)[None])
+            model.model(torch.arange(tokens)[None])
         return counter.get_total_flops()
 
     # Linear layers cost 2 FLOPs a weight and row, attention grows with the square. The choice of experts is left out.
     linear = (4 * flops(64) - flops(128)) / (2 * 64) / 2
-    assert 0.99 * linear < shape.layer_parameters <= linear or shape.recurrent  # scans, which are left out too
+    known = 0.97 if family == "gemma3n_text" else 0.99  # which mixes four streams of hidden states by products
+    assert known * linear < shape.layer_parameters <= linear or shape.recurrent  # scans, left out too
 
 
 def test_shapes_of_configurations_without_a_word() -> None:

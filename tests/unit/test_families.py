@@ -49,7 +49,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
         "attention interface",
     ),
-    "chunked attention": ("Llama4ForCausalLM", {**SMALL, "num_local_experts": 2}, "chunked_attention"),
     "an encoder": ("BertLMHeadModel", PLAIN, "causal"),
 }
 

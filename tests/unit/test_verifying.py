@@ -53,7 +53,6 @@ def test_a_window_that_layers_do_not_tell(family: str, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("kind", "settings", "reason"),
     [
-        ("RobertaForCausalLM", {"is_decoder": True}, "'roberta'.* from token 0 "),  # positions begin behind the padding
         ("GemmaForCausalLM", {"use_bidirectional_attention": True}, "GemmaForCausalLM is not causal"),
         ("DiffLlamaForCausalLM", {}, "3 attention layers but 6"),
         ("DogeForCausalLM", {}, "DogeAttention makes itself"),

@@ -1,4 +1,4 @@
-"""Attention within a sliding window, against one masked softmax; and which keys travel for it, by hand."""
+"""Attention within a window, against one masked softmax; and which keys travel for it, by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import apb
-from apb.kernels.window import Run, window_attention
+from apb.kernels.window import Run, chunked_attention, window_attention
 from apb.planning.halo import pieces, sent_rows
 from apb.planning.itinerary import Kind
 from apb.planning.plan import Plan
@@ -17,7 +17,9 @@ from apb.planning.plan import Plan
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
-def masked(q: Tensor, first: int, runs: list[Run], window: int, softcap: float | None) -> tuple[Tensor, Tensor]:
+def masked(
+    q: Tensor, first: int, runs: list[Run], window: int, softcap: float | None, chunked: bool = False
+) -> tuple[Tensor, Tensor]:
     """The definition: every key against every row, hidden where it stands behind the row or outside the window."""
     k, v = (torch.cat([getattr(run, name) for run in runs]).repeat_interleave(HEADS // KV_HEADS, 1) for name in "kv")
     keys = torch.cat([torch.arange(run.first, run.stop) for run in runs])
@@ -25,14 +27,15 @@ def masked(q: Tensor, first: int, runs: list[Run], window: int, softcap: float |
     scores = torch.einsum("rhd,khd->hrk", q.double(), k.double()) * DIM**-0.5
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~((keys <= rows) & (keys > rows - window)), -torch.inf)
+    near = keys // window == rows // window if chunked else keys > rows - window
+    scores = scores.masked_fill(~((keys <= rows) & near), -torch.inf)
     out = torch.einsum("hrk,khd->rhd", scores.softmax(-1).nan_to_num(0.0), v.double())
     return out, scores.logsumexp(-1)
 
 
 @given(data=st.data())
 def test_window_against_the_definition(data: st.DataObject) -> None:
-    """Any rows, any window, keys in one run that begins anywhere, or in several with holes, own keys there or not."""
+    """Any rows, any window, sliding or not, keys in one run from anywhere or in several, own keys there or not."""
     window = data.draw(st.integers(1, 12), "window")
     first, rows = data.draw(st.integers(0, 30), "first"), data.draw(st.integers(1, 40), "rows")
     cuts = sorted(data.draw(st.lists(st.integers(0, first), max_size=5), "cuts"))
@@ -47,8 +50,10 @@ def test_window_against_the_definition(data: st.DataObject) -> None:
     runs = [Run(draw(b - a, KV_HEADS), draw(b - a, KV_HEADS), a) for a, b in bounds]
     softcap = data.draw(st.sampled_from([None, 3.0]), "softcap")
     q = draw(rows, HEADS)
-    out, lse = window_attention(lambda q, segments: apb.attention(q, segments, softcap=softcap), q, first, runs, window)
-    expected, expected_lse = masked(q, first, runs or [Run(q[:0, :2], q[:0, :2], 0)], window, softcap)
+    chunked = data.draw(st.booleans(), "chunked")
+    kernel = chunked_attention if chunked else window_attention
+    out, lse = kernel(lambda q, segments: apb.attention(q, segments, softcap=softcap), q, first, runs, window)
+    expected, expected_lse = masked(q, first, runs or [Run(q[:0, :2], q[:0, :2], 0)], window, softcap, chunked)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
 

@@ -15,13 +15,18 @@ from apb.hf.loading import check_supported, load_config, load_model
 from families import PROMPT, SMALL, WIDE
 
 CPU = torch.device("cpu")
-VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {"hidden_size": 32, "depth": 1, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 # The class of the wrapper, its decoder's settings, and its own.
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("Mistral3ForConditionalGeneration", SMALL, {}),
     "gemma3_text": ("Gemma3ForConditionalGeneration", WIDE, {}),
     "llama": ("LlavaForConditionalGeneration", SMALL, {"tie_word_embeddings": True}),
     "qwen2": ("InternVLForConditionalGeneration", SMALL, {}),
+    "qwen2_5_vl_text": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
+        {},
+    ),
 }
 
 

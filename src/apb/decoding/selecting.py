@@ -108,9 +108,9 @@ class SelectingReader(Reader):
 
     def _index(self, layer: AttentionInput, held: int) -> KeyIndex:
         """The layer's index; the first time it is extended over what was held before the rows."""
-        index: KeyIndex = self._indexes.setdefault(layer.index, self._make())
-        if layer.index not in self._ready:
-            self._ready.add(layer.index)
+        index: KeyIndex = self._indexes.setdefault(layer.kept, self._make())
+        if layer.kept not in self._ready:
+            self._ready.add(layer.kept)
             stop = max(held - _RECENT, 0)
             index.forget(stop)  # an earlier, longer question may have covered more
             index.extend(layer.k[:stop].transpose(0, 1))

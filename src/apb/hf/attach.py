@@ -21,12 +21,14 @@ from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
-from .config import kv_heads, layer_count
+from .config import layer_count, shared_layers
 from .fusing import fuse_parts
 from .placement import device_of, devices
+from .positions import begin_behind_padding
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
-from .windows import not_handed_over
+from .temperature import has_own, warmed, without_own
+from .windows import chunked, not_handed_over
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -40,6 +42,7 @@ class _Run(threading.local):
         attend: computes its attention; None outside.
         recur: reads the rows of recurrent layers; None outside.
         total: tokens of the whole prompt and answer so far.
+        positions: those of the rows, (1, rows).
         calls, recurrent_calls: layers of either kind so far.
         before_rope: q, k and v before RoPE, if they are wanted.
     """
@@ -47,6 +50,7 @@ class _Run(threading.local):
     attend: Attend | None = None
     recur: Recur | None = None
     total: int = 0
+    positions: Tensor | None = None
     calls: int = 0
     recurrent_calls: int = 0
     before_rope: BeforeRope | None = None
@@ -68,13 +72,15 @@ class Attachment:
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.layers = layer_count(model.config)
-        self.kv_heads = kv_heads(model.config)
         text = model.config.get_text_config()
         # RoPE variants of the model that read the largest position on the host, which CUDA graphs cannot capture.
         self.length_dependent = length_dependent(text)
         # Lengths beyond which a prompt must be read again (longrope).
         self.switches = switches(text)
-        self._windows = not_handed_over(text)
+        self._windows, self._chunked = not_handed_over(text), chunked(text)
+        # By layer the one whose keys and values it attends to, if it has none of its own.
+        self._shared = shared_layers(model.config)
+        self._warm = {module for module in self.modules if has_own(module)}
         # Properties of layers beside a plain softmax, of those that have been run.
         self.peculiar: set[str] = set()
         # By layer with a sliding window, its length, of those that have been run.
@@ -96,7 +102,8 @@ class Attachment:
         for module in self.modules:
             module.apb = self  # type: ignore[assignment]
         self._undo = [fuse_parts(model)] if fused else []
-        self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model)]
+        self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model), without_own(self.modules)]
+        self._undo.append(begin_behind_padding(model))
         self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0
 
@@ -131,21 +138,25 @@ class Attachment:
 
     def last_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """One pass over this rank's rows (1, rows), inside :meth:`running`; logits (vocab,) fp32 of the last row."""
-        output = self.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=self._use_cache, logits_to_keep=1
-        )
+        # By number, models whose upper layers need no rows but the last would leave out the others.
+        last: Any = [ids.shape[1] - 1] if ids.shape[1] > 1 and any(x is not None for x in self._shared) else 1
+        output = self._model(ids, positions, past_key_values=cache, use_cache=self._use_cache, logits_to_keep=last)
         return output.logits[0, -1].float().contiguous()
 
     def all_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As :meth:`last_logits`, of every row: logits (rows, vocab) fp32."""
-        output = self.model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=self._use_cache)
+        output = self._model(ids, positions, past_key_values=cache, use_cache=self._use_cache)
         return output.logits[0].float().contiguous()
 
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
         """As :meth:`last_logits`, without a cache: logits (len(rows), vocab) fp32 of some rows."""
         # No tensor of rows: the last layer may be on another device than the first.
-        output = self.model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=rows)
+        output = self._model(ids, positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
+
+    def _model(self, ids: Tensor, positions: Tensor, **options: Any) -> Any:
+        self._run.positions = positions
+        return self.model(input_ids=ids, position_ids=positions, **options)
 
     def _counted(self, layer: RecurrentInput) -> Tensor:
         run = self._run
@@ -182,7 +193,7 @@ class Attachment:
                     "were called: its results cannot be trusted."
                 )
         finally:
-            run.attend = run.recur = None
+            run.attend = run.recur = run.positions = None
             if run.before_rope is not None:
                 run.before_rope.remove()
                 run.before_rope = None
@@ -202,11 +213,14 @@ class Attachment:
         if q.shape[0] != 1:
             raise InputError(f"One prompt at a time: the batch has {q.shape[0]} rows.")
         run.calls += 1
+        if module in self._warm:
+            assert run.positions is not None, "passes have positions"
+            q = warmed(module, q, run.positions)
         index = self._index[module]
         before = run.before_rope.pop(index) if run.before_rope is not None else None
         if window is None:
             window = self._windows[index]
-        asked = {"a sliding window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
+        asked = {"a window": window, **softmax, "latent attention": None if v.shape[-1] == k.shape[-1] else 1}
         self.peculiar |= {name for name, value in asked.items() if value is not None}
         if window is not None:
             self.windows[index] = window
@@ -216,7 +230,9 @@ class Attachment:
         if window is not None and window >= run.total:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-        out = run.attend(AttentionInput(index, q, k, v, scale, before, window, **softmax))
+        out = run.attend(
+            AttentionInput(index, q, k, v, scale, before, window, self._chunked, self._shared[index], **softmax)
+        )
         if self.finite is not None:
             self._look_at(index, out)
         return out[..., :width].contiguous().unsqueeze(0)
@@ -277,7 +293,10 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     if not found:
         raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")
     if not all(getattr(module, "is_causal", True) for module in found):
-        raise InputError(f"The attention of {type(model).__name__} is not causal; use a model that generates text.")
+        raise InputError(
+            f"The attention of {type(model).__name__} is not causal; use a model that generates text, or set "
+            "is_decoder in its configuration if it was trained to."
+        )
     return found
 
 

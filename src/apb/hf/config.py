@@ -4,18 +4,53 @@ from __future__ import annotations
 
 from typing import Any
 
-from .windows import windows
+from .windows import chunked, windows
 
 
-def kv_heads(config: Any) -> int:
-    """KV heads, over all processes that share the weights."""
+def of_layer(config: Any, layer: int | None = None) -> Any:
+    """A decoder's settings in a layer; by default in the last of those that see all, where layers differ (Gemma 4)."""
     text = config.get_text_config()
-    return int(getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    if not getattr(text, "is_heterogeneous", False):
+        return text
+    if layer is None:
+        kinds = list(getattr(text, "layer_types", None) or ())
+        far = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
+        layer = far[-1] if far else text.num_hidden_layers - 1
+    return text.per_layer_config[layer]
+
+
+def kv_heads(config: Any, layer: int | None = None) -> int:
+    """KV heads of a layer, over all processes that share the weights; see :func:`of_layer`."""
+    settings = of_layer(config, layer)
+    return int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
+
+
+def head_dim(config: Any, layer: int | None = None) -> int:
+    """Head dim of queries and keys of a layer; see :func:`of_layer`."""
+    settings = of_layer(config, layer)
+    if getattr(settings, "kv_lora_rank", None):
+        return int(settings.qk_nope_head_dim + settings.qk_rope_head_dim)
+    return getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+
+
+def shared_layers(config: Any) -> list[int | None]:
+    """For every layer the index of that whose keys and values it attends to; None if it has its own.
+
+    The last layers of Gemma 3n and 4 attend to those of the last layer of their type that has some.
+    """
+    text = config.get_text_config()
+    first = layer_count(config) - (getattr(text, "num_kv_shared_layers", None) or 0)
+    kinds = getattr(text, "layer_types", None) or [None] * layer_count(config)
+    return [None if index < first else _last(kinds[:first], kind) for index, kind in enumerate(kinds)]
+
+
+def _last(kinds: Any, kind: Any) -> int:
+    return max(index for index, other in enumerate(kinds) if other == kind)
 
 
 def query_heads(config: Any) -> int:
     """Query heads, over all processes that share the weights."""
-    return int(config.get_text_config().num_attention_heads)
+    return int(of_layer(config).num_attention_heads)
 
 
 def layer_count(config: Any) -> int:
@@ -44,11 +79,15 @@ def layers_in_words(config: Any) -> str:
     lengths = windows(text)
     kinds = []
     if lengths:
-        kinds.append(f"{len(lengths)} of {text.num_hidden_layers} layers see {lengths[0]:,} tokens")
+        seen = f"chunks of {lengths[0]:,} tokens" if chunked(text) else f"{lengths[0]:,} tokens"
+        kinds.append(f"{len(lengths)} of {text.num_hidden_layers} layers see {seen}")
     if softcap(config) is not None:
         kinds.append("capped logits")
     if text.model_type == "gpt_oss":
         kinds.append("sinks")
+    sharing = sum(layer is not None for layer in shared_layers(config))
+    if sharing:
+        kinds.append(f"{sharing} share keys and values")
     if getattr(text, "kv_lora_rank", None):
         kinds.append("latent attention")
     if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):

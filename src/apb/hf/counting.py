@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from ..errors import InputError, first_line
 from ..planning.shape import ModelShape, Recurrent
 from . import placement
 from .attach import attention_modules
-from .config import kv_heads, layer_count, query_heads, vocabulary
+from .config import head_dim, kv_heads, layer_count, query_heads, shared_layers, vocabulary
 from .recurrent import recurrent_modules, state_of
-from .windows import layer_windows
+from .windows import chunked, layer_windows
 
 # Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
@@ -53,12 +54,15 @@ def _count(config: Any, gpus: int) -> ModelShape:
         kv_heads=query_heads(config) if latent else kv_heads(config),
         head_dim=head_dim(config),
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", 4 * text.hidden_size),
+        intermediate=_intermediate(text),
         vocabulary=vocabulary(config),
         layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         reach=tuple(layer_windows(text)),
-        cache_width=latent + text.qk_rope_head_dim if latent else 0,
+        chunked=chunked(text),
+        near=_near(config),
+        cache_width=latent + text.qk_rope_head_dim if latent else _cache_width(config),
+        latent=bool(latent),
         attending=len(attention_modules(model)) if recurrent_modules(model) else 0,
         recurrent=_recurrent(model, text),
         expert_row=_expert_row(model, text),
@@ -66,12 +70,30 @@ def _count(config: Any, gpus: int) -> ModelShape:
     )
 
 
-def head_dim(config: Any) -> int:
-    """Head dim of queries and keys."""
-    text = config.get_text_config()
-    if getattr(text, "kv_lora_rank", None):
-        return int(text.qk_nope_head_dim + text.qk_rope_head_dim)
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def _intermediate(text: Any) -> int:
+    """Width of the MLPs, of the widest if layers differ."""
+    width = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    return int(max(width) if isinstance(width, (list, tuple)) else width)
+
+
+def _near(config: Any) -> tuple[int, int] | None:
+    """(kv_heads, head_dim) of the layers with a window; None if the others have the same."""
+    sizes = {
+        (kv_heads(config, layer), head_dim(config, layer))
+        for layer, window in enumerate(layer_windows(config.get_text_config()))
+        if window is not None
+    }
+    return max(sizes) if sizes - {(kv_heads(config), head_dim(config))} else None
+
+
+def _cache_width(config: Any) -> int:
+    """Average over the layers of the numbers that a token takes in the cache; 0 if layers do not differ."""
+    shared = shared_layers(config)
+    widths = [
+        2 * kv_heads(config, layer) * head_dim(config, layer) if shared[layer] is None else 0
+        for layer in range(len(shared))
+    ]
+    return 0 if len(set(widths)) == 1 else math.ceil(sum(widths) / len(widths))
 
 
 def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
@@ -97,7 +119,9 @@ def _expert_row(model: PreTrainedModel, text: Any) -> int:
 
 
 def _experts_used(text: Any) -> int:
-    """Number of experts per token."""
+    """Number of experts per token; all of them where unused ones get rows of zeros."""
+    if text.model_type == "llama4_text":
+        return int(text.num_local_experts)
     return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
 
 

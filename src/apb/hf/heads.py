@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
-from .config import kv_heads, layer_count, query_heads
-from .counting import head_dim
+from .config import head_dim, kv_heads, layer_count, query_heads
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 

@@ -12,14 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
-from .config import query_heads
-from .counting import head_dim
+from .config import head_dim, query_heads, shared_layers
+from .decoders import decoder_class
 from .tensor_parallel import settings, shared
+from .windows import chunked
 from .wrappers import NAMES, decoder_config, is_wrapper
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -130,10 +130,10 @@ def load_model(
             options["config"] = load_config(model, trust_remote_code)
         if wrapped:
             options["key_mapping"] = NAMES
+            kind = decoder_class(options["config"])
         if mesh is not None:
             options |= settings(mesh)
-            decoder: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])]
-            kind = shared(decoder, mesh)
+            kind = shared(decoder_class(options["config"]), mesh)
         if gguf.is_gguf(model):
             loaded = gguf.load_model(model, kind, options)
         else:
@@ -179,7 +179,7 @@ def _places(
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
-_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
 # Families with recurrent layers that have been compared with transformers' own reading.
 _COMPARED = {
@@ -201,8 +201,9 @@ def check_supported(config: Any) -> None:
         text = config.get_text_config()
     except ValueError as error:  # a text encoder beside the decoder
         raise other from error
-    known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-    loads = known and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = decoder_class(text)
+    known = kind is not None
+    loads = known and decoder_class(config) is not None
     paired = getattr(text, "is_encoder_decoder", False)
     if is_wrapper(config) and not loads:
         raise InputError(
@@ -215,18 +216,22 @@ def check_supported(config: Any) -> None:
     compared = text.model_type in _COMPARED
     odd = sorted(set(kinds) - _ATTENTION - (_RECURRENT if compared else set()))
     recurrent = sorted(setting for setting in vars(text) if _RECURRENT_SETTING.search(setting))
-    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)] if known else None
     takes_over = known and kind._can_set_attn_implementation()
     if recurrent and not compared and (odd or not takes_over):
         raise InputError(
             f"{name!r} models have recurrent layers (setting {recurrent[0]!r}) of a kind that has not been compared "
             f"with transformers' own reading; those of {', '.join(sorted(_COMPARED))} have been."
         )
+    if "indexed_attention" in odd:
+        raise InputError(
+            f"{name!r} models have layers in which every row attends to the keys that an indexer chooses for it: that "
+            "needs a kernel that reads keys by such lists, where transformers masks a matrix of all rows and keys."
+        )
     if odd:
         raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
-    if getattr(text, "num_kv_shared_layers", 0):
+    if (getattr(text, "num_kv_shared_layers", None) or 0) >= (getattr(text, "num_hidden_layers", None) or 1):
         raise InputError(
-            f"{name!r} models have layers that share the keys and values of others, which are not kept apart."
+            f"{name!r} models attend to the keys and values of another model, whose tokens they guess; name that one."
         )
     if not getattr(text, "num_attention_heads", 0):
         raise InputError(f"{name!r} models like this one have no attention heads: there is no attention to take over.")
@@ -259,6 +264,11 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
         raise InputError(
             f"{config.model_type!r} models have recurrent layers, whose weights are not shared yet; read on more ranks "
             "instead, without tensor parallelism."
+        )
+    if plan.going_on < plan.document and (any(x is not None for x in shared_layers(config)) or chunked(text)):
+        raise InputError(
+            f"{config.model_type!r} models have layers that share keys and values or see chunks, which takes all rows; "
+            "read without propagation."
         )
     if text.model_type in _COMPARED and plan.going_on < plan.document:
         raise InputError(

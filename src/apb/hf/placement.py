@@ -16,9 +16,10 @@ import torch
 from accelerate import infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import DoesNotFit, InputError
+from .decoders import from_config
 
 
 def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:
@@ -37,7 +38,7 @@ def without_weights(config: Any) -> PreTrainedModel:
     """The modules of a configuration's model; those of a checkpoint's own code where its configuration runs it too."""
     trusted = type(config).__module__.startswith("transformers_modules.")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted)
+        return from_config(config, trust_remote_code=trusted)
 
 
 def balanced(model: PreTrainedModel, gpus: int, dtype: torch.dtype, memory: int | None = None) -> dict[str, int]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from ..errors import InputError, at_least
+from .decoders import from_config
 from .loading import load_config, shipped_model
 
 _FOLDER = Path(__file__).parent / "configs"
@@ -46,4 +47,4 @@ def random_model(config: Any, dtype: torch.dtype, device: torch.device, seed: in
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.device(device):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        return from_config(config, dtype=dtype).eval()

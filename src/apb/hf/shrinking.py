@@ -15,6 +15,7 @@ POSITIONS = 128
 # Settings that are lowered to these values wherever a configuration has larger ones.
 _SMALL = {
     "intermediate_size": 96,
+    "intermediate_size_mlp": 96,
     "ffn_dim": 96,
     "ffn_hidden_size": 96,
     "n_inner": 96,
@@ -26,6 +27,7 @@ _SMALL = {
     "num_local_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "top_k_experts": 2,
     "moe_num_experts": 4,
     "moe_topk": 2,
     "moe_k": 2,
@@ -46,6 +48,10 @@ _SMALL = {
     "n_groups": 2,
     "mamba_chunk_size": 32,
     "chunk_size": 32,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 16,
+    "floor_scale": WINDOW,
 }
 _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
@@ -59,11 +65,16 @@ _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 def shrink(config: Any) -> Any:
     """A copy with few layers, heads and experts and the original head dim, in fp32 with eager attention.
 
-    It keeps the first three layers and one of every other layer type; sliding windows become 24 tokens, so that a short
+    It keeps the first three layers and one of every other layer type, of layers with and without keys and values of
+    their own; windows become 24 tokens, so that a short
     prompt is longer than a window.
     """
     text = config.get_text_config()
     small = copy.deepcopy(text)
+    differing = _differing(text)
+    if differing:
+        small.per_layer_config = None
+        text = text.per_layer_config[_kept_layers(text)[0]]
     heads = _first(text, _HEADS)
     hidden = _first(text, _HIDDEN)
     width = getattr(text, "head_dim", None) or hidden // heads
@@ -81,10 +92,14 @@ def shrink(config: Any) -> Any:
         small.head_dim = width
     _set(small, _HIDDEN, HEADS * width if not _latent(text) else 64)
     for name, value in _SMALL.items():
-        known = getattr(text, name, None)
+        known = getattr(small, name, None)
+        if isinstance(known, list):
+            setattr(small, name, [min(each, value) for each in known])
         if isinstance(known, int) and not isinstance(known, bool) and known > value:
             setattr(small, name, value)
     _shrink_recurrent(text, small, layers)
+    if getattr(text, "num_kv_shared_layers", None):
+        small.num_kv_shared_layers = sum(layer >= _first_shared(text) for layer in layers)
     if getattr(text, "first_k_dense_replace", None):
         small.first_k_dense_replace = 1
     for name, value in vars(text).items():
@@ -100,6 +115,14 @@ def shrink(config: Any) -> Any:
     small.vocab_size = VOCABULARY  # for prompts with ids up to that, which smaller vocabularies lack
     small.dtype = "float32"
     small._attn_implementation = "eager"
+    if differing:
+        small.per_layer_config = {
+            index: {
+                name: max(HEADS * value // heads, 1) if name in _KV_HEADS else value
+                for name, value in differing[layer].items()
+            }
+            for index, layer in enumerate(layers)
+        }
     return small
 
 
@@ -122,17 +145,29 @@ def _shrink_recurrent(text: Any, small: Any, layers: list[int]) -> None:
         small.mamba_d_head = small.mamba_expand * small.hidden_size // small.mamba_n_heads
 
 
+def _differing(text: Any) -> list[dict[str, Any]]:
+    """By layer, the settings in which layers differ from one another; nothing if they do not."""
+    names = getattr(text, "per_layer_attributes", None) or ()
+    return [{name: getattr(each, name) for name in names} for each in text.per_layer_config] if names else []
+
+
 def _latent(text: Any) -> bool:
     return bool(getattr(text, "kv_lora_rank", None))
 
 
 def _kept_layers(text: Any) -> list[int]:
-    """Indices of the first three layers, and of the first layer of every other type."""
+    """Indices of the first three layers, and of the first layer of every other type, shared or not."""
     count = _first(text, _LAYERS)
-    kinds = getattr(text, "layer_types", None) or [None] * count
+    types = getattr(text, "layer_types", None) or [None] * count
+    kinds = [(kind, index >= _first_shared(text)) for index, kind in enumerate(types)]
     kept = set(range(min(3, count)))
     kept |= {kinds.index(kind) for kind in set(kinds)}
     return sorted(kept)
+
+
+def _first_shared(text: Any) -> int:
+    """Index of the first layer without keys and values of its own."""
+    return int(_first(text, _LAYERS)) - (getattr(text, "num_kv_shared_layers", None) or 0)
 
 
 def _first(config: Any, names: tuple[str, ...]) -> Any:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ..errors import InputError
+from .config import kv_heads, layer_count, query_heads
 
 _PREPARE = "prepare_distribute_model"
 
@@ -26,9 +27,10 @@ def check_shards(config: Any, size: int) -> None:
     plan = getattr(text, "base_model_tp_plan", None)
     if size > 1 and not plan:
         raise InputError(f"{config.model_type!r} models have no plan for tensor parallelism in transformers.")
-    heads = {"query heads": text.num_attention_heads, "KV heads": getattr(text, "num_key_value_heads", None)}
-    for name, count in heads.items():
-        if count is not None and count % size:
+    counts = {("query heads", query_heads(config))}
+    counts |= {("KV heads", kv_heads(config, layer)) for layer in range(layer_count(config))}
+    for name, count in sorted(counts):
+        if count % size:
             raise InputError(
                 f"{count} {name} do not divide by {size} (--tensor-parallel); use a number that divides them."
             )

@@ -19,7 +19,6 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..distributed.collectives import Group
 from ..errors import InputError, first_line
@@ -27,6 +26,7 @@ from ..layers.base import AttentionInput, LayerKind
 from ..layers.shards import NewRows, full_partial, merge_over_ranks, window_partial
 from .attach import Attachment
 from .cache import ShardCache
+from .decoders import decoder_class
 from .shrinking import VOCABULARY, shrink
 
 # Limits of differences relative to the largest logit: of a small fp32 copy, and of a model that has no small copy.
@@ -72,7 +72,7 @@ def verify(config: Any, model: PreTrainedModel | None = None) -> None:
 def kind_of(config: Any, model: PreTrainedModel | None = None) -> Any:
     """The class of a configuration's decoder, ``model``'s own if that is one; None for code that is not loaded."""
     text = config.get_text_config()
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    known = decoder_class(text)
     return type(model) if model is not None and (known is None or type(model.config) is type(text)) else known
 
 

@@ -1,4 +1,4 @@
-"""Sliding windows of the layers, by the configuration."""
+"""Windows of the layers, sliding or chunked, by the configuration."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 # Families whose layers leave the window to the mask, which is not built here; all others pass it to their attention.
 _IN_MASK_ALONE = ("phimoe", "qwen2_moe")
+_CHUNKED = "chunked_attention"
 
 
 def layer_windows(text: Any) -> list[int | None]:
@@ -15,14 +16,21 @@ def layer_windows(text: Any) -> list[int | None]:
     count = text.num_hidden_layers
     if not getattr(text, "use_sliding_window", True):
         window = None
-    return [window if kind == "sliding_attention" else None for kind in types] if types else [window] * count
+    by_kind = {"sliding_attention": window, _CHUNKED: getattr(text, "attention_chunk_size", None)}
+    return [by_kind.get(kind) for kind in types] if types else [window] * count
 
 
 def windows(text: Any) -> list[int]:
-    """Window lengths, in tokens, of the layers with a sliding window."""
+    """Window lengths, in tokens, of the layers with a window."""
     return [window for window in layer_windows(text) if window is not None]
+
+
+def chunked(text: Any) -> bool:
+    """True if windows do not slide: their edges stand still at multiples of the window (Llama 4)."""
+    return _CHUNKED in (getattr(text, "layer_types", None) or ())
 
 
 def not_handed_over(text: Any) -> list[int | None]:
     """As :func:`layer_windows`, for layers that do not pass the window to their attention; None for all others."""
-    return layer_windows(text) if text.model_type in _IN_MASK_ALONE else [None] * text.num_hidden_layers
+    by_mask = text.model_type in _IN_MASK_ALONE or chunked(text)
+    return layer_windows(text) if by_mask else [None] * text.num_hidden_layers

@@ -1,8 +1,9 @@
-"""Sliding-window attention out of calls of the one attention operation: no mask, and no masked work.
+"""Attention within a window out of calls of the one attention operation: no mask, and no masked work.
 
-Rows are processed in chunks no longer than the window. The keys that a chunk sees are then of three kinds: those at and
-just before its own rows, seen causally; those that all of its rows see; and those that leave the window one by one,
-which are causal once rows and keys are both reversed.
+The rows of a sliding window are processed in chunks no longer than the window. The keys that a chunk sees are then of
+three kinds: those at and just before its own rows, seen causally; those that all of its rows see; and those that leave
+the window one by one, which are causal once rows and keys are both reversed. A window whose edge stands still, as in
+chunked attention, has no keys of the third kind.
 """
 
 from __future__ import annotations
@@ -71,6 +72,26 @@ def window_attention(attend: Attend, q: Tensor, first: int, runs: Sequence[Run],
         row = stop
     if len(outs) == 1:
         return outs[0], lses[0]
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def chunked_attention(attend: Attend, q: Tensor, first: int, runs: Sequence[Run], chunk: int) -> tuple[Tensor, Tensor]:
+    """As :func:`window_attention`, but a row sees the keys from the last multiple of ``chunk`` on up to its own."""
+    outs, lses = [], []
+    row, rows = 0, q.shape[0]
+    while row < rows:
+        start = first + row
+        edge = start - start % chunk
+        stop = min(edge + chunk, first + rows)
+        seen = [
+            run.between(max(run.first, edge), min(run.stop, stop), causal=run.stop >= stop)
+            for run in runs
+            if max(run.first, edge) < min(run.stop, stop)
+        ]
+        out, lse = attend(q[row : stop - first], seen)
+        outs.append(out)
+        lses.append(lse)
+        row = stop - first
     return torch.cat(outs), torch.cat(lses, 1)
 
 

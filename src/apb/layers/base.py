@@ -27,6 +27,8 @@ class AttentionInput:
         scale: factor on q.k.
         before_rope: (rows, (heads + 2 kv_heads) * head_dim), q, k, v before RoPE; None unless the compressor needs it.
         window: largest number of keys that a row sees, its own included; None without a limit.
+        chunked: True if the window's edge stands still at multiples of ``window`` instead of moving with the row.
+        shared: index of the layer whose keys and values these are, if this layer has none of its own.
         softcap: as in :func:`apb.attention`.
         sinks: (heads,), logits in every row's softmax that have no value; None without sinks.
         earlier: keys and values (tokens, kv_heads, head_dim) that this rank's cache holds of earlier rounds; None in
@@ -40,6 +42,8 @@ class AttentionInput:
     scale: float
     before_rope: Tensor | None = None
     window: int | None = None
+    chunked: bool = False
+    shared: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
     earlier: tuple[Tensor, Tensor] | None = None
@@ -48,6 +52,11 @@ class AttentionInput:
     def kind(self) -> LayerKind:
         """The kind of the layer for this prompt: a window as long as the prompt does not count."""
         return LayerKind.FULL if self.window is None else LayerKind.WINDOW
+
+    @property
+    def kept(self) -> int:
+        """Index of the layer in whose place the cache keeps these keys and values."""
+        return self.index if self.shared is None else self.shared
 
     @property
     def plain(self) -> bool:

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Segment, attention
 from ..kernels.merge import merge_packed, pack
-from ..kernels.window import Run, window_attention
+from ..kernels.window import Run, chunked_attention, window_attention
+from ..planning.halo import first_seen
 from ..timing import timed
 from .base import AttentionInput
 
@@ -94,17 +95,24 @@ def full_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Te
 
 
 def window_partial(layer: AttentionInput, rows: NewRows, backend: str) -> tuple[Tensor, Tensor]:
-    """As :func:`full_partial`, for a layer with a sliding window: keys outside it are not read."""
+    """As :func:`full_partial`, for a layer with a window: keys outside it are not read."""
     assert layer.window is not None
-    since = rows.first - layer.window + 1
+    since = first_seen(rows.first, layer.window, layer.chunked)
     runs = [] if layer.earlier is None else _runs(*layer.earlier, rows.earlier, since)
     runs += _runs(layer.k, layer.v, rows.positions, since)
+    return windowed(layer, layer.q, rows.first, runs, backend)
+
+
+def windowed(layer: AttentionInput, q: Tensor, first: int, runs: Sequence[Run], backend: str) -> tuple[Tensor, Tensor]:
+    """Rows q at positions from ``first`` on over runs of keys, within the layer's window: out and lse."""
+    assert layer.window is not None
+    kernel = chunked_attention if layer.chunked else window_attention
 
     def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
         return attention(q, segments, layer.scale, backend, layer.softcap)
 
     with timed("attention"):
-        return window_attention(attend, layer.q, rows.first, runs, layer.window)
+        return kernel(attend, q, first, runs, layer.window)
 
 
 def _runs(k: Tensor, v: Tensor, held: Sequence[range], since: int) -> list[Run]:

@@ -1,4 +1,4 @@
-"""Layers with a sliding window in prefill: exact under every strategy.
+"""Layers with a window, sliding or chunked, in prefill: exact under every strategy.
 
 A row of the document sees exactly the keys in its window; those that other ranks hold are fetched as halos, by one
 all-to-all per layer. The anchor's rows see the anchor alone.
@@ -12,47 +12,42 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group
-from ..kernels.attention import Segment, attention
-from ..kernels.window import Run, window_attention
+from ..kernels.window import Run
 from ..planning.halo import Piece, pieces
 from ..planning.itinerary import Itinerary, Kind, Span
 from ..timing import timed
 from .base import AttentionInput
+from .shards import windowed
 
 
 class WindowLayers:
-    """The layers with a sliding window in one round, on one rank."""
+    """The layers with a window in one round, on one rank."""
 
     def __init__(self, itinerary: Itinerary, group: Group, backend: str) -> None:
         self._itinerary = itinerary
         self._group = group
         self._backend = backend
-        self._halos: dict[int, Halos] = {}
+        self._halos: dict[tuple[int, bool], Halos] = {}
 
     def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """Write the attention of the anchor's and the blocks' rows into ``out`` (rows, heads, head_dim)."""
-        window = layer.window
-        assert window is not None
+        assert layer.window is not None
+        window = layer.window, layer.chunked
         if window not in self._halos:
-            self._halos[window] = Halos(self._itinerary, self._group, window)
+            self._halos[window] = Halos(self._itinerary, self._group, *window)
         with timed("communication"):
             runs = self._halos[window].fetch(layer.k, layer.v, layer.earlier)
-
-        def attend(q: Tensor, segments: list[Segment]) -> tuple[Tensor, Tensor]:
-            with timed("attention"):
-                return attention(q, segments, layer.scale, self._backend, layer.softcap)
-
         for span, run in runs.items():
-            out[span.rows] = layer.settle(*window_attention(attend, layer.q[span.rows], span.start, [run], window))
+            out[span.rows] = layer.settle(*windowed(layer, layer.q[span.rows], span.start, [run], self._backend))
 
 
 class Halos:
-    """The exchange of one window size in one round of a plan, for one rank."""
+    """The exchange of one kind of window in one round of a plan, for one rank."""
 
-    def __init__(self, itinerary: Itinerary, group: Group, window: int) -> None:
+    def __init__(self, itinerary: Itinerary, group: Group, window: int, chunked: bool) -> None:
         self._group = group
         self._spans = [span for span in itinerary.spans if span.kind is not Kind.QUERY and len(span)]
-        every = pieces(itinerary.plan, window, itinerary.round)
+        every = pieces(itinerary.plan, window, itinerary.round, chunked)
         travelling = [piece for piece in every if piece.sender != piece.receiver]
         self._needed = [piece for piece in every if piece.receiver == group.rank]
         self._travels = bool(travelling)

@@ -83,7 +83,7 @@ def read(
             between()
         before = sum(map(len, itinerary.earlier))
         if before and (propagating is None or layer.index <= propagating.layer):
-            keys, values = cache.shard(layer.index)
+            keys, values = cache.shard(layer.kept)
             layer = replace(layer, earlier=(keys[:before], values[:before]))
         if propagating is None:
             out = strategy.attend(layer)

@@ -90,8 +90,8 @@ class Continuation:
 
         def held(layer: AttentionInput) -> tuple[AttentionInput, NewRows]:
             """The layer's shard and the new rows; an empty shard comes with one dummy row."""
-            keys = cache.held[layer.index]
-            return replace(layer, k=layer.k[:keys], v=layer.v[:keys]), NewRows(start, cache.positions(layer.index))
+            keys = cache.held[layer.kept]
+            return replace(layer, k=layer.k[:keys], v=layer.v[:keys]), NewRows(start, cache.positions(layer.kept))
 
         def attend_full(layer: AttentionInput) -> Tensor:
             layer, rows = held(layer)

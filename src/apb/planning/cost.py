@@ -9,6 +9,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from .halo import first_seen
 from .itinerary import Kind
 from .memory import activations
 from .network import Hosts, Sent
@@ -228,7 +229,9 @@ def _rank(
     sliding = model.sliding(plan.total)
     full_layers = model.attention_layers - sum(sliding.values())
     attended = full_layers * (plan.method.attended(plan, rank, model.heads) + model.heads * query_pairs)
-    attended += model.heads * sum(count * _window_pairs(plan, rank, window) for window, count in sliding.items())
+    near = model.heads * sum(
+        count * _window_pairs(plan, rank, window, model.chunked) for window, count in sliding.items()
+    )
     carried = plan.contexts()[-1] if plan.rounds > 1 else 0  # pairs of earlier rounds that later ones see, per layer
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
@@ -239,7 +242,7 @@ def _rank(
         scoring += 0 if plan.competing is None else compressor.flops_to_compare(model, plan.query)
     return RankCost(
         linear_flops=2 * rows * model.layer_parameters + 2 * plan.rounds * model.hidden * model.vocabulary,
-        attention_flops=4 * model.head_dim * attended,
+        attention_flops=4 * (model.head_dim * attended + model.near_head_dim * near),
         scoring_flops=scoring * full_layers * scored,
         sent_bytes=sending.total,
         network_bytes=sending.leaving,
@@ -262,11 +265,14 @@ def _moved(model: ModelShape) -> int:
     return 12 * model.hidden + rotated + 3 * model.intermediate + 2 * model.pair_width
 
 
-def _window_pairs(plan: Plan, rank: int, window: int) -> int:
-    """Query-key pairs of a rank on a layer with a sliding window, in any strategy."""
+def _window_pairs(plan: Plan, rank: int, window: int, chunked: bool = False) -> int:
+    """Query-key pairs of a rank on a layer with a window, in any strategy."""
 
     def reach(stop: int) -> int:
         """Pairs of the rows at positions [0, stop), each limited to its window."""
+        if chunked:
+            whole, rest = divmod(stop, window)
+            return whole * (window * (window + 1) // 2) + rest * (rest + 1) // 2
         grown = min(stop, window)
         return grown * (grown + 1) // 2 + (stop - grown) * window
 
@@ -279,5 +285,7 @@ def _window_pairs(plan: Plan, rank: int, window: int) -> int:
             if span.kind is Kind.BLOCK:
                 shard.append(range(span.start, span.stop))
         for row in range(plan.query_start, plan.total):
-            pairs += sum(max(min(row + 1, held.stop) - max(row + 1 - window, held.start), 0) for held in shard)
+            pairs += sum(
+                max(min(row + 1, held.stop) - max(first_seen(row, window, chunked), held.start), 0) for held in shard
+            )
     return pairs

@@ -1,4 +1,4 @@
-"""The exchange of keys on layers with a sliding window: the window is an exact halo. Pure Python.
+"""The exchange of keys on layers with a window, sliding or chunked: the window is an exact halo. Pure Python.
 
 On such layers no strategy approximates: a row of the document sees exactly the keys in the model's window, and those
 held by another rank are sent. The anchor's rows, if any, see only the anchor's keys in the window.
@@ -32,7 +32,12 @@ class Piece:
         return self.stop - self.start
 
 
-def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
+def first_seen(position: int, window: int, chunked: bool) -> int:
+    """Position of the first key that a row sees, below 0 where the window is not full yet."""
+    return position // window * window if chunked else position - window + 1
+
+
+def pieces(plan: Plan, window: int, round: int = 0, chunked: bool = False) -> list[Piece]:
     """All halos of a layer in a round, by receiver, span, and position; those of a span are contiguous."""
     found = []
     spans = [[span for span in plan.spans(rank, round) if span.kind is not Kind.QUERY] for rank in range(plan.ranks)]
@@ -46,7 +51,7 @@ def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
     sources.sort(key=lambda source: source[0].start)
     for receiver, owned in enumerate(spans):
         for span in owned:
-            needed = max(span.start - window + 1, 0)
+            needed = max(first_seen(span.start, window, chunked), 0)
             for source, sender, early in sources if len(span) else ():
                 start, stop = max(source.start, needed), min(source.stop, span.start)
                 if source.kind is span.kind and start < stop:
@@ -55,11 +60,11 @@ def pieces(plan: Plan, window: int, round: int = 0) -> list[Piece]:
     return found
 
 
-def sent_rows(plan: Plan, window: int) -> list[list[int]]:
+def sent_rows(plan: Plan, window: int, chunked: bool = False) -> list[list[int]]:
     """``[sender][receiver]``: keys sent on a layer with such a window, in all rounds; 0 from a rank to itself."""
     sent = [[0] * plan.ranks for _ in range(plan.ranks)]
     for round in range(plan.rounds):
-        for piece in pieces(plan, window, round):
+        for piece in pieces(plan, window, round, chunked):
             if piece.sender != piece.receiver:
                 sent[piece.sender][piece.receiver] += len(piece)
     return sent

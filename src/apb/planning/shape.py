@@ -29,12 +29,17 @@ class ModelShape:
     """The numbers of a model that costs depend on.
 
     Attributes:
-        layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration.
+        layers, heads, kv_heads, head_dim, hidden, intermediate, vocabulary: as in its configuration; kv_heads and
+            head_dim of the layers that see all, if layers differ.
         layer_parameters: weights that each row of a pass is multiplied by, over all layers: those of the linear maps,
             and of the experts that a token is routed to.
         parameters: all weights, embeddings included.
         reach: for every layer its window, own token included, or None if it sees all; empty: all do.
-        cache_width: numbers that a token's keys and values take in one layer's cache; 0: 2 * kv_heads * head_dim.
+        chunked: True if the windows do not slide: their edges stand still at multiples of the window.
+        near: (kv_heads, head_dim) of the layers with a window, where they differ from the others'.
+        cache_width: numbers that a token's keys and values take in one layer's cache, on average if layers differ; 0:
+            2 * kv_heads * head_dim.
+        latent: True if the cache holds latents, from which keys and values are expanded.
         attending: layers that attend; 0: all.
         recurrent: the recurrent layers; None without any.
         expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
@@ -51,7 +56,10 @@ class ModelShape:
     layer_parameters: int
     parameters: int
     reach: tuple[int | None, ...] = ()
+    chunked: bool = False
+    near: tuple[int, int] | None = None
     cache_width: int = 0
+    latent: bool = False
     attending: int = 0
     recurrent: Recurrent | None = None
     expert_row: int = 0
@@ -71,6 +79,16 @@ class ModelShape:
     def attention_layers(self) -> int:
         """Layers that attend."""
         return self.attending or self.layers
+
+    @property
+    def near_pair_width(self) -> int:
+        """:attr:`pair_width` of the layers with a window."""
+        return 2 * self.near[0] * self.near[1] if self.near else self.pair_width
+
+    @property
+    def near_head_dim(self) -> int:
+        """Head dim of the layers with a window."""
+        return self.near[1] if self.near else self.head_dim
 
     @property
     def cache_row(self) -> int:
@@ -93,6 +111,7 @@ class ModelShape:
             self,
             heads=self.heads // size,
             kv_heads=self.kv_heads // size,
+            near=self.near and (self.near[0] // size, self.near[1]),
             intermediate=self.intermediate // size,
             layer_parameters=self.layer_parameters // size,
             parameters=self.parameters // size,

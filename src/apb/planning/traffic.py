@@ -1,6 +1,4 @@
-"""Bytes that ranks send each other in a prefill: the method's own, halos of sliding windows, states, the query's
-results.
-"""
+"""Bytes that ranks send each other in a prefill: the method's own, halos of windows, states, the query's results."""
 
 from __future__ import annotations
 
@@ -17,14 +15,16 @@ def sent(plan: Plan, rank: int, model: ModelShape, element_bytes: int, ranks_per
     """Bytes a rank sends over all layers of a prefill; ``ranks_per_host``: None where all ranks share one host."""
     hosts = Hosts(plan.ranks, ranks_per_host)
     # Partial outputs and lse of the query's rows, in fp32, in every round.
-    query = hosts.gather(plan.query * model.heads * (model.head_dim + 1) * 4) * (plan.rounds * model.attention_layers)
     sliding = model.sliding(plan.total)
+    near_layers = len(model.windows)
     full_layers = model.attention_layers - sum(sliding.values())
+    query = hosts.gather(plan.query * model.heads * (model.head_dim + 1) * 4) * (model.attention_layers - near_layers)
+    query += hosts.gather(plan.query * model.heads * (model.near_head_dim + 1) * 4) * near_layers
     document = plan.method.sent(plan, rank, model, element_bytes, hosts) * full_layers
     for window, layers in sliding.items():
-        rows = [count * model.pair_width * element_bytes for count in sent_rows(plan, window)[rank]]
+        rows = [count * model.near_pair_width * element_bytes for count in sent_rows(plan, window, model.chunked)[rank]]
         document += hosts.scatter(rank, rows) * layers
-    return document + query + _states(plan, rank, model, element_bytes, hosts)
+    return document + query * plan.rounds + _states(plan, rank, model, element_bytes, hosts)
 
 
 def _states(plan: Plan, rank: int, model: ModelShape, element_bytes: int, hosts: Hosts) -> Sent:
