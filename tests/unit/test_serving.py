@@ -230,6 +230,21 @@ def test_several_answers_with_log_probabilities(served: Served, engine: apb.Engi
         assert sum(len(choice.logprobs.content) for choice in own if choice.logprobs) == 6
 
 
+def test_answers_in_json(served: Served) -> None:
+    """What the request's response_format asks for; a schema that cannot be followed is refused."""
+    pytest.importorskip("llguidance")
+
+    def asked(**form: Any) -> Any:
+        return served.ask(max_tokens=40, response_format=form).choices[0].message.content
+
+    assert asked(type="json_object").startswith("{")
+    schema = {"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 2}
+    said = json.loads(asked(type="json_schema", json_schema={"name": "lights", "schema": schema, "strict": True}))
+    assert len(said) == 2 and set(said) <= {"on", "off"}
+    with pytest.raises(openai.BadRequestError, match="Invalid type: lamp"):
+        asked(type="json_schema", json_schema={"name": "x", "schema": {"type": "lamp"}})
+
+
 def test_stops(served: Served, engine: apb.Engine) -> None:
     """The answer ends before the text, streamed or not."""
     whole = text_of(engine, max_new_tokens=20)
@@ -328,7 +343,8 @@ WRONG = {
     "no content": ({"messages": [{"role": "user"}]}, "The request's messages.0.content is wrong"),
     "null": ({"messages": [{"role": "user", "content": None}]}, "The request's messages.0.content is wrong"),
     "a penalty": ({"frequency_penalty": 2.5}, "frequency_penalty must be from -2 to 2"),
-    "JSON": ({"response_format": {"type": "json_object"}}, "'response_format' is not supported here"),
+    "YAML": ({"response_format": {"type": "yaml"}}, "The request's response_format.type is wrong"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "needs 'json_schema': {'schema': ...}"),
     "nowhere to stop": ({"stop": [""]}, "text to stop at is empty"),
     "alternatives alone": ({"top_logprobs": 2}, "'top_logprobs' needs 'logprobs'"),
     "temperature": ({"temperature": -1}, "temperature must be"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Collection
 from functools import partial
@@ -102,7 +103,8 @@ def make_app(
         heard: Callable[[Event], None] | None = None,
     ) -> Response:
         sampling = body.sampling(max_new_tokens, ranks.own_sampling)
-        Sampling(**sampling)  # what is wrong with it is said before anything is queued
+        # What is wrong with it is said before anything is queued. To look at a schema may take a while.
+        await asyncio.to_thread(lambda: Sampling(**sampling))
         task = Task(asked.prompt, sampling, body.n, asked.ordinary)
         following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics, heard)
         await submitted(task, following)
