@@ -19,6 +19,7 @@ import pytest
 import apb
 from apb.cli import serve
 from apb.hf.loading import position_limit
+from apb.serving import bodies
 from apb.serving import worker as worker_module
 from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
@@ -388,6 +389,42 @@ def test_wrong_addresses_and_bodies(served: Served) -> None:
     assert (status, json.loads(body)["error"]["message"]) == (400, "The request's body is not JSON.")
     status, body = served.get("/v1/chat/completions", "POST", b"[1]")
     assert status == 400 and json.loads(body)["error"]["message"].startswith("The request's body is wrong")
+
+
+def test_the_description_is_true(served: Served) -> None:
+    """Every endpoint has models for what it may answer, none for what it does not, and real answers are of them."""
+    told = json.loads(served.get("/openapi.json")[1])
+    for path, operations in told["paths"].items():
+        for method, operation in operations.items():
+            where = f"{method} {path}"
+            assert "422" not in operation["responses"], where
+            for status, response in operation["responses"].items():
+                schema = next(iter(response["content"].items()))
+                assert schema[0] == "text/plain" or "$ref" in schema[1]["schema"], (where, status)
+            if path.startswith("/v1/"):
+                assert "401" in operation["responses"], where
+    assert "ChatChunk" in told["components"]["schemas"]
+
+    def posted(path: str, **body: Any) -> list[Any]:
+        text = served.get(path, "POST", json.dumps({"max_tokens": 2} | body).encode())[1]
+        events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: {")]
+        return [json.loads(each) for each in events or [text]]
+
+    chat = {"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT}
+    bodies.ChatCompletion.model_validate(posted("/v1/chat/completions", **chat, logprobs=True)[0])
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = posted("/v1/chat/completions", **chat, logprobs=True, **usage)
+    assert len([bodies.ChatChunk.model_validate(chunk) for chunk in chunks]) >= 4
+    for more in ({}, {"stream": True}):
+        for body in posted("/v1/completions", prompt="Once", logprobs=1, **more):
+            bodies.TextCompletion.model_validate(body)
+
+
+def test_names_of_fields_may_be_anything(served: Served) -> None:
+    """What is named in a header cannot end it."""
+    field = {"Orrin\r\nX-Other: 1\u00e9": 1}
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1} | field
+    assert served.get("/v1/chat/completions", "POST", json.dumps(body).encode())[0] == 200
 
 
 def test_models_health_and_metrics(served: Served) -> None:
