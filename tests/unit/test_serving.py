@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
 
 import apb
 from apb.cli import serve
@@ -26,6 +28,7 @@ from apb.serving.app import make_app
 from apb.serving.desk import Desk
 from apb.serving.front import Front
 from apb.serving.ranks import Ranks
+from apb.serving.tokenizing import Tokenizing
 from apb.serving.worker import Worker
 from command_line import Cli, cli  # noqa: F401
 
@@ -41,7 +44,9 @@ def engine(checkpoint: Path) -> apb.Engine:
 class Served:
     """A server on a free port, its worker on another thread; ``held`` keeps the worker from beginning jobs."""
 
-    def __init__(self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = (), **more: Any
+    ) -> None:
         self.worker, self.ranks = Worker(engine), Ranks()
         self.held = threading.Lock()
         self._over = threading.Event()
@@ -55,7 +60,7 @@ class Served:
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         limit = position_limit(engine.model.config)
-        app = make_app(self.ranks, "tiny", engine.needed_tokenizer(), limit, 7, chat_template, keys)
+        app = make_app(self.ranks, "tiny", engine.needed_tokenizer(), limit, 7, chat_template, keys, **more)
         self._front = Front(app, listening).__enter__()
         ready = threading.Event()
         Desk(self.worker, self.ranks.connect(lambda facts: ready.set()), lambda: None).open()
@@ -332,6 +337,95 @@ def test_keys(engine: apb.Engine) -> None:
         server.stop()
 
 
+def test_web_pages_of_other_origins(engine: apb.Engine) -> None:
+    """A browser asks first, without a key; then it may read answers and refusals. Pages that are not named may not."""
+    server = Served(engine, keys=("one key",), origins=("https://orrin.example",))
+
+    def headers(method: str, origin: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        connection.request(method, "/v1/models", headers={"Origin": origin} | (asks if method == "OPTIONS" else {}))
+        response = connection.getresponse()
+        return response.status, response.headers["Access-Control-Allow-Origin"]
+
+    try:
+        assert headers("OPTIONS", "https://orrin.example") == (200, "https://orrin.example")
+        assert headers("GET", "https://orrin.example") == (401, "https://orrin.example")
+        assert headers("OPTIONS", "https://other.example") == (400, None)
+    finally:
+        server.stop()
+
+
+def test_reading_exactly_on_request(engine: apb.Engine, served: Served) -> None:
+    """Where the operator lets it; else it is refused, as is any other option."""
+    server = Served(engine, may_ask_exact=True)
+
+    def ask(of: Served, **apb: Any) -> Any:
+        body = {"document": DOCUMENT, "apb": apb}
+        messages = [{"role": "user", "content": QUESTION}]
+        return of.client.chat.completions.create(model="tiny", messages=messages, max_tokens=9, extra_body=body)
+
+    try:
+        answer = ask(server, exact=True)
+        prompt = apb.Prompt.for_model(engine.needed_tokenizer(), DOCUMENT, QUESTION)
+        assert answer.choices[0].message.content == engine.exactly().generate(prompt, max_new_tokens=9).text
+        assert answer.apb["exact"] and not ask(server, exact=False).apb["exact"]
+        with pytest.raises(openai.BadRequestError, match=r"The request's apb.blocks is wrong"):
+            ask(server, blocks=8)
+    finally:
+        server.stop()
+    with pytest.raises(openai.BadRequestError, match="is not allowed on this server"):
+        ask(served, exact=True)
+
+
+def test_requests_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """One line each, which says what it cost and nothing of what was said."""
+    caplog.set_level("INFO", "apb.serving")
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT, "max_tokens": 2})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    read = json.loads(response.read())["usage"]["prompt_tokens"]
+    served.get("/v1/models/%0aMaud")
+    served.get("/health")
+    answered, other = (record.getMessage() for record in caplog.records if record.name == "apb.serving")
+    assert answered.startswith(f"{response.headers['X-Request-Id']} POST /v1/chat/completions 200 ")
+    assert answered.endswith(f" s, {read} tokens read, 2 written") and "Maud" not in answered
+    assert " GET /v1/models/?Maud 404 " in other
+
+
+def test_unforeseen_failures_of_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are that request's, in the form of all others."""
+
+    async def fail(*_: Any) -> None:
+        raise LookupError("no\nwords")
+
+    monkeypatch.setattr(Tokenizing, "chat", fail)
+    with pytest.raises(openai.InternalServerError, match="LookupError: no words"):
+        served.ask()
+    monkeypatch.undo()
+    assert served.ask(max_tokens=2).usage.completion_tokens == 2
+
+
+CERTIFICATE = Path(__file__).parents[1] / "localhost.pem"
+
+
+def test_https(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    """A certificate makes the server one of HTTPS; one that cannot be used is refused before anything is loaded."""
+    app, listening = FastAPI(), socket.create_server(("127.0.0.1", 0))
+    app.get("/")(lambda: "lit")
+    with Front(app, listening, ssl_certfile=CERTIFICATE, ssl_keyfile=None):
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        client = http.client.HTTPSConnection("localhost", listening.getsockname()[1], context=trusted, timeout=20)
+        client.request("GET", "/")
+        assert client.getresponse().read() == b'"lit"'
+        client.close()
+    (tmp_path / "no.pem").write_text("Maud")
+    for asked in (["--ssl-certfile", tmp_path / "no.pem"], ["--ssl-certfile", tmp_path / "none.pem"]):
+        cli("serve", "--port", 0, *asked).refused("cannot be used", "--ssl-keyfile")
+    cli("serve", "--port", 0, "--ssl-keyfile", CERTIFICATE).refused("name that with --ssl-certfile")
+
+
 WRONG = {
     "empty question": ({"content": " "}, "message from user is empty"),
     "empty document": ({"document": "\n"}, "document is empty"),
@@ -446,7 +540,9 @@ def test_models_health_and_metrics(served: Served) -> None:
     grown = {name: after[name] - before.get(name, 0.0) for name in after if after[name] != before.get(name, 0.0)}
     assert grown["apb_answer_tokens_total"] == 3
     assert grown["apb_prompt_tokens_total"] == answer.usage.prompt_tokens
-    assert grown["apb_prefill_seconds_count"] == grown["apb_decode_seconds_count"] == 1
+    assert (
+        grown["apb_queue_seconds_count"] == grown["apb_prefill_seconds_count"] == grown["apb_decode_seconds_count"] == 1
+    )
     assert grown['apb_requests_total{status="200"}'] == 1
     assert after["apb_waiting_requests"] == 0
 

@@ -13,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from ..errors import InputError
 from ..generation import Sampling
@@ -21,7 +22,7 @@ from . import bodies
 from .answers import Event, Task
 from .description import LOOK, WORK, describe, errors, streamed
 from .following import Following
-from .limits import Gate, most_characters
+from .limits import Gate, most_characters, plain
 from .metrics import Metrics
 from .page import add_page
 from .prompts import Asked, Said
@@ -47,6 +48,8 @@ def make_app(
     chat_template: str | None = None,
     keys: Collection[str] = (),
     shelf: Shelf | None = None,
+    origins: Collection[str] = (),
+    may_ask_exact: bool = False,
 ) -> FastAPI:
     """The server application for one model.
 
@@ -59,11 +62,18 @@ def make_app(
         chat_template: as in :meth:`apb.Prompt.from_chat`.
         keys: API keys, one of which every request under /v1 must bring; none: anybody is served.
         shelf: the documents that clients give; None: one in memory alone.
+        origins: web pages of these origins may ask, "*" for all.
+        may_ask_exact: requests may ask to be read exactly, with ``{"apb": {"exact": true}}``.
     """
     app = FastAPI(title="apb", docs_url=None, redoc_url=None)
     describe(app, bool(keys))
     metrics, characters = Metrics(ranks), most_characters(positions)
     app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
+    if origins:  # around the gate: a browser asks first, without a key, and reads refusals too
+        told = ("X-Request-Id", "X-APB-Warning", "Retry-After")
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=told
+        )
     served: dict[str, Any] = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "apb"}
     served["turns"] = template_of(tokenizer, chat_template) is not None  # else it takes one message alone
     tokenizing = Tokenizing(tokenizer, chat_template, characters)
@@ -95,10 +105,13 @@ def make_app(
         sampling = body.sampling(max_new_tokens, ranks.own_sampling)
         # What is wrong with it is said before anything is queued. To look at a schema may take a while.
         await asyncio.to_thread(lambda: Sampling(**sampling))
-        task = Task(asked.prompt, sampling, body.n, asked.ordinary)
+        if body.exactly and not may_ask_exact:
+            raise InputError("'apb': {'exact': true} is not allowed on this server; leave it out.")
+        task = Task(asked.prompt, sampling, body.n, asked.ordinary or body.exactly)
         following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics, heard)
+        request.scope["state"]["tokens"] = following.tokens
         await submitted(task, following)
-        warned = {"X-APB-Warning": _plain(f"ignored: {', '.join(body.ignored)}")[:500]} if body.ignored else {}
+        warned = {"X-APB-Warning": plain(f"ignored: {', '.join(body.ignored)}")[:500]} if body.ignored else {}
         if body.stream:
             pieces = following.streamed(body.n, body.with_usage)
             return StreamingResponse(pieces, media_type="text/event-stream", headers=warned)
@@ -200,11 +213,6 @@ def make_app(
         return JSONResponse(Refusal(error.status_code, message).body, error.status_code, error.headers)
 
     return app
-
-
-def _plain(text: str) -> str:
-    """A text as a header may have it."""
-    return "".join(each if each.isascii() and each.isprintable() else "?" for each in text)
 
 
 def _sentence(error: RequestValidationError) -> str:

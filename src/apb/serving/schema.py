@@ -93,6 +93,17 @@ class ResponseFormat(_Open):
         return json.dumps(self.json_schema.json_schema)
 
 
+class HowToRead(BaseModel):
+    """How a request asks to be read, where the operator lets it.
+
+    Attributes:
+        exact: with full attention, whatever the server's strategy is.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    exact: bool = False
+
+
 class _Request(_Open):
     """What chats and completions have in common."""
 
@@ -111,6 +122,7 @@ class _Request(_Open):
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    apb: HowToRead | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -128,6 +140,11 @@ class _Request(_Open):
     def ignored(self) -> list[str]:
         """Names of the fields that have no effect here."""
         return sorted(set(self.model_extra or ()) - _SILENT)
+
+    @property
+    def exactly(self) -> bool:
+        """True if the request asks to be read exactly."""
+        return self.apb is not None and self.apb.exact
 
     @property
     def with_usage(self) -> bool:
