@@ -478,7 +478,10 @@ def test_wrong_addresses_and_bodies(served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match=r"'gpt-9' is not served here; ask for 'tiny'\."):
         served.ask(model="gpt-9")
     assert served.get("/v1/nothing")[0] == 404
-    assert served.get("/v1/chat/completions")[0] == 405
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("PUT", "/v1/documents")
+    response = connection.getresponse()
+    assert (response.status, response.headers["Allow"]) == (405, "GET, POST")
     status, body = served.get("/v1/chat/completions", "POST", b"{")
     assert (status, json.loads(body)["error"]["message"]) == (400, "The request's body is not JSON.")
     status, body = served.get("/v1/chat/completions", "POST", b"[1]")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
 
 from ..errors import InputError
 from ..generation import Sampling
@@ -65,7 +67,13 @@ def make_app(
         origins: web pages of these origins may ask, "*" for all.
         may_ask_exact: requests may ask to be read exactly, with ``{"apb": {"exact": true}}``.
     """
-    app = FastAPI(title="apb", docs_url=None, redoc_url=None)
+
+    @asynccontextmanager
+    async def lifetime(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        tokenizing.close()
+
+    app = FastAPI(title="apb", docs_url=None, redoc_url=None, lifespan=lifetime)
     describe(app, bool(keys))
     metrics, characters = Metrics(ranks), most_characters(positions)
     app.add_middleware(Gate, requests=metrics.requests, characters=characters, keys=keys)
@@ -210,7 +218,11 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}."
-        return JSONResponse(Refusal(error.status_code, message).body, error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one of the path's routes
+            routes = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+            headers["Allow"] = ", ".join(sorted({name for route in routes for name in getattr(route, "methods", ())}))
+        return JSONResponse(Refusal(error.status_code, message).body, error.status_code, headers)
 
     return app
 
