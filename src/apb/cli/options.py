@@ -32,15 +32,6 @@ def _named(name: str | None) -> str | None:
     return name
 
 
-def _there(name: str | None) -> str | None:
-    """The name of a model unchanged; InputError if it is not there. Nothing has imported torch yet, in seconds."""
-    from ..hf.hub import check_there
-
-    if _named(name) is not None:
-        check_there(str(name))
-    return name
-
-
 def check_out(path: Path) -> None:
     """InputError if a file of that name cannot be written; checked before anything runs."""
     if path.is_dir():
@@ -66,7 +57,7 @@ _DEFAULT_COMPRESSOR = "By default query-edge, with --heads retaining."
 ModelName = Annotated[
     str | None,
     typer.Option(
-        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=_there
+        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=_named
     ),
 ]
 RandomWeights = Annotated[
@@ -133,6 +124,13 @@ class Model:
     dtype: Dtype = None
     device: Device = None
     quantization: Quantization = None
+
+    def __post_init__(self) -> None:
+        """InputError if it is not there, before a command imports torch, which takes seconds."""
+        from ..hf.hub import check_there
+
+        if self.model is not None:
+            check_there(self.model)
 
     @property
     def name(self) -> str:
