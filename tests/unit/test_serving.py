@@ -378,9 +378,8 @@ def test_reading_exactly_on_request(engine: apb.Engine, served: Served) -> None:
         ask(served, exact=True)
 
 
-def test_requests_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+def test_requests_are_logged(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
     """One line each, which says what it cost and nothing of what was said."""
-    caplog.set_level("INFO", "apb.serving")
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT, "max_tokens": 2})
     connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
@@ -388,8 +387,8 @@ def test_requests_are_logged(served: Served, caplog: pytest.LogCaptureFixture) -
     read = json.loads(response.read())["usage"]["prompt_tokens"]
     served.get("/v1/models/%0aMaud")
     served.get("/health")
-    answered, other = (record.getMessage() for record in caplog.records if record.name == "apb.serving")
-    assert answered.startswith(f"{response.headers['X-Request-Id']} POST /v1/chat/completions 200 ")
+    answered, other = capsys.readouterr().err.splitlines()
+    assert answered.startswith(f"apb: {response.headers['X-Request-Id']} POST /v1/chat/completions 200 ")
     assert answered.endswith(f" s, {read} tokens read, 2 written") and "Maud" not in answered
     assert " GET /v1/models/?Maud 404 " in other
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import signal
@@ -105,8 +104,6 @@ def serve(
         if chat_template is not None:  # one that cannot be applied is refused here, not with every request
             Prompt.from_chat(tokenizer, "A document.", "A question?", chat_template=chat_template)
             chat_template = template  # its text: the file is read once, and may change or go
-        logging.basicConfig(format="apb: %(message)s")
-        logging.getLogger("apb.serving").setLevel(logging.INFO)
         name = place.model.name
         served = Path(name).resolve().name if Path(name).exists() else name
         positions = None if read.allow_extrapolation else position_limit(place.config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-import logging
+import sys
 import time
 import traceback
 import uuid
@@ -18,8 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .replies import Refusal, failure
 
-# One line for each request: its id, address, status, seconds and tokens, never what it says.
-_LOG = logging.getLogger("apb.serving")
 # Characters that a prompt may have for each token that the model can read: far more than any text has.
 CHARACTERS_PER_TOKEN = 16
 # Bytes of a body for each of them, with JSON's escapes, and for all the rest.
@@ -33,6 +31,11 @@ BODY_S = 60.0
 _DROPPING_S = 5.0
 # Characters of an address in the log.
 _SHOWN = 100
+
+
+def _log(line: str) -> None:
+    """One line for each request: its id, address, status, seconds and tokens, never what it says."""
+    print(f"apb: {line}", file=sys.stderr, flush=True)
 
 
 def plain(text: str) -> str:
@@ -80,14 +83,14 @@ class Gate:
             if status:  # it is on its way, and can only be cut off
                 raise
             at = "".join(traceback.format_tb(error.__traceback__))
-            _LOG.error("%s failed: %s\n%s", number, type(error).__name__, at)
+            _log(f"{number} failed: {type(error).__name__}\n{at}")
             await _respond(watched, failure(error))
         finally:
             if scope["path"].startswith("/v1/"):
                 address = f"{scope['method']} {plain(scope['path'])[:_SHOWN]}"
                 read, written = state.get("tokens", (0, 0))
-                tokens = f"{read} tokens read, {written} written"
-                _LOG.info("%s %s %s %.3f s, %s", number, address, status or "-", time.monotonic() - since, tokens)
+                seconds = f"{time.monotonic() - since:.3f} s"
+                _log(f"{number} {address} {status or '-'} {seconds}, {read} tokens read, {written} written")
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
