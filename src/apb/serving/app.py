@@ -119,7 +119,7 @@ def make_app(
         following = Following(kind(name, {"question": asked.question}, tokenizing.name), metrics, heard)
         request.scope["state"]["tokens"] = following.tokens
         await submitted(task, following)
-        warned = {"X-APB-Warning": plain(f"ignored: {', '.join(body.ignored)}")[:500]} if body.ignored else {}
+        warned = {"X-APB-Warning": plain(f"ignored: {', '.join(body.ignored)}"[:500])} if body.ignored else {}
         if body.stream:
             pieces = following.streamed(body.n, body.with_usage)
             return StreamingResponse(pieces, media_type="text/event-stream", headers=warned)

@@ -40,7 +40,7 @@ def _log(line: str) -> None:
 
 def plain(text: str) -> str:
     """A text as a header or a line of the log may have it."""
-    return "".join(each if each.isascii() and each.isprintable() else "?" for each in text)
+    return "".join(each if each.isascii() and each.isprintable() else "?" for each in text).strip()
 
 
 def most_characters(positions: int | None) -> int:
