@@ -9,7 +9,7 @@ import pytest
 
 import apb
 from apb.serving import tokenizing as module
-from apb.serving.prompts import Said, asked
+from apb.serving.prompts import Asked, Said, asked
 from apb.serving.tokenizing import Tokenizing
 from byte_checkpoint import TEMPLATE, byte_tokenizer
 
@@ -23,6 +23,11 @@ def workers() -> list[psutil.Process]:
     return [each for each in found if any("spawn_main" in part for part in each.cmdline())]
 
 
+def told(made: Asked) -> tuple[object, ...]:
+    """All that is known of a prompt."""
+    return made.prompt, made.question, made.ordinary, made.characters(3, 9)
+
+
 def test_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompts and the same errors; the process is needed for long ones alone, and ends when told to."""
     monkeypatch.setattr(module, "LONG", len(DOCUMENT))
@@ -31,14 +36,15 @@ def test_long_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def ask() -> None:
         short = await tokenizing.chat(SAID, DOCUMENT[:100])
-        assert short == asked(tokenizer, SAID, DOCUMENT[:100]) and not workers()
+        assert told(short) == told(asked(tokenizer, SAID, DOCUMENT[:100])) and not workers()
         lost = asyncio.create_task(tokenizing.chat(SAID, DOCUMENT))
         while not workers():
             await asyncio.sleep(0.01)
         workers()[0].kill()
         with pytest.raises(RuntimeError, match="has died; ask again"):
             await lost
-        assert await tokenizing.chat(SAID, DOCUMENT) == asked(tokenizer, SAID, DOCUMENT)
+        assert told(await tokenizing.chat(SAID, DOCUMENT)) == told(asked(tokenizer, SAID, DOCUMENT))
+        assert (await tokenizing.plain(DOCUMENT)).characters(0, 5) is None
         with pytest.raises(apb.InputError, match="message from user is empty"):
             await tokenizing.chat([Said("user", [" "])], DOCUMENT)
         with pytest.raises(apb.InputError, match="at most 10,000"):
