@@ -69,6 +69,9 @@ def _described(app: FastAPI, keys: bool) -> dict[str, Any]:
     for path, operations in found["paths"].items():
         for operation in operations.values():
             operation["responses"].pop("422", None)
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:  # errors are JSON wherever the answer is plain text
+                    response["content"] = {"application/json": next(iter(response["content"].values()))}
             if keys and path.startswith("/v1/"):
                 operation["security"] = [{"key": []}]
     return found
