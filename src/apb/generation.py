@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import Cancelled, InputError, NotFinite, at_least
 from .hf import sampling as checkpoint
+from .hf.guiding import check_schema
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -50,6 +51,7 @@ class Sampling:
         stop: texts at which the answer ends, without them.
         top_logprobs: keep the log-probabilities of every token and of the so many likeliest in its place, by the
             model's own scores; None keeps none.
+        schema: a JSON schema, as a text, that the answer follows; it needs the library llguidance.
         seed: of the random draws; the same seed gives the same text on the same set-up. None picks one at random.
         logits_processor, stopping_criteria: further ones of transformers, applied in the order of ``generate``.
     """
@@ -64,6 +66,7 @@ class Sampling:
     presence_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    schema: str | None = None
     seed: int | None = None
     logits_processor: LogitsProcessorList | None = None
     stopping_criteria: StoppingCriteriaList | None = None
@@ -87,6 +90,8 @@ class Sampling:
             raise InputError("A text to stop at is empty; leave it out.")
         if self.top_logprobs is not None:
             at_least("top_logprobs", self.top_logprobs, 0)
+        if self.schema is not None:
+            check_schema(self.schema)
         if self.seed is not None:
             check_seed(self.seed)
 
@@ -171,13 +176,14 @@ def decode(
     Rank 0 chooses and broadcasts, so that all ranks yield the same tokens. All raise :class:`apb.Cancelled` once rank
     0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen;
     and whatever a processor or criterion raises on rank 0, the others a RuntimeError then.
-    ``between`` is called before every token, on every rank. The checkpoint's stop strings need the ``tokenizer``.
+    ``between`` is called before every token, on every rank. The checkpoint's stop strings and a schema need the
+    ``tokenizer``.
     """
     device = session.logits.device
     prompt = len(session.token_ids)
     ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
     ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
-    processors = checkpoint.processors(model, sampling, ids[:, :prompt])
+    processors = checkpoint.processors(model, sampling, ids[:, :prompt], tokenizer)
     criteria = checkpoint.criteria(model, sampling, tokenizer, device)
     generator = torch.Generator(device)
     if sampling.seed is None:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from safetensors.torch import save_file
 
 import apb
 from apb.cli import demo
+from apb.hf import hub
 from apb.planning.methods import METHODS
 from command_line import Cli, Outcome
 from models import tiny_heads, tiny_model
@@ -226,6 +231,59 @@ def test_models_that_are_not_there(ask: Cli, tmp_path: Path) -> None:
     ask(model=tmp_path / "nowhere").refused("nowhere", "does not exist")
     ask(model="no-such-owner/no-such-model").refused("no-such-owner/no-such-model", "cannot be loaded")
     ask(model=tmp_path).refused(str(tmp_path), "cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("model", "offline", "sentence"),
+    [
+        ("/nowhere/model", "0", "The model folder '/nowhere/model' does not exist."),
+        ("org/model", "0", "http://127.0.0.1:9 does not answer (HF_ENDPOINT names a mirror"),
+        ("org/model", "1", "HF_HUB_OFFLINE is set; name a local folder"),
+    ],
+)
+def test_missing_models_cost_no_time(model: str, offline: str, sentence: str) -> None:
+    """They are refused before torch is imported, and the hub is not asked again and again where there is no network."""
+    code = f"""import sys
+sys.argv = ["apb", "serve", "--model", {model!r}]
+from apb.cli import main
+sys.exit(100 if "torch" in sys.modules else main.run(main.app) + 100 * ("torch" in sys.modules))"""
+    environment = os.environ | {"HF_HUB_OFFLINE": offline, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and sentence in done.stderr
+
+
+def test_a_hub_that_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What takes a connection and then says nothing is given up soon; any answer, an error too, is one."""
+    monkeypatch.setattr(hub, "_PATIENCE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert not hub._answers(url)
+
+        def refuse() -> None:
+            for _ in range(2):  # the one that was given up, and this one
+                connection, _ = silent.accept()
+                with connection, suppress(OSError):
+                    connection.recv(1000)
+                    connection.sendall(b"HTTP/1.0 401 Unauthorized\r\n\r\n")
+
+        threading.Thread(target=refuse, daemon=True).start()
+        assert hub._answers(url)
+
+
+def test_weights_that_may_run_code(ask: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """A pickle that names a function is refused by that name, without torch's advice, and nothing of it is run."""
+
+    class Harmful:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"x": Harmful()}, folder / "pytorch_model.bin")
+    done = ask(model=folder)
+    done.refused("posix.mkdir", "safetensors")
+    assert "weights_only" not in done.err and not (tmp_path / "ran").exists()
 
 
 def test_an_answer_larger_than_memory(ask: Cli) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -15,16 +16,19 @@ from typing import Any
 
 import openai
 import pytest
+from fastapi import FastAPI
 
 import apb
 from apb.cli import serve
 from apb.hf.loading import position_limit
+from apb.serving import bodies
 from apb.serving import worker as worker_module
 from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
 from apb.serving.desk import Desk
 from apb.serving.front import Front
 from apb.serving.ranks import Ranks
+from apb.serving.tokenizing import Tokenizing
 from apb.serving.worker import Worker
 from command_line import Cli, cli  # noqa: F401
 
@@ -40,7 +44,9 @@ def engine(checkpoint: Path) -> apb.Engine:
 class Served:
     """A server on a free port, its worker on another thread; ``held`` keeps the worker from beginning jobs."""
 
-    def __init__(self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, engine: apb.Engine, chat_template: str | None = None, keys: tuple[str, ...] = (), **more: Any
+    ) -> None:
         self.worker, self.ranks = Worker(engine), Ranks()
         self.held = threading.Lock()
         self._over = threading.Event()
@@ -54,7 +60,7 @@ class Served:
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
         limit = position_limit(engine.model.config)
-        app = make_app(self.ranks, "tiny", engine.needed_tokenizer(), limit, 7, chat_template, keys)
+        app = make_app(self.ranks, "tiny", engine.needed_tokenizer(), limit, 7, chat_template, keys, **more)
         self._front = Front(app, listening).__enter__()
         ready = threading.Event()
         Desk(self.worker, self.ranks.connect(lambda facts: ready.set()), lambda: None).open()
@@ -230,6 +236,21 @@ def test_several_answers_with_log_probabilities(served: Served, engine: apb.Engi
         assert sum(len(choice.logprobs.content) for choice in own if choice.logprobs) == 6
 
 
+def test_answers_in_json(served: Served) -> None:
+    """What the request's response_format asks for; a schema that cannot be followed is refused."""
+    pytest.importorskip("llguidance")
+
+    def asked(**form: Any) -> Any:
+        return served.ask(max_tokens=40, response_format=form).choices[0].message.content
+
+    assert asked(type="json_object").startswith("{")
+    schema = {"type": "array", "items": {"enum": ["on", "off"]}, "minItems": 2, "maxItems": 2}
+    said = json.loads(asked(type="json_schema", json_schema={"name": "lights", "schema": schema, "strict": True}))
+    assert len(said) == 2 and set(said) <= {"on", "off"}
+    with pytest.raises(openai.BadRequestError, match="Invalid type: lamp"):
+        asked(type="json_schema", json_schema={"name": "x", "schema": {"type": "lamp"}})
+
+
 def test_stops(served: Served, engine: apb.Engine) -> None:
     """The answer ends before the text, streamed or not."""
     whole = text_of(engine, max_new_tokens=20)
@@ -316,6 +337,94 @@ def test_keys(engine: apb.Engine) -> None:
         server.stop()
 
 
+def test_web_pages_of_other_origins(engine: apb.Engine) -> None:
+    """A browser asks first, without a key; then it may read answers and refusals. Pages that are not named may not."""
+    server = Served(engine, keys=("one key",), origins=("https://orrin.example",))
+
+    def headers(method: str, origin: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        connection.request(method, "/v1/models", headers={"Origin": origin} | (asks if method == "OPTIONS" else {}))
+        response = connection.getresponse()
+        return response.status, response.headers["Access-Control-Allow-Origin"]
+
+    try:
+        assert headers("OPTIONS", "https://orrin.example") == (200, "https://orrin.example")
+        assert headers("GET", "https://orrin.example") == (401, "https://orrin.example")
+        assert headers("OPTIONS", "https://other.example") == (400, None)
+    finally:
+        server.stop()
+
+
+def test_reading_exactly_on_request(engine: apb.Engine, served: Served) -> None:
+    """Where the operator lets it; else it is refused, as is any other option."""
+    server = Served(engine, may_ask_exact=True)
+
+    def ask(of: Served, **apb: Any) -> Any:
+        body = {"document": DOCUMENT, "apb": apb}
+        messages = [{"role": "user", "content": QUESTION}]
+        return of.client.chat.completions.create(model="tiny", messages=messages, max_tokens=9, extra_body=body)
+
+    try:
+        answer = ask(server, exact=True)
+        prompt = apb.Prompt.for_model(engine.needed_tokenizer(), DOCUMENT, QUESTION)
+        assert answer.choices[0].message.content == engine.exactly().generate(prompt, max_new_tokens=9).text
+        assert answer.apb["exact"] and not ask(server, exact=False).apb["exact"]
+        with pytest.raises(openai.BadRequestError, match=r"The request's apb.blocks is wrong"):
+            ask(server, blocks=8)
+    finally:
+        server.stop()
+    with pytest.raises(openai.BadRequestError, match="is not allowed on this server"):
+        ask(served, exact=True)
+
+
+def test_requests_are_logged(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line each, which says what it cost and nothing of what was said."""
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT, "max_tokens": 2})
+    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    read = json.loads(response.read())["usage"]["prompt_tokens"]
+    served.get("/v1/models/%0aMaud")
+    served.get("/health")
+    answered, other = capsys.readouterr().err.splitlines()
+    assert answered.startswith(f"apb: {response.headers['X-Request-Id']} POST /v1/chat/completions 200 ")
+    assert answered.endswith(f" s, {read} tokens read, 2 written") and "Maud" not in answered
+    assert " GET /v1/models/?Maud 404 " in other
+
+
+def test_unforeseen_failures_of_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are that request's, in the form of all others."""
+
+    async def fail(*_: Any) -> None:
+        raise LookupError("no\nwords")
+
+    monkeypatch.setattr(Tokenizing, "chat", fail)
+    with pytest.raises(openai.InternalServerError, match="LookupError: no words"):
+        served.ask()
+    monkeypatch.undo()
+    assert served.ask(max_tokens=2).usage.completion_tokens == 2
+
+
+CERTIFICATE = Path(__file__).parents[1] / "localhost.pem"
+
+
+def test_https(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    """A certificate makes the server one of HTTPS; one that cannot be used is refused before anything is loaded."""
+    app, listening = FastAPI(), socket.create_server(("127.0.0.1", 0))
+    app.get("/")(lambda: "lit")
+    with Front(app, listening, ssl_certfile=CERTIFICATE, ssl_keyfile=None):
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        client = http.client.HTTPSConnection("localhost", listening.getsockname()[1], context=trusted, timeout=20)
+        client.request("GET", "/")
+        assert client.getresponse().read() == b'"lit"'
+        client.close()
+    (tmp_path / "no.pem").write_text("Maud")
+    for asked in (["--ssl-certfile", tmp_path / "no.pem"], ["--ssl-certfile", tmp_path / "none.pem"]):
+        cli("serve", "--port", 0, *asked).refused("cannot be used", "--ssl-keyfile")
+    cli("serve", "--port", 0, "--ssl-keyfile", CERTIFICATE).refused("name that with --ssl-certfile")
+
+
 WRONG = {
     "empty question": ({"content": " "}, "message from user is empty"),
     "empty document": ({"document": "\n"}, "document is empty"),
@@ -328,7 +437,8 @@ WRONG = {
     "no content": ({"messages": [{"role": "user"}]}, "The request's messages.0.content is wrong"),
     "null": ({"messages": [{"role": "user", "content": None}]}, "The request's messages.0.content is wrong"),
     "a penalty": ({"frequency_penalty": 2.5}, "frequency_penalty must be from -2 to 2"),
-    "JSON": ({"response_format": {"type": "json_object"}}, "'response_format' is not supported here"),
+    "YAML": ({"response_format": {"type": "yaml"}}, "The request's response_format.type is wrong"),
+    "no schema": ({"response_format": {"type": "json_schema"}}, "needs 'json_schema': {'schema': ...}"),
     "nowhere to stop": ({"stop": [""]}, "text to stop at is empty"),
     "alternatives alone": ({"top_logprobs": 2}, "'top_logprobs' needs 'logprobs'"),
     "temperature": ({"temperature": -1}, "temperature must be"),
@@ -367,11 +477,51 @@ def test_wrong_addresses_and_bodies(served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match=r"'gpt-9' is not served here; ask for 'tiny'\."):
         served.ask(model="gpt-9")
     assert served.get("/v1/nothing")[0] == 404
-    assert served.get("/v1/chat/completions")[0] == 405
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+    connection.request("PUT", "/v1/documents")
+    response = connection.getresponse()
+    assert (response.status, response.headers["Allow"]) == (405, "GET, POST")
     status, body = served.get("/v1/chat/completions", "POST", b"{")
     assert (status, json.loads(body)["error"]["message"]) == (400, "The request's body is not JSON.")
     status, body = served.get("/v1/chat/completions", "POST", b"[1]")
     assert status == 400 and json.loads(body)["error"]["message"].startswith("The request's body is wrong")
+
+
+def test_the_description_is_true(served: Served) -> None:
+    """Every endpoint has models for what it may answer, none for what it does not, and real answers are of them."""
+    told = json.loads(served.get("/openapi.json")[1])
+    for path, operations in told["paths"].items():
+        for method, operation in operations.items():
+            where = f"{method} {path}"
+            assert "422" not in operation["responses"], where
+            for status, response in operation["responses"].items():
+                schema = next(iter(response["content"].items()))
+                plain = schema[0] == "text/plain" and status == "200"
+                assert plain or (schema[0] == "application/json" and "$ref" in schema[1]["schema"]), (where, status)
+            if path.startswith("/v1/"):
+                assert "401" in operation["responses"], where
+    assert "ChatChunk" in told["components"]["schemas"]
+
+    def posted(path: str, **body: Any) -> list[Any]:
+        text = served.get(path, "POST", json.dumps({"max_tokens": 2} | body).encode())[1]
+        events = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: {")]
+        return [json.loads(each) for each in events or [text]]
+
+    chat = {"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT}
+    bodies.ChatCompletion.model_validate(posted("/v1/chat/completions", **chat, logprobs=True)[0])
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = posted("/v1/chat/completions", **chat, logprobs=True, **usage)
+    assert len([bodies.ChatChunk.model_validate(chunk) for chunk in chunks]) >= 4
+    for more in ({}, {"stream": True}):
+        for body in posted("/v1/completions", prompt="Once", logprobs=1, **more):
+            bodies.TextCompletion.model_validate(body)
+
+
+def test_names_of_fields_may_be_anything(served: Served) -> None:
+    """What is named in a header cannot end it, nor be what no header may be: one with a blank at its end."""
+    for name in ("Orrin\r\nX-Other: 1\u00e9", "", "Maud "):
+        body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1, name: 1}
+        assert served.get("/v1/chat/completions", "POST", json.dumps(body).encode())[0] == 200
 
 
 def test_models_health_and_metrics(served: Served) -> None:
@@ -393,7 +543,9 @@ def test_models_health_and_metrics(served: Served) -> None:
     grown = {name: after[name] - before.get(name, 0.0) for name in after if after[name] != before.get(name, 0.0)}
     assert grown["apb_answer_tokens_total"] == 3
     assert grown["apb_prompt_tokens_total"] == answer.usage.prompt_tokens
-    assert grown["apb_prefill_seconds_count"] == grown["apb_decode_seconds_count"] == 1
+    assert (
+        grown["apb_queue_seconds_count"] == grown["apb_prefill_seconds_count"] == grown["apb_decode_seconds_count"] == 1
+    )
     assert grown['apb_requests_total{status="200"}'] == 1
     assert after["apb_waiting_requests"] == 0
 

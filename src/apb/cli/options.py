@@ -125,6 +125,13 @@ class Model:
     device: Device = None
     quantization: Quantization = None
 
+    def __post_init__(self) -> None:
+        """InputError if it is not there, before a command imports torch, which takes seconds."""
+        from ..hf.hub import check_there
+
+        if self.model is not None:
+            check_there(self.model)
+
     @property
     def name(self) -> str:
         """Folder or hub id."""

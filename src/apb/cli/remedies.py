@@ -12,6 +12,7 @@ _EXTRAS = (
     ("serve", ("fastapi", "uvicorn", "prometheus_client"), "apb serve"),
     ("report", ("matplotlib",), "plots of apb report, bench and plan"),
     ("gguf", ("gguf",), "--model FILE.gguf"),
+    ("guided", ("llguidance",), "answers that follow a JSON schema"),
     ("adapters", ("peft",), "LoRA and other adapters"),
     ("quantization", ("torchao",), "torchao's quantizations"),
     ("lm-eval", ("lm_eval",), "lm-evaluation-harness"),

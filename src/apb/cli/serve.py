@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,10 +25,9 @@ from . import options
 from .groups import expanded, values
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from .. import reading as readings
     from ..serving.forwarding import Forwarding, Submit
+    from ..serving.front import Front
     from ..serving.kept import Places
     from ..serving.messages import Facts
     from ..serving.ranks import Ranks
@@ -78,6 +78,14 @@ def serve(
     store: Annotated[
         Path | None, typer.Option(help="With --answer-with: the folder of documents that both servers see.")
     ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Web pages of this origin may ask; * for all; repeatable.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, for HTTPS.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key, if that is in a file of its own.")] = None,
+    allow_exact: Annotated[
+        bool, typer.Option("--allow-exact", help="Requests may ask to be read exactly: {'apb': {'exact': true}}.")
+    ] = False,
 ) -> None:
     """Serve a model: POST /v1/chat/completions, /v1/completions, /v1/documents, GET /v1/models, /health, /metrics."""
     try:
@@ -94,6 +102,7 @@ def serve(
     leads = os.environ.get("RANK", "0") == "0"  # of those that torchrun started, if it did
     with _listen(host, port) if leads else nullcontext() as listening:
         keys = () if api_keys is None else _keys(api_keys)
+        certificate = _certificate(ssl_certfile, ssl_keyfile)
 
         from .checks import check_reading
 
@@ -104,6 +113,7 @@ def serve(
         from ..hf.loading import load_tokenizer, position_limit
         from ..prompt import Prompt
         from ..serving.app import make_app
+        from ..serving.front import Front
         from ..serving.shelf import Shelf
 
         tokenizer = load_tokenizer(place.model.name, place.loading["trust_remote_code"])
@@ -114,16 +124,30 @@ def serve(
         name = place.model.name
         served = Path(name).resolve().name if Path(name).exists() else name
         positions = None if read.allow_extrapolation else position_limit(place.config)
-        _run(
-            place.processes,
-            Served(place.loading, values(reading), _places(place, documents, host_gib, disk_gib)),
-            lambda ranks, forwarding: make_app(
-                ranks, served, tokenizer, positions, max_new_tokens, chat_template, keys, Shelf(documents), forwarding
-            ),
-            elsewhere,
-            listening,
-            f"{served!r} at http://{host}",
-        )
+        job = Served(place.loading, values(reading), _places(place, documents, host_gib, disk_gib))
+        if listening is None:  # a rank of torchrun's, but the first
+            work(job, None)
+            return
+        door, shelf = listening, Shelf(documents)
+
+        def front_of(ranks: Ranks, forwarding: Forwarding | None) -> Front:
+            app = make_app(
+                ranks,
+                served,
+                tokenizer,
+                positions,
+                max_new_tokens,
+                chat_template,
+                keys,
+                shelf,
+                forwarding,
+                cors_origin or (),
+                allow_exact,
+            )
+            return Front(app, door, **certificate)
+
+        where = f"{served!r} at http{'s' * bool(certificate)}://{host}:{door.getsockname()[1]}/v1"
+        _run(place.processes, job, elsewhere, front_of, where)
 
 
 def _elsewhere(url: str, store: Path, place: Place, reading: readings.Reading) -> Callable[[Submit], Forwarding]:
@@ -144,33 +168,26 @@ def _elsewhere(url: str, store: Path, place: Place, reading: readings.Reading) -
 def _run(
     processes: int,
     served: Served,
-    app_of: Callable[[Ranks, Forwarding | None], FastAPI],
     elsewhere: Callable[[Submit], Forwarding] | None,
-    listening: socket.socket | None,
+    front_of: Callable[[Ranks, Forwarding | None], Front],
     where: str,
 ) -> None:
     """Serve: HTTP on a thread of this process, the ranks in others."""
     from ..distributed import launch
     from ..serving.answers import noted
-    from ..serving.front import Front
     from ..serving.ranks import Ranks
 
     def ready(facts: Facts) -> None:
         count = "1 rank" if facts.ranks == 1 else f"{facts.ranks} ranks"
-        assert listening is not None
-        print(f"apb: serving {where}:{listening.getsockname()[1]}/v1, {count}", file=sys.stderr, flush=True)
+        print(f"apb: serving {where}, {count}", file=sys.stderr, flush=True)
 
     ranks = Ranks()
-    if listening is None:  # a rank of torchrun's, but the first
-        work(served, None)
-        return
     forwarding = None if elsewhere is None else elsewhere(ranks.submit)
-    app = app_of(ranks, forwarding)
     if launch.under_torchrun():
-        with Front(app, listening):
+        with front_of(ranks, forwarding):
             work(served, ranks.connect(ready))
         return
-    with Front(app, listening), _draining(ranks):
+    with front_of(ranks, forwarding), _draining(ranks):
         while not ranks.draining:
             try:
                 launch.launch(work, processes, served, ranks.connect(ready), ended_by=_ENDED_BY, patience_s=_PATIENCE_S)
@@ -229,6 +246,23 @@ def _draining(ranks: Ranks) -> Iterator[None]:
         raise Stopped(f"{error.sigval.name} was received.") from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _certificate(certfile: Path | None, keyfile: Path | None) -> dict[str, Path | None]:
+    """uvicorn's options for HTTPS, none without a certificate; InputError if it cannot be used."""
+    if certfile is None and keyfile is None:
+        return {}
+    if certfile is None:
+        raise InputError("A key for HTTPS was given without its certificate; name that with --ssl-certfile.")
+    try:
+        # A key that asks for a password is none that a server can start with.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except OSError as error:  # of which those of ssl are
+        raise InputError(
+            f"The certificate {str(certfile)!r} cannot be used: {error.strerror or error}; give a certificate with "
+            "--ssl-certfile and its key, without a password, with --ssl-keyfile."
+        ) from error
+    return {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
 
 
 def _places(place: Place, documents: Path | None, host_gib: float | None, disk_gib: float | None) -> Places:

@@ -1,8 +1,9 @@
-"""Errors for checkpoints that cannot be loaded: an empty index, a quantizer that is not installed."""
+"""Errors for checkpoints that cannot be loaded: an empty index, a pickle of more than tensors, a missing quantizer."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,16 @@ def check_index(model: str | Path) -> None:
                     "the checkpoint."
                 )
             return
+
+
+def not_only_tensors(model: str | Path, error: Exception) -> InputError:
+    """The error for a pickle that torch refuses to read, because reading it might run code, or that is damaged."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    what = f"ask for {named[1]!r}, which may run any code" if named else "are no pickle of tensors alone"
+    return InputError(
+        f"The weights of {str(model)!r} {what}, so they are not read; take the checkpoint's safetensors, or convert it "
+        "where you trust it."
+    )
 
 
 def quantizer(config: Any, quantization: Any = None) -> str | None:

@@ -6,6 +6,7 @@ import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
 from .config import head_dim, query_heads, shared_layers
 from .decoders import decoder_class
+from .hub import check_there
 from .tensor_parallel import settings, shared
 from .windows import chunked
 from .wrappers import NAMES, decoder_config, is_wrapper
@@ -44,8 +46,7 @@ def load_config(model: str | Path, trust_remote_code: bool = False) -> Any:
 
 def _whole_config(model: str | Path, trust_remote_code: bool) -> Any:
     """The configuration as transformers reads it."""
-    if not Path(model).is_dir() and (Path(model).is_absolute() or str(model).startswith((".", "~"))):
-        raise InputError(f"The model folder {str(model)!r} does not exist.")
+    check_there(model)
     adapter = Path(model, "adapter_config.json")
     if adapter.is_file() and not Path(model, "config.json").is_file():
         return _whole_config(_base_of(adapter), trust_remote_code)
@@ -140,6 +141,8 @@ def load_model(
             loaded = kind.from_pretrained(str(model), **options)
     except InputError:  # a sentence already
         raise
+    except UnpicklingError as error:
+        raise damaged.not_only_tensors(model, error) from error
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, NotImplementedError) as error:
         method = damaged.quantizer(load_config(model, trust_remote_code), quantization)
         missing = damaged.missing_quantizer(model, method) if method and isinstance(error, ImportError) else None

@@ -22,6 +22,7 @@ from transformers import (
 
 from ..errors import InputError, first_line
 from .chat import end_of_turn
+from .guiding import Guide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,8 +65,14 @@ def eos_ids(model: Any) -> list[int]:
     return []
 
 
-def processors(model: Any, sampling: Sampling, prompt: Tensor) -> LogitsProcessorList:
-    """The logits processors of an answer to ``prompt`` (1, tokens), in transformers' order."""
+def processors(
+    model: Any, sampling: Sampling, prompt: Tensor, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LogitsProcessorList:
+    """The logits processors of an answer to ``prompt`` (1, tokens), in transformers' order; a schema's needs the
+    tokenizer."""
+    own = _penalties(sampling, prompt)
+    if sampling.schema is not None:
+        own.append(Guide(sampling.schema, tokenizer, eos_ids(model), prompt.shape[1]))
     config = _config(model, sampling, prompt.shape[1], prompt.device)
     try:
         return _maker(model)._get_logits_processor(
@@ -73,7 +80,7 @@ def processors(model: Any, sampling: Sampling, prompt: Tensor) -> LogitsProcesso
             input_ids_seq_length=prompt.shape[1],
             encoder_input_ids=prompt,
             prefix_allowed_tokens_fn=None,
-            logits_processor=LogitsProcessorList([*_penalties(sampling, prompt), *(sampling.logits_processor or ())]),
+            logits_processor=LogitsProcessorList([*own, *(sampling.logits_processor or ())]),
             device=str(prompt.device),
             model_kwargs={},
         )

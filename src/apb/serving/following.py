@@ -24,17 +24,23 @@ class Following:
 
     Attributes:
         job: the request, once it is queued.
+        tokens: how many have been read and written, counted as answers are complete.
     """
 
     def __init__(self, reply: Reply, metrics: Metrics, heard: Callable[[Event], None] | None = None) -> None:
         self.job: Cancellable | None = None
+        self.tokens = [0, 0]
         self._reply, self._metrics, self._heard = reply, metrics, heard
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue[Event]()
+        self._begun = False
         self._last: float | None = None
         self._since = time.monotonic()
 
     def tell(self, event: Event) -> None:
         """Take an event on a thread of the worker's."""
+        if not self._begun and not isinstance(event, Exception):
+            self._begun = True
+            self._metrics.queued.observe(time.monotonic() - self._since)
         if isinstance(event, Written):
             now = time.monotonic()
             if self._last is None:
@@ -44,8 +50,9 @@ class Following:
             self._last = now
         elif isinstance(event, Answer):
             self._metrics.count(event.result)
+            self.tokens[:] = event.result.prompt_tokens, self.tokens[1] + len(event.result.token_ids)
         elif isinstance(event, Exception) and not isinstance(event, Cancelled):
-            self._metrics.failed.inc()
+            self._metrics.failed.labels(type(event).__name__).inc()
         if self._heard is not None:
             self._heard(event)
         if not isinstance(event, Passed) and not self._loop.is_closed():

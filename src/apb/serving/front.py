@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from types import TracebackType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -14,10 +15,14 @@ _LAST_S = 3
 
 
 class Front:
-    """Serves an application from entering its context until leaving it."""
+    """Serves an application from entering its context until leaving it.
 
-    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
-        self._http = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_S))
+    ``ssl`` are those of uvicorn's options that begin so: with a certificate it is a server of HTTPS.
+    """
+
+    def __init__(self, app: FastAPI, listening: socket.socket, **ssl: Any) -> None:
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_LAST_S, **ssl)
+        self._http = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._http.run, kwargs={"sockets": [listening]}, daemon=True)
 
     def __enter__(self) -> Front:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import sys
+import time
+import traceback
 import uuid
 from collections.abc import Collection
 from contextlib import suppress
@@ -13,7 +16,7 @@ from typing import Any
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .replies import Refusal
+from .replies import Refusal, failure
 
 # Characters that a prompt may have for each token that the model can read: far more than any text has.
 CHARACTERS_PER_TOKEN = 16
@@ -26,6 +29,18 @@ BODY_S = 60.0
 # Seconds for which the rest of a refused body is taken and dropped. Most clients read no answer before they have sent
 # everything, and a connection that is closed on what they send is an error to them that says nothing.
 _DROPPING_S = 5.0
+# Characters of an address in the log.
+_SHOWN = 100
+
+
+def _log(line: str) -> None:
+    """One line for each request: its id, address, status, seconds and tokens, never what it says."""
+    print(f"apb: {line}", file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """A text as a header or a line of the log may have it."""
+    return "".join(each if each.isascii() and each.isprintable() else "?" for each in text).strip()
 
 
 def most_characters(positions: int | None) -> int:
@@ -34,7 +49,7 @@ def most_characters(positions: int | None) -> int:
 
 
 class Gate:
-    """ASGI middleware around the API: it reads bodies within limits, asks for a key, and counts responses by status.
+    """ASGI middleware around the API: it reads bodies within limits, asks for a key, counts responses and logs them.
 
     Plain ASGI, since response wrappers hide that clients disconnect.
     """
@@ -49,16 +64,35 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        number = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = number
+        number, since, status = uuid.uuid4().hex, time.monotonic(), 0
+        state = scope.setdefault("state", {})
+        state["request_id"] = number
 
         async def watched(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", number.encode())]
                 if scope["path"].startswith("/v1/"):
-                    self._requests.labels(message["status"]).inc()
+                    self._requests.labels(status).inc()
             await send(message)
 
+        try:
+            await self._answer(scope, receive, watched)
+        except Exception as error:
+            if status:  # it is on its way, and can only be cut off
+                raise
+            at = "".join(traceback.format_tb(error.__traceback__))
+            _log(f"{number} failed: {type(error).__name__}\n{at}")
+            await _respond(watched, failure(error))
+        finally:
+            if scope["path"].startswith("/v1/"):
+                address = f"{scope['method']} {plain(scope['path'])[:_SHOWN]}"
+                read, written = state.get("tokens", (0, 0))
+                seconds = f"{time.monotonic() - since:.3f} s"
+                _log(f"{number} {address} {status or '-'} {seconds}, {read} tokens read, {written} written")
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = dict(scope["headers"])
         try:
             try:
@@ -71,7 +105,7 @@ class Gate:
                 raise
             body = await self._body(receive)
         except Refusal as refusal:
-            await _respond(watched, refusal)
+            await _respond(send, refusal)
             return
         told = False
 
@@ -82,7 +116,7 @@ class Gate:
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()
 
-        await self._app(scope, again, watched)
+        await self._app(scope, again, send)
 
     def _check_key(self, headers: dict[bytes, bytes]) -> None:
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ").strip()

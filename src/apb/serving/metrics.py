@@ -22,10 +22,12 @@ class Metrics:
         self.answer = Counter("apb_answer_tokens", "Tokens of answers.", registry=registry)
         self.read = Counter("apb_strategy_requests", "Answers by strategy.", ["strategy"], registry=registry)
         self.failed = Counter(
-            "apb_failed_requests", "Requests that failed while they were answered.", registry=registry
+            "apb_failed_requests", "Requests that failed while they were answered.", ["error"], registry=registry
         )
         self.prefill = Histogram("apb_prefill_seconds", "Seconds of prefill.", buckets=_SECONDS, registry=registry)
         self.decode = Histogram("apb_decode_seconds", "Seconds of decode.", buckets=_SECONDS, registry=registry)
+        text = "Seconds from a request's arrival to the first piece of work on it."
+        self.queued = Histogram("apb_queue_seconds", text, buckets=_SECONDS, registry=registry)
         text = "Seconds from a request's arrival to the first piece of its answer."
         self.first = Histogram("apb_first_token_seconds", text, buckets=_SECONDS, registry=registry)
         text = "Seconds between pieces of an answer."

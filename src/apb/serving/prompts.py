@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import InputError
@@ -45,6 +46,10 @@ class Said:
         return BLANK_LINE.join(self.parts)
 
 
+def _nowhere(first: int, last: int) -> None:
+    """Of no characters. A function with a name, like the other one: both travel between processes."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request as it is read.
@@ -60,7 +65,7 @@ class Asked:
     prompt: Prompt
     question: dict[str, str | int]
     ordinary: bool
-    characters: Callable[[int, int], tuple[int, int] | None] = lambda first, last: None
+    characters: Callable[[int, int], tuple[int, int] | None] = _nowhere
 
 
 def asked(
@@ -166,15 +171,15 @@ def _places(
     number = next(number for number, piece in enumerate(pieces) if piece.source == _GIVEN)
     # A template may have stripped it.
     begins = sum(len(piece.text) for piece in pieces[:number]) - max(document.find(pieces[number].text[:_ENOUGH]), 0)
+    return partial(_characters, tokens, len(prompt.prefix), begins, len(document))
 
-    def characters(first: int, last: int) -> tuple[int, int] | None:
-        found = tokens.characters(len(prompt.prefix) + first, len(prompt.prefix) + last)
-        if found is None:
-            return None
-        start, stop = max(found[0] - begins, 0), min(found[1] - begins, len(document))
-        return (start, stop) if start < stop else None
 
-    return characters
+def _characters(tokens: Tokens, before: int, begins: int, length: int, first: int, last: int) -> tuple[int, int] | None:
+    found = tokens.characters(before + first, before + last)
+    if found is None:
+        return None
+    start, stop = max(found[0] - begins, 0), min(found[1] - begins, length)
+    return (start, stop) if start < stop else None
 
 
 def _told(text: str, found: Cut, tokens: int) -> dict[str, str | int]:

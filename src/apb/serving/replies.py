@@ -8,8 +8,6 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from ..errors import Cancelled, InputError, NotFinite, unexpected
 from ..generation import Generation, Scored
 from .answers import Failed, Lost
@@ -18,21 +16,6 @@ from .answers import Failed, Lost
 AGAIN_S = 15
 # JSON has no infinity.
 _LOWEST = -9999.0
-
-
-class ErrorObject(BaseModel):
-    """What went wrong, in one sentence."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorBody(BaseModel):
-    """The body of an error response."""
-
-    error: ErrorObject
 
 
 class Refusal(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -12,7 +13,6 @@ from .prompts import Said
 # Fields that would change the answer and are not supported, with the values under which they change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -69,6 +69,41 @@ class StreamOptions(_Open):
     include_usage: bool = False
 
 
+class NamedSchema(_Open):
+    """A JSON schema under a name."""
+
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")] = {}
+
+
+class ResponseFormat(_Open):
+    """The form that an answer has to have."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: NamedSchema | None = None
+
+    @property
+    def schema_text(self) -> str | None:
+        """The JSON schema that the answer follows; None if there is none."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return '{"type": "object"}'
+        if self.json_schema is None:
+            raise InputError("A response_format of type 'json_schema' needs 'json_schema': {'schema': ...}.")
+        return json.dumps(self.json_schema.json_schema)
+
+
+class HowToRead(BaseModel):
+    """How a request asks to be read, where the operator lets it.
+
+    Attributes:
+        exact: with full attention, whatever the server's strategy is.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    exact: bool = False
+
+
 class _Request(_Open):
     """What chats and completions have in common."""
 
@@ -83,9 +118,11 @@ class _Request(_Open):
     presence_penalty: float = 0.0
     stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: int | None = None
+    response_format: ResponseFormat | None = None
     n: Annotated[int, Field(ge=1, le=MOST_ANSWERS)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
+    apb: HowToRead | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -103,6 +140,11 @@ class _Request(_Open):
     def ignored(self) -> list[str]:
         """Names of the fields that have no effect here."""
         return sorted(set(self.model_extra or ()) - _SILENT)
+
+    @property
+    def exactly(self) -> bool:
+        """True if the request asks to be read exactly."""
+        return self.apb is not None and self.apb.exact
 
     @property
     def with_usage(self) -> bool:
@@ -127,6 +169,7 @@ class _Request(_Open):
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            "schema": self.response_format and self.response_format.schema_text,
             "seed": self.seed,
         }
 

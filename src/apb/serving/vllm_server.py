@@ -35,6 +35,7 @@ _PARAMETERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "presence_penalty": lambda value: {"presence_penalty": value},
     "stop": lambda texts: {"stop": list(texts)},
     "top_logprobs": lambda top: {} if top is None else {"logprobs": top, "return_tokens_as_token_ids": True},
+    "schema": lambda text: {} if text is None else {"structured_outputs": {"json": text}},
     # Seeds are of 64 bits, signed there.
     "seed": lambda seed: {} if seed is None else {"seed": seed - 2**64 if seed >= 2**63 else seed},
 }

@@ -1,0 +1,5 @@
+"""The server that all clients here ask."""
+
+from real_server import server
+
+__all__ = ["server"]
