@@ -317,11 +317,12 @@ def test_every_setting_of_sampling() -> None:
     values: dict[str, Any] = {
         "max_new_tokens": 3, "temperature": 0.7, "top_k": 4, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5,
         "frequency_penalty": 0.2, "presence_penalty": 0.3, "stop": ("x",), "top_logprobs": 2, "seed": 2**64 - 1,
+        "schema": '{"type": "integer"}',
     }  # fmt: skip
     assert parameters(Sampling(**values)) == {
         "max_tokens": 3, "temperature": 0.7, "top_k": 4, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5,
         "frequency_penalty": 0.2, "presence_penalty": 0.3, "stop": ["x"], "logprobs": 2, "seed": -1,
-        "return_tokens_as_token_ids": True,
+        "return_tokens_as_token_ids": True, "structured_outputs": {"json": '{"type": "integer"}'},
     }  # fmt: skip
     for setting in {each.name for each in fields(Sampling)} - set(values):
         with pytest.raises(apb.InputError, match=f"'{setting}' cannot be handed on"):
