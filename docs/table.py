@@ -60,9 +60,9 @@ begin from a state are read one by one in Mamba 1 (Jamba) and lightning attentio
 takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs. Of a
 multimodal checkpoint the text decoder alone is loaded.
 
-GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb[gguf]`. transformers reads those of
-the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as well,
-or the file is refused.
+GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb-llm[gguf]`. transformers reads those
+of the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as
+well, or the file is refused.
 
 Prompt and answer may be as long as the model's settings allow: `max_position_embeddings`, or its scaled length (RoPE of
 type YaRN, linear or dynamic); `--allow-extrapolation` goes further. If an answer of a longrope model outgrows the

@@ -547,7 +547,7 @@ def test_doctor_of_a_model(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypat
     small = rows("model", "--model", checkpoint)["weights"]
     assert not small["usable"] and "--tensor-parallel" in small["why"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else True)
-    assert "pip install 'apb[adapters]'" in rows("extras")["adapters"]["why"]
+    assert "pip install 'apb-llm[adapters]'" in rows("extras")["adapters"]["why"]
 
 
 def test_doctor_as_tables(cli: Cli) -> None:

@@ -123,7 +123,7 @@ def test_files_that_cannot_be_read(folder: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(apb.InputError, match=r"^The weights of a GGUF file .* leave the quantization out\.$"):
         loading.load_model(folder / "whole.gguf", torch.float32, torch.device("cpu"), quantization=Mock())
     monkeypatch.setattr("apb.hf.gguf.is_gguf_available", lambda: False)
-    cli(*generate, folder / "whole.gguf").refused("package gguf", "pip install 'apb[gguf]'")
+    cli(*generate, folder / "whole.gguf").refused("package gguf", "pip install 'apb-llm[gguf]'")
 
 
 def test_answers(folder: Path, tmp_path: Path, cli: Cli) -> None:

@@ -12,7 +12,7 @@ from apb.hf import guiding
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from models import tiny_model, without_eos
 
-pytest.importorskip("llguidance", reason="apb[guided] is not installed")
+pytest.importorskip("llguidance", reason="apb-llm[guided] is not installed")
 
 SCHEMA = json.dumps(
     {
@@ -85,5 +85,5 @@ def test_models_whose_answers_cannot_end() -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the way to install it."""
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    with pytest.raises(apb.InputError, match=r"need llguidance: pip install 'apb\[guided\]'"):
+    with pytest.raises(apb.InputError, match=r"need llguidance: pip install 'apb-llm\[guided\]'"):
         guiding.check_schema('{"type": "null"}')

@@ -91,4 +91,4 @@ def test_reports_that_cannot_be_made(cli: Cli, results: Path, tmp_path: Path, mo
     empty.write_text('{"a": 1}\n')
     cli("report", empty, "--out", page).refused("Line 1", "empty.jsonl")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    cli("report", results, "--out", page).refused("matplotlib", "apb[report]")
+    cli("report", results, "--out", page).refused("matplotlib", "apb-llm[report]")

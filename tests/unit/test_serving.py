@@ -753,7 +753,7 @@ def test_what_cannot_be_served(
     (tmp_path / "half.jinja").write_text("{% for message in ")
     cli("serve", "--port", 0, "--model", checkpoint, "--chat-template", tmp_path / "half.jinja").refused("template")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    cli("serve", "--port", 0).refused("A server needs uvicorn, which is not installed; install apb[serve]")
+    cli("serve", "--port", 0).refused("A server needs uvicorn, which is not installed; install apb-llm[serve]")
 
 
 def test_many_clients_of_which_half_leave(served: Served, engine: apb.Engine) -> None:

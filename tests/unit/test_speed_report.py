@@ -128,7 +128,7 @@ def test_reports_that_cannot_be_made(cli: Cli, files: list[Path], tmp_path: Path
     cli("report", files[0], other, "--out", out).refused("several models", "m and another")
     cli("report", files[0], tmp_path / "answers.jsonl", "--out", out).refused("not both")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    cli("report", files[0], "--out", tmp_path / "page.html").refused("matplotlib", "apb[report]")
+    cli("report", files[0], "--out", tmp_path / "page.html").refused("matplotlib", "apb-llm[report]")
     done = cli("report", files[0], "--out", out)
     assert done.status == 0
     assert "no plots: Plots need matplotlib" in done.err

@@ -28,7 +28,7 @@ def _group() -> None:
 
 Out = Annotated[Path | None, typer.Option(help="Also write the figures there, as JSON.")]
 PlottedOut = Annotated[
-    Path | None, typer.Option(help="Also write the figures there, as JSON, and plots beside it (apb[report]).")
+    Path | None, typer.Option(help="Also write the figures there, as JSON, and plots beside it (apb-llm[report]).")
 ]
 
 

@@ -50,7 +50,7 @@ def plan(
         float, typer.Option(help="Gbit/s between hosts, for every rank: each with an adapter of its own.")
     ] = NETWORK_GBIT,
     plot: Annotated[
-        Path | None, typer.Option(help="Also draw who reads what, a row for each rank, as SVG; needs apb[report].")
+        Path | None, typer.Option(help="Also draw who reads what, a row for each rank, as SVG; needs apb-llm[report].")
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:

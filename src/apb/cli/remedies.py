@@ -26,7 +26,7 @@ def extras() -> list[Row]:
     rows = []
     for extra, modules, what in _EXTRAS:
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        why = f"{what}: pip install 'apb[{extra}]'" if missing else what
+        why = f"{what}: pip install 'apb-llm[{extra}]'" if missing else what
         rows.append({"name": extra, "usable": not missing, "why": why})
     return rows
 

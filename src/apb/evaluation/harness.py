@@ -36,7 +36,7 @@ try:
     from lm_eval.models.utils_hf import stop_sequences_criteria
 except ImportError as error:
     raise InputError(
-        "This needs lm-evaluation-harness, 0.4.10 or later, which is not installed; install apb[lm-eval]."
+        "This needs lm-evaluation-harness, 0.4.10 or later, which is not installed; install apb-llm[lm-eval]."
     ) from error
 
 # What the harness's command line passes where no --device is given; on several ranks it would be one GPU for all.

@@ -27,7 +27,7 @@ def drawing() -> Iterator[type[Figure]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError(
-            "Plots need matplotlib, which is not installed; install apb[report]. Markdown tables do not need it."
+            "Plots need matplotlib, which is not installed; install apb-llm[report]. Markdown tables do not need it."
         ) from error
 
     # Text as paths: a page looks the same whatever fonts are installed.

@@ -85,7 +85,7 @@ def _reading(model: str | Path) -> Iterator[tuple[Any, dict[str, str]]]:
     if not path.is_file():
         raise InputError(f"The model file {str(model)!r} does not exist.")
     if not is_gguf_available():
-        raise InputError(f"Reading {str(model)!r} needs the package gguf: pip install 'apb[gguf]'.")
+        raise InputError(f"Reading {str(model)!r} needs the package gguf: pip install 'apb-llm[gguf]'.")
     import gguf as module
 
     gguf: Any = module  # two of its attributes are replaced below

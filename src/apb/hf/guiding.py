@@ -43,7 +43,7 @@ def _library() -> Any:
     try:
         import llguidance
     except ImportError as error:
-        raise InputError("Answers that follow a JSON schema need llguidance: pip install 'apb[guided]'.") from error
+        raise InputError("Answers that follow a JSON schema need llguidance: pip install 'apb-llm[guided]'.") from error
     return llguidance
 
 

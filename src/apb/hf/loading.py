@@ -64,7 +64,7 @@ def _whole_config(model: str | Path, trust_remote_code: bool) -> Any:
 def _base_of(adapter: Path) -> str:
     """The model that an adapter of peft was made for, as its configuration names it."""
     if find_spec("peft") is None:
-        raise InputError(f"{str(adapter.parent)!r} is an adapter, which needs peft: pip install 'apb[adapters]'.")
+        raise InputError(f"{str(adapter.parent)!r} is an adapter, which needs peft: pip install 'apb-llm[adapters]'.")
     try:
         return str(json.loads(adapter.read_text())["base_model_name_or_path"])
     except (OSError, ValueError, KeyError) as error:
