@@ -6,7 +6,7 @@ keys that they see. A test checks that the files are what this script draws.
 
 from __future__ import annotations
 
-from shapes import Colours, picture, rectangle, words, write
+from canvas import Colours, picture, rectangle, words, write
 
 BLOCKS = 4
 # Blocks a rank, in the drawing's two ranks.

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shapes import Colours, picture, rectangle, words, write
+from canvas import Colours, picture, rectangle, words, write
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results"
 TOKENS = 131_072

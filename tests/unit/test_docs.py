@@ -102,5 +102,5 @@ def test_drawings_are_those_of_their_scripts(name: str, monkeypatch: pytest.Monk
     """docs/images/NAME-*.svg; `python docs/drawings/NAME.py` writes them."""
     monkeypatch.syspath_prepend(ROOT / "docs/drawings")
     script = runpy.run_path(str(ROOT / f"docs/drawings/{name}.py"))
-    for theme in importlib.import_module("shapes").THEMES:
+    for theme in importlib.import_module("canvas").THEMES:
         assert (ROOT / f"docs/images/{name}-{theme.name}.svg").read_text() == script["drawing"](theme)
