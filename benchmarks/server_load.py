@@ -6,25 +6,27 @@
 Every part starts `apb serve` with the shipped model on this machine, and asks it over the loopback address:
 
 load: clients that each ask the next of many texts (needles of random lengths); answers are compared with
-    `engine.generate` on one rank, memory is that of all processes of the server.
-leaving: the same, and half of the clients leave at a random moment.
-killed, stopped: a rank gets SIGKILL or SIGSTOP in the middle of it; seconds until the server answers again, beside
-    those that it takes to start.
-overtaking: a short question that comes while a long text is read.
+    `engine.generate` on one rank, memory is that of all processes of the server, at quarters of the run.
+leaving: the same, and in half of the requests the client leaves at a random moment.
+killed, stopped: a rank gets SIGKILL or SIGSTOP when a quarter has been answered; seconds until the server answers
+    again, beside those that it takes to start. Clients that are told to come again do.
+overtaking: a short question that comes while a long text is read, and both alone, in turns.
 again: a second question on a long text, and one after the server was started again.
 
-Results are written as they come.
+Results are written as they come. A file that exists keeps the parts that are not run, each with its own command.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import itertools
 import json
 import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -48,17 +50,25 @@ from apb.hf.loading import load_tokenizer, shipped_model
 
 TASK = "single"
 NEW_TOKENS = 24
+# How often the requests of `overtaking` are measured, in turns: a machine that others use is never the same twice.
+ROUNDS = 3
+# Seconds after which a client that was told to come again does.
+AGAIN_S = 1.0
 
 
 @dataclass
 class Asked:
-    """What a client saw: the answer, its errors, and seconds from the request to the first text and to the end."""
+    """What a client saw: the answer, its errors, and seconds from the request to the first text and to the end.
+
+    ``left`` is True if it left before the end, ``refused`` how often it was told to come again.
+    """
 
     text: str = ""
     errors: list[str] = field(default_factory=list)
     first_s: float | None = None
     seconds: float = 0.0
     left: bool = False
+    refused: int = 0
 
 
 class Server:
@@ -75,10 +85,21 @@ class Server:
         reading: Callable[[], None] = lambda: None,
     ) -> Asked:
         """A streamed answer; the client leaves after ``leave_s``, and ``reading`` is called with the first progress."""
-        asked, since = Asked(), time.monotonic()
+        asked, since, ended = Asked(), time.monotonic(), False
         message = {"role": "user", "content": question}
         body = {"messages": [message], "document": document, "stream": True, "max_tokens": NEW_TOKENS, "temperature": 0}
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=1800)
+        connection.connect()
+
+        def leave() -> None:
+            asked.left = not ended
+            with suppress(OSError):
+                line_to_server.shutdown(socket.SHUT_RDWR)
+
+        line_to_server: socket.socket = connection.sock
+        leaving = threading.Timer(leave_s or 0.0, leave)
+        if leave_s is not None:
+            leaving.start()
         try:
             connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
             response = connection.getresponse()
@@ -86,9 +107,7 @@ class Server:
                 asked.errors.append(f"{response.status} {json.loads(response.read())['error']['code']}")
                 return asked
             for line in response:
-                if leave_s is not None and time.monotonic() - since > leave_s:
-                    asked.left = True
-                    return asked
+                ended = ended or line.startswith(b"data: [DONE]")
                 if line.startswith(b": read"):
                     reading()
                 if not line.startswith(b"data: {"):
@@ -104,6 +123,7 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             asked.errors.append(type(error).__name__)
         finally:
+            leaving.cancel()
             connection.close()
             asked.seconds = time.monotonic() - since
         return asked
@@ -178,6 +198,7 @@ class Bench:
         """What the engine answers alone, on one rank."""
         if not self._expected:
             reading = {"blocks": self.options.blocks} if self.options.strategy == "apb" else {}
+            torch.set_num_threads(1)  # on a busy machine threads that wait for each other take many times as long
             engine = apb.Engine.from_pretrained(
                 shipped_model(), strategy=self.options.strategy, device="cpu", **reading
             )
@@ -187,10 +208,28 @@ class Bench:
             engine.close()
         return self._expected
 
-    def asked(self, server: Server, leaving: Callable[[int], float | None] = lambda number: None) -> list[Asked]:
-        """Every sample, asked by the clients at once."""
+    def asked(
+        self,
+        server: Server,
+        leaving: Callable[[int], float | None] = lambda number: None,
+        answered: Callable[[int], None] = lambda count: None,
+    ) -> list[Asked]:
+        """Every sample, asked by the clients at once; ``answered`` is called with the number of requests that ended."""
+        lock, count = threading.Lock(), 0
+
+        def one(number: int) -> Asked:
+            nonlocal count
+            asked, refused = server.ask(*text_of(self.samples[number]), leaving(number)), 0
+            while asked.errors == ["503 starting"]:
+                time.sleep(AGAIN_S)
+                asked, refused = server.ask(*text_of(self.samples[number])), refused + 1
+            asked.refused = refused
+            with lock:
+                count += 1
+                answered(count)
+            return asked
+
         with ThreadPoolExecutor(self.options.clients) as clients:
-            one = lambda number: server.ask(*text_of(self.samples[number]), leaving(number))  # noqa: E731
             return list(clients.map(one, range(len(self.samples))))
 
     def compared(self, answers: list[Asked]) -> dict[str, Any]:
@@ -199,6 +238,7 @@ class Bench:
         seconds = sorted(each.seconds for each, _ in stayed if not each.errors)
         firsts = sorted(each.first_s for each, _ in stayed if each.first_s is not None)
         return {
+            "requests": len(answers),
             "answered": len(seconds),
             "left": sum(each.left for each in answers),
             "failed": [each.errors for each, _ in stayed if each.errors],
@@ -208,38 +248,34 @@ class Bench:
         }
 
     def load(self) -> dict[str, Any]:
-        expected = self.expected
+        self.expected  # noqa: B018
         with serving(self.options) as server:
             self.asked_once(server)
-            before, over = server.bytes(), threading.Event()
-            most: list[dict[str, int]] = []
+            memory = {"before": server.bytes()}
 
-            def look() -> None:
-                while not over.wait(5):
-                    most.append(server.bytes())
+            def look(count: int) -> None:
+                if 4 * count % len(self.samples) < 4:
+                    memory[f"after {count}"] = server.bytes()
 
-            watch = threading.Thread(target=look)
-            watch.start()
             since = time.monotonic()
-            found = self.compared(self.asked(server))
+            found = self.compared(self.asked(server, answered=look))
             whole_s = time.monotonic() - since
-            over.set()
-            watch.join()
-            memory = {"before": before, "every_5_s": most, "after": server.bytes()}
             tokens = sum(sample.length for sample in self.samples)
-            return found | {"whole_s": whole_s, "tokens_per_s": tokens / whole_s, "memory": memory, "n": len(expected)}
+            return found | {"tokens": tokens, "whole_s": whole_s, "tokens_per_s": tokens / whole_s, "memory": memory}
 
     def leaving(self) -> dict[str, Any]:
         self.expected  # noqa: B018
         with serving(self.options) as server:
             alone = self.asked_once(server).seconds
             goes = self.random.sample(range(len(self.samples)), len(self.samples) // 2)
-            moments = {number: self.random.uniform(0, 4 * alone) for number in goes}
+            moments = {number: self.random.uniform(0, self.options.clients / 2 * alone) for number in goes}
             found = self.compared(self.asked(server, moments.get))
             since = time.monotonic()
             while server.metric("apb_running_requests") + server.metric("apb_waiting_requests"):
                 time.sleep(0.1)
-            return found | {"idle_after_s": time.monotonic() - since}
+            idle_s = time.monotonic() - since
+            right = self.asked_once(server).text == self.expected[0]
+            return found | {"idle_after_s": idle_s, "answered_right_after": right}
 
     def killed(self) -> dict[str, Any]:
         return self._lost(signal.SIGKILL)
@@ -252,10 +288,15 @@ class Bench:
         with serving(self.options) as server:
             self.asked_once(server)
             answers: list[Asked] = []
-            clients = threading.Thread(target=lambda: answers.extend(self.asked(server)))
+            quarter = threading.Event()
+
+            def look(count: int) -> None:
+                if 4 * count >= len(self.samples):
+                    quarter.set()
+
+            clients = threading.Thread(target=lambda: answers.extend(self.asked(server, answered=look)))
             clients.start()
-            while server.metric("apb_running_requests") < 2:
-                time.sleep(0.05)
+            quarter.wait()
             old = server.ranks()
             old[-1].send_signal(number)
             since = time.monotonic()
@@ -271,9 +312,11 @@ class Bench:
             _, alive = psutil.wait_procs(old, timeout=5)
             found = self.compared(answers) | {"failed": sorted({error for each in answers for error in each.errors})}
             found |= {"failed_requests": sum(bool(each.errors) for each in answers), "orphans": len(alive)}
+            found |= {"clients": self.options.clients, "came_again": sum(bool(each.refused) for each in answers)}
             right = again.text == self.expected[0]
             return found | {
                 "start_s": server.start_s,
+                "beyond_start_s": answered - noticed - server.start_s,
                 "noticed_s": noticed,
                 "ready_s": ready,
                 "answered_s": answered,
@@ -281,44 +324,55 @@ class Bench:
             }
 
     def overtaking(self) -> dict[str, Any]:
-        long, short = (generate(TASK, self.tokenizer, n, 1 << 20) for n in (self.options.long, self.options.short))
-        other = generate(TASK, self.tokenizer, self.options.short, 1 + (1 << 20))
-        with serving(self.options) as server:
+        seeds = itertools.count(1 << 20)
+
+        def text(length: int) -> tuple[str, str]:
+            return text_of(generate(TASK, self.tokenizer, length, next(seeds)))
+
+        options, rounds = self.options, []
+        with serving(options) as server:
             self.asked_once(server)
-            alone_short = server.ask(*text_of(other)).seconds
-            alone_long = server.ask(*text_of(generate(TASK, self.tokenizer, self.options.long, 2 + (1 << 20)))).seconds
-            begun, long_asked = threading.Event(), []
-            thread = threading.Thread(target=lambda: long_asked.append(server.ask(*text_of(long), reading=begun.set)))
-            since = time.monotonic()
-            thread.start()
-            begun.wait()
-            came = time.monotonic() - since
-            overtaken = server.ask(*text_of(short)).seconds
-            thread.join()
-            left = long_asked[0].seconds - came
-            return {
-                "tokens": [self.options.short, self.options.long],
-                "short_alone_s": alone_short,
-                "long_alone_s": alone_long,
-                "short_s": overtaken,
-                "long_still_needed_s": left,
-                "share": overtaken / left,
-                "long_s": long_asked[0].seconds,
-            }
+            for _ in range(ROUNDS):
+                load = os.getloadavg()[0]
+                short_alone, long_alone = (server.ask(*text(each)).seconds for each in (options.short, options.long))
+                long, short, begun = text(options.long), text(options.short), threading.Event()
+                with ThreadPoolExecutor(1) as client:
+                    since = time.monotonic()
+                    asked = client.submit(server.ask, *long, reading=begun.set)
+                    begun.wait()
+                    came = time.monotonic() - since
+                    overtaken = server.ask(*short).seconds
+                    whole = asked.result().seconds
+                rounds.append(
+                    {
+                        "load": load,
+                        "short_alone_s": short_alone,
+                        "long_alone_s": long_alone,
+                        "short_s": overtaken,
+                        "long_still_needed_s": whole - came,
+                        "share": overtaken / (whole - came),
+                        "long_s": whole,
+                        "slowed_s": whole - long_alone,
+                    }
+                )
+        medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        return {"tokens": [options.short, options.long], "medians": medians, "rounds": rounds}
 
     def again(self) -> dict[str, Any]:
         sample = generate(TASK, self.tokenizer, self.options.long, 1 << 21)
-        questions = [sample.query, f"{sample.query} Say it.", f"{sample.query} Again."]
+        questions = [sample.query, *(f"{sample.query} {more}" for more in ("Say it.", "Again.", "Once more."))]
         with tempfile.TemporaryDirectory() as folder:
             with serving(self.options, "--documents", folder) as server:
                 self.asked_once(server)
-                first, second = (server.ask(sample.document, question) for question in questions[:2])
+                # The second comes while the text is being written to the folder, the third when it has been.
+                first, second, third = (server.ask(sample.document, question) for question in questions[:3])
             with serving(self.options, "--documents", folder) as server:
                 self.asked_once(server)
-                third = server.ask(sample.document, questions[2])
-        first_s, second_s, third_s = (each.first_s or 0.0 for each in (first, second, third))
-        found = {"tokens": sample.length, "first_s": first_s, "second_s": second_s, "after_restart_s": third_s}
-        return found | {"second": second_s / first_s, "after_restart": third_s / first_s}
+                restarted = server.ask(sample.document, questions[3])
+        asked = {"first": first, "second": second, "third": third, "after_restart": restarted}
+        seconds = {name: each.first_s or 0.0 for name, each in asked.items()}
+        shares = {name: each / seconds["first"] for name, each in seconds.items() if name != "first"}
+        return {"tokens": sample.length, "first_token_s": seconds, "of_first": shares}
 
     def asked_once(self, server: Server) -> Asked:
         """The first sample, as a warm-up."""
@@ -350,11 +404,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    report: dict[str, Any] = {"command": f"python {' '.join(sys.argv)}"}
-    report |= fingerprint(torch.device("cpu"), torch.float32) | {"cores": os.cpu_count()}
+    report: dict[str, Any] = fingerprint(torch.device("cpu"), torch.float32) | {"cores": os.cpu_count()}
+    if options.out is not None and options.out.exists():
+        report = json.loads(options.out.read_text()) | report
     bench = Bench(options)
     for part in options.part or PARTS:
-        report[part] = {"load_average_before": os.getloadavg()} | getattr(bench, part)()
+        about = {"command": f"python {' '.join(sys.argv)}", "load_average_before": os.getloadavg()}
+        report[part] = about | getattr(bench, part)() | {"load_average_after": os.getloadavg()}
         print(part, json.dumps(report[part], indent=1), flush=True)
         if options.out is not None:
             options.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -7,6 +7,7 @@ what it got, and the tests compare that in the process that started them.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,6 +32,7 @@ from apb.distributed.collectives import Group, Pending
 from apb.distributed.mesh import Mesh
 from apb.passes.capture import captured
 from apb.passes.step import Stepper
+from apb.serving.alive import SignsOfLife
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from models import tiny_model, without_eos
@@ -415,6 +417,24 @@ def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], lis
             by_graph.append(session.captured)
     engine.close()
     return torch.stack(logits), sent, by_graph
+
+
+def stop_on_rank_1() -> None:
+    """One rank is stopped while the other waits for it."""
+    dist.init_process_group("gloo")
+    SignsOfLife(patience_s=2).start()
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+
+def exit_on_rank_1() -> None:
+    """One rank ends without a word while the other waits for it."""
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 1:
+        os._exit(3)
+    dist.barrier()
 
 
 def fail_on_rank_1(kind: type[Exception]) -> None:

@@ -112,11 +112,14 @@ def end(process: subprocess.Popen[bytes], started: list[psutil.Process]) -> None
 
 
 def ended(process: subprocess.Popen[bytes], since: float) -> tuple[int, list[str]]:
-    """Exit status and standard error without the progress bar, of a process that must end within 30 seconds."""
+    """Exit status and standard error of a process that must end within 30 seconds.
+
+    Without the progress bar and a server's lines of requests.
+    """
     _, err = process.communicate(timeout=30)
     assert time.monotonic() - since < 30
-    lines = [line for line in err.decode().splitlines() if line.strip() and not line.startswith("Reading")]
-    return process.returncode, lines
+    aside = re.compile(r"\s*$|Reading|apb: \w{32} (GET|POST) /v1/")
+    return process.returncode, [line for line in err.decode().splitlines() if not aside.match(line)]
 
 
 def all_gone(processes: list[psutil.Process]) -> bool:
@@ -178,115 +181,127 @@ def test_who_failed_does_not_wait(backend: str, monkeypatch: pytest.MonkeyPatch)
     assert destroyed.call_count == 1 + (backend == "gloo")
 
 
-def test_serving_on_two_ranks(arguments: list[str]) -> None:
-    """The answers of `apb generate`, one after the other, also after a client has gone away; Ctrl-C ends all ranks."""
-    given = dict(pairwise(arguments))
-    serve = ["apb.cli.main", "serve", "--model", given["--model"], "--blocks", "3", "--device", "cpu"]
-    command = [sys.executable, "-m", *serve, "--ranks", "2", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
-    started: list[psutil.Process] = []
-    try:
-        assert process.stderr is not None
-        line = process.stderr.readline().decode()
-        found = re.search(r"at http://127\.0\.0\.1:(\d+)/v1, 2 ranks$", line.strip())
-        assert found, line
-        started = psutil.Process(process.pid).children(recursive=True)
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{found[1]}/v1", api_key="none", max_retries=0, timeout=60)
-        ask = partial(
-            client.chat.completions.create,
-            model=Path(given["--model"]).name,
-            messages=[{"role": "user", "content": "Who?"}],
-            extra_body={"document": TEXT},
+class Serving:
+    """`apb serve` on the tiny checkpoint, with a client that does not ask again by itself."""
+
+    def __init__(self, arguments: list[str], *more: str) -> None:
+        model = dict(pairwise(arguments))["--model"]
+        command = ["apb.cli.main", "serve", "--model", model, "--blocks", "3", "--device", "cpu", "--port", "0", *more]
+        self.name = Path(model).name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command], stderr=subprocess.PIPE, start_new_session=True
         )
-        one = answer(*arguments, "--max-new-tokens", "12", "--json")
-        assert ask(max_tokens=12).choices[0].message.content == one["text"]
-        assert ask(max_tokens=12, temperature=1e-40).choices[0].message.content == one["text"]
-        pieces = ask(max_tokens=3000, stream=True)
-        next(pieces)
-        pieces.close()
-        again = ask(max_tokens=12)
-        assert again.choices[0].message.content == one["text"]
-        assert again.apb["plan"] == one["plan"] | {"ranks": 2}
-        with ThreadPoolExecutor() as clients:  # at once, and some of them go
-            left = [clients.submit(lambda: next(ask(max_tokens=300, stream=True)).id) for _ in range(2)]
-            other = partial(ask, messages=[{"role": "user", "content": "Where?"}], max_tokens=12)
-            answers = [clients.submit(each) for each in (partial(ask, max_tokens=12), other) * 3]
-            texts = [each.result().choices[0].message.content for each in answers]
-            assert all(each.result() for each in left)
-        assert texts == [one["text"], other().choices[0].message.content] * 3
-        since = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        status, (*told, last) = ended(process, since)
-        assert (status, last) == (130, "apb: interrupted")
-        assert all(re.match(r"apb: \w{32} POST /v1/chat/completions 200 ", line) for line in told) and len(told) > 10
-        assert all_gone(started)
-    finally:
-        end(process, started)
+        self.started: list[psutil.Process] = []
 
+    def serving(self) -> str:
+        """The line that says where, once it serves."""
+        assert self.process.stderr is not None
+        lines = iter(self.process.stderr.readline, b"")
+        self.line = next(line.decode().strip() for line in lines if b"serving" in line)
+        self.address = re.findall(r"http://[^,]*", self.line)[0]
+        self.started += psutil.Process(self.process.pid).children(recursive=True)
+        return self.line
 
-def test_serving_goes_on_after_a_rank_was_killed(arguments: list[str], tmp_path: Path) -> None:
-    """Only the request in flight fails; all ranks are started again and answer, by what they have read before.
+    def ask(self, text: str, question: str = "Who?", **more: Any) -> Any:
+        client = openai.OpenAI(base_url=self.address, api_key="none", max_retries=0, timeout=60)
+        messages: list[Any] = [{"role": "user", "content": question}]
+        return client.chat.completions.create(model=self.name, messages=messages, extra_body={"document": text}, **more)
 
-    SIGTERM then lets them answer what they are at.
-    """
-    given = dict(pairwise(arguments))
-    command = ["apb.cli.main", "serve", "--model", given["--model"], "--blocks", "3", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command, "--ranks", "2", "--port", "0", "--documents", str(tmp_path / "kept")],
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    started: list[psutil.Process] = []
-    text = TEXT * (1 + 1024 // len(TEXT))  # long enough to be kept
-
-    def serving() -> str:
-        assert process.stderr is not None
-        lines = iter(process.stderr.readline, b"")
-        return next(line.decode() for line in lines if b"serving" in line)
-
-    def asked(line: str, **more: Any) -> Any:
-        address = re.findall(r"http://[^,]*", line)[0]
-        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=60)
-        messages: list[Any] = [{"role": "user", "content": "Who?"}]
-        return client.chat.completions.create(
-            model=Path(given["--model"]).name, messages=messages, extra_body={"document": text}, **more
-        )
-
-    def get(line: str, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", int(re.findall(r":(\d+)/v1", line)[0]), timeout=20)
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", int(re.findall(r":(\d+)/v1", self.address)[0]), timeout=20)
         connection.request("GET", path)
         response = connection.getresponse()
         return response.status, response.read().decode()
 
-    def ranks() -> list[psutil.Process]:
-        found = psutil.Process(process.pid).children(recursive=True)
-        started.extend(found)
+    def ranks(self) -> list[psutil.Process]:
+        found = psutil.Process(self.process.pid).children(recursive=True)
         return [each for each in found if "spawn_main" in " ".join(each.cmdline())]
 
+
+@contextmanager
+def servers(arguments: list[str], count: int, *more: str) -> Iterator[list[Serving]]:
+    """Servers that start side by side; nothing of them is left afterwards."""
+    every = [Serving(arguments, *more) for _ in range(count)]
     try:
-        line = serving()
-        before = asked(line, max_tokens=5).choices[0].message.content
+        yield every
+    finally:
+        for each in every:
+            end(each.process, each.started)
+
+
+def test_serving_on_two_ranks(arguments: list[str], tmp_path: Path) -> None:
+    """The answers of `apb generate`, one after the other and at once, also after clients have gone away.
+
+    If a rank is killed only the request in flight fails; all ranks are started again and answer, by what they have
+    read before. SIGTERM then lets them answer what they are at.
+    """
+    kept = TEXT * (1 + 1024 // len(TEXT))  # long enough to be kept
+    folder = ["--documents", str(tmp_path / "kept")]
+    with servers(arguments, 1, "--ranks", "2", *folder) as (server,):
+        line = server.serving()
+        assert re.search(r"at http://127\.0\.0\.1:(\d+)/v1, 2 ranks$", line), line
+        one = answer(*arguments, "--max-new-tokens", "12", "--json")
+        ask = partial(server.ask, TEXT, max_tokens=12)
+        assert ask().choices[0].message.content == one["text"]
+        assert ask(temperature=1e-40).choices[0].message.content == one["text"]
+        pieces = ask(max_tokens=3000, stream=True)
+        next(pieces)
+        pieces.close()
+        again = ask()
+        assert again.choices[0].message.content == one["text"]
+        assert again.apb["plan"] == one["plan"] | {"ranks": 2}
+        with ThreadPoolExecutor() as clients:  # at once, and some of them go
+            left = [clients.submit(lambda: next(ask(max_tokens=300, stream=True)).id) for _ in range(2)]
+            answers = [clients.submit(each) for each in (ask, partial(ask, question="Where?")) * 3]
+            texts = [each.result().choices[0].message.content for each in answers]
+            assert all(each.result() for each in left)
+        assert texts == [one["text"], ask(question="Where?").choices[0].message.content] * 3
+
+        before = server.ask(kept, max_tokens=5).choices[0].message.content
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob("kept/*/*/document.json")) and time.monotonic() < deadline:
             time.sleep(0.1)
-        old = ranks()
-        pieces = asked(line, max_tokens=2800, stream=True)
+        old = server.ranks()
+        pieces = server.ask(kept, max_tokens=2800, stream=True)
         next(pieces)
         old[-1].send_signal(signal.SIGKILL)
         with pytest.raises(openai.APIError, match="A rank was lost while it worked on this request"):
             list(pieces)
-        assert get(line, "/ready")[0] == 503
+        assert server.get("/ready")[0] == 503
         with pytest.raises(openai.InternalServerError, match="ranks are being started") as refused:
-            asked(line, max_tokens=5)
+            server.ask(kept, max_tokens=5)
         assert refused.value.status_code == 503 and refused.value.response.headers["Retry-After"] == "15"
-        assert serving() == line and get(line, "/ready")[0] == 200
-        assert asked(line, max_tokens=5).choices[0].message.content == before
-        assert "apb_document_hits 1.0" in get(line, "/metrics")[1]
+        assert server.serving() == line and server.get("/ready")[0] == 200
+        assert server.ask(kept, max_tokens=5).choices[0].message.content == before
+        assert "apb_document_hits 1.0" in server.get("/metrics")[1]
         assert all_gone(old)
-        new, pieces = ranks(), asked(line, max_tokens=200, stream=True)
+
+        pieces = server.ask(kept, max_tokens=200, stream=True)
         next(pieces)
-        process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGTERM)
         assert list(pieces)[-1].choices[0].finish_reason == "length"
-        assert process.wait(60) == 0 and all_gone(new)
-    finally:
-        end(process, started)
+        assert server.process.wait(60) == 0 and all_gone(server.started)
+
+
+def test_a_server_that_is_told_twice_ends_at_once(arguments: list[str]) -> None:
+    """SIGTERM lets a long answer go on and takes no other request; a second one, or Ctrl-C, ends the answer as well."""
+    told = {
+        signal.SIGTERM: (1, ["apb: SIGTERM was received; all ranks were ended."]),
+        signal.SIGINT: (130, ["apb: interrupted"]),
+    }
+    with servers(arguments, len(told), "--ranks", "1") as every:
+        for server, (number, said) in zip(every, told.items(), strict=True):
+            server.serving()
+            pieces = server.ask(TEXT, max_tokens=3000, stream=True)
+            next(pieces)
+            server.process.send_signal(signal.SIGTERM)
+            while server.get("/ready")[0] == 200:
+                time.sleep(0.05)
+            with pytest.raises(openai.InternalServerError) as refused:
+                server.ask(TEXT, max_tokens=1)
+            assert refused.value.status_code == 503
+            next(pieces)
+            since = time.monotonic()
+            server.process.send_signal(number)
+            assert ended(server.process, since) == said
+            assert all_gone(server.started)

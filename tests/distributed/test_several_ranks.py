@@ -249,6 +249,18 @@ def test_a_rank_that_fails_ends_the_others() -> None:
         launch(rank_work.fail_on_rank_1, 2, ValueError)
 
 
+def test_a_rank_that_ends_without_a_word() -> None:
+    """Its status is all that is known of it."""
+    with pytest.raises(RankError, match=r"^Rank 1 of 2 ended with status 3; the other ranks were ended\.$"):
+        launch(rank_work.exit_on_rank_1, 2)
+
+
+def test_a_rank_that_is_stopped_is_killed() -> None:
+    """By one that has waited for a sign of life: torch alone would wait half a minute for it to heed SIGTERM."""
+    with pytest.raises(RankError, match=r"^Rank 1 of 2 was killed by SIGKILL"):
+        launch(rank_work.stop_on_rank_1, 2)
+
+
 @pytest.mark.parametrize("error", [InputError, DoesNotFit])
 def test_what_only_a_rank_finds_wrong_is_still_wrong_input(error: type[InputError]) -> None:
     """An InputError of any kind that a rank raises comes out of the launcher as one, with its own sentence."""

@@ -98,6 +98,28 @@ def test_second_requests() -> None:
         assert [float(cell) for cell in cells] == pytest.approx(known, abs=0.051)
 
 
+def test_a_server_under_load() -> None:
+    """The table of docs/serving.md: nothing lost, nothing wrong, and its seconds and shares."""
+    found, text = result("server_load_cpu.json"), page("docs/serving.md")
+    load, leaving, short, again = (found[part] for part in ("load", "leaving", "overtaking", "again"))
+    assert all(found[part]["wrong"] == 0 for part in ("load", "leaving", "killed", "stopped"))
+    assert load["answered"] == load["requests"] and f"{load['tokens_per_s']:,.0f} tokens/s" in text
+    beside = [(each["resident"] - each["documents"]) / 2**30 for each in load["memory"].values()]
+    assert f"{beside[0]:.1f} GiB before, {', '.join(f'{each:.1f}' for each in beside[1:])} GiB at" in text
+    assert f"{leaving['left']} left, the other {leaving['answered']} were answered right" in text
+    for part in ("killed", "stopped"):
+        lost = found[part]
+        assert lost["answered"] + lost["failed_requests"] == lost["requests"]
+        assert lost["answered_right"] and not lost["orphans"] and lost["failed_requests"] <= lost["clients"]
+        again_s = lost["answered_s"] - lost["noticed_s"]
+        said = f"noticed after {lost['noticed_s']:.1f} s; {lost['failed_requests']} requests that were here failed"
+        assert said in text and f"{again_s:.1f} s later, where a start takes {lost['start_s']:.1f} s" in text
+    said = f"{short['medians']['short_s']:.1f} s ({short['medians']['short_alone_s']:.1f} s alone), "
+    assert f"{said}{short['medians']['share']:.2f} of what the long one still took" in text
+    for name in ("second", "third", "after_restart"):
+        assert f"{again['of_first'][name]:.1%}".replace("%", " %") in text
+
+
 def test_all_results_are_described() -> None:
     """Each file has a line in the folder's README, and each link of a page to one leads there."""
     listed = (RESULTS / "README.md").read_text()

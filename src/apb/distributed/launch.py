@@ -249,7 +249,7 @@ def _reason(failure: Any) -> str:
 
 def _message(failure: Any) -> str:
     """Class name and first line of a failed rank's error; torch's messages often have several lines."""
-    message = failure.message
+    message: Any = "" if failure.error_file == "<N/A>" else failure.message  # without a file it is torch's advice
     recorded = isinstance(message, dict)
     text = message.get("message", "") if recorded else message  # a traceback, which ends with the message
     lines = [line.strip() for line in str(text).splitlines() if line.strip()]

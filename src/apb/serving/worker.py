@@ -37,6 +37,8 @@ _WARM_UP = ((32000, 64), (31001, 16), (8001, 9))
 _HEARTBEAT_S = 5.0
 # Seconds after which no request that needs less memory overtakes one that waits for more.
 _PATIENCE_S = 60.0
+# Seconds without a request after which documents are written to disk: the next question often follows the first at once.
+_QUIET_S = 2.0
 # Seconds between looks at whether the server has been stopped.
 _PAUSE_S = 0.2
 # What rank 0 may tell the others to do, and how a rank's last piece of work ended.
@@ -79,6 +81,7 @@ class Worker:
         self._running: dict[int, Job] = {}  # rank 0's
         self._turns: dict[int, Turn] = {}
         self._count = 0
+        self._ended = 0.0  # when the last request had
         self._pace = Pace()
         plan = self.exact.plan(Prompt((), (0,) * engine.group.size * 64, (0,)), 1)
         self.room = self.exact.demand(plan, 1)[2]
@@ -183,7 +186,8 @@ class Worker:
                 if at_work:
                     share = next_of((self._running[number].share for number in self._turns), self._pace)
                     return _WORK, at_work[id(share)]
-                if not self._running and self.kept.documents.unwritten:
+                quiet = not self._running and time.monotonic() - self._ended > _QUIET_S
+                if quiet and self.kept.documents.unwritten:
                     return _WRITE, -1
                 if time.monotonic() > until or self._running:
                     return _NOTHING, -1
@@ -210,6 +214,7 @@ class Worker:
         job = self._running.pop(number, None)
         if job is None:
             return
+        self._ended = time.monotonic()
         if error is not None and not isinstance(error, (Cancelled, InputError)):
             self.last_error = noted(error)
         job.tell(error)
