@@ -37,7 +37,7 @@ _WARM_UP = ((32000, 64), (31001, 16), (8001, 9))
 _HEARTBEAT_S = 5.0
 # Seconds after which no request that needs less memory overtakes one that waits for more.
 _PATIENCE_S = 60.0
-# Seconds without a request after which documents are written to disk: the next question often follows the first at once.
+# Seconds without a request until documents are written to disk: the next question often follows the first at once.
 _QUIET_S = 2.0
 # Seconds between looks at whether the server has been stopped.
 _PAUSE_S = 0.2
