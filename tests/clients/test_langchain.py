@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+# Not in the tests' extra: 400 MB, and LangChain wants an older openai than the other tests.
 pytest.importorskip("langchain_openai", reason="needs the environment of make test-clients")
 
 import openai

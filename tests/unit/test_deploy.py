@@ -18,9 +18,12 @@ STAGE = re.compile(r"^FROM (\S+) AS (\w+)$", re.MULTILINE)
 
 
 def stages() -> dict[str, str]:
-    """The instructions of every stage of the Dockerfile."""
+    """The instructions of every stage of the Dockerfile, with those of the stage that it begins from."""
     parts = STAGE.split((ROOT / "deploy/Dockerfile").read_text())[1:]
-    return {name: body for _, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
+    found: dict[str, str] = {}
+    for origin, name, body in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        found[name] = found.get(origin, "") + body
+    return found
 
 
 def taken(arguments: list[str]) -> dict[str, Any]:

@@ -12,8 +12,6 @@ from apb.hf import guiding
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from models import tiny_model, without_eos
 
-pytest.importorskip("llguidance", reason="apb-llm[guided] is not installed")
-
 SCHEMA = json.dumps(
     {
         "type": "object",

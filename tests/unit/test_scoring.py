@@ -182,6 +182,7 @@ def test_rouge_lsum():
 
 def test_rouge_is_that_of_the_library():
     """The same numbers as rouge_score, on which InfiniteBench's own script rests, where it is installed."""
+    # It comes with lm-evaluation-harness alone, which the tests' extra leaves out for its size.
     library = pytest.importorskip("rouge_score.rouge_scorer", reason="rouge_score is not installed")
     scorer = library.RougeScorer(["rougeLsum"], use_stemmer=False)
     texts = ["The old man\nand the sea, the sea.", "A man saw the sea\nold and grey", "sea", "the\nthe the old\nman."]

@@ -238,7 +238,6 @@ def test_several_answers_with_log_probabilities(served: Served, engine: apb.Engi
 
 def test_answers_in_json(served: Served) -> None:
     """What the request's response_format asks for; a schema that cannot be followed is refused."""
-    pytest.importorskip("llguidance")
 
     def asked(**form: Any) -> Any:
         return served.ask(max_tokens=40, response_format=form).choices[0].message.content

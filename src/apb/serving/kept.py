@@ -23,7 +23,7 @@ from ..state import State
 from ..store import tokens_hash
 from ..tiers import Documents
 from .answers import Passed
-from .messages import Kept
+from .messages import KeptFigures
 from .passing import Passing
 
 # Tokens after a document that are read in one pass; a text that goes on for longer is read anew.
@@ -71,7 +71,7 @@ class KeptDocuments:
         self.documents = Documents(engine, self.room, host, folder, disk)
         self._passed: dict[str, Passed] = {}
         self._hits = 0
-        self.told = Kept()
+        self.told = KeptFigures()
         self._tell()
 
     def clear(self) -> None:
@@ -195,7 +195,7 @@ class KeptDocuments:
         everyone.barrier()
 
     def _tell(self) -> None:
-        self.told = Kept(len(self._lengths), self._hits, self.documents.bytes())
+        self.told = KeptFigures(len(self._lengths), self._hits, self.documents.bytes())
 
 
 def _hashes(tokens: Tokens, lengths: list[int]) -> Iterator[tuple[str, int]]:

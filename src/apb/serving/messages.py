@@ -49,7 +49,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptFigures:
     """What stays read: documents, requests that found theirs there, and bytes of each place."""
 
     documents: int = 0
@@ -65,7 +65,7 @@ class State:
     running: int = 0
     wait_s: float = 0.0
     last_error: str | None = None
-    kept: Kept = field(default_factory=Kept)
+    kept: KeptFigures = field(default_factory=KeptFigures)
 
 
 @dataclass(frozen=True)

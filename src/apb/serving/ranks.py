@@ -20,7 +20,7 @@ from typing import Any
 
 from .alive import PATIENCE_S
 from .answers import Event, Lost, Task
-from .messages import Cancel, Drain, Facts, Happened, Kept, State, Submit, Taken
+from .messages import Cancel, Drain, Facts, Happened, KeptFigures, State, Submit, Taken
 from .replies import AGAIN_S, Refusal, failure
 
 _LOST = "A rank was lost while it worked on this request; the ranks are being started again."
@@ -118,7 +118,7 @@ class Ranks:
         return self._state.running
 
     @property
-    def kept(self) -> Kept:
+    def kept(self) -> KeptFigures:
         """What stays read."""
         return self._state.kept
 

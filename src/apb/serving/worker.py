@@ -82,6 +82,7 @@ class Worker:
         self._turns: dict[int, Turn] = {}
         self._count = 0
         self._ended = 0.0  # when the last request had
+        self._settled = False  # True if nothing is to be written; to look compares the tokens of all documents
         self._pace = Pace()
         plan = self.exact.plan(Prompt((), (0,) * engine.group.size * 64, (0,)), 1)
         self.room = self.exact.demand(plan, 1)[2]
@@ -187,8 +188,10 @@ class Worker:
                     share = next_of((self._running[number].share for number in self._turns), self._pace)
                     return _WORK, at_work[id(share)]
                 quiet = not self._running and time.monotonic() - self._ended > _QUIET_S
-                if quiet and self.kept.documents.unwritten:
-                    return _WRITE, -1
+                if quiet and not self._settled:
+                    self._settled = not self.kept.documents.unwritten
+                    if not self._settled:
+                        return _WRITE, -1
                 if time.monotonic() > until or self._running:
                     return _NOTHING, -1
                 self._came.wait(_PAUSE_S)
@@ -214,7 +217,7 @@ class Worker:
         job = self._running.pop(number, None)
         if job is None:
             return
-        self._ended = time.monotonic()
+        self._ended, self._settled = time.monotonic(), False
         if error is not None and not isinstance(error, (Cancelled, InputError)):
             self.last_error = noted(error)
         job.tell(error)
