@@ -100,7 +100,8 @@ def _tensors(state: State, heads: Group) -> dict[str, Tensor]:
             for kind, part in zip(("keys", "values"), pair, strict=True):
                 every = heads.gather(part.transpose(0, 1).contiguous())
                 if every is not None:
-                    found[f"{name}.{kind}"] = torch.cat([each.cpu() for each in every])
+                    here = [each.cpu() for each in every]
+                    found[f"{name}.{kind}"] = torch.cat(here) if len(here) > 1 else here[0]  # it may be gigabytes
     return found
 
 
