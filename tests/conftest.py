@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,3 +49,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def server_log() -> Iterator[list[str]]:
+    """What servers within this process log, kept from standard error: a line comes when its request is over, which may
+    be in the middle of the next test, and that test may look at what is written there."""
+    from apb.serving import limits
+
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "_log", lines.append)
+        yield lines

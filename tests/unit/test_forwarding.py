@@ -30,6 +30,7 @@ from command_line import Cli, cli  # noqa: F401
 
 DOCUMENT = "The lighthouse keeper of Orrin was called Maud. " * 24
 OTHER = "The miller of Tarn was called Jory. " * 32
+pytestmark = pytest.mark.usefixtures("server_log")
 
 
 class Vllm:

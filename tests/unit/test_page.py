@@ -34,7 +34,7 @@ PICTURES = os.environ.get("APB_PICTURES")
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
+def address(server_log: list[str]) -> Iterator[str]:
     """A server with an API key."""
     engine = apb.Engine.from_pretrained(MODEL, strategy="apb", blocks=4, device="cpu", dtype="float32")
 

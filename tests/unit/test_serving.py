@@ -9,7 +9,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from fastapi import FastAPI
 import apb
 from apb.cli import serve
 from apb.hf.loading import position_limit
-from apb.serving import bodies
+from apb.serving import bodies, limits
 from apb.serving import worker as worker_module
 from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
@@ -34,6 +34,8 @@ from command_line import Cli, cli  # noqa: F401
 
 DOCUMENT = "The lighthouse keeper of Orrin was called Maud. " * 8
 QUESTION = "Who?"
+pytestmark = pytest.mark.usefixtures("server_log")
+print_line = limits._log
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +78,9 @@ class Served:
         self._front.__exit__(None, None, None)
         assert not self._working.is_alive()
 
+    def idle(self) -> bool:
+        return self.worker.running == self.worker.waiting == 0
+
     def ask(self, content: Any = QUESTION, document: str | None = DOCUMENT, **more: Any) -> Any:
         body = {} if document is None else {"document": document}
         messages = more.pop("messages", [{"role": "user", "content": content}])
@@ -88,6 +93,15 @@ class Served:
         connection.request(method, path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, response.read().decode()
+
+
+def until(true: Callable[[], object]) -> None:
+    """Wait until it is true."""
+    for _ in range(400):
+        if true():
+            return
+        time.sleep(0.05)
+    raise AssertionError("waited for 20 seconds")
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +181,16 @@ def test_streams_say_how_far_reading_is(served: Served) -> None:
     """Comments, which clients pass over, while there is nothing else to say."""
     body = {"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT, "stream": True}
     lines: list[str] = []
+
+    def read() -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        lines.extend(line.decode().rstrip("\n") for line in connection.getresponse())
+
     with served.held:
-        reading = threading.Thread(
-            target=lambda: lines.extend(
-                served.get("/v1/chat/completions", "POST", json.dumps(body).encode())[1].split("\n")
-            )
-        )
+        reading = threading.Thread(target=read)
         reading.start()
-        time.sleep(1.6)
+        until(lambda: lines)
     reading.join(20)
     comments = [line for line in lines if line.startswith(":")]
     assert comments[0] == ": waiting"
@@ -377,7 +393,7 @@ def test_reading_exactly_on_request(engine: apb.Engine, served: Served) -> None:
         ask(served, exact=True)
 
 
-def test_requests_are_logged(served: Served, capsys: pytest.CaptureFixture[str]) -> None:
+def test_requests_are_logged(served: Served, server_log: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     """One line each, which says what it cost and nothing of what was said."""
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     body = json.dumps({"messages": [{"role": "user", "content": QUESTION}], "document": DOCUMENT, "max_tokens": 2})
@@ -386,10 +402,20 @@ def test_requests_are_logged(served: Served, capsys: pytest.CaptureFixture[str])
     read = json.loads(response.read())["usage"]["prompt_tokens"]
     served.get("/v1/models/%0aMaud")
     served.get("/health")
-    answered, other = capsys.readouterr().err.splitlines()
-    assert answered.startswith(f"apb: {response.headers['X-Request-Id']} POST /v1/chat/completions 200 ")
-    assert answered.endswith(f" s, {read} tokens read, 2 written") and "Maud" not in answered
-    assert " GET /v1/models/?Maud 404 " in other
+
+    def logged(what: str) -> str:
+        """A request's line, which comes when its response is on its way."""
+        until(lambda: any(what in line for line in server_log))
+        (line,) = (line for line in server_log if what in line)
+        return line
+
+    answered = logged(str(response.headers["X-Request-Id"]))
+    assert " POST /v1/chat/completions 200 " in answered
+    assert answered.endswith(f" s, {read} tokens read, 2 written")
+    assert logged(" GET /v1/models/?Maud 404 ")
+    assert not [line for line in server_log if "/health" in line or "lighthouse" in line]
+    print_line("how it is written")
+    assert capsys.readouterr().err == "apb: how it is written\n"
 
 
 def test_unforeseen_failures_of_the_server(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,7 +584,9 @@ def test_clients_that_go_away(served: Served, monkeypatch: pytest.MonkeyPatch) -
         for streamed in (False, True):
             with pytest.raises(openai.APITimeoutError):
                 list(served.ask(max_tokens=400, stream=streamed, timeout=0.3) or ())
-        time.sleep(0.3)
+        until(
+            lambda: all(job.cancelled.is_set() for job in (*served.worker._running.values(), *served.worker._waiting))
+        )
     assert served.ask(max_tokens=2).usage.completion_tokens == 2
     assert len(worked) - 1 <= 3 + 1 + 2 + 2  # one piece of what was at work, and those of the one that was answered
     worked.clear()
@@ -566,7 +594,8 @@ def test_clients_that_go_away(served: Served, monkeypatch: pytest.MonkeyPatch) -
     next(pieces)
     pieces.close()
     assert served.ask(max_tokens=2).usage.completion_tokens == 2
-    assert len(worked) < 300 and served.worker.running == served.worker.waiting == 0
+    until(served.idle)
+    assert len(worked) < 300
 
 
 def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -576,9 +605,10 @@ def test_too_many_wait(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "MOST_WAITING", 1)
     with served.held:
         first = [threading.Thread(target=lambda: answers.append(served.ask(max_tokens=1))) for _ in range(2)]
-        for thread in first:
-            thread.start()
-            time.sleep(0.5)  # one is taken by the worker, one waits
+        first[0].start()
+        until(lambda: served.worker.running)
+        first[1].start()
+        until(lambda: served.worker.waiting)
         with pytest.raises(openai.RateLimitError, match="1 requests are waiting; try again later") as caught:
             served.ask()
         assert caught.value.code == "overloaded" and int(caught.value.response.headers["Retry-After"]) >= 1
@@ -780,7 +810,5 @@ def test_many_clients_of_which_half_leave(served: Served, engine: apb.Engine) ->
 
     with ThreadPoolExecutor(12) as clients:
         assert all(clients.map(one, range(48)))
-    deadline = time.monotonic() + 5
-    while (served.worker.running or served.worker.waiting) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert served.worker.running == served.worker.waiting == 0 and not served.worker._turns
+    until(served.idle)
+    assert not served.worker._turns
