@@ -190,12 +190,12 @@ def test_streams_say_how_far_reading_is(served: Served) -> None:
     with served.held:
         reading = threading.Thread(target=read)
         reading.start()
-        until(lambda: lines)
+        until(lambda: any(line.startswith(":") for line in lines))
     reading.join(20)
     comments = [line for line in lines if line.startswith(":")]
     assert comments[0] == ": waiting"
     assert any("read " in comment and comment.endswith(" tokens") for comment in comments)
-    assert lines[-3] == "data: [DONE]"
+    assert lines[-2:] == ["data: [DONE]", ""]
     assert all(line.startswith(("data: {", "data: [DONE]", ":")) for line in lines if line)
 
 
