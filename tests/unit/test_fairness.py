@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 
+import psutil
 import pytest
+import torch
+from torch import Tensor
 
 from apb.serving.fairness import Pace, Share, next_of
+from apb.serving.turns import Turn
 
 PACE = Pace(read_s=0.001, write_s=0.01)
 
@@ -48,3 +54,21 @@ def test_the_pace_is_measured() -> None:
     assert pace.read_s == pytest.approx(0.002, rel=1e-3)
     share, now = Share(1_000, 0), time.monotonic()
     assert share.rank(pace, now) == pytest.approx(2.0, rel=0.01)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's heaps")
+def test_what_a_request_freed_is_the_systems_again() -> None:
+    """Even where something that stays, such as a document, lies behind it in the heap of the request's thread."""
+    kept: list[Tensor] = []
+
+    def work(pause: Callable[[], None]) -> None:
+        pieces: list[Tensor] = []
+        for _ in range(3):  # the first ones are not on the heap: glibc learns how large its pieces are
+            pieces.clear()
+            pieces.extend(torch.ones(1 << 18) for _ in range(100))
+        kept.append(pieces[-1])
+
+    turn, before = Turn(work, torch.device("cpu")), psutil.Process().memory_info().rss
+    ended = turn.go_on()
+    assert ended is not None and ended.error is None and len(kept) == 1
+    assert psutil.Process().memory_info().rss - before < 50 << 20

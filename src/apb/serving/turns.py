@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ import torch
 
 from ..errors import Cancelled
 
+# glibc's; other libraries of C have none, and keep less.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 # What a request may do: it is given the function to call wherever another request may work.
 Work = Callable[[Callable[[], None]], None]
 
@@ -67,6 +71,9 @@ class Turn:
         finally:
             self._ended = Ended(error)
             del self._work
+            if _trim is not None:
+                # Each thread has a heap of its own, and what is freed in it stays in it: gigabytes after long texts.
+                _trim(0)
             self._others.release()
 
     def _pause(self) -> None:
