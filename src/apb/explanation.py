@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from torch import Tensor
 from .detokenizing import Detokenizer
 from .engine import Engine
 from .errors import InputError
+from .foresight import Foresight
 from .generation import Sampling, decode
 from .passes.prefill import Progress
 from .planning.methods import METHODS, Method
@@ -39,6 +40,7 @@ class Explanation:
         chosen: (layers, kv_heads, prefix + document tokens) bool, on the CPU: passed on to later blocks; with
             propagation of the layers that read all tokens.
         went_on: with propagation the positions of the tokens that went through the other layers.
+        foresight: without propagation, how much of later layers' attention it would keep.
     """
 
     plan: Plan
@@ -48,6 +50,7 @@ class Explanation:
     pieces: list[str]
     chosen: Tensor
     went_on: frozenset[int] = frozenset()
+    foresight: Foresight = field(default_factory=Foresight)
 
     def passages(self, block: int) -> list[tuple[int, int, float]]:
         """The passages of a block that were passed on most: (first position, last + 1, share of layers and KV heads).
@@ -167,7 +170,9 @@ def explain(
     def keep(layer: int, block: int, positions: Tensor) -> None:
         picked.setdefault(layer, []).append(positions.cpu())
 
-    session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, on_selection=keep)
+    foresight = Foresight()
+    look = None if plan.propagation else foresight.look
+    session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, on_selection=keep, look=look)
     went_on = frozenset(session.positions(max(session.cache.indices))) if plan.propagation else frozenset()
     words = decode(session, Sampling(max_new_tokens), engine.model, engine.group, tokenizer=tokenizer)
     answer = [token for token, _ in words]
@@ -176,7 +181,7 @@ def explain(
         chosen[layer].scatter_(1, torch.cat(positions, 1), True)
     pieces = _pieces(tokenizer, prompt.prefix + prompt.document)
     text = str(tokenizer.decode(answer, skip_special_tokens=True))
-    return Explanation(plan, engine.reading.compressor.name, query, text.strip(), pieces, chosen, went_on)
+    return Explanation(plan, engine.reading.compressor.name, query, text.strip(), pieces, chosen, went_on, foresight)
 
 
 def check_passes(methods: Sequence[Method]) -> None:

@@ -35,6 +35,9 @@ from .strategies import OnSelection, Strategy, make_strategy
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Looks at the attention of a layer, without changing it.
+Look = Callable[[Strategy, AttentionInput], None]
+
 
 class Prefiller:
     """Plans and makes the passes of one model on these ranks; :class:`apb.Engine` is the one that users have.
@@ -135,6 +138,7 @@ class Prefiller:
         cancelled: Callable[[], bool] | None = None,
         between: Callable[[], None] | None = None,
         on_selection: OnSelection | None = None,
+        look: Look | None = None,
         room: int = 0,
     ) -> Session:
         """Read a prompt.
@@ -148,6 +152,7 @@ class Prefiller:
             between: called before every layer, on every rank. Other threads may use the engine until it returns, if
                 none works while another does, and all ranks go through the same passes in the same order.
             on_selection: called layer by layer with the pairs that each of this rank's blocks passes on.
+            look: called with the strategy and each layer's q, k, v, after its attention, in every round.
             room: tokens to have storage for beyond those, whether or not the model has positions for them.
         """
         plan = self.plan(prompt, max_new_tokens)
@@ -155,7 +160,7 @@ class Prefiller:
         strategy = make_strategy(plan, self.group, self._compressor, self.backend)
         strategy.on_selection = on_selection
         read = partial(prefill.read, self._attachment, prompt, strategy, self._everyone, room=max_new_tokens + room)
-        cache, logits, seconds = read(progress=progress, cancelled=cancelled, between=between)
+        cache, logits, seconds = read(progress=progress, cancelled=cancelled, between=between, look=look)
         return self.session(plan, prompt, cache, logits, seconds, max_new_tokens)
 
     def session(
@@ -192,15 +197,13 @@ class Prefiller:
         exact = Decoder(self._attachment, self.group, EXACT, self.backend, graphs=False)
         return exact.start(cache, max_new_tokens).read(token_ids), watch.seconds()
 
-    def inspect(
-        self, prompt: Prompt, positions: Sequence[int], look: Callable[[Strategy, AttentionInput], None]
-    ) -> tuple[Plan, Tensor]:
+    def inspect(self, prompt: Prompt, positions: Sequence[int], look: Look) -> tuple[Plan, Tensor]:
         """Read a prompt on one device, in one round, without a cache, and inspect every layer's attention.
 
         Args:
             prompt: the prompt to read.
             positions: positions in the prompt whose next-token logits are returned.
-            look: called with the strategy and each layer's q, k, v, after its attention.
+            look: as in :meth:`prefill`.
 
         Returns:
             plan: how it was read.

@@ -6,6 +6,7 @@ import re
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import apb
 import oracle
 from apb.cli.main import app, run
 from apb.explanation import Explanation, explain
+from apb.foresight import Foresight
 from byte_checkpoint import byte_tokenizer
 from models import tiny_model
 
@@ -61,6 +63,33 @@ def test_what_went_on() -> None:
     bold = "".join(re.findall("<b>(.*?)</b>", page, re.DOTALL))
     assert unescape(re.sub("<[^>]*>", "", bold)) == "".join(found.pieces[place] for place in positions)
     engine.close()
+
+
+def test_what_propagation_would_keep() -> None:
+    """Transformers' own weights of the question's rows, in the layers above, on the tokens that a layer scores best."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=258, layers=4)
+    prompt = apb.Prompt((5, 6), tuple(range(20, 140)), (7, 8, 9))
+    model.set_attn_implementation("eager")
+    weights = model(torch.tensor([prompt.token_ids]), output_attentions=True).attentions
+    paid = [each[0, :, 122:, 2:122].detach().mean(1).sum(0) for each in weights]
+
+    def seen(**options: Any) -> Foresight:
+        engine, foresight = apb.Engine.from_model(model, **options), Foresight()
+        engine.prefill(prompt, look=foresight.look)
+        engine.close()
+        return foresight
+
+    foresight = seen(strategy="full")
+    assert all(foresight.received[layer].sub(each).abs().max() < 1e-5 for layer, each in enumerate(paid))
+    pooled = [max(paid[1][max(place - 3, 0) : place + 4]) for place in range(120)]
+    best = sorted(range(120), key=lambda place: -pooled[place])[:24]
+    expected = sum(float(each[best].sum() / each.sum()) for each in paid[2:]) / 2
+    assert foresight.held(apb.Propagation(1, 0.2)) == pytest.approx(expected, rel=1e-4)
+    assert foresight.held(apb.Propagation(1, 1.0)) == pytest.approx(1.0)
+    assert [layer for layer, _ in foresight.table()] == [1, 2] and foresight.table()[0][1][2] == pytest.approx(expected)
+    whole, parts = (seen(strategy="star", blocks=3, rounds=rounds).received for rounds in (1, 3))
+    assert all(parts[layer].sub(each).abs().max() < 1e-5 for layer, each in whole.items())
+    assert whole[3].sub(paid[3]).abs().max() > 0.01
 
 
 def test_passages(explanation: Explanation) -> None:
@@ -174,14 +203,14 @@ def test_refused(options: dict[str, object], fragments: list[str]) -> None:
 def test_command(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    """`apb explain` writes the page and says where; nothing goes to standard output."""
+    """`apb explain` writes the page and says where; on standard output is what propagation would keep."""
     document, out = tmp_path / "document.txt", tmp_path / "page.html"
     document.write_text(TEXT)
     options = ["--document", document, "--query", "Who?", "--model", checkpoint, "--device", "cpu", "--blocks", 3]
     monkeypatch.setattr("sys.argv", ["apb", "explain", *map(str, options), "--out", str(out)])
     assert run(app) == 0
     printed = capfd.readouterr()
-    assert printed.out == ""
+    assert "what --propagate SHARE@LAYER would keep" in " ".join(printed.out.split()) and "│ 1 " in printed.out
     assert f"apb: wrote {out}" in printed.err
     assert out.read_text().startswith("<!DOCTYPE html>")
     monkeypatch.setattr("sys.argv", ["apb", "explain", *map(str, options), "--strategy", "ring"])

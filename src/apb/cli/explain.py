@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from ..errors import at_least
 from . import options
 from .generate import read_document
 from .groups import expanded, values
+
+if TYPE_CHECKING:
+    from ..foresight import Foresight
 
 
 @expanded
@@ -53,3 +56,21 @@ def explain(
         explanation = explain_prompt(engine, prompt, query, max_new_tokens, bar.update)
     out.write_text(explanation.to_html(), encoding="utf-8")
     print(f"apb: wrote {out}", file=sys.stderr)
+    _print(explanation.foresight)
+
+
+def _print(foresight: Foresight) -> None:
+    """What propagation would keep, if it was not on."""
+    rows = foresight.table()
+    if not rows:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..foresight import KEPT
+
+    title = "The question's attention to the document in later layers: what --propagate SHARE@LAYER would keep of it"
+    table = Table("layer", *(f"share {keep:g}" for keep in KEPT), title=title)
+    for layer, shares in rows:
+        table.add_row(str(layer), *(f"{share:.1%}" for share in shares))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -39,6 +39,7 @@ def read(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     between: Callable[[], None] | None = None,
+    look: Callable[[Strategy, AttentionInput], None] | None = None,
     length: int | None = None,
 ) -> tuple[ShardCache, Tensor, float]:
     """Read a prompt by a strategy's plan; every rank calls it.
@@ -49,7 +50,8 @@ def read(
         strategy: this rank's strategy, of the plan; ready for its first round.
         everyone: all processes at work on the prompt, including those that share weights.
         room: tokens to have storage for after the prompt; more may follow, at the cost of a copy.
-        progress, cancelled, between: as in :meth:`apb.Engine.prefill`; with propagation ``between`` is not called.
+        progress, cancelled, between, look: as in :meth:`apb.Engine.prefill`; with propagation ``between`` is not
+            called.
         length: the length for RoPE variants that depend on it; by default the prompt's.
 
     Returns:
@@ -90,6 +92,8 @@ def read(
         else:
             out = propagating.attend(layer)
             cache.capacity = tail + propagating.held
+        if look is not None:
+            look(strategy, layer)
         attended += 1
         if progress is not None:
             now = read[itinerary.round]

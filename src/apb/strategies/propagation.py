@@ -65,36 +65,11 @@ class Propagating:
     def _choose(self, layer: AttentionInput) -> None:
         """Choose the rows that go on, by the attention of the question's rows in this layer; the same on all ranks."""
         with timed("scoring"):
-            scores = self._everyone.sum(self._scores(layer))
+            scores = self._everyone.sum(attention_to_document(self._below, layer))
         with timed("selection"):
-            pooled = F.max_pool1d(scores[None], _POOLED, 1, _POOLED // 2)[0]
-            # Stable: of equal scores, which pooling makes, the earlier token's counts.
-            best = pooled.sort(descending=True, stable=True).indices[: self._plan.going_on].sort().values.cpu()
+            best = best_rows(scores, self._plan.going_on).cpu()
         self.positions = torch.cat([torch.arange(self._plan.prefix), best + self._plan.prefix])
         self._deal()
-
-    def _scores(self, layer: AttentionInput) -> Tensor:
-        """(document,) fp32: the attention that this process's heads give to the tokens that this rank holds."""
-        plan, itinerary = self._plan, self._below.itinerary
-        query, rows = self._below.of_query(layer)
-        _, lse = full_partial(query, rows, self._below.backend)
-        lse = self._group.all_gather(lse).wait().logsumexp(0)
-        if layer.sinks is not None:
-            lse = torch.logaddexp(lse, layer.sinks.float()[:, None])
-        found = lse.new_zeros(plan.document)
-        held: list[tuple[Tensor, Sequence[range]]] = []
-        if layer.earlier is not None:
-            held.append((layer.earlier[0], itinerary.earlier))
-        held.append((layer.k[itinerary.block_rows], [range(span.start, span.stop) for span in itinerary.blocks]))
-        for keys, places in held:
-            if not len(keys):
-                continue
-            group = query.q.shape[1] // keys.shape[1]
-            received = attention_received(query.q, keys, layer.scale, layer.softcap, lse).sum(0) * group
-            for place, part in zip(places, received.split([len(place) for place in places]), strict=True):
-                outside = max(plan.prefix - place.start, 0)
-                found[place.start + outside - plan.prefix : place.stop - plan.prefix] = part[outside:]
-        return found
 
     def move(self, x: Tensor) -> Tensor:
         """The rows (1, rows, ...) that this rank takes above the layer, of (1, rows, ...) that it has below it.
@@ -174,6 +149,41 @@ class Propagating:
         with timed("attention"):
             out, lse = scattered_window(layer.q, rows, k, v, keys, layer.window, layer.scale, layer.softcap)
         return layer.settle(out, lse).to(layer.q.dtype)
+
+
+def attention_to_document(strategy: Strategy, layer: AttentionInput) -> Tensor:
+    """(document,) fp32: the attention that the question's rows pay to each token of the document in a layer.
+
+    Of the tokens that this rank holds, 0 for others; the mean over the question's rows, summed over this process's
+    heads, with the normaliser over all ranks, which all call this in the last round.
+    """
+    plan, itinerary = strategy.plan, strategy.itinerary
+    query, rows = strategy.of_query(layer)
+    _, lse = full_partial(query, rows, strategy.backend)
+    lse = strategy.group.all_gather(lse).wait().logsumexp(0)
+    if layer.sinks is not None:
+        lse = torch.logaddexp(lse, layer.sinks.float()[:, None])
+    found = lse.new_zeros(plan.document)
+    held: list[tuple[Tensor, Sequence[range]]] = []
+    if layer.earlier is not None:
+        held.append((layer.earlier[0], itinerary.earlier))
+    held.append((layer.k[itinerary.block_rows], [range(span.start, span.stop) for span in itinerary.blocks]))
+    for keys, places in held:
+        if not len(keys):
+            continue
+        group = query.q.shape[1] // keys.shape[1]
+        received = attention_received(query.q, keys, layer.scale, layer.softcap, lse).sum(0) * group
+        for place, part in zip(places, received.split([len(place) for place in places]), strict=True):
+            outside = max(plan.prefix - place.start, 0)
+            found[place.start + outside - plan.prefix : place.stop - plan.prefix] = part[outside:]
+    return found
+
+
+def best_rows(scores: Tensor, count: int) -> Tensor:
+    """Indices (count,) of the best pooled scores (document,), ascending."""
+    pooled = F.max_pool1d(scores[None], _POOLED, 1, _POOLED // 2)[0]
+    # Stable: of equal scores, which pooling makes, the earlier token's counts.
+    return pooled.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def _owners(plan: Plan, positions: Tensor) -> Tensor:
