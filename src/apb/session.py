@@ -12,6 +12,7 @@ from .distributed.collectives import Group
 from .errors import InputError, NotFinite
 from .hf.cache import ShardCache, dynamic_cache
 from .hf.config import kv_heads
+from .passes import together
 from .passes.tokens import Decoder
 from .planning.plan import Plan
 from .prompt import check_tokens, whole_numbers
@@ -110,6 +111,11 @@ class Session:
         self.logits = self._continuation.read(token_ids)
         self.token_ids.extend(token_ids)
         return self.logits
+
+    @property
+    def why_alone(self) -> str | None:
+        """The reason why :func:`extend_together` cannot read its tokens; None if it can."""
+        return together.why_alone(self._decoder.attachment)
 
     def score(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """How likely these tokens are to follow; the session stays as it is, so that others may be scored after them.
@@ -304,3 +310,17 @@ class Session:
                 whole[starts[run] : starts[run] + len(run)] = part[row : row + len(run)]
                 row += len(run)
         return whole
+
+
+def extend_together(sessions: Sequence[Session], token_ids: Sequence[int]) -> None:
+    """Read one token after each of several sessions in one pass, as :meth:`Session.extend` reads it after each, up to
+    rounding; every rank calls it. The sessions are of one model, by any reading, and none has a reason to be alone.
+
+    Whatever is raised, no session has been extended.
+    """
+    for session, token in zip(sessions, token_ids, strict=True):
+        session._checked([token], read=1)
+    logits = together.read_together([session._continuation for session in sessions], token_ids)
+    for session, token, row in zip(sessions, token_ids, logits, strict=True):
+        session.logits = row
+        session.token_ids.append(token)

@@ -77,6 +77,10 @@ class Attachment:
         self.length_dependent = length_dependent(text)
         # Lengths beyond which a prompt must be read again (longrope).
         self.switches = switches(text)
+        # True if a cache holds what keys and values are expanded from.
+        self.latent = bool(getattr(text, "kv_lora_rank", None))
+        # True once the model's own code is known to ask a cache how many tokens were read before a pass.
+        self.asks_total = False
         self._windows, self._chunked = not_handed_over(text), chunked(text)
         # By layer the one whose keys and values it attends to, if it has none of its own.
         self._shared = shared_layers(model.config)

@@ -1,4 +1,4 @@
-"""The stand-in for a cache in captured steps."""
+"""The stand-in for a cache where a pass stores keys and values elsewhere: in captured steps, or in several caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# Called with a layer's index and a token's keys and values, (1, kv_heads, 1, head_dim) each.
+# Called with a layer's index and the keys and values of the rows of a pass, (1, kv_heads, rows, head_dim) each.
 Append = Callable[[int, Tensor, Tensor], None]
 
 
@@ -46,13 +46,13 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """Stand-in for any cache of a layout while the model reads one token.
+    """Stand-in for a cache while the model reads one token after each of one or several texts.
 
     Attributes:
         append: stores a layer's new keys and values.
         total: tokens seen so far by all ranks together.
         asked: True once the model has read ``total``: it then depends on a number on the host, which a graph would
-            capture as a constant.
+            capture as a constant, and which is not the same for several texts.
     """
 
     def __init__(self, layers: int, append: Append) -> None:

@@ -13,7 +13,6 @@ from ..distributed.collectives import Group
 from ..hf.attach import Attachment
 from ..hf.cache import ShardCache
 from ..layers.base import AttentionInput, LayerKind
-from ..layers.routing import Router
 from ..layers.shards import NewRows, merge_over_ranks, window_partial
 from .step import Stepper
 
@@ -46,12 +45,14 @@ class Continuation:
     """Tokens read after one prompt, over this rank's shard of its cache.
 
     Attributes:
+        decoder: its engine's.
+        cache: the shard.
         captured: True if the last token was read by CUDA graphs.
     """
 
     def __init__(self, decoder: Decoder, cache: ShardCache, new_tokens: int) -> None:
-        self._decoder = decoder
-        self._cache = cache
+        self.decoder = decoder
+        self.cache = cache
         self._capture = new_tokens >= SHORTEST_CAPTURED
         self._stepped = decoder.backend in _STEPPED and decoder.stepper.why_not(cache) is None
         self._reader: Reader = decoder.decoding.prepare(cache, decoder.backend)
@@ -65,42 +66,41 @@ class Continuation:
     def read(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens at the end, exactly in layers with a window; logits (vocab,) fp32 of the next, on all ranks."""
         if len(token_ids) == 1 and self._stepped:
-            logits = self._decoder.stepper.step(self._cache, token_ids[0], self._capture)
-            self.captured = self._decoder.stepper.captured(self._cache)
+            logits = self.decoder.stepper.step(self.cache, token_ids[0], self._capture)
+            self.captured = self.decoder.stepper.captured(self.cache)
             return logits
         self.captured = False
-        return self._pass(token_ids, self._decoder.attachment.last_logits)
+        return self._pass(token_ids, self.decoder.attachment.last_logits)
 
     def read_rows(self, token_ids: Sequence[int]) -> Tensor:
         """As :meth:`read`, always in one ordinary pass; logits (tokens, vocab) fp32 after each of the tokens."""
         self.captured = False
-        return self._pass(token_ids, self._decoder.attachment.all_logits)
+        return self._pass(token_ids, self.decoder.attachment.all_logits)
+
+    def partial(self, layer: AttentionInput, first: int) -> tuple[Tensor, Tensor]:
+        """Attention of new rows, from position ``first`` on, over the keys and values of this rank's shard.
+
+        ``layer`` has the rows' q and the shard's k and v, which end with the rows' own where this rank keeps them; out
+        and lse as of :meth:`apb.decoding.Reader.attend`.
+        """
+        rows = NewRows(first, self.cache.positions(layer.kept))
+        if layer.kind is LayerKind.FULL:
+            return self._reader.attend(layer, rows)
+        return window_partial(layer, rows, self.decoder.backend)
 
     def _pass(self, token_ids: Sequence[int], run: Callable[[Tensor, Tensor, ShardCache], Tensor]) -> Tensor:
         """Read tokens in one ordinary pass; ``run``: the attachment's, whose logits are returned."""
-        cache, decoder = self._cache, self._decoder
+        cache, decoder = self.cache, self.decoder
         start, count = cache.total, len(token_ids)
         device = decoder.attachment.devices[0]
         ids = torch.tensor([list(token_ids)], device=device)
         positions = torch.arange(start, start + count, device=device).unsqueeze(0)
         cache.expect(range(start, start + count))
 
-        def merged(layer: AttentionInput, out: Tensor, lse: Tensor) -> Tensor:
-            return merge_over_ranks(layer, out, lse, decoder.group).wait()
+        def attend(layer: AttentionInput) -> Tensor:
+            keys = cache.held[layer.kept]  # an empty shard comes with one dummy row
+            layer = replace(layer, k=layer.k[:keys], v=layer.v[:keys])
+            return merge_over_ranks(layer, *self.partial(layer, start), decoder.group).wait()
 
-        def held(layer: AttentionInput) -> tuple[AttentionInput, NewRows]:
-            """The layer's shard and the new rows; an empty shard comes with one dummy row."""
-            keys = cache.held[layer.kept]
-            return replace(layer, k=layer.k[:keys], v=layer.v[:keys]), NewRows(start, cache.positions(layer.kept))
-
-        def attend_full(layer: AttentionInput) -> Tensor:
-            layer, rows = held(layer)
-            return merged(layer, *self._reader.attend(layer, rows))
-
-        def attend_window(layer: AttentionInput) -> Tensor:
-            layer, rows = held(layer)
-            return merged(layer, *window_partial(layer, rows, decoder.backend))
-
-        router = Router({LayerKind.FULL: attend_full, LayerKind.WINDOW: attend_window})
-        with torch.no_grad(), decoder.attachment.running(router, cache.recur, cache.total):
+        with torch.no_grad(), decoder.attachment.running(attend, cache.recur, cache.total):
             return decoder.group.broadcast(run(ids, positions, cache))

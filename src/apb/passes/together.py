@@ -1,0 +1,93 @@
+"""One token after each of several prompts, in one pass of the model.
+
+A decode step reads all weights for a single row. Here the rows of a pass are tokens of several sessions: what works row
+by row (linear layers, norms, experts, RoPE by the rows' own positions) reads its weights once for all of them, and in
+attention every row has its own cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..hf.attach import Attachment
+from ..hf.stepping import StepCache
+from ..layers.base import AttentionInput
+from ..layers.recurrent import RecurrentInput
+from ..layers.shards import merge_over_ranks
+from .tokens import Continuation
+
+
+def why_alone(attachment: Attachment) -> str | None:
+    """The reason why each token of a model's sessions needs a pass of its own; None if :func:`read_together` works."""
+    if attachment.recurrent:
+        return "recurrent layers read rows in order, and write their state in place"
+    if attachment.length_dependent:
+        return f"RoPE of type {' and '.join(attachment.length_dependent)} has one length for all rows of a pass"
+    if attachment.latent:
+        return "latent attention expands what a cache holds, which the model does to one cache"
+    if attachment.asks_total:
+        return "the model's code counts the tokens before a pass, which differ from session to session"
+    return None
+
+
+def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int]) -> Tensor:
+    """Read one token after each of several prompts, of one model and the same ranks, in one pass.
+
+    Every rank calls it. Should the pass fail, all caches are as they were.
+
+    Args:
+        continuations: of different caches; each one's decode method attends to its own.
+        token_ids: a token for each.
+
+    Returns:
+        logits (prompts, vocab) fp32 of the next tokens, on all ranks: those of :meth:`Continuation.read`, up to
+        rounding, as products of several rows sum in another order than those of one.
+    """
+    decoder = continuations[0].decoder
+    attachment, group, device = decoder.attachment, decoder.group, decoder.attachment.devices[0]
+    assert all(each.decoder.attachment is attachment for each in continuations), "sessions of one model"
+    caches = [each.cache for each in continuations]
+    starts = [cache.total for cache in caches]
+
+    def append(layer: int, k: Tensor, v: Tensor) -> None:
+        for row, cache in enumerate(caches):
+            cache.update(k[:, :, row : row + 1], v[:, :, row : row + 1], layer)
+
+    def attend(layer: AttentionInput) -> Tensor:
+        parts = []
+        for row, (each, start) in enumerate(zip(continuations, starts, strict=True)):
+            k, v = each.cache.shard(layer.kept)
+            assert k.shape[1:] == layer.k.shape[1:], "caches hold what is attended to"
+            # A window that is longer than one text may be shorter than another.
+            window = layer.window if layer.window is not None and layer.window <= start else None
+            own = replace(layer, q=layer.q[row : row + 1], k=k, v=v, window=window)
+            parts.append(each.partial(own, start))
+        outs, lses = zip(*parts, strict=True)
+        return merge_over_ranks(layer, torch.cat(outs), torch.cat(lses, 1), group).wait()
+
+    ids, positions = torch.tensor([list(token_ids)], device=device), torch.tensor([starts], device=device)
+    rows = StepCache(attachment.layers, append)
+    for cache, start in zip(caches, starts, strict=True):
+        cache.expect(range(start, start + 1))
+    rows.total = max(starts) + 1
+    try:
+        with torch.no_grad(), attachment.running(attend, _none, rows.total):
+            logits = group.broadcast(attachment.all_logits(ids, positions, rows))
+        if rows.asked:
+            attachment.asks_total = True
+            raise RuntimeError(f"Tokens of several sessions cannot be read in one pass: {why_alone(attachment)}.")
+    except BaseException:
+        for cache, start in zip(caches, starts, strict=True):
+            cache.forget(start)
+        raise
+    for each in continuations:
+        each.captured = False
+    return logits
+
+
+def _none(layer: RecurrentInput) -> Tensor:
+    raise AssertionError("models with recurrent layers are read alone")
