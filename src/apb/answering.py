@@ -41,19 +41,19 @@ class Answering:
         sampling: Sampling,
         cancelled: Callable[[], bool] | None,
         scored: Callable[[Scored], None] = lambda score: None,
-        between: Callable[[], None] | None = None,
+        read: Callable[[int], None] | None = None,
     ) -> Generator[str, None, Generation]:
         """Yield pieces of text as tokens are chosen (empty ones left out); return the Generation.
 
         ``scored`` is called with every token's log-probabilities, if they are asked for, before the piece it ends in.
-        ``between``: as in :meth:`apb.Engine.prefill`.
+        ``read``: as in :func:`apb.generation.decode`.
         """
         watch = Stopwatch(self.devices[0])
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
         token_ids: list[int] = []
         scores: list[Scored] = []
         stops, ended = Stops(sampling.stop), False
-        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer, between):
+        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer, read):
             token_ids.append(token)
             if sampling.top_logprobs is not None:
                 scores.append(Scored.of(session.logits, token, sampling.top_logprobs))

@@ -169,15 +169,15 @@ def decode(
     group: Group,
     cancelled: Callable[[], bool] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    between: Callable[[], None] | None = None,
+    read: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, bool]]:
     """Generate tokens after a session: yields (token id, True if the model or a criterion ended there).
 
     Rank 0 chooses and broadcasts, so that all ranks yield the same tokens. All raise :class:`apb.Cancelled` once rank
     0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen;
     and whatever a processor or criterion raises on rank 0, the others a RuntimeError then.
-    ``between`` is called before every token, on every rank. The checkpoint's stop strings and a schema need the
-    ``tokenizer``.
+    ``read`` has the session read a token, on every rank; by default :meth:`apb.Session.extend` does. The checkpoint's
+    stop strings and a schema need the ``tokenizer``.
     """
     device = session.logits.device
     prompt = len(session.token_ids)
@@ -192,8 +192,6 @@ def decode(
         generator.manual_seed(sampling.seed)
     failure: Exception | None = None
     for step in range(sampling.max_new_tokens):
-        if between is not None:
-            between()
         choice = torch.zeros(3, dtype=torch.long, device=device)
         if group.rank == 0 and cancelled is not None and cancelled():
             choice[2] = _CANCELLED
@@ -224,7 +222,10 @@ def decode(
         yield token_id, bool(ended)
         if ended or step + 1 == sampling.max_new_tokens:
             return
-        session.extend([token_id])
+        if read is None:
+            session.extend([token_id])
+        else:
+            read(token_id)
 
 
 # transformers annotates its processors and criteria with torch's legacy tensor types.

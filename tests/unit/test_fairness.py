@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 
 import psutil
 import pytest
@@ -61,7 +60,7 @@ def test_what_a_request_freed_is_the_systems_again() -> None:
     """Even where something that stays, such as a document, lies behind it in the heap of the request's thread."""
     kept: list[Tensor] = []
 
-    def work(pause: Callable[[], None]) -> None:
+    def work(turn: Turn) -> None:
         pieces: list[Tensor] = []
         for _ in range(3):  # the first ones are not on the heap: glibc learns how large its pieces are
             pieces.clear()
@@ -72,3 +71,47 @@ def test_what_a_request_freed_is_the_systems_again() -> None:
     ended = turn.go_on()
     assert ended is not None and ended.error is None and len(kept) == 1
     assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+def test_short_texts_are_read_before_others_are_answered() -> None:
+    """So that answers are written together; one that takes longer to read than another takes to write waits for it."""
+    writing = Share(1_000, 200, read=1_000, written=5)
+    assert next_of([writing, Share(100, 500)], PACE).to_read == 100
+    assert next_of([writing, Share(1_000, 1)], PACE) is writing
+
+
+def written(pace: Pace, seconds: float, tokens: int, times: int = 4) -> None:
+    """So many passes that each wrote a token of so many answers."""
+    for _ in range(times):
+        pace.saw_written(seconds, tokens)
+
+
+def test_tokens_are_read_the_quicker_way() -> None:
+    """Each way is tried, its first passes do not count against it, and what is judged is the time of one token."""
+    pace = Pace()
+    assert pace.in_one_pass(16)
+    written(pace, 2.0, 16, 1)  # kernels are compiled
+    written(pace, 0.16, 16, 3)
+    assert not pace.in_one_pass(16)
+    written(pace, 0.02, 1)
+    assert pace.in_one_pass(16)
+    assert pace.in_one_pass(2)  # not tried yet
+    written(pace, 0.05, 2)
+    assert not pace.in_one_pass(2) and pace.in_one_pass(16)
+
+
+def test_the_slower_way_is_tried_again() -> None:
+    """Once in a thousand tokens; it is taken up when it has become the quicker one."""
+    pace = Pace()
+    written(pace, 0.1, 4)
+    written(pace, 0.01, 1)
+    tried = []
+    for token in range(2100):
+        tried += [token] * pace.in_one_pass(4)
+        pace.saw_written(0.01)
+    assert len(tried) == 2
+    written(pace, 0.02, 4)
+    assert pace.in_one_pass(4)
+    for _ in range(300):
+        assert pace.in_one_pass(4) or pace.since == 0
+        pace.saw_written(0.02, 4)

@@ -17,6 +17,7 @@ from typing import Any
 import openai
 import pytest
 from fastapi import FastAPI
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import apb
 from apb.cli import serve
@@ -26,10 +27,13 @@ from apb.serving import worker as worker_module
 from apb.serving.answers import Answer, Passed, Progress, Task, Written
 from apb.serving.app import make_app
 from apb.serving.desk import Desk
+from apb.serving.fairness import Pace
 from apb.serving.front import Front
+from apb.serving.orders import APART, ENDED, FAILED, GOES_ON, NOTHING, STOP, _worst
 from apb.serving.ranks import Ranks
 from apb.serving.tokenizing import Tokenizing
 from apb.serving.worker import Worker
+from apb.session import extend_together
 from command_line import Cli, cli  # noqa: F401
 
 DOCUMENT = "The lighthouse keeper of Orrin was called Maud. " * 8
@@ -54,9 +58,9 @@ class Served:
         self._over = threading.Event()
         begin = self.worker._work
 
-        def work(number: int) -> Any:
+        def work(numbers: Any) -> Any:
             with self.held:
-                return begin(number)
+                return begin(numbers)
 
         self.worker._work = work  # type: ignore[method-assign]
         listening = socket.create_server(("127.0.0.1", 0))
@@ -577,9 +581,9 @@ def test_models_health_and_metrics(served: Served) -> None:
 
 def test_clients_that_go_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody waits for any more is not begun, or ended at the next layer or token; the next one is answered."""
-    worked: list[int] = []
+    worked: list[Any] = []
     begin = served.worker._work
-    monkeypatch.setattr(served.worker, "_work", lambda number: worked.append(number) or begin(number))
+    monkeypatch.setattr(served.worker, "_work", lambda numbers: worked.append(numbers) or begin(numbers))
     with served.held:
         for streamed in (False, True):
             with pytest.raises(openai.APITimeoutError):
@@ -653,9 +657,9 @@ def test_other_ranks_hear_of_idle_times(engine: apb.Engine, monkeypatch: pytest.
     """With nothing to do rank 0 says so now and then: waiting in a collective must not run out."""
     monkeypatch.setattr(worker_module, "_HEARTBEAT_S", 0.4)
     worker, said = Worker(engine), []
-    monkeypatch.setattr(worker, "_exchanged", lambda *order: said.append(order) or order)
+    monkeypatch.setattr(worker._orders, "exchanged", lambda *order: said.append(order) or order)
     worker.run(lambda: len(said) == 3)
-    assert [kind for _, kind, _ in said] == [worker_module._NOTHING] * 3 + [worker_module._STOP]
+    assert [kind for _, kind, _ in said] == [NOTHING] * 3 + [STOP]
 
 
 @pytest.fixture
@@ -709,6 +713,116 @@ def test_one_request_fails_alone(engine: apb.Engine, alone: Worker, monkeypatch:
     assert [event.result.text for number, event in told if isinstance(event, Answer)] == [expected]
     assert [str(event) for number, event in told if number == 1] == ["out of luck"]
     assert alone.last_error is not None and alone.last_error.startswith("RuntimeError at ")
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many answers each pass has read a token of, of those of several; all is read before anything is written."""
+    sizes: list[int] = []
+
+    def counted(sessions: Any, tokens: Any) -> None:
+        sizes.append(len(sessions))
+        extend_together(sessions, tokens)
+
+    monkeypatch.setattr(worker_module, "extend_together", counted)
+    monkeypatch.setattr(worker_module, "next_of", lambda shares, pace: min(shares, key=lambda share: share.writing))
+    monkeypatch.setattr(Pace, "in_one_pass", lambda *_: True)
+    return sizes
+
+
+def test_answers_are_written_together(engine: apb.Engine, alone: Worker, passes: list[int]) -> None:
+    """16 at once, of ordinary requests too, each by its own sampling and length: what the engine gives alone."""
+    samplings: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 5, "top_k": 20}, {"top_logprobs": 2}]
+    samplings += [{"schema": '{"type": "array", "items": {"enum": [1, 2]}}'}, {"repetition_penalty": 1.3}]
+    tasks = [
+        Task(
+            apb.Prompt.for_model(engine.needed_tokenizer(), DOCUMENT[: 99 + 20 * number], f"Who kept light {number}?"),
+            {"max_new_tokens": 6 + number % 5} | samplings[number % len(samplings)],
+            ordinary=number % 4 == 3,
+        )
+        for number in range(16)
+    ]
+    told: list[list[Any]] = [[] for _ in tasks]
+    for task, events in zip(tasks, told, strict=True):
+        alone.submit(task, events.append)
+    alone.run(lambda: all(None in events for events in told))
+    for task, events in zip(tasks, told, strict=True):
+        reader = engine.exactly() if task.ordinary else engine
+        wanted = reader.generate(task.prompt, **task.sampling)
+        result = next(event.result for event in events if isinstance(event, Answer))
+        assert (result.token_ids, result.text, result.finish_reason) == (
+            wanted.token_ids,
+            wanted.text,
+            wanted.finish_reason,
+        )
+        assert "".join(event.text for event in events if isinstance(event, Written)) == wanted.text
+        assert [each.logprob for each in result.scored] == pytest.approx([w.logprob for w in wanted.scored], abs=1e-4)
+    assert max(passes) == 16
+
+
+def test_others_go_on_when_one_ends(
+    engine: apb.Engine, alone: Worker, passes: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the middle of answers that are written together one client leaves, one answer's scores become NaN, and one
+    fails while its token is chosen: each ends alone."""
+
+    class Unlucky(LogitsProcessor):
+        def __call__(self, ids: Any, scores: Any) -> Any:
+            if len(passes) > 5:
+                raise RuntimeError("out of luck")
+            return scores
+
+    prompts = [prompt_of(engine, f"{number}. {DOCUMENT[:99]}") for number in range(6)]
+    expected = [engine.generate(prompt, max_new_tokens=20) for prompt in prompts]
+    spoiled = list(engine.reading.arranged(prompts[4]).token_ids)
+    told: list[list[Any]] = [[] for _ in prompts]
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        more = {"logits_processor": LogitsProcessorList([Unlucky()])} if number == 3 else {}
+        jobs.append(alone.submit(Task(prompt, {"max_new_tokens": 20} | more), told[number].append))
+
+    def over() -> bool:
+        if len(passes) > 5:
+            jobs[1].cancel()  # type: ignore[union-attr]
+            for session, _ in filter(None, (turn.unread for turn in alone._turns.values())):
+                if session.token_ids[: len(spoiled)] == spoiled:
+                    session.cache.layers[0].values[...] = float("nan")
+        return all(isinstance(events[-1], (Exception, type(None))) for events in told if events) and all(told)
+
+    alone.run(over)
+    ends = [events[-1] for events in told]
+    assert [type(end) for end in ends[1:5:2]] == [apb.Cancelled, RuntimeError] and isinstance(ends[4], apb.NotFinite)
+    for number in (0, 2, 5):
+        result = next(event.result for event in told[number] if isinstance(event, Answer))
+        assert result.token_ids == expected[number].token_ids
+    assert not alone._apart and "one by one" not in capsys.readouterr().err
+
+
+def test_a_pass_that_fails_is_done_one_by_one(
+    engine: apb.Engine, alone: Worker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that who is the reason fails alone; here none is, and all are answered."""
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no\nroom")
+
+    monkeypatch.setattr(worker_module, "extend_together", fail)
+    prompts = [prompt_of(engine, f"{number}. {DOCUMENT}") for number in range(3)]
+    told: list[list[Any]] = [[] for _ in prompts]
+    for prompt, events in zip(prompts, told, strict=True):
+        alone.submit(Task(prompt, {"max_new_tokens": 9}), events.append)
+    alone.run(lambda: all(None in events for events in told))
+    for prompt, events in zip(prompts, told, strict=True):
+        result = next(event.result for event in events if isinstance(event, Answer))
+        assert result.token_ids == engine.generate(prompt, max_new_tokens=9).token_ids
+    assert "answers go on one by one. RuntimeError: no room\n" in capsys.readouterr().err
+    assert not alone._apart
+
+
+def test_ranks_agree_on_how_requests_went() -> None:
+    """What failed on one has failed; so has what some have read and others have not, as they cannot go on alike."""
+    assert [_worst(states) for states in ((GOES_ON, ENDED), (ENDED, FAILED), (APART, APART))] == [ENDED, FAILED, APART]
+    assert [_worst(states) for states in ((GOES_ON, APART), (APART, ENDED))] == [FAILED, FAILED]
 
 
 def test_what_has_been_read_stays(engine: apb.Engine, alone: Worker) -> None:

@@ -15,6 +15,7 @@ from .storing import HandedOver, read_into
 
 if TYPE_CHECKING:
     from .fairness import Share
+    from .turns import Turn
     from .worker import Worker
 
 
@@ -122,8 +123,8 @@ class Cancellable(Protocol):
         """Nobody waits for it any more."""
 
 
-def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Share, pause: Callable[[], None]) -> None:
-    """Do a request's work, with a pause before every layer and token."""
+def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Share, turn: Turn) -> None:
+    """Do a request's work, with a pause before every layer, and before every token is read."""
     engine = worker.engine_of(task)
 
     def progress(done: int, total: int) -> None:
@@ -132,14 +133,14 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
         tell(Progress(done, total))
 
     if task.store is not None:
-        tell(read_into(Path(task.store), engine, task.prompt, progress, pause))
+        tell(read_into(Path(task.store), engine, task.prompt, progress, turn.pause))
         return
     if task.ordinary:
-        session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=pause)
+        session = engine.prefill(task.prompt, max_new_tokens=task.new_tokens, progress=progress, between=turn.pause)
         passed: Passed | None = None
         close: Callable[[], None] = lambda: None  # noqa: E731
     else:
-        session, passed, close = worker.kept.open(task.prompt, task.new_tokens, progress, pause)
+        session, passed, close = worker.kept.open(task.prompt, task.new_tokens, progress, turn.pause)
     try:
         if passed is not None:
             tell(passed)
@@ -151,7 +152,7 @@ def answer(worker: Worker, task: Task, tell: Callable[[Event], None], share: Sha
             sampling = Sampling(**task.sampling)
             if sampling.seed is not None:
                 sampling = replace(sampling, seed=sampling.seed + index)
-            result = _write(engine, session, sampling, index, tell, share, pause)
+            result = _write(engine, session, sampling, index, tell, share, turn)
             result.read_for = None if passed is None else passed.read_for
             tell(Answer(index, result))
     finally:
@@ -165,15 +166,15 @@ def _write(
     index: int,
     tell: Callable[[Event], None],
     share: Share,
-    pause: Callable[[], None],
+    turn: Turn,
 ) -> Generation:
     scored: list[Scored] = []
 
-    def between() -> None:
+    def read(token: int) -> None:
         share.written += 1
-        pause()
+        turn.read(session, token)
 
-    pieces = engine.answering.stream(session, sampling, None, scored.append, between)
+    pieces = engine.answering.stream(session, sampling, None, scored.append, read)
     while True:
         try:
             piece = next(pieces)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ..errors import Cancelled
+from ..session import Session
 
 # glibc's; other libraries of C have none, and keep less.
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-# What a request may do: it is given the function to call wherever another request may work.
-Work = Callable[[Callable[[], None]], None]
+# What a request does; it pauses wherever another request may work.
+Work = Callable[["Turn"], None]
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Turn:
 
     A pass of a model cannot be left and entered again, so a request that stops in the middle of one, between two
     layers, needs a stack of its own: a thread.
+
+    Attributes:
+        unread: a session and the token that the request is to read next, while it waits to; whoever reads it meanwhile,
+            with those of other requests, sets it to None.
     """
 
     def __init__(self, work: Work, device: torch.device) -> None:
@@ -40,6 +45,7 @@ class Turn:
         self._mine, self._others = threading.Semaphore(0), threading.Semaphore(0)
         self._ended: Ended | None = None
         self._cancelled = False
+        self.unread: tuple[Session, int] | None = None
         self._queued: list[Any] = []
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -55,6 +61,14 @@ class Turn:
         while self.go_on() is None:
             pass
 
+    def read(self, session: Session, token: int) -> None:
+        """Have a session read a token, after a pause: alone, unless it has been read by then."""
+        self.unread = session, token
+        self.pause()
+        if self.unread is not None:
+            self.unread = None
+            session.extend([token])
+
     def _run(self) -> None:
         self._mine.acquire()
         error: Exception | None = None
@@ -63,7 +77,7 @@ class Turn:
                 torch.set_num_threads(self._threads)  # of this thread alone, and new ones take all cores
                 if self._device.type == "cuda":
                     torch.cuda.set_device(self._device)
-                self._work(self._pause)
+                self._work(self)
         except Exception as raised:
             error = raised
             # The frames hold the caches of what has failed.
@@ -71,12 +85,14 @@ class Turn:
         finally:
             self._ended = Ended(error)
             del self._work
+            self.unread = None
             if _trim is not None:
                 # Each thread has a heap of its own, and what is freed in it stays in it: gigabytes after long texts.
                 _trim(0)
             self._others.release()
 
-    def _pause(self) -> None:
+    def pause(self) -> None:
+        """Let others work until this request's next turn; raises :class:`apb.Cancelled` if there is none."""
         if self._device.type == "cuda":
             self._wait_for_the_last_but_one()
         self._others.release()

@@ -1,33 +1,32 @@
 """The server's worker: requests take turns with the model, each piece of work on all ranks together.
 
-Rank 0 decides which request works next, and tells the others; a piece is one layer of a prefill or one token of an
-answer. Every rank keeps the same requests and goes through the same pieces in the same order.
+Rank 0 decides which request works next, and tells the others; a piece is one layer of a prefill, one token of an
+answer, or one token of every answer that is being written, read in one pass. Every rank keeps the same requests and
+goes through the same pieces in the same order.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from ..engine import Engine
-from ..errors import Cancelled, InputError
+from ..errors import Cancelled, InputError, unexpected
 from ..prompt import Prompt
+from ..session import extend_together
 from .answers import Event, Task, answer, noted
 from .fairness import Pace, Share, next_of
 from .kept import KeptDocuments, Places
-from .turns import Ended, Turn
+from .orders import APART, CANCEL, ENDED, FAILED, GOES_ON, MOST_RUNNING, NOTHING, START, STOP, WORK, WRITE, Orders
+from .turns import Turn
 
 # Length of the queue; further requests are refused, as they would wait for minutes at best.
 MOST_WAITING = 64
-# Requests that are read or answered at a time, each on a thread of its own.
-MOST_RUNNING = 16
 # Share of the memory beside the weights that documents may take.
 _DOCUMENTS = 0.3
 # (document, query) tokens of the warm-up prompts: kernels are compiled for short and long blocks, for few and many
@@ -41,9 +40,9 @@ _PATIENCE_S = 60.0
 _QUIET_S = 2.0
 # Seconds between looks at whether the server has been stopped.
 _PAUSE_S = 0.2
-# What rank 0 may tell the others to do, and how a rank's last piece of work ended.
-_NOTHING, _START, _WORK, _CANCEL, _WRITE, _STOP = range(6)
-_GOES_ON, _ENDED, _FAILED = range(3)
+
+# By request how its last piece of work ended, and the error, if there was one.
+_Done = dict[int, tuple[int, Exception | None]]
 
 
 @dataclass
@@ -74,12 +73,12 @@ class Worker:
     def __init__(self, engine: Engine, places: Places | None = None) -> None:
         self.engine, self.exact = engine, engine.exactly()
         self._everyone = engine.mesh.everyone
-        # Waiting in an NCCL collective would keep the GPUs busy.
-        self._control = dist.new_group(backend="gloo") if self._everyone.size > 1 else None
+        self._orders = Orders(self._everyone)
         self._came = threading.Condition()
         self._waiting: list[Job] = []
         self._running: dict[int, Job] = {}  # rank 0's
         self._turns: dict[int, Turn] = {}
+        self._apart: set[int] = set()  # requests whose tokens a pass with others' has failed to read
         self._count = 0
         self._ended = 0.0  # when the last request had
         self._settled = False  # True if nothing is to be written; to look compares the tokens of all documents
@@ -119,8 +118,8 @@ class Worker:
 
     def wait_s(self) -> float:
         """Predicted seconds until the requests that are here have been answered."""
-        now = time.monotonic()
-        return sum(max(job.share.rank(self._pace, now), 0.0) for job in [*self._waiting, *self._running.values()])
+        shares = [job.share for job in [*self._waiting, *self._running.values()]]
+        return sum(share.reading_left_s(self._pace) + share.writing_left_s(self._pace) for share in shares)
 
     def warm_up(self) -> None:
         """Answer dummy prompts, so that no request waits for kernels to be compiled."""
@@ -131,50 +130,40 @@ class Worker:
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Answer requests until ``stopped`` returns True on rank 0, where it is polled between pieces of work."""
         leads = self._everyone.rank == 0
-        error: Exception | None = None
-        last, state = -1, _GOES_ON
+        done: _Done = {}
         while True:
-            order = self._decide(stopped) if leads else (_NOTHING, -1)
-            worst, kind, number = self._exchanged(state, *order)
-            if worst == _FAILED and last in self._turns:  # on another rank alone
-                self._turns.pop(last).cancel()
-                state, error = _FAILED, RuntimeError("Another rank failed while it worked on this request.")
-            if leads and state != _GOES_ON:
-                self._over(last, error)
-            last, state, error = -1, _GOES_ON, None
-            if kind in (_WORK, _CANCEL) and number not in self._turns:
-                continue
-            if kind == _STOP:
+            order = self._decide(stopped) if leads else (NOTHING, ())
+            states, kind, numbers = self._orders.exchanged([state for state, _ in done.values()], *order)
+            self._end(done, states)
+            done = {}
+            here = [number for number in numbers if number in self._turns]
+            if kind == STOP:
                 for turn in self._turns.values():
                     turn.cancel()
                 while self.kept.documents.unwritten:
                     self.kept.write()
                 return
-            if kind == _WRITE:
+            if kind == WRITE:
                 self.kept.write()
-            if kind == _START:
-                self._start(number)
-            elif kind == _CANCEL:
-                self._turns.pop(number).cancel()
-                if leads:
-                    self._over(number, Cancelled("The request was cancelled."))
-            elif kind == _WORK:
-                last, ended = number, self._work(number)
-                if ended is not None:
-                    del self._turns[number]
-                    state, error = _ENDED if ended.error is None else _FAILED, ended.error
+            elif kind == START:
+                self._start(numbers[0])
+            elif kind == CANCEL and here:
+                self._turns.pop(here[0]).cancel()
+                self._over(here[0], Cancelled("The request was cancelled."))
+            elif kind == WORK and here:
+                done = self._work(here)
 
     # -- on rank 0 ---------------------------------------------------------------------------------------------------
 
-    def _decide(self, stopped: Callable[[], bool]) -> tuple[int, int]:
-        """What to do next, and with which request."""
+    def _decide(self, stopped: Callable[[], bool]) -> tuple[int, Sequence[int]]:
+        """What to do next, and with which requests."""
         until = time.monotonic() + _HEARTBEAT_S
         while True:
             if stopped() or (self.draining and not self._waiting and not self._running):
-                return _STOP, -1
+                return STOP, ()
             left = next((number for number, job in self._running.items() if job.cancelled.is_set()), None)
             if left is not None and left in self._turns:
-                return _CANCEL, left
+                return CANCEL, [left]
             with self._came:
                 self._waiting = [job for job in self._waiting if not job.cancelled.is_set()]
                 job = self._admitted()
@@ -182,19 +171,27 @@ class Worker:
                     self._waiting.remove(job)
                     self._count += 1
                     self._running[self._count] = job
-                    return _START, self._count
+                    return START, [self._count]
                 at_work = {id(self._running[number].share): number for number in self._turns}
                 if at_work:
                     share = next_of((self._running[number].share for number in self._turns), self._pace)
-                    return _WORK, at_work[id(share)]
+                    return WORK, self._beside(at_work[id(share)])
                 quiet = not self._running and time.monotonic() - self._ended > _QUIET_S
                 if quiet and not self._settled:
                     self._settled = not self.kept.documents.unwritten
                     if not self._settled:
-                        return _WRITE, -1
+                        return WRITE, ()
                 if time.monotonic() > until or self._running:
-                    return _NOTHING, -1
+                    return NOTHING, ()
                 self._came.wait(_PAUSE_S)
+
+    def _beside(self, number: int) -> Sequence[int]:
+        """This request, and those whose next tokens are read in one pass with its own."""
+        turns = self._turns.items()
+        waiting = [each for each, turn in turns if turn.unread is not None and turn.unread[0].why_alone is None]
+        joining = [each for each in waiting if each not in self._apart]
+        several = number in joining and len(joining) > 1
+        return joining if several and self._pace.in_one_pass(len(joining)) else [number]
 
     def _admitted(self) -> Job | None:
         """The waiting request to begin with, if there is one that fits beside those that run."""
@@ -214,6 +211,7 @@ class Worker:
 
     def _over(self, number: int, error: Exception | None) -> None:
         """A request has ended on all ranks."""
+        self._apart.discard(number)
         job = self._running.pop(number, None)
         if job is None:
             return
@@ -224,22 +222,18 @@ class Worker:
 
     # -- on all ranks ------------------------------------------------------------------------------------------------
 
-    def _exchanged(self, state: int, kind: int, number: int) -> tuple[int, int, int]:
-        """The worst state of all ranks, and rank 0's order."""
-        if self._control is None:
-            return state, kind, number
-        mine = torch.tensor([state, kind, number])
-        every = [torch.empty_like(mine) for _ in range(self._everyone.size)]
-        dist.all_gather(every, mine, group=self._control)
-        return max(int(each[0]) for each in every), int(every[0][1]), int(every[0][2])
+    def _end(self, done: _Done, states: Sequence[int]) -> None:
+        """Part with the requests that have ended in the last piece of work, by their states over all ranks."""
+        for (number, (state, error)), agreed in zip(done.items(), states, strict=True):
+            if agreed == FAILED and number in self._turns:  # on another rank alone
+                self._turns.pop(number).cancel()
+                self._over(number, RuntimeError("Another rank failed while it worked on this request."))
+            elif state in (ENDED, FAILED):
+                self._over(number, error)
 
     def _start(self, number: int) -> None:
         job = self._running.get(number)
-        box = [None if job is None else (job.task, job.bytes + self.kept.room > self.room)]
-        if self._control is not None:
-            dist.broadcast_object_list(box, src=0, group=self._control)
-        assert box[0] is not None, "rank 0 has the job"
-        task, alone = box[0]
+        task, alone = self._orders.told(None if job is None else (job.task, job.bytes + self.kept.room > self.room))
         if alone:
             self.kept.clear()
         tell: Callable[[Event], None] = job.tell if job is not None else lambda event: None
@@ -247,31 +241,64 @@ class Worker:
         if job is not None and not task.ordinary:
             share.read = min(self.kept.read_of(task.prompt), share.to_read - 1)
 
-        def work(pause: Callable[[], None]) -> None:
-            answer(self, task, tell, share, pause)
+        def work(turn: Turn) -> None:
+            answer(self, task, tell, share, turn)
 
         self._turns[number] = Turn(work, self.engine.device)
 
-    def _work(self, number: int) -> Ended | None:
-        """One piece of a request's work; on rank 0 what it took is noted."""
-        job = self._running.get(number)
-        if job is None:
-            return self._turns[number].go_on()
-        share, since = job.share, time.monotonic()
-        was_writing, read = share.writing, share.read
-        ended = self._turns[number].go_on()
+    def _work(self, numbers: Sequence[int]) -> _Done:
+        """One piece of work, of one request or of several that write; on rank 0 what it took is noted."""
+        shares = [self._running[number].share for number in numbers if number in self._running]
+        since = time.monotonic()
+        writing, read = [share.writing for share in shares], [share.read for share in shares]
+        if len(numbers) > 1 and not self._read_together(numbers):
+            return dict.fromkeys(numbers, (APART, None))
+        done: _Done = {}
+        for number in numbers:
+            ended = self._turns[number].go_on()
+            if ended is not None:
+                del self._turns[number]
+            error = None if ended is None else ended.error
+            done[number] = GOES_ON if ended is None else ENDED if error is None else FAILED, error
         seconds = time.monotonic() - since
-        share.worked_s += seconds
-        if was_writing:
+        for share in shares:
+            share.worked_s += seconds
+        if all(writing):
+            self._wrote(shares, seconds)
+        else:
+            self._did_read(shares[0], read[0], seconds)
+        return done
+
+    def _read_together(self, numbers: Sequence[int]) -> bool:
+        """Read the next tokens of requests in one pass; False if that failed and they are as they were."""
+        turns = [self._turns[number] for number in numbers]
+        unread = [turn.unread for turn in turns if turn.unread is not None]
+        try:
+            extend_together([session for session, _ in unread], [token for _, token in unread])
+        except Exception as error:
+            # Whoever caused it fails alone, when each reads its own.
+            self._apart.update(numbers)
+            if self._everyone.rank == 0:
+                print(f"apb: {len(numbers)} answers go on one by one. {unexpected(error)}", file=sys.stderr, flush=True)
+            return False
+        for turn in turns:
+            turn.unread = None
+        return True
+
+    def _wrote(self, shares: Sequence[Share], seconds: float) -> None:
+        """A piece was a token of each of these answers."""
+        if shares:
+            self._pace.saw_written(seconds, len(shares))
+        for share in shares:
             share.owed = False
-            self._pace.saw_written(seconds)
-            return ended
+
+    def _did_read(self, share: Share, read: int, seconds: float) -> None:
+        """A piece was a part of a prompt, of which ``read`` tokens had been read before."""
         share.reading_s += seconds
         if read < share.read and not share.writing:  # what is found read takes no time, and is done at once
             self._pace.saw_read(share.read - read, seconds)
         for other in self._running.values():
-            other.share.owed = other.share.writing and other is not job
-        return ended
+            other.share.owed = other.share.writing and other.share is not share
 
     def engine_of(self, task: Task) -> Any:
         """The engine that a request is read with."""
