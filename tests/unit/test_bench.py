@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 
+import families
 from apb import InputError, attention
 from apb.benchmarks import ceilings, prefill
 from apb.benchmarks.attention import Shape, _in_turns, bench_attention
@@ -131,6 +132,21 @@ def test_decode_reads_weights_and_cache():
     assert row.cache_bytes == 4 * (200 + 4 + 3) * 2 * 3 * 2 * 16
     assert row.limit_seconds == pytest.approx((row.weight_bytes + row.cache_bytes) / 1e9)
     assert row.of_limit == pytest.approx(row.limit_seconds * row.tokens_per_s)
+
+
+def test_decode_of_several_sessions():
+    """The same tokens in turns and in one pass, whose limit has the weights once; a model may need turns."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    shape = model_shape(model.config)
+    one, turns, together = bench_decode(model, shape, [200], 3, 1e9, (1, 3), strategy="apb", blocks=2)
+    assert [(row.sessions, row.together) for row in (one, turns, together)] == [(1, False), (3, False), (3, True)]
+    assert together.same_tokens and turns.same_tokens is None
+    assert turns.weight_bytes == 3 * one.weight_bytes and together.weight_bytes == one.weight_bytes
+    assert turns.cache_bytes == together.cache_bytes == 3 * one.cache_bytes
+    assert together.tokens_per_s == pytest.approx(3 / together.seconds)
+    model = families.make(*families.PECULIAR["deepseek_v3"])
+    (row,) = bench_decode(model, model_shape(model.config), [100], 1, 1e9, (2,), strategy="full")
+    assert not row.together
 
 
 def test_a_prompt_without_document_is_refused():

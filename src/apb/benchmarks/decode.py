@@ -1,4 +1,4 @@
-"""Decode after a long prompt: seconds per token, and the time it takes to read weights and cache once."""
+"""Decode after a long prompt, or several at once: seconds per token, and the time to read weights and cache."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..engine import Engine
 from ..hardware import Stopwatch, peak_bytes
 from ..hf.config import tied_embeddings
 from ..planning.shape import ModelShape
+from ..session import Session, extend_together
 from .prefill import random_prompt, slowest
 
 if TYPE_CHECKING:
@@ -26,16 +27,20 @@ class Row:
     """Decode at one length.
 
     Attributes:
+        sessions: texts of that length that are decoded at once.
+        together: True if a token of each was read in one pass, False if they took turns.
         graph: True if steps were replayed as a CUDA graph.
-        seconds: median of a step on the slowest rank; ``tokens_per_s`` is its inverse.
-        weight_bytes, cache_bytes: bytes that a rank reads per token: all weights but an untied embedding table, and the
-            largest shard of the cache.
+        seconds: median of a token of each session on the slowest rank; ``tokens_per_s`` counts those of all sessions.
+        weight_bytes, cache_bytes: bytes that a rank reads in that time: all weights but an untied embedding table, once
+            for every pass, and the largest shards of the caches.
         limit_seconds: time to read those bytes at the copy bandwidth measured in the same run.
         of_limit: limit_seconds / seconds.
-        same_tokens: True if greedy decoding chose the same tokens as without the graph; None in the row without it.
+        same_tokens: True if the same tokens were chosen as in turns without the graph; None in that row.
     """
 
     length: int
+    sessions: int
+    together: bool
     graph: bool
     seconds: float
     tokens_per_s: float
@@ -52,50 +57,101 @@ class Row:
 
 
 def bench_decode(
-    model: PreTrainedModel, shape: ModelShape, lengths: Sequence[int], tokens: int, bandwidth: float, **reading: Any
+    model: PreTrainedModel,
+    shape: ModelShape,
+    lengths: Sequence[int],
+    tokens: int,
+    bandwidth: float,
+    sessions: Sequence[int] = (1,),
+    **reading: Any,
 ) -> Iterator[Row]:
-    """Yield a row for every length, and on GPUs a second one with CUDA graphs if they can be captured.
+    """Yield a row for every length and number of sessions: in turns, for several sessions also in one pass, and on GPUs
+    another one in turns with CUDA graphs if they can be captured.
 
     The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
     ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
     """
     for length in lengths:
-        plain: list[int] | None = None
+        plain: dict[int, list[int]] = {}
         for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
             engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, **reading)
             try:
-                row, chosen = _measure(engine, shape, length, tokens, bandwidth, plain)
+                every = list(_sessions(engine, length, max(sessions), WARM_UP + tokens))
+                after = every[0].logits
+                for count, together in ((count, way) for count in sessions for way in (False, True)):
+                    if together and (count == 1 or graphs or every[0].why_alone is not None):
+                        continue
+                    for session in every[:count]:
+                        session.rewind(length, after)
+                    read = _Read(every[:count], together)
+                    row, chosen = _measure(engine, shape, read, length, tokens, bandwidth, plain.get(count))
+                    plain.setdefault(count, chosen)
+                    if row.graph == graphs:
+                        yield row
             finally:
                 engine.close()
-            plain = chosen
-            if row.graph == graphs:
-                yield row
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Sessions, and how their next tokens are read: in one pass, or in turns."""
+
+    sessions: Sequence[Session]
+    together: bool
+
+    def __call__(self, tokens: Sequence[int]) -> None:
+        if self.together:
+            extend_together(self.sessions, tokens)
+            return
+        for session, token in zip(self.sessions, tokens, strict=True):
+            session.extend([token])
+
+
+def _sessions(engine: Engine, length: int, count: int, room: int) -> Iterator[Session]:
+    """Sessions of one text, which is read once; each has keys and values in memory of its own."""
+    prompt = random_prompt(engine, length)
+    first = engine.prefill(prompt, max_new_tokens=room)
+    yield first
+    arranged = engine.reading.arranged(prompt)
+    for _ in range(count - 1):
+        yield engine.session(first.plan, arranged, first.cache.copy(length, room), first.logits, 0.0, room)
 
 
 def _measure(
-    engine: Engine, shape: ModelShape, length: int, tokens: int, bandwidth: float, plain: list[int] | None
+    engine: Engine,
+    shape: ModelShape,
+    read: _Read,
+    length: int,
+    tokens: int,
+    bandwidth: float,
+    plain: list[int] | None,
 ) -> tuple[Row, list[int]]:
-    session = engine.prefill(random_prompt(engine, length), max_new_tokens=WARM_UP + tokens)
     chosen: list[int] = []
     seconds: list[float] = []
     for step in range(WARM_UP + tokens):
-        chosen.append(int(session.logits.argmax()))
+        # Each session goes on with another token, which other experts may see to.
+        best = [int(session.logits.argmax()) for session in read.sessions]
+        picked = [(token + number) % shape.vocabulary for number, token in enumerate(best)]
+        chosen += picked
         watch = Stopwatch(engine.device)
-        session.extend(chosen[-1:])
+        read(picked)
         if step >= WARM_UP:
             seconds.append(slowest(engine.group, engine.device, watch.seconds()))
-    width = engine.dtype.itemsize
+    width, count = engine.dtype.itemsize, len(read.sessions)
     tied = tied_embeddings(engine.model.config)
-    weights = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
+    once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
+    weights = once * (1 if read.together else count)
     # On the rank with the largest shard.
-    cache = int(slowest(engine.group, engine.device, session.cache_bytes()))
+    cache = int(slowest(engine.group, engine.device, sum(session.cache_bytes() for session in read.sessions)))
     limit = (weights + cache) / bandwidth
     median = statistics.median(seconds)
     row = Row(
         length=length,
-        graph=session.captured,
+        sessions=count,
+        together=read.together,
+        graph=read.sessions[0].captured,
         seconds=median,
-        tokens_per_s=1 / median,
+        tokens_per_s=count / median,
         weight_bytes=weights,
         cache_bytes=cache,
         limit_seconds=limit,

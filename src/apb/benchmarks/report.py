@@ -6,7 +6,7 @@ from collections.abc import Callable
 from html import escape
 
 from ..evaluation.report import Content, html_table, markdown_table, page
-from .results import Point, Results
+from .results import Point, Results, sessions_of
 
 TITLE = "apb: how fast a prompt is read"
 NOTES = (
@@ -118,10 +118,11 @@ def parts(point: Point) -> list[tuple[str, str]]:
 
 
 def decode(results: Results) -> Content:
-    """A row for every length, with and without CUDA graphs."""
+    """A row for every length, number of sessions and way to read their tokens."""
     rows = []
     for ranks, row in results.decode:
         figures = (f"{row['tokens_per_s']:.1f}", f"{1e3 * row['seconds']:.2f}", f"{1e3 * row['limit_seconds']:.2f}")
-        how = (str(ranks), "yes" if row["graph"] else "no", *figures, f"{row['of_limit']:.0%}")
+        how = (str(ranks), sessions_of(row), "yes" if row["graph"] else "no", *figures, f"{row['of_limit']:.0%}")
         rows.append((f"{row['length']:,}", [(cell, "") for cell in (*how, f"{row['peak_bytes'] / 2**30:.1f}")]))
-    return ["tokens", "ranks", "CUDA graph", "tokens/s", "ms a token", "limit ms", "of limit", "peak GiB"], rows
+    heads = ["tokens", "ranks", "sessions", "CUDA graph"]
+    return [*heads, "tokens/s", "ms a token", "limit ms", "of limit", "peak GiB"], rows

@@ -78,6 +78,12 @@ class Results:
         return next((seconds for seconds in found if seconds), None)
 
 
+def sessions_of(row: dict[str, Any]) -> str:
+    """How many sessions a row of decode is of, and how their tokens were read."""
+    count = row.get("sessions", 1)  # older files have one
+    return str(count) if count == 1 else f"{count} in {'one pass' if row['together'] else 'turns'}"
+
+
 def read_results(paths: Iterable[Path]) -> Results:
     """Read and combine result files of one model.
 

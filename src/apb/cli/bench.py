@@ -135,6 +135,10 @@ def decode(
     propagation: options.Propagate = "off",
     ranks: options.RankCount = None,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
+    sessions: Annotated[
+        list[int] | None,
+        typer.Option(help="Texts that are decoded at once, in turns and in one pass; repeatable. By default 1."),
+    ] = None,
     out: Out = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -142,9 +146,12 @@ def decode(
     from ..reading import Reading
 
     at_least("tokens", tokens, 1)
+    for count in sessions or ():
+        at_least("sessions", count, 1)
     how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
     compressor = Reading.of(**how).compressor
-    _launch("decode", common, options.Ranks(ranks), {"tokens": tokens, **how}, compressor, out, as_json)
+    asked = {"tokens": tokens, "sessions": sessions or [1], **how}
+    _launch("decode", common, options.Ranks(ranks), asked, compressor, out, as_json)
 
 
 def _launch(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..benchmarks.results import sessions_of
+
 
 def named(row: dict[str, Any]) -> str:
     """The strategy of a prefill's row, and its propagation if there is one."""
@@ -41,7 +43,7 @@ def print_attention(report: dict[str, Any]) -> None:
 def line(row: dict[str, Any]) -> str:
     """Progress line of one prefill, or of decode at one length."""
     figure = row.get("note") or f"{row['seconds']:.4g} s"
-    name = named(row) if "strategy" in row else "decode by graph" if row["graph"] else "decode"
+    name = named(row) if "strategy" in row else f"decode of {sessions_of(row)}{' by graph' * row['graph']}"
     return f"apb: {name} at {row['length']:,} tokens: {figure}"
 
 
@@ -64,14 +66,15 @@ def _versions(report: dict[str, Any]) -> str:
 
 
 def print_decode(report: dict[str, Any]) -> None:
-    """Print a row for each length, with and without CUDA graphs."""
+    """Print a row for each length, number of sessions and way to read their tokens."""
     from rich.table import Table
 
-    columns = ("tokens", "graph", "ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
-    table = Table(*columns, title=_title(report))
+    columns = ("ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
+    table = Table("tokens", "sessions", "graph", *columns, title=_title(report))
     for row in report["rows"]:
         table.add_row(
             f"{row['length']:,}",
+            sessions_of(row),
             "yes" if row["graph"] else "no",
             f"{1e3 * row['seconds']:.2f}",
             f"{row['tokens_per_s']:.1f}",
@@ -83,8 +86,8 @@ def print_decode(report: dict[str, Any]) -> None:
     console = _console()
     console.print(table)
     console.print(
-        f"Limit: weights and cache read once at this run's copy bandwidth, {report['copy_bandwidth'] / 1e12:.2f} TB/s; "
-        f"{_versions(report)}."
+        "Of several sessions ms are of a token of each. Limit: caches, and weights for every pass, read at this run's "
+        f"copy bandwidth, {report['copy_bandwidth'] / 1e12:.2f} TB/s; {_versions(report)}."
     )
 
 
