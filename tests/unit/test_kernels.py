@@ -105,6 +105,14 @@ def test_segments(rows: int, keys: list[tuple[int, bool]], backend: str) -> None
     agree((out, lse), dense(q, segments))
 
 
+def test_one_row_takes_one_call() -> None:
+    """It sees all keys of a causal segment: to the bit what it gives without the mask, by torch's kernel too."""
+    q, (segment,) = make(1, [(40, True)])
+    out, lse = apb.attention(q, [segment], backend="torch")
+    whole, whole_lse = apb.attention(q, [replace(segment, causal=False)], backend="torch")
+    assert torch.equal(out, whole) and torch.equal(lse, whole_lse)
+
+
 @backends
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("group", [1, 4, 8])

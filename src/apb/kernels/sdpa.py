@@ -42,7 +42,7 @@ def _square(rows: int, segment: Segment) -> list[tuple[int, Tensor, Tensor, bool
     k, v, keys = segment.k, segment.v, segment.k.shape[0]
     if not keys or not rows:
         return []
-    if not segment.causal:
+    if not segment.causal or rows == 1:  # the only row is the last one, which sees all
         return [(0, k, v, False)]
     before = keys - rows
     if before <= 0:  # bottom-right alignment: the first -before rows see nothing
