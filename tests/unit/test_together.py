@@ -130,6 +130,18 @@ def test_each_by_its_own_decode_method(method: str) -> None:
     assert sessions[0].share < 1 == sessions[1].share
 
 
+def test_a_window_longer_than_one_text() -> None:
+    """To that text it is none, so its decode method chooses keys there, whatever the other texts' lengths are."""
+    model = families.make("MistralForCausalLM", {**families.SMALL, "sliding_window": 200})
+    engine = apb.Engine.from_model(model, strategy="full", verify=False, decoding="pages", share=0.3)
+    prompts = [apb.Prompt.from_tokens((), [7 * i % families.VOCABULARY for i in range(n)], (5,)) for n in (150, 250)]
+    sessions, apart = ([engine.prefill(prompt) for prompt in prompts] for _ in range(2))
+    for logits, session, alone in zip(in_one_pass(sessions, ANSWER), sessions, apart, strict=True):
+        torch.testing.assert_close(logits, torch.stack([alone.extend([token]) for token in ANSWER]), **CLOSE)
+        assert session.share == alone.share
+    assert sessions[0].share < 1 == sessions[1].share
+
+
 def test_models_that_are_read_alone() -> None:
     """Those whose rows depend on each other, or on one length; each says why."""
     reasons = {
