@@ -13,6 +13,7 @@ from torch import Tensor
 from apb import Engine, Prompt, Segment
 from apb.hf.cache import ShardCache
 from apb.kernels import reference
+from apb.session import extend_together
 from models import tiny_model, without_eos
 
 pytestmark = pytest.mark.gpu
@@ -72,6 +73,22 @@ def test_one_graph_serves_all_sessions(dtype: torch.dtype, made: Graphs) -> None
     assert [list(tokens) for tokens in zip(*chosen, strict=True)] == expected
     assert len(made) == 1
     ours.close()
+
+
+def test_sessions_in_one_pass() -> None:
+    """Before and after steps by graphs, over the same caches: in fp32 what each session reads by steps alone."""
+    reader = engine(strategy="full", blocks=None)
+    sessions, apart = (
+        [reader.prefill(prompt(length), max_new_tokens=8) for length in (1003, 40, 400)] for _ in range(2)
+    )
+    for token in (7, 9, 11, 13):
+        if token % 4 == 1:
+            extend_together(sessions, [token + place for place in range(3)])
+        for place, (session, alone) in enumerate(zip(sessions, apart, strict=True)):
+            wanted = alone.extend([token + place])
+            got = session.logits if token % 4 == 1 else session.extend([token + place])
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
+            assert session.captured == (token % 4 != 1)
 
 
 def test_steps_are_ordinary_passes(made: Graphs) -> None:
