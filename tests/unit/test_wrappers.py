@@ -11,7 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import apb
-from apb.hf.loading import check_supported, load_config, load_model
+from apb.hf.loading import load_config, load_model
+from apb.hf.supported import check_supported
 from families import PROMPT, SMALL, WIDE
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ NAMES = {
 # within 3e-5 of the largest logit. Others apply a scale of their own (aya_vision, cohere2_vision), read prompts in both
 # directions (paligemma), or keep experts in files as only the whole model reads them (glm4v_moe, minimax_m3_vl).
 _COMPARED = {
-    "aria", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4",
+    "aria", "deepseek_vl", "deepseek_vl_hybrid", "emu3", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4",
     "gemma4_unified", "glm46v", "glm4v", "glm_ocr", "glmasr", "got_ocr2", "granite_speech", "granite_speech_plus",
     "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl",
     "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6",
