@@ -86,7 +86,8 @@ class _Scores:
         self._scale = 1.0
         self._are_weights = False
         self.shape = torch.Size((*q.shape[:-1], k.shape[-2]))
-        self.dtype, self.device = q.dtype, q.device
+        # They are nowhere, and neither should be what the code makes for them, as the value of a mask (GPT-Neo).
+        self.dtype, self.device = q.dtype, torch.device("meta")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
