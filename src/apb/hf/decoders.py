@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 # Text models of multimodal families that transformers has no decoder class for; a plain linear map gives their logits.
 _HEADLESS = {
-    "glm4v_text", "glm_ocr_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text",
+    "glm4v_text", "glm_ocr_text", "hunyuan_vl_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text",
+    "qwen3_vl_text",
 }  # fmt: skip
 # Text models whose decoder class transformers knows under the multimodal configuration around them.
 _UNDER_ANOTHER = {"emu3_text_model": "emu3"}
