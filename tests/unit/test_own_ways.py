@@ -55,7 +55,7 @@ OWN: dict[str, tuple[str, dict[str, Any]]] = {
         {**SIZES, "n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512},
     ),
     "gpt_neox_japanese": ("GPTNeoXJapaneseForCausalLM", SMALL),
-    "roformer": ("RoFormerForCausalLM", {**PLAIN, "embedding_size": 64, "is_decoder": True}),
+    "mvp": ("MvpForCausalLM", BART),
     "xglm": ("XGLMForCausalLM", {**SIZES, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}),
 }
 ALL = make_method("apb", {"blocks": 5}).lossless(5)
@@ -92,14 +92,14 @@ def test_on_ranks(family: str) -> None:
 
 @pytest.mark.parametrize("family", OWN)
 def test_propagation(family: str) -> None:
-    """All rows, told from which layer on to go on, are still transformers' result; with fewer, layers that are given or
-    give all rows in a way of their own are refused."""
+    """With all rows going on, the result is still transformers'; with fewer, a model that arranges its rows as if all
+    had is refused."""
     model, expected = make(*OWN[family]), says(family)[0][0]
     propagated = apb.Engine.from_model(model, strategy="full", propagation=apb.Propagation(0, 1.0))
     torch.testing.assert_close(propagated.prefill(PROMPT).logits, expected, rtol=1e-4, atol=1e-4)
     propagated.close()
     few = apb.Engine.from_model(model, blocks=4, anchor_length=16, propagation=apb.Propagation(0, 0.4))
-    if family in ("gpt_neo", "gptj", "roformer"):
+    if family in ("gpt_neo", "gptj"):
         with pytest.raises(apb.InputError, match="Propagation cannot select the rows of"):
             few.prefill(PROMPT)
     else:

@@ -17,7 +17,7 @@ from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
 from .config import query_heads, shared_layers
-from .decoders import decoder_class
+from .decoders import auto_knows, decoder_class
 from .hub import check_there
 from .supported import RECURRENT_FAMILIES
 from .tensor_parallel import settings, shared
@@ -122,16 +122,19 @@ def load_model(
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
-    wrapped = not gguf.is_gguf(model) and is_wrapper(_whole_config(model, trust_remote_code))
+    whole = None if gguf.is_gguf(model) else _whole_config(model, trust_remote_code)
+    wrapped = whole is not None and is_wrapper(whole)
+    by_class = wrapped or (whole is not None and not auto_knows(whole))
     try:
         kind: Any = AutoModelForCausalLM
         if mesh is None:
             options["device_map"] = places
-        if mesh is not None or wrapped:
+        if mesh is not None or by_class:
             options["config"] = load_config(model, trust_remote_code)
+        if by_class:
+            kind = decoder_class(options["config"])
         if wrapped:
             options["key_mapping"] = NAMES
-            kind = decoder_class(options["config"])
         if mesh is not None:
             options |= settings(mesh)
             kind = shared(decoder_class(options["config"]), mesh)
