@@ -19,15 +19,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{
         family: {"is_decoder": True}
         for family in (
-            "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "roberta",
-            "roberta-prelayernorm", "roc_bert", "xlm-roberta", "xlm-roberta-xl",
+            "bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+            "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
         )
     },
+    **{
+        family: {"is_encoder_decoder": False}
+        for family in (
+            "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart",
+            "whisper",
+        )
+    },
+    "big_bird": {"is_decoder": True, "attention_type": "original_full"},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8}},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "bamba": {"attn_layer_indices": [1], "num_hidden_layers": 3},
     "deepseek_v2": {"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "glm4v": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
+    "glmga": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "xdrope_section": [16, 16, 16, 16]}}},
     "glm46v": {"text_config": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
@@ -59,6 +71,11 @@ rows, so that in these layers ranks work one after the other; every rank has the
 begin from a state are read one by one in Mamba 1 (Jamba) and lightning attention (MiniMax), whose code in transformers
 takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs. Of a
 multimodal checkpoint the text decoder alone is loaded.
+
+Attention that a family's own code computes by matrix products (GPT-J, GPT-Neo, Falcon, XGLM ...) is followed from the
+product of queries and keys to that with the values, and computed as everywhere; where something is added to the scores
+(ALiBi) the model is refused. Decoders of pairs (BART, Marian, Whisper ...) and encoders are read where their
+configuration says that they were trained as decoders: `is_encoder_decoder` false, `is_decoder` true.
 
 GGUF files (`--model FILE.gguf`, or any part of a file in several parts) need `apb-llm[gguf]`. transformers reads those
 of the families that it supports, expanded to the dtype asked for; the scaling of RoPE, which it ignores, is read as

@@ -13,7 +13,7 @@ from .distributed.collectives import Group
 from .distributed.mesh import Mesh
 from .engine import Engine
 from .errors import InputError, first_line
-from .hf import counting, loading, verifying
+from .hf import counting, loading, supported, verifying
 from .hf.config import layers_in_words
 from .hf.shrinking import HEADS, shrink
 from .hf.verifying import ANSWER, TOLERANCE, kind_of, small_model
@@ -114,7 +114,7 @@ def describe(config: Any) -> Card:
     """The card of a configuration before anything is run."""
     card = Card(config.model_type, "")
     try:
-        loading.check_supported(config)
+        supported.check_supported(config)
     except InputError as error:
         card.refused = str(error)
         return card

@@ -15,11 +15,12 @@ from .distributed.collectives import Group
 from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .hardware import Hardware, Stopwatch
-from .hf import fusing, loading, placement, verifying
-from .hf.attach import CLOSED, Attachment, attention_modules
+from .hf import fusing, loading, placement, supported, verifying
+from .hf.attach import CLOSED, Attachment
 from .hf.cache import ShardCache
 from .hf.config import softcap
 from .hf.heads import HeadShape, load_heads
+from .hf.modules import attention_modules
 from .hf.tensor_parallel import splits_heads
 from .kernels.attention import choose
 from .layers.base import AttentionInput
@@ -65,7 +66,7 @@ class Prefiller:
         **reading: Any,
     ) -> None:
         self.reading = Reading.of(seed=seed, **reading)
-        loading.check_supported(model.config)
+        supported.check_supported(model.config)
         placement.check_map(model)
         if verify:
             verifying.verify(model.config, model)

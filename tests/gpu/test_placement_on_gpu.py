@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from apb import Engine, Prompt
-from apb.hf.attach import attention_modules
 from apb.hf.counting import model_shape
+from apb.hf.modules import attention_modules
 from apb.hf.placement import split
 from apb.hf.random_weights import random_model, shape_config
 from apb.planning.cost import predict

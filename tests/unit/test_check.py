@@ -13,8 +13,8 @@ from transformers import AutoConfig, LlamaConfig
 
 import apb
 from apb.check import check
-from apb.hf.loading import check_supported
 from apb.hf.shrinking import shrink
+from apb.hf.supported import check_supported
 from apb.layers import shards
 from apb.layers.base import AttentionInput
 

@@ -44,10 +44,10 @@ EXACT: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "attention of its own": (
+    "ALiBi": (
         "BloomForCausalLM",
         {"vocab_size": VOCABULARY, "hidden_size": 64, "n_layer": 2, "n_head": 4},
-        "attention interface",
+        "ALiBi",
     ),
     "an encoder": ("BertLMHeadModel", PLAIN, "causal"),
 }

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import apb
-from apb.hf.loading import check_supported, load_config, load_model
+from apb.hf.loading import load_config, load_model
+from apb.hf.supported import check_supported
 from families import PROMPT, SMALL, make
 
 CPU = torch.device("cpu")

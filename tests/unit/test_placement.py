@@ -23,9 +23,9 @@ from apb.distributed.collectives import Group
 from apb.errors import DoesNotFit, InputError
 from apb.hardware import Hardware
 from apb.hf import counting, loading, placement
-from apb.hf.attach import attention_modules
 from apb.hf.cache import Layout
 from apb.hf.heads import load_heads
+from apb.hf.modules import attention_modules
 from apb.hf.random_weights import shape_config, shapes
 from apb.passes.step import Stepper
 from apb.planning.cost import ModelShape, predict

@@ -11,11 +11,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import apb
-from apb.hf.loading import check_supported, load_config, load_model
-from families import PROMPT, SMALL, WIDE
+from apb.hf.loading import load_config, load_model
+from apb.hf.supported import check_supported
+from families import PECULIAR, PROMPT, SMALL, WIDE
 
 CPU = torch.device("cpu")
 VISION = {"hidden_size": 32, "depth": 1, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+CODES = {"base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [], "hidden_size": 32}
 # The class of the wrapper, its decoder's settings, and its own.
 WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "mistral": ("Mistral3ForConditionalGeneration", SMALL, {}),
@@ -27,6 +29,8 @@ WRAPPERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
         {},
     ),
+    "mistral4": ("Mistral3ForConditionalGeneration", PECULIAR["deepseek_v3"][1], {}),
+    "emu3_text_model": ("Emu3ForConditionalGeneration", SMALL, {"vocabulary_map": {"<image>": 0}}),
 }
 
 
@@ -36,8 +40,13 @@ def wrapper(decoder: str) -> Any:
     whole = getattr(transformers, kind)
     text = transformers.AutoConfig.for_model(decoder, **settings)
     torch.manual_seed(0)
-    vision = {**transformers.AutoConfig.for_model(whole.config_class().vision_config.model_type).to_dict(), **VISION}
-    model = whole(whole.config_class(text_config=text, vision_config=vision, **options)).float().eval()
+    sizes = {"vision_config": VISION, "vq_config": CODES}
+    parts = {
+        name: {**transformers.AutoConfig.for_model(part.model_type).to_dict(), **sizes[name]}
+        for name in sizes
+        if (part := getattr(whole.config_class(), name, None)) is not None
+    }
+    model = whole(whole.config_class(text_config=text, **parts, **options)).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1:
@@ -59,9 +68,17 @@ def test_a_wrapper_is_read_as_text(decoder: str, tmp_path: Path) -> None:
     assert config.model_type == decoder
     check_supported(config)
     model = load_model(tmp_path, torch.float32, CPU)
-    assert not any("vision" in name or "projector" in name for name, _ in model.named_parameters())
+    assert not any("vision" in name or "vq" in name or "projector" in name for name, _ in model.named_parameters())
     engine = apb.Engine.from_model(model, strategy="full")
     torch.testing.assert_close(engine.prefill(PROMPT).logits, theirs(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_a_decoder_that_is_known_by_its_class_alone(tmp_path: Path) -> None:
+    """transformers' AutoModelForCausalLM does not load Mistral 4, which is one."""
+    kind = transformers.Mistral4ForCausalLM
+    model = kind(kind.config_class(**PECULIAR["deepseek_v3"][1])).float().eval()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(theirs(load_model(tmp_path, torch.float32, CPU)), theirs(model))
 
 
 def test_names_of_newer_checkpoints(tmp_path: Path) -> None:

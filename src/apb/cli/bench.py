@@ -240,9 +240,9 @@ def run(request: Request) -> None:
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import counting, float8, loading
-    from ..hf.config import layer_count
     from ..hf.random_weights import random_model
     from ..hf.tensor_parallel import share
+    from ..hf.windows import layer_count
     from .quiet import quiet_libraries
 
     quiet_libraries()

@@ -67,7 +67,7 @@ def check(
 ) -> Place:
     """The place of a model; InputError if these ranks, methods and compressors cannot read it."""
     from ..distributed import launch
-    from ..hf import float8, loading
+    from ..hf import float8, loading, supported
     from ..hf.config import query_heads
     from ..hf.tensor_parallel import check_shards
     from .quiet import quiet_libraries
@@ -80,7 +80,7 @@ def check(
     float8.check(model.quantization, device, dtype, tensor_parallel > 1)
     size = launch.ranks_to_use(ranks.ranks, device, tensor_parallel, ranks.gpus_per_rank)
     config = model.config()
-    loading.check_supported(config)
+    supported.check_supported(config)
     check_shards(config, tensor_parallel)
     for method in methods:
         method.check_model(query_heads(config) // tensor_parallel, size)

@@ -76,14 +76,14 @@ def plan(
     if basis is not None:
         basis.check_link(size)
 
-    from ..hf import counting, loading
+    from ..hf import counting, loading, supported
     from ..hf.random_weights import config_of
     from .checks import loaded
     from .quiet import quiet_libraries
 
     quiet_libraries()
     config = config_of(model, random_weights)
-    loading.check_supported(config)
+    supported.check_supported(config)
     compressor = loaded(compressor, config)
     shape = counting.model_shape(config, gpus_per_rank)
     plans = [with_propagation(each, propagated, shape) for each in plans]

@@ -38,7 +38,7 @@ def of_model(model: str | None, ranks: int) -> list[Row]:
         model: as for every command.
         ranks: that it is to be read on.
     """
-    from ..hf import chat, loading
+    from ..hf import chat, loading, supported
     from ..hf.config import layers_in_words
 
     name = str(model or loading.shipped_model())
@@ -49,7 +49,7 @@ def of_model(model: str | None, ranks: int) -> list[Row]:
 
     try:
         config = loading.load_config(name)
-        loading.check_supported(config)
+        supported.check_supported(config)
     except InputError as error:
         add("model", False, str(error))
         return rows

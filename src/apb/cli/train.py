@@ -90,7 +90,7 @@ def heads(
     from dataclasses import asdict
 
     from ..distributed import launch
-    from ..hf import loading
+    from ..hf import loading, supported
     from ..training.heads.data import Samples
     from ..training.heads.train import Settings, check_positions, positions
     from .quiet import quiet_libraries
@@ -104,7 +104,7 @@ def heads(
     size = launch.ranks_to_use(ranks, place)
     name = str(model or loading.shipped_model())
     config = loading.load_config(name)
-    loading.check_supported(config)
+    supported.check_supported(config)
     if max_length is None:
         max_length = min(10240, positions(config))
     settings = Settings(

@@ -21,14 +21,16 @@ from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
-from .config import layer_count, shared_layers
+from .config import shared_layers
 from .fusing import fuse_parts
+from .modules import attention_modules, layer_index
 from .placement import device_of, devices
-from .positions import begin_behind_padding
+from .positions import set_positions
+from .products import follow_products
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .temperature import has_own, warmed, without_own
-from .windows import chunked, not_handed_over
+from .windows import chunked, layer_count, not_handed_over
 
 NAME = "apb"
 CLOSED = "The engine was closed and its model given back; make a new engine to go on."
@@ -96,18 +98,15 @@ class Attachment:
         self._use_cache = text.model_type != "minimax"
         self._original = model.config._attn_implementation
         self._was_training = model.training
+        self._undo = [set_positions(model, lambda: self._run.positions)]
         model.eval()
-        model.set_attn_implementation(NAME)
-        if model.config._attn_implementation != NAME:
-            raise InputError(
-                f"The attention of {type(model).__name__} cannot be taken over: "
-                "it does not go through transformers' attention interface."
-            )
+        _set_implementation(model, NAME)
         for module in self.modules:
             module.apb = self  # type: ignore[assignment]
-        self._undo = [fuse_parts(model)] if fused else []
+        if not model._can_set_attn_implementation():
+            self._undo.append(follow_products(self.modules, _attention))
+        self._undo += [fuse_parts(model)] if fused else []
         self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model), without_own(self.modules)]
-        self._undo.append(begin_behind_padding(model))
         self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0
 
@@ -133,7 +132,7 @@ class Attachment:
             del module.apb
         for undo in reversed(self._undo):
             undo()
-        self.model.set_attn_implementation(self._original)
+        _set_implementation(self.model, self._original)
         self.model.train(self._was_training)
 
     def device_of(self, layer: int) -> torch.device:
@@ -286,28 +285,9 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The attention module of every layer, in order; InputError if there are none, or they are not causal."""
-    recurrent = set(recurrent_modules(model))
-    found = [
-        module
-        for module in model.modules()
-        if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention") and module not in recurrent
-    ]
-    if not found:
-        raise InputError(f"No attention layers were found in {type(model).__name__}; it cannot be taken over.")
-    if not all(getattr(module, "is_causal", True) for module in found):
-        raise InputError(
-            f"The attention of {type(model).__name__} is not causal; use a model that generates text, or set "
-            "is_decoder in its configuration if it was trained to."
-        )
-    return found
-
-
-def layer_index(model: PreTrainedModel, module: nn.Module) -> int:
-    """The index of a module's layer: its own word or, where layers share weights (Zamba2), the number in its name."""
-    told = int(module.layer_idx)  # type: ignore[arg-type]
-    if told >= 0:
-        return told
-    name = next(name for name, each in model.named_modules() if each is module)
-    return next(int(part) for part in name.split(".") if part.isdecimal())
+def _set_implementation(model: PreTrainedModel, name: str) -> None:
+    """Set the name of a model's attention, which decides on its masks also where its code has attention of its own."""
+    if model._can_set_attn_implementation():
+        model.set_attn_implementation(name)
+    else:
+        model.config._attn_implementation = name

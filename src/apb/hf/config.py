@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .windows import chunked, windows
+from .windows import chunked, layer_count, windows
 
 
 def of_layer(config: Any, layer: int | None = None) -> Any:
@@ -15,14 +15,17 @@ def of_layer(config: Any, layer: int | None = None) -> Any:
     if layer is None:
         kinds = list(getattr(text, "layer_types", None) or ())
         far = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
-        layer = far[-1] if far else text.num_hidden_layers - 1
+        layer = far[-1] if far else layer_count(text) - 1
     return text.per_layer_config[layer]
 
 
 def kv_heads(config: Any, layer: int | None = None) -> int:
     """KV heads of a layer, over all processes that share the weights; see :func:`of_layer`."""
     settings = of_layer(config, layer)
-    return int(getattr(settings, "num_key_value_heads", None) or settings.num_attention_heads)
+    if getattr(settings, "multi_query", False) and not getattr(settings, "new_decoder_architecture", False):
+        return 1  # Falcon's newer architecture keeps a copy for every query head
+    own = None if hasattr(settings, "decoder_attention_heads") else getattr(settings, "num_key_value_heads", None)
+    return int(own or _heads(settings))
 
 
 def head_dim(config: Any, layer: int | None = None) -> int:
@@ -30,7 +33,7 @@ def head_dim(config: Any, layer: int | None = None) -> int:
     settings = of_layer(config, layer)
     if getattr(settings, "kv_lora_rank", None):
         return int(settings.qk_nope_head_dim + settings.qk_rope_head_dim)
-    return getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
+    return getattr(settings, "head_dim", None) or settings.hidden_size // _heads(settings)
 
 
 def shared_layers(config: Any) -> list[int | None]:
@@ -50,12 +53,12 @@ def _last(kinds: Any, kind: Any) -> int:
 
 def query_heads(config: Any) -> int:
     """Query heads, over all processes that share the weights."""
-    return int(of_layer(config).num_attention_heads)
+    return _heads(of_layer(config))
 
 
-def layer_count(config: Any) -> int:
-    """Decoder layers of any kind."""
-    return int(config.get_text_config().num_hidden_layers)
+def _heads(settings: Any) -> int:
+    """Query heads; BART's family has an encoder's settings as well, and the general names mean that."""
+    return int(getattr(settings, "decoder_attention_heads", None) or settings.num_attention_heads)
 
 
 def softcap(config: Any) -> float | None:
@@ -80,7 +83,7 @@ def layers_in_words(config: Any) -> str:
     kinds = []
     if lengths:
         seen = f"chunks of {lengths[0]:,} tokens" if chunked(text) else f"{lengths[0]:,} tokens"
-        kinds.append(f"{len(lengths)} of {text.num_hidden_layers} layers see {seen}")
+        kinds.append(f"{len(lengths)} of {layer_count(text)} layers see {seen}")
     if softcap(config) is not None:
         kinds.append("capped logits")
     if text.model_type == "gpt_oss":
@@ -90,6 +93,8 @@ def layers_in_words(config: Any) -> str:
         kinds.append(f"{sharing} share keys and values")
     if getattr(text, "kv_lora_rank", None):
         kinds.append("latent attention")
-    if any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+    if any(
+        getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "ffn_config")
+    ):
         kinds.append("experts")
     return ", ".join(kinds) or "full attention"

@@ -12,11 +12,12 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, first_line
 from ..planning.shape import ModelShape, Recurrent
 from . import placement
-from .attach import attention_modules
-from .config import head_dim, kv_heads, layer_count, query_heads, shared_layers, vocabulary
+from .config import head_dim, kv_heads, query_heads, shared_layers, vocabulary
+from .modules import attention_modules, idle_modules
 from .recurrent import recurrent_modules, state_of
-from .windows import chunked, layer_windows
+from .windows import chunked, layer_count, layer_windows
 
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k")
 # Cached by configuration and number of GPUs.
 _SHAPES: dict[tuple[str, int], ModelShape] = {}
 
@@ -47,7 +48,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
     split: tuple[tuple[int, int], ...] = ()
     if gpus > 1:
         split = placement.split(model, attention_modules(model), placement.balanced(model, gpus, torch.bfloat16))
-    embeddings = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+    apart = {id(model.get_input_embeddings()), id(model.get_output_embeddings()), *map(id, idle_modules(model))}
     return ModelShape(
         layers=layer_count(config),
         heads=query_heads(config),
@@ -56,7 +57,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
         hidden=text.hidden_size,
         intermediate=_intermediate(text),
         vocabulary=vocabulary(config),
-        layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in embeddings),
+        layer_parameters=sum(_multiplied(module, text) for module in model.modules() if id(module) not in apart),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         reach=tuple(layer_windows(text)),
         chunked=chunked(text),
@@ -72,7 +73,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
 
 def _intermediate(text: Any) -> int:
     """Width of the MLPs, of the widest if layers differ."""
-    width = getattr(text, "intermediate_size", 4 * text.hidden_size)
+    width = getattr(text, "intermediate_size", None) or getattr(text, "decoder_ffn_dim", None) or 4 * text.hidden_size
     return int(max(width) if isinstance(width, (list, tuple)) else width)
 
 
@@ -114,7 +115,7 @@ def _expert_row(model: PreTrainedModel, text: Any) -> int:
     """Elements per token in a layer of experts: the token's copies, and each expert's gate, up, product and output."""
     if not any(type(module).__name__.endswith("Experts") for module in model.modules()):
         return 0
-    width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+    width = getattr(text, "moe_intermediate_size", None) or _intermediate(text)
     return _experts_used(text) * (2 * text.hidden_size + 3 * width)
 
 
@@ -122,7 +123,8 @@ def _experts_used(text: Any) -> int:
     """Number of experts per token; all of them where unused ones get rows of zeros."""
     if text.model_type == "llama4_text":
         return int(text.num_local_experts)
-    return getattr(text, "num_experts_per_tok", None) or getattr(text, "moe_topk", None) or 1
+    settings = getattr(text, "ffn_config", text)  # DBRX
+    return next((x for name in _EXPERTS_PER_TOKEN if (x := getattr(settings, name, None))), 1)
 
 
 def _multiplied(module: torch.nn.Module, text: Any) -> int:

@@ -9,27 +9,47 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
 
 # Text models of multimodal families that transformers has no decoder class for; a plain linear map gives their logits.
 _HEADLESS = {
-    "glm4v_text", "glm_ocr_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text", "qwen3_vl_text",
+    "glm4v_text", "glm_ocr_text", "hunyuan_vl_text", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3_vl_moe_text",
+    "qwen3_vl_text",
 }  # fmt: skip
+# Text models whose decoder class transformers knows by another mapping, or under the multimodal model around them.
+_ELSEWHERE = {
+    "emu3_text_model": (MODEL_FOR_CAUSAL_LM_MAPPING, "emu3"),
+    "mistral4": (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, "mistral4"),
+}
 
 
 def decoder_class(text: Any) -> Any:
     """The class of a decoder's configuration; None if there is none."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
-    if known is None and text.model_type in _HEADLESS:
+    if text.model_type in _HEADLESS:
         return _with_head(MODEL_MAPPING[type(text)])
-    return known
+    if text.model_type in _ELSEWHERE:
+        mapping, name = _ELSEWHERE[text.model_type]
+        return mapping[CONFIG_MAPPING[name]]
+    if text.model_type == "emu3":  # of the whole
+        return None
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+
+
+def auto_knows(config: Any) -> bool:
+    """True if AutoModelForCausalLM makes the decoder of a configuration, False if only its class does."""
+    return config.model_type not in _HEADLESS and config.model_type not in _ELSEWHERE
 
 
 def from_config(config: Any, **options: Any) -> PreTrainedModel:
     """A decoder of a configuration, with random weights; ``options`` as of AutoModelForCausalLM.from_config."""
-    if config.model_type in _HEADLESS:
-        return decoder_class(config)._from_config(config, dtype=options.get("dtype"))
-    return AutoModelForCausalLM.from_config(config, **options)
+    if auto_knows(config):
+        return AutoModelForCausalLM.from_config(config, **options)
+    return decoder_class(config)._from_config(config, dtype=options.get("dtype"))
 
 
 class TextDecoder(PreTrainedModel, GenerationMixin):

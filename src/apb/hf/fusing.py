@@ -52,6 +52,8 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
     # Attention looks the rotary embedding up by name in its own module, so other models of the family in this process
     # call the compiled one too, with the same result.
     sources = {sys.modules[type(module).__module__] for module in model.modules() if hasattr(module, "layer_idx")}
+    if not model._can_set_attn_implementation():  # what is followed (see products) calls nothing that is compiled
+        sources = set()
     rotations = [(source, vars(source)[_ROPE]) for source in sources if _ROPE in vars(source)]
     for source, original in rotations:
         _set(source, torch.compile(original, dynamic=True))

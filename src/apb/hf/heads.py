@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..compressors import Head
 from ..errors import InputError, first_line
-from .config import head_dim, kv_heads, layer_count, query_heads
+from .config import head_dim, kv_heads, query_heads
+from .windows import layer_count
 
 _KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.fc([12])\.weight$")
 

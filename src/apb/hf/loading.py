@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
-from .config import head_dim, query_heads, shared_layers
-from .decoders import decoder_class
+from .config import query_heads, shared_layers
+from .decoders import auto_knows, decoder_class
 from .hub import check_there
+from .supported import RECURRENT_FAMILIES
 from .tensor_parallel import settings, shared
 from .windows import chunked
 from .wrappers import NAMES, decoder_config, is_wrapper
@@ -122,16 +122,19 @@ def load_model(
     places: dict[str, Any] = {"": device}
     if gpus > 1:
         places = _places(model, dtype, device, trust_remote_code, quantization, gpus)
-    wrapped = not gguf.is_gguf(model) and is_wrapper(_whole_config(model, trust_remote_code))
+    whole = None if gguf.is_gguf(model) else _whole_config(model, trust_remote_code)
+    wrapped = whole is not None and is_wrapper(whole)
+    by_class = wrapped or (whole is not None and not auto_knows(whole))
     try:
         kind: Any = AutoModelForCausalLM
         if mesh is None:
             options["device_map"] = places
-        if mesh is not None or wrapped:
+        if mesh is not None or by_class:
             options["config"] = load_config(model, trust_remote_code)
+        if by_class:
+            kind = decoder_class(options["config"])
         if wrapped:
             options["key_mapping"] = NAMES
-            kind = decoder_class(options["config"])
         if mesh is not None:
             options |= settings(mesh)
             kind = shared(decoder_class(options["config"]), mesh)
@@ -182,75 +185,6 @@ def _places(
     return {name: torch.device(first.type, (first.index or 0) + gpu) for name, gpu in places.items()}
 
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-_RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
-# Families with recurrent layers that have been compared with transformers' own reading.
-_COMPARED = {
-    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
-    "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba2", "kimi_linear", "minimax",
-}  # fmt: skip
-# Settings of recurrent layers: those of Mamba, RWKV and related models.
-_RECURRENT_SETTING = re.compile(r"mamba|ssm|state_size|linear_attn|linear_conv|lru_|wkv|conv_L_cache|recurrent|xlstm")
-
-
-def check_supported(config: Any) -> None:
-    """InputError, naming the model and the reason, where its attention cannot be taken over."""
-    name = config.model_type
-    other = InputError(
-        f"Models of type {name!r} are not causal decoders, and none inside them has been compared with the whole "
-        "model; name a model that generates text."
-    )
-    try:
-        text = config.get_text_config()
-    except ValueError as error:  # a text encoder beside the decoder
-        raise other from error
-    kind = decoder_class(text)
-    known = kind is not None
-    loads = known and decoder_class(config) is not None
-    paired = getattr(text, "is_encoder_decoder", False)
-    if is_wrapper(config) and not loads:
-        raise InputError(
-            f"{name!r} models are multimodal; apb reads with the text decoder inside them: give Engine.from_pretrained "
-            "the checkpoint, which loads that alone."
-        )
-    if paired or (not loads and not getattr(config, "auto_map", None)):
-        raise other
-    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or ()
-    compared = text.model_type in _COMPARED
-    odd = sorted(set(kinds) - _ATTENTION - (_RECURRENT if compared else set()))
-    recurrent = sorted(setting for setting in vars(text) if _RECURRENT_SETTING.search(setting))
-    takes_over = known and kind._can_set_attn_implementation()
-    if recurrent and not compared and (odd or not takes_over):
-        raise InputError(
-            f"{name!r} models have recurrent layers (setting {recurrent[0]!r}) of a kind that has not been compared "
-            f"with transformers' own reading; those of {', '.join(sorted(_COMPARED))} have been."
-        )
-    if "indexed_attention" in odd:
-        raise InputError(
-            f"{name!r} models have layers in which every row attends to the keys that an indexer chooses for it: that "
-            "needs a kernel that reads keys by such lists, where transformers masks a matrix of all rows and keys."
-        )
-    if odd:
-        raise InputError(f"{name!r} models have layers of type {', '.join(odd)}, which cannot be cut into blocks.")
-    if (getattr(text, "num_kv_shared_layers", None) or 0) >= (getattr(text, "num_hidden_layers", None) or 1):
-        raise InputError(
-            f"{name!r} models attend to the keys and values of another model, whose tokens they guess; name that one."
-        )
-    if not getattr(text, "num_attention_heads", 0):
-        raise InputError(f"{name!r} models like this one have no attention heads: there is no attention to take over.")
-    try:
-        head_dim(config)
-    except Exception as error:  # configurations whose layers differ raise when asked for one width
-        raise InputError(
-            f"The layers of {name!r} models differ in ways that are not supported: {first_line(error).split('. ')[0]}."
-        ) from error
-    if known and not takes_over:
-        raise InputError(
-            f"The attention of {name!r} models cannot be taken over: "
-            "their code in transformers does not go through its attention interface."
-        )
-
-
 def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: bool, tensor: int = 1) -> None:
     """InputError if a plan does not fit the model: its positions, its number of heads."""
     text = config.get_text_config()
@@ -263,7 +197,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
-    if text.model_type in _COMPARED and tensor > 1:
+    if text.model_type in RECURRENT_FAMILIES and tensor > 1:
         raise InputError(
             f"{config.model_type!r} models have recurrent layers, whose weights are not shared yet; read on more ranks "
             "instead, without tensor parallelism."
@@ -273,7 +207,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{config.model_type!r} models have layers that share keys and values or see chunks, which takes all rows; "
             "read without propagation."
         )
-    if text.model_type in _COMPARED and plan.going_on < plan.document:
+    if text.model_type in RECURRENT_FAMILIES and plan.going_on < plan.document:
         raise InputError(
             f"{config.model_type!r} models have recurrent layers, whose state runs through every row; read without "
             "propagation."

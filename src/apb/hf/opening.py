@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..distributed.launch import check_split, local_device
 from ..distributed.mesh import Mesh
-from . import loading, verifying
+from . import loading, supported, verifying
 from .tensor_parallel import check_shards
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Checkpoint:
     def opened(self, verify: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Mesh]:
         """Model, tokenizer and processes; ``verify``: compare models of this kind with transformers' own first."""
         config = loading.load_config(self.model, self.trust_remote_code)
-        loading.check_supported(config)
+        supported.check_supported(config)
         if verify:  # before its weights are read
             verifying.verify(config)
         place = local_device(loading.pick_device(self.device), self.gpus_per_rank)

@@ -6,6 +6,7 @@ cache and collectives run on the GPU of their layer. The GPUs of a rank work one
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def device_map(config: Any, gpus: int, dtype: torch.dtype, memory: int | None = 
 def without_weights(config: Any) -> PreTrainedModel:
     """The modules of a configuration's model; those of a checkpoint's own code where its configuration runs it too."""
     trusted = type(config).__module__.startswith("transformers_modules.")
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # some families choose classes by it, of which none has this package's name
     with torch.device("meta"):
         return from_config(config, trust_remote_code=trusted)
 

@@ -1,30 +1,50 @@
-"""Embedded positions that begin behind that of the padding, as in RoBERTa's family.
-
-Left to themselves these models count from there; a pass here gives the true positions, which begin at 0.
-"""
+"""Embedded positions that models count in a way of their own, where a pass here has true ones that begin at 0."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..errors import InputError
 
 _OWN = "create_position_ids_from_input_ids"
+# What tables of positions, as BART's, are told instead of positions: the length of the cache, here of a shard.
+_COUNTED = "past_key_values_length"
 
 
-def begin_behind_padding(model: nn.Module) -> Callable[[], None]:
-    """Shift the positions that a model's embeddings are given; returns a function that undoes it."""
+def set_positions(model: nn.Module, positions: Callable[[], Tensor | None]) -> Callable[[], None]:
+    """Have embedded positions be those of a pass, (1, rows) or None outside; returns a function that undoes it.
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    InputError if a module of the model counts its positions and takes no others.
+    """
+
+    def behind_padding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        """RoBERTa's family begins behind the position of the padding."""
         given = kwargs.get("position_ids")
         return args, kwargs if given is None else {**kwargs, "position_ids": given + module.padding_idx + 1}
 
-    handles = [
-        module.register_forward_pre_hook(before, with_kwargs=True)
-        for module in model.modules()
-        if hasattr(module, _OWN) and hasattr(module, "padding_idx")
-    ]
+    def from_pass(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        given = positions()
+        # One dimension, because some of these tables add that of the batch.
+        return args, kwargs if given is None else {**kwargs, "position_ids": given[0]}
+
+    shifted, counting = [], []
+    for module in model.modules():
+        parameters = inspect.signature(module.forward).parameters
+        if _COUNTED in parameters and "position_ids" not in parameters:
+            raise InputError(
+                f"{type(module).__name__} counts positions from the length of the cache on, where a rank has a part of "
+                "it: this model cannot be read here."
+            )
+        if hasattr(module, _OWN) and hasattr(module, "padding_idx"):
+            shifted.append(module)
+        elif _COUNTED in parameters and isinstance(module, nn.Embedding):
+            counting.append(module)
+    handles = [module.register_forward_pre_hook(behind_padding, with_kwargs=True) for module in shifted]
+    handles += [module.register_forward_pre_hook(from_pass, with_kwargs=True) for module in counting]
 
     def undo() -> None:
         for handle in handles:

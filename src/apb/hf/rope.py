@@ -32,7 +32,8 @@ def reach(text: Any) -> int | None:
     ``original_max_position_embeddings`` if given, else ``max_position_embeddings``, which in many configurations is the
     stretched length already.
     """
-    given: int | None = getattr(text, "max_position_embeddings", None)
+    names = ("max_position_embeddings", "max_target_positions")  # the other is Whisper's
+    given: int | None = next((getattr(text, name) for name in names if hasattr(text, name)), None)
     if given is None:
         return None
     sets = parameter_sets(text)

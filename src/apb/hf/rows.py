@@ -13,6 +13,8 @@ from ..errors import InputError
 
 # The rows of a tensor (1, rows, ...) that go on: (1, other rows, ...).
 Move = Callable[[Tensor], Tensor]
+# Of torch's message when a tensor is viewed in the shape of another: GPT-J's family ends so.
+_OF_ALL_ROWS = "invalid for input of size"
 
 
 @contextmanager
@@ -57,6 +59,10 @@ def other_rows(model: PreTrainedModel, attentions: Sequence[nn.Module], first: i
     ]
     try:
         yield
+    except RuntimeError as error:
+        if _OF_ALL_ROWS not in str(error):
+            raise
+        raise InputError(f"{_cannot(model)}: it arranges what its layers give as if all rows went on.") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -73,7 +79,7 @@ def decoder_layers(model: PreTrainedModel, attentions: Sequence[nn.Module]) -> l
         if not name:
             raise InputError(f"{_cannot(model)}: its layers are not a list of modules.")
         found.append(model.get_submodule(name))
-    if len(set(map(id, found))) != len(found):
+    if len(set(map(id, found))) != len(found) or not {id(layer) for layer in found}.isdisjoint(map(id, attentions)):
         raise InputError(f"{_cannot(model)}: some of its layers have several attention modules.")
     return found
 

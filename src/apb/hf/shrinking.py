@@ -17,6 +17,8 @@ _SMALL = {
     "intermediate_size": 96,
     "intermediate_size_mlp": 96,
     "ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
     "ffn_hidden_size": 96,
     "n_inner": 96,
     "moe_intermediate_size": 32,
@@ -53,10 +55,10 @@ _SMALL = {
     "laurel_rank": 16,
     "floor_scale": WINDOW,
 }
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_HEADS = ("decoder_attention_heads", "num_attention_heads", "n_head", "n_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 _HIDDEN = ("hidden_size", "n_embd", "d_model", "word_embed_proj_dim")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers")
+_LAYERS = ("decoder_layers", "num_hidden_layers", "n_layer", "n_layers")
 # Names of settings for a layer's window: one number for all layers, or a list.
 _REACH = re.compile(r"(window|window_size|window_sizes|attention_chunk_size|local_attention)$")
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -88,7 +90,8 @@ def shrink(config: Any) -> Any:
     for name in _KV_HEADS:
         if hasattr(text, name):  # None may mean: as many as heads
             setattr(small, name, max(HEADS * kv_heads // heads, 1))
-    if hasattr(text, "head_dim") and not _latent(text):
+    follows = isinstance(getattr(type(text), "head_dim", None), property)  # from the others (Falcon)
+    if hasattr(text, "head_dim") and not follows and not _latent(text):
         small.head_dim = width
     _set(small, _HIDDEN, HEADS * width if not _latent(text) else 64)
     for name, value in _SMALL.items():
@@ -107,6 +110,9 @@ def shrink(config: Any) -> Any:
             setattr(small, name, [WINDOW] * len(layers) if isinstance(value, (list, tuple)) else WINDOW)
     if (getattr(text, "max_position_embeddings", None) or POSITIONS) < POSITIONS:
         small.max_position_embeddings = POSITIONS
+    if getattr(text, "ffn_config", None):  # DBRX
+        small.attn_config.kv_n_heads = small.num_key_value_heads
+        small.ffn_config.hidden_size, small.ffn_config.ffn_hidden_size = small.d_model, 96
     for part in vars(small).values():  # vision and audio encoders beside the decoder are not used
         if isinstance(part, PreTrainedConfig):
             _set(part, (*_LAYERS, "num_blocks"), 1)
@@ -135,8 +141,9 @@ def _shrink_recurrent(text: Any, small: Any, layers: list[int]) -> None:
     if getattr(text, "linear_num_key_heads", None):
         small.linear_num_key_heads = 2
         small.linear_num_value_heads = 2 * (text.linear_num_value_heads // text.linear_num_key_heads)
-    if getattr(text, "n_mamba_heads", None):  # Zamba2 attends to the embeddings as well, side by side with the rows
+    if getattr(text, "n_mamba_heads", None):  # Zamba attends to the embeddings as well, side by side with the rows
         small.attention_hidden_size, small.hidden_size = small.hidden_size, small.hidden_size // 2
+    if getattr(text, "hybrid_layer_ids", None):  # Zamba2's
         small.hybrid_layer_ids = [place for place, layer in enumerate(layers) if layer in text.hybrid_layer_ids]
         small.mamba_headdim = small.mamba_expand * small.hidden_size // small.n_mamba_heads
     if getattr(text, "mamba_d_ssm", None):
@@ -162,6 +169,8 @@ def _kept_layers(text: Any) -> list[int]:
     kinds = [(kind, index >= _first_shared(text)) for index, kind in enumerate(types)]
     kept = set(range(min(3, count)))
     kept |= {kinds.index(kind) for kind in set(kinds)}
+    # Those of Zamba share weights, and its code wants several.
+    kept |= set([index for index, kind in enumerate(types) if kind == "hybrid"][:2])
     return sorted(kept)
 
 

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from ..errors import InputError
-from .config import kv_heads, layer_count, query_heads
+from .config import kv_heads, query_heads
+from .windows import layer_count
 
 _PREPARE = "prepare_distribute_model"
 

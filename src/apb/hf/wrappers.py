@@ -23,13 +23,14 @@ NAMES = {
 # within 3e-5 of the largest logit. Others apply a scale of their own (aya_vision, cohere2_vision), read prompts in both
 # directions (paligemma), or keep experts in files as only the whole model reads them (glm4v_moe, minimax_m3_vl).
 _COMPARED = {
-    "aria", "deepseek_vl", "deepseek_vl_hybrid", "exaone4_5", "fast_vlm", "fuyu", "gemma3", "gemma3n", "gemma4",
-    "gemma4_unified", "glm46v", "glm4v", "glm_ocr", "glmasr", "got_ocr2", "granite_speech", "granite_speech_plus",
-    "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "janus", "kimi_k25", "lfm2_vl", "lfm3_vl",
-    "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video", "llava_onevision", "minicpm_ocr", "minicpmv4_6",
-    "mistral3", "moss_transcribe_diarize", "nemotron_h_omni", "ovis2", "pp_chart2table", "qwen2_5_vl", "qwen2_audio",
-    "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_asr", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm",
-    "vibevoice_asr", "video_llama_3", "video_llava", "vipllava", "voxtral",
+    "aria", "cohere_compass", "deepseek_vl", "deepseek_vl_hybrid", "emu3", "exaone4_5", "fast_vlm", "fuyu", "gemma3",
+    "gemma3n", "gemma4", "gemma4_unified", "glm46v", "glm4v", "glm_ocr", "glmasr", "glmga", "got_ocr2",
+    "granite_speech", "granite_speech_plus", "hunyuan_vl", "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl",
+    "janus", "kimi_k25", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video",
+    "llava_onevision", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "mistral3", "moss_transcribe_diarize",
+    "nemotron_h_omni", "ovis2", "pp_chart2table", "qwen2_5_vl", "qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+    "qwen3_asr", "qwen3_vl", "qwen3_vl_moe", "shieldgemma2", "smolvlm", "vibevoice_asr", "video_llama_3", "video_llava",
+    "vipllava", "voxtral",
 }  # fmt: skip
 # Settings of the whole checkpoint that decide how its decoder is made.
 _OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config")

@@ -20,7 +20,8 @@ from ...errors import InputError, at_least
 from ...generation import check_seed
 from ...hf.attach import Attachment
 from ...hf.heads import HeadShape, save_heads
-from ...hf.loading import check_supported, position_limit
+from ...hf.loading import position_limit
+from ...hf.supported import check_supported
 from ...kernels.attention import Segment, attention
 from ...layers.base import AttentionInput
 from ...layers.recurrent import from_the_start
