@@ -15,6 +15,7 @@ from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.opening import Checkpoint
 from .passes.prefill import Progress
+from .planning.plan import Plan
 from .prefilling import Prefiller
 from .prompt import Prompt
 from .reading import AUTO, Reading
@@ -116,6 +117,7 @@ class Engine(Prefiller):
         system: str | None = None,
         chat_template: str | Path | None = None,
         after: Document | None = None,
+        planned: Callable[[Plan], None] | None = None,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Document:
@@ -130,6 +132,7 @@ class Engine(Prefiller):
             system, chat_template: as in :meth:`apb.Prompt.from_chat`.
             after: a document that this one begins with: it grows, and is returned. Its part stays as it was read, and
                 the rest is read exactly over it, so that the whole is exact if that part is.
+            planned: called with the plan by which the document is read, before it is.
             progress, cancelled: as in :meth:`prefill`.
         """
         if text is not None and tokens is None:
@@ -147,6 +150,8 @@ class Engine(Prefiller):
         if after is not None:
             after.grow(asking, self.reading.arranged(prompt))
             return after
+        if planned is not None:
+            planned(self.plan(prompt))
         session = self.prefill(prompt, progress=progress, cancelled=cancelled, room=ROOM)
         compressor = self.reading.compressor.name
         return Document(self, asking, State.of_session(session, self.reading.arranged(prompt), read_for, compressor))

@@ -84,5 +84,7 @@ def _answer(engine: Engine, prompt: Prompt) -> Generation:
     """Read and answer, with a progress bar."""
     from .progress import Bar
 
-    with Bar(f"{engine.plan(prompt).strategy:>4}: reading", "token") as bar:
+    plan = engine.plan(prompt)
+    with Bar(f"{plan.strategy:>4}: reading", "token") as bar:
+        bar.begin(plan)
         return engine.generate(prompt, max_new_tokens=32, progress=bar.update)

@@ -93,6 +93,7 @@ def _read(request: Reading) -> None:
             question=one,
             questions=[] if one else request.questions,
             chat_template=request.chat_template,
+            planned=progress.begin if progress.on_terminal and not request.as_json else None,
             progress=progress.update,
         )
     document.save(request.out)

@@ -53,6 +53,7 @@ def explain(
     assert engine.tokenizer is not None, "from_pretrained loads one"
     prompt = Prompt.for_model(engine.tokenizer, text, query)
     with Bar("Reading", "token") as bar:
+        bar.begin(engine.plan(prompt, max_new_tokens))
         explanation = explain_prompt(engine, prompt, query, max_new_tokens, bar.update)
     out.write_text(explanation.to_html(), encoding="utf-8")
     print(f"apb: wrote {out}", file=sys.stderr)

@@ -89,6 +89,8 @@ def answer(request: Request) -> None:
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     with Bar("Reading", "token", shown=prints) as progress:
+        if progress.on_terminal and not request.as_json:
+            progress.begin(engine.plan(request.prompt, request.sampling["max_new_tokens"]))
         pieces = engine.stream(request.prompt, progress=progress.update, **request.sampling)
         result = printed(pieces, prints and not request.as_json, progress.close)
     launch.leave()

@@ -38,7 +38,7 @@ def drawn(plans: list[Plan], title: str) -> str:
                     else:
                         shade = light if span.block % 2 else blue
                         axes.broken_barh([(span.start, len(span))], (rank - 0.4, 0.8), color=shade)
-            axes.set_title(_named(plan), loc="left", fontsize=9)
+            axes.set_title(named(plan), loc="left", fontsize=9)
             axes.set_yticks(range(plan.ranks), [f"rank {rank}" for rank in range(plan.ranks)])
             axes.set_ylim(plan.ranks - 0.5, -0.5)
             axes.spines[["top", "right", "left"]].set_visible(False)
@@ -48,7 +48,7 @@ def drawn(plans: list[Plan], title: str) -> str:
         return svg(figure, title)
 
 
-def _named(plan: Plan) -> str:
+def named(plan: Plan) -> str:
     """The strategy and what sets it apart."""
     parts = [f"{plan.blocks} block{'s'[: plan.blocks - 1]}", "exact" if plan.exact else "approximate"]
     parts += [f"{plan.rounds} rounds"] if plan.rounds > 1 else []
