@@ -104,3 +104,14 @@ def test_drawings_are_those_of_their_scripts(name: str, monkeypatch: pytest.Monk
     script = runpy.run_path(str(ROOT / f"docs/drawings/{name}.py"))
     for theme in importlib.import_module("canvas").THEMES:
         assert (ROOT / f"docs/images/{name}-{theme.name}.svg").read_text() == script["drawing"](theme)
+
+
+def test_plots_are_those_of_their_results() -> None:
+    """docs/images/plan.svg, bench-*.svg and eval-*.svg; `python docs/drawings/reports.py` writes them."""
+    matplotlib = pytest.importorskip("matplotlib", reason="needs apb-llm[report]")
+    for name, svg in runpy.run_path(str(ROOT / "docs/drawings/reports.py"))["drawings"]().items():
+        kept = (ROOT / "docs/images" / name).read_text()
+        drawer = re.findall(r"Matplotlib v(\S+?),", kept)[0]
+        if drawer != matplotlib.__version__:
+            pytest.skip(f"drawn by matplotlib {drawer}, and {matplotlib.__version__} may draw otherwise")
+        assert kept == svg, name

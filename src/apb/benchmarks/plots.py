@@ -63,6 +63,8 @@ def by_length(figure: Figure, results: Results) -> None:
     mark_lengths(axes, results.lengths)
     axes.tick_params(axis="x", labelrotation=30)
     axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks(lambda seconds, _: f"{seconds:g}" if f"{seconds:.1e}"[0] in "1235" else "")
     axes.set_ylabel("seconds")
     finish(figure, axes)
 

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Colours that are safe for most colour-blind readers (Okabe and Ito); after eight they repeat with another mark.
+# Colours that are safe for most colour-blind readers (Okabe and Ito); after eight they repeat with another mark
+# or hatching.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a7a7a", "#000000")
 MARKS = "osD^vP*X"
+HATCHES = ("", "////", "....")
 
 
 @contextmanager
@@ -80,7 +82,10 @@ def by_task(figure: Figure, table: Table, summary: Summary) -> None:
         low = [cell.score - cell.interval[0] for cell in row.values()]
         high = [cell.interval[1] - cell.score for cell in row.values()]
         whiskers = {"elinewidth": 0.6, "ecolor": "#444444"}
-        axes.bar(places, scores, width, label=reading, color=colour, yerr=[low, high], error_kw=whiskers)
+        hatch = HATCHES[summary.readings.index(reading) // len(COLOURS) % len(HATCHES)]
+        bars = axes.bar(places, scores, width, label=reading, color=colour, yerr=[low, high], error_kw=whiskers)
+        for bar in bars:
+            bar.set(hatch=hatch, edgecolor="white", linewidth=0)
     axes.set_xticks(range(len(table.tasks)), table.tasks)
     axes.set_ylim(0, 105)
     axes.set_ylabel("score")
@@ -127,12 +132,15 @@ def mark_lengths(axes: Axes, lengths: list[int]) -> None:
 
 
 def finish(figure: Figure, axes: Axes) -> None:
-    """Add grid, frame and legend, the same for all plots."""
+    """Add grid, frame and legend, the same for all plots; the legend is below, for which the figure grows."""
     axes.grid(axis="y", linewidth=0.4, alpha=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    if labels := axes.get_legend_handles_labels()[1]:
+        columns = max(int(figure.get_figwidth() / (0.5 + 0.065 * max(map(len, labels)))), 1)
+        columns = min(columns, len(labels))
+        figure.set_figheight(figure.get_figheight() + 0.1 + 0.18 * -(-len(labels) // columns))
+        figure.legend(loc="outside lower left", frameon=False, fontsize=8, ncols=columns)
 
 
 def svg(figure: Figure, caption: str) -> str:
