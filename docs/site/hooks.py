@@ -5,8 +5,10 @@ Links in docs/ are those that work in the repository. Files outside docs/ that p
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ PAGES = {
     "contributing.md": "CONTRIBUTING.md",
     "needle.md": "models/needle/README.md",
     "examples.md": "examples/README.md",
+    "tour.md": "examples/tour.ipynb",
     "results.md": "benchmarks/results/README.md",
 }
 COMMANDS = "reference/command-line.md"
@@ -31,7 +34,8 @@ _PLACES = {source: place for place, source in PAGES.items()}
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are made, and all that pages link to."""
     for place, source in PAGES.items():
-        files.append(File.generated(config, place, content=(ROOT / source).read_text(encoding="utf-8")))
+        text = (ROOT / source).read_text(encoding="utf-8")
+        files.append(File.generated(config, place, content=notebook(text) if source.endswith(".ipynb") else text))
     files.append(File.generated(config, COMMANDS, content=command_line()))
     for file in list(files.documentation_pages()):
         for link in _LINK.finditer(file.content_string):
@@ -80,6 +84,20 @@ def _place(target: str) -> str:
     if target.startswith("docs/"):
         return target.removeprefix("docs/")
     return f"files/{target}"
+
+
+def notebook(text: str) -> str:
+    """A Jupyter notebook as Markdown: its text, its code, and below each piece of code what that printed and drew."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream":
+                parts.append(f"<pre>{escape(''.join(output['text']))}</pre>")
+            elif picture := output["data"].get("image/png"):
+                parts.append(f'<img alt="What the code above draws." src="data:image/png;base64,{picture.strip()}">')
+    return "\n\n".join(parts) + "\n"
 
 
 def command_line() -> str:

@@ -1,8 +1,10 @@
-"""The scripts of examples/ on the shipped model: each finds a number in files of its kind."""
+"""The scripts of examples/ on the shipped model, each finding a number in files of its kind, and the notebook."""
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -77,3 +79,18 @@ def test_log(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = run("log.py", log, QUESTION, "--times", 2).splitlines()
     assert "482137" not in first and "482137" in second
     assert int(second.split()[0].replace(",", "")) > int(first.split()[0].replace(",", ""))
+
+
+def test_the_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code, run in order, prints what it holds, and its plot is there."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    known: dict[str, object] = {}
+    drawn = []
+    for cell in json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                exec("".join(cell["source"]), known)
+            kept = ["".join(output["text"]) for output in cell["outputs"] if output["output_type"] == "stream"]
+            drawn += [output["data"] for output in cell["outputs"] if output["output_type"] == "display_data"]
+            assert said.getvalue() == "".join(kept)
+    assert len(drawn) == 1 and "image/png" in drawn[0]
