@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def notebook(text: str) -> str:
         parts.append(f"```python\n{source}\n```" if cell["cell_type"] == "code" else source)
         for output in cell.get("outputs", ()):
             if output["output_type"] == "stream":
-                parts.append(f"<pre>{escape(''.join(output['text']))}</pre>")
+                parts.append(f"```text\n{''.join(output['text'])}```")
             elif picture := output["data"].get("image/png"):
                 parts.append(f'<img alt="What the code above draws." src="data:image/png;base64,{picture.strip()}">')
     return "\n\n".join(parts) + "\n"

@@ -112,5 +112,5 @@ def test_without_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_the_picture_in_the_docs() -> None:
     """docs/plan.md: 65,536 tokens on two ranks, as far as they are read."""
-    lines = drawn(Plan.build(1, 65_536, 32, blocks=8, ranks=2), 26_000, width=96)
+    lines = drawn(Plan.build(1, 65_536, 32, blocks=8, ranks=2), 26_000, width=76)
     assert "```text\n" + "\n".join(lines) + "\n```" in (ROOT / "docs/plan.md").read_text(encoding="utf-8")
