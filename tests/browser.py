@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import os
 import shutil
 import subprocess
 import time
@@ -21,6 +23,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+# Where pictures for the documentation are written to: APB_PICTURES=docs/images
+PICTURES = os.environ.get("APB_PICTURES")
 # Key codes of keys that are no characters, and the text that they write.
 _KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "Escape": (27, "")}
 _SHIFT = 8
@@ -142,3 +146,16 @@ class Browser:
     def picture(self) -> bytes:
         """A PNG of the window."""
         return base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+
+    def keep(self, name: str, *schemes: str) -> None:
+        """Keep a picture for the documentation in each scheme (light, dark), if pictures are asked for."""
+        if PICTURES is None:
+            return
+        from PIL import Image
+
+        self.send("Emulation.setScrollbarsHidden", hidden=True)
+        for scheme in schemes:
+            self.prefers(scheme)
+            with Image.open(io.BytesIO(self.picture())) as image:
+                image.convert("RGB").quantize(96).save(Path(PICTURES, f"{name}-{scheme}.png"), optimize=True)
+        self.prefers("light")

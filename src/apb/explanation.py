@@ -219,11 +219,13 @@ _HEAD = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>What the blocks passed on</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.1em; margin: 2em 0 .3em; }
-pre { white-space: pre-wrap; font: 13px/1.6 ui-monospace, monospace; border-left: 3px solid #ddd; padding-left: 1em; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace;
+  border-left: 3px solid #ddd; padding-left: 1em; }
 span { background: rgba(255, 150, 0, calc(var(--s) * .9)); }
 u { text-decoration-color: #aaa; } small { color: #666; }
 </style>

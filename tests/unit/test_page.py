@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +27,6 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ ' ' if message.role == 'assistant' }}{{ message.content }}"
     "{% if not loop.last %}\n\n{% endif %}{% endfor %}"
 )
-# Where the pictures of docs/serving.md are written to: APB_PICTURES=docs/images
-PICTURES = os.environ.get("APB_PICTURES")
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +91,6 @@ def ask(page: Browser, question: str, turn: int = 1) -> str:
     return page.text(f".turn:nth-child({turn}) .answer").strip()
 
 
-def picture(page: Browser, name: str) -> None:
-    """Keep a picture for the documentation, in light and dark, if they are asked for."""
-    if PICTURES is None:
-        return
-    from PIL import Image
-
-    page.send("Emulation.setScrollbarsHidden", hidden=True)
-    for scheme in ("light", "dark"):
-        page.prefers(scheme)
-        with Image.open(io.BytesIO(page.picture())) as image:
-            image.convert("RGB").quantize(96).save(Path(PICTURES, f"{name}-{scheme}.png"), optimize=True)
-    page.prefers("light")
-
-
 def test_a_text_is_asked(page: Browser, address: str, text: Path) -> None:
     """From a file to its answer, the passages that were passed on, a follow-up, and what is kept of it."""
     (question, answer), (next_question, next_answer) = facts(text)[1:3]
@@ -125,7 +107,7 @@ def test_a_text_is_asked(page: Browser, address: str, text: Path) -> None:
     assert page.text("#place") == f"1 of {page.js('document.querySelectorAll(`#shown mark`).length')} passages"
     while answer not in page.text("mark.here"):
         page.click("#after")
-    picture(page, "page")
+    page.keep("page", "light", "dark")
 
     page.click("#question")
     assert ask(page, next_question, turn=2) == next_answer
@@ -216,4 +198,4 @@ def test_a_narrow_window(page: Browser, text: Path) -> None:
     while answer not in page.text("mark.here"):
         page.click("#after")
     page.js("document.querySelector('.turn').scrollIntoView()")
-    picture(page, "page-narrow")
+    page.keep("page-narrow", "light", "dark")

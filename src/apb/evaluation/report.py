@@ -28,6 +28,10 @@ figure { margin: 1rem 0; }
 figcaption, .note { color: #555; font-size: .9rem; }
 svg { max-width: 100%; height: auto; }
 .wide { overflow-x: auto; }
+@media (max-width: 40rem) {
+  td:first-child, th:first-child { position: sticky; left: 0; background: #fff; min-width: 7rem; white-space: normal;
+    overflow-wrap: anywhere; }
+}
 """
 NOTES = (
     "Scores are 0 to 100. Under each: its 95 % interval (Wilson). Samples that failed count as 0. "
