@@ -1,4 +1,4 @@
-"""Ask a question of a very long text: fast prefill for any causal decoder of transformers.
+"""Ask a question of a very long text: fast prefill for causal decoders of transformers.
 
 Importing this package is cheap: torch and transformers are imported when a name that needs them is first used.
 """
