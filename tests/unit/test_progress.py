@@ -29,14 +29,13 @@ class Terminal(io.StringIO):
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", re.split(r"\x1b\[1A\x1b\[2K|\x1b\[\d*A", self.getvalue())[-1])
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """60 columns wide; standard error is redirected to it inside a test, as pytest has its own until then."""
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a terminal with 60 columns, if there is one."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"TERM": "xterm-256color", "COLUMNS": "60", "LINES": "24"}.items():
         monkeypatch.setenv(name, value)
-    return Terminal()
 
 
 def drawn(plan: Plan, done: int, width: int = 48, height: int = 10, ascii_only: bool = False) -> list[str]:
@@ -75,10 +74,10 @@ def test_what_does_not_fit() -> None:
     assert drawn(Plan.build(0, 80, 8, strategy="full"), 44, ascii_only=True)[1:] == ["rank 0  " + "=" * 19 + "-" * 20]
 
 
-def test_on_a_terminal(terminal: Terminal) -> None:
+def test_on_a_terminal() -> None:
     """The picture stands above the bar and stays when all is read."""
     plan = Plan.build(1, 79, 8, blocks=2, anchor_length=9, passing_length=10)
-    with redirect_stderr(terminal), Bar("Reading", "token") as bar:
+    with redirect_stderr(terminal := Terminal()), Bar("Reading", "token") as bar:
         bar.begin(plan)
         bar.update(44, 88)
         bar.update(88, 88)
@@ -88,12 +87,12 @@ def test_on_a_terminal(terminal: Terminal) -> None:
 
 
 @pytest.mark.parametrize("command", ["generate", "read"])
-def test_commands(cli: Cli, terminal: Terminal, checkpoint: Path, tmp_path: Path, command: str) -> None:
+def test_commands(cli: Cli, checkpoint: Path, tmp_path: Path, command: str) -> None:
     """On a terminal they draw it; with --json there is the bar alone, and standard output is the same as ever."""
     (tmp_path / "text.txt").write_text(TEXT)
     how = ["--document", tmp_path / "text.txt", "--model", checkpoint, "--device", "cpu", "--blocks", 4]
     how += ["--query", "Who?", "--max-new-tokens", 3] if command == "generate" else ["--out", tmp_path / "store"]
-    with redirect_stderr(terminal):
+    with redirect_stderr(terminal := Terminal()):
         assert cli(command, *how).status == 0
     assert re.search(r"apb: 4 blocks, approximate, .*\nrank 0 +━+ ━+ ━+ ━+\npassed +━+ +━+ +━+ *\n", terminal.last)
     with redirect_stderr(plain := Terminal()):
