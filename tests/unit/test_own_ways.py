@@ -5,6 +5,7 @@ Left to themselves, such models come out right in one pass and wrong on ranks, w
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import apb
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.hf.attach import Attachment
 from apb.hf.config import kv_heads
 from apb.hf.counting import model_shape
 from apb.hf.supported import check_supported
@@ -128,6 +130,16 @@ def test_in_half_precision() -> None:
         expected = model(torch.tensor([PROMPT.token_ids])).logits[0, -1].float()
     logits = apb.Engine.from_model(model, strategy="full").prefill(PROMPT).logits
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_what_is_followed_is_not_compiled() -> None:
+    """On GPUs parts of models are compiled; what such attention calls is left as it is."""
+    model = make(*OWN["gptj"])
+    source = vars(sys.modules[type(model).__module__])
+    rotate = source["apply_rotary_pos_emb"]
+    attachment = Attachment.of(model, fused=True)
+    assert source["apply_rotary_pos_emb"] is rotate
+    attachment.release()
 
 
 @pytest.mark.parametrize(
