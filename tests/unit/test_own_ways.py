@@ -5,18 +5,22 @@ Left to themselves, such models come out right in one pass and wrong on ranks, w
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import apb
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.hf.attach import Attachment
 from apb.hf.config import kv_heads
 from apb.hf.counting import model_shape
+from apb.hf.products import follow_products
 from apb.hf.supported import check_supported
 from apb.planning.methods import make_method
 from families import PROMPT, VOCABULARY, WINDOW, make
@@ -130,6 +134,16 @@ def test_in_half_precision() -> None:
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+def test_what_is_followed_is_not_compiled() -> None:
+    """On GPUs parts of models are compiled; what such attention calls is left as it is."""
+    model = make(*OWN["gptj"])
+    source = vars(sys.modules[type(model).__module__])
+    rotate = source["apply_rotary_pos_emb"]
+    attachment = Attachment.of(model, fused=True)
+    assert source["apply_rotary_pos_emb"] is rotate
+    attachment.release()
+
+
 @pytest.mark.parametrize(
     ("settings", "heads"),
     [({}, 1), ({"multi_query": False}, 4), ({"new_decoder_architecture": True, "num_kv_heads": 2}, 4)],
@@ -146,6 +160,38 @@ def test_a_decoder_of_a_pair_counts_its_own_layers() -> None:
     shape = model_shape(make(*OWN["bart"]).config)
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (3, 4, 4, 16)
     assert shape.layer_parameters == 3 * (4 * 64 * 64 + 2 * 64 * 96)
+
+
+STEPS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "adds to its scores": lambda scores, values: scores + torch.ones(()),
+    "multiplies its scores by more than a number": lambda scores, values: scores * torch.ones(()),
+    "takes no softmax": lambda scores, values: scores @ values,
+    "softmax over dimension 1": lambda scores, values: torch.softmax(scores, 1) @ values,
+    "applies tanh": lambda scores, values: torch.tanh(scores),
+    "applies where": lambda scores, values: torch.where(torch.ones(()) > 0, scores.softmax(-1), 0.0),
+    "arranges its scores": lambda scores, values: scores.view(1, 2, 7, 5),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_steps_that_cannot_be_followed(step: str) -> None:
+    """What a model does to its scores beside a scale, a mask and a softmax is refused by what it is."""
+
+    class Odd(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return STEPS[step](q @ k.transpose(-1, -2), v)
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float
+    ) -> tuple[Tensor, None]:
+        return v, None
+
+    module = Odd()
+    undo = follow_products([module], lambda *given, **options: (given[3], None))
+    with pytest.raises(apb.InputError, match=f"Odd.*{step}"):
+        module(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 7, 4), torch.ones(1, 2, 7, 4))
+    undo()
+    assert "forward" not in vars(module)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -56,7 +56,7 @@ def test_a_window_that_layers_do_not_tell(family: str, monkeypatch: pytest.Monke
         ("GemmaForCausalLM", {"use_bidirectional_attention": True}, "GemmaForCausalLM is not causal"),
         ("DiffLlamaForCausalLM", {}, "3 attention layers but 6"),
         ("DogeForCausalLM", {}, "DogeAttention makes itself"),
-        ("HrmTextForCausalLM", {}, "6 attention layers but 24 called"),
+        ("HrmTextForCausalLM", {}, "attention layers but 8 called"),
     ],
 )
 def test_others_that_differ_are_refused(kind: str, settings: dict[str, Any], reason: str) -> None:

@@ -51,9 +51,10 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
             changed.append(module)
     # Attention looks the rotary embedding up by name in its own module, so other models of the family in this process
     # call the compiled one too, with the same result.
-    sources = {sys.modules[type(module).__module__] for module in model.modules() if hasattr(module, "layer_idx")}
-    if not model._can_set_attn_implementation():  # what is followed (see products) calls nothing that is compiled
-        sources = set()
+    attending = [module for module in model.modules() if hasattr(module, "layer_idx")]
+    # Not where attention is followed step by step (see products), which what is compiled would hide.
+    hidden = {type(module).__module__ for module in attending if "forward" in vars(module)}
+    sources = {sys.modules[name] for name in {type(module).__module__ for module in attending} - hidden}
     rotations = [(source, vars(source)[_ROPE]) for source in sources if _ROPE in vars(source)]
     for source, original in rotations:
         _set(source, torch.compile(original, dynamic=True))

@@ -56,7 +56,7 @@ class _Following(TorchFunctionMode):
         self._found = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         if self._found:  # what follows is told to the scores, and the attention function has products of its own
             return func(*args, **kwargs)
         if name in _PRODUCTS and [x.dim() > 2 for x in args] == [True, True]:
@@ -93,7 +93,7 @@ class _Scores:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         scores = next(each for each in args if isinstance(each, cls))
         name = func.__name__
-        if name == "where":  # a mask that the model made itself
+        if name == "where" and not scores._are_weights:  # a mask that the model made itself
             return scores
         if name in ("softmax", "dropout") and scores is args[0]:
             return getattr(scores, name)(*args[1:], **(kwargs or {}))

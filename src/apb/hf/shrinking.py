@@ -113,6 +113,8 @@ def shrink(config: Any) -> Any:
     if getattr(text, "ffn_config", None):  # DBRX
         small.attn_config.kv_n_heads = small.num_key_value_heads
         small.ffn_config.hidden_size, small.ffn_config.ffn_hidden_size = small.d_model, 96
+    if getattr(text, "num_layers_per_stack", None):  # HRM, whose layers run several times
+        small.num_layers_per_stack, small.num_hidden_layers = 1, small.H_cycles * (small.L_cycles + 1)
     for part in vars(small).values():  # vision and audio encoders beside the decoder are not used
         if isinstance(part, PreTrainedConfig):
             _set(part, (*_LAYERS, "num_blocks"), 1)
