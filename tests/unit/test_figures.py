@@ -122,6 +122,19 @@ def test_a_server_under_load() -> None:
         assert f"{again['of_first'][name]:.1%}".replace("%", " %") in text
 
 
+def test_sessions_decoded_at_once() -> None:
+    """The table of docs/serving.md: one session, and several by either way, which chose the same tokens."""
+    text = page("docs/serving.md")
+    for model in ("needle", "qwen"):
+        rows = result(f"decode_sessions_{model}_cpu.json")["rows"]
+        assert [(row["sessions"], row["together"]) for row in rows] == [
+            (1, False), (4, False), (4, True), (16, False), (16, True)
+        ]  # fmt: skip
+        assert all(row["same_tokens"] for row in rows if row["together"])
+        told = " | ".join(f"{row['tokens_per_s']:.1f}" for row in rows)
+        assert f"{rows[0]['length']:,} tokens each | {told} |" in text
+
+
 def test_all_results_are_described() -> None:
     """Each file has a line in the folder's README, and each link of a page to one leads there."""
     listed = (RESULTS / "README.md").read_text()
