@@ -119,8 +119,8 @@ class Share:
 def next_of(shares: Iterable[Share], pace: Pace) -> Share:
     """The next to work.
 
-    An answer that is being written gets a token after every piece that another request reads. Apart from that the
-    shortest remaining work goes first, so that a short question overtakes a long text, which loses no more by it than
+    An answer that is being written gets a token after every piece that another request reads. Apart from that what is
+    read or written soonest goes first, so that a short question overtakes a long text, which loses no more by it than
     the short one costs; what has waited long comes first in the end, however many short ones follow.
     """
     waiting = list(shares)
