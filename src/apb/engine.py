@@ -13,6 +13,7 @@ from .asking import NO_QUESTION, Asking, OfText, OfTokens
 from .document import Document
 from .errors import InputError
 from .generation import Generation, Sampling
+from .hardware import Stopwatch
 from .hf.opening import Checkpoint
 from .passes.prefill import Progress
 from .planning.plan import Plan
@@ -121,7 +122,7 @@ class Engine(Prefiller):
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
     ) -> Document:
-        """Read a document once, to be asked about any number of times.
+        """Read a document once, to be asked about any number of times; and make the decode method's indexes of it.
 
         Args:
             text: the document; or
@@ -154,12 +155,17 @@ class Engine(Prefiller):
             planned(self.plan(prompt))
         session = self.prefill(prompt, progress=progress, cancelled=cancelled, room=ROOM)
         compressor = self.reading.compressor.name
-        return Document(self, asking, State.of_session(session, self.reading.arranged(prompt), read_for, compressor))
+        state = State.of_session(session, self.reading.arranged(prompt), read_for, compressor)
+        watch = Stopwatch(self.device)
+        self.reading.decoding.build(state.cache)
+        state.index_s = watch.seconds()
+        return Document(self, asking, state)
 
     def load(self, folder: str | Path, *, verify: bool = True) -> Document:
         """A document that :meth:`apb.Document.save` has written; every rank must call it.
 
-        It may have been written on another number of ranks. Its keys and values are read straight to the device.
+        It may have been written on another number of ranks. Its keys and values are read straight to the device; the
+        decode method's indexes too, or they are made if they were not saved, or on another number of ranks.
 
         Args:
             folder: where it is.
@@ -170,7 +176,9 @@ class Engine(Prefiller):
         """
         from .restoring import load
 
-        return Document(self, *load(self, Path(folder), verify))
+        asking, state = load(self, Path(folder), verify)
+        self.reading.decoding.build(state.cache)  # what was not saved
+        return Document(self, asking, state)
 
     def generate(
         self,

@@ -26,7 +26,7 @@ from .planning.methods import METHODS
 from .planning.plan import Plan
 from .planning.propagation import Propagation
 from .state import ROOM, SEAM, State
-from .store import READ_STATE, STATE, hash_of, reason
+from .store import INDEX, READ_STATE, STATE, hash_of, reason
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -34,11 +34,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's shard on disk: its path, by layer the true positions in storage order, and the windows of layers."""
+    """A rank's shard on disk.
+
+    Attributes:
+        path: of its file.
+        positions: by layer the true positions in storage order.
+        windows: of layers.
+        index: the key of the indexes that are in it, and the layers that have one; of none without any.
+    """
 
     path: Path
     positions: dict[int, list[range]]
     windows: dict[int, int]
+    index: tuple[tuple[Any, ...], list[int]] = ((), [])
 
     @classmethod
     def of(cls, path: Path) -> Shard:
@@ -46,10 +54,12 @@ class Shard:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
         layers, windows = json.loads(metadata["positions"]), json.loads(metadata.get("windows", "{}"))
+        index = json.loads(metadata.get(INDEX, '{"key": [], "layers": []}'))
         return cls(
             path,
             {int(layer): [range(*each) for each in runs] for layer, runs in layers.items()},
             {int(layer): window for layer, window in windows.items()},
+            (tuple(index["key"]), index["layers"]),
         )
 
     def rows(self, layer: int, wanted: range) -> Iterator[tuple[slice, list[range]]]:
@@ -169,6 +179,7 @@ def _state(engine: Engine, manifest: dict[str, Any], shards: Sequence[Shard]) ->
         prefill_s=manifest["prefill_s"],
         kept=tokens["kept"],
         unread=tokens["unread"],
+        index_s=manifest.get("index_s", 0.0),
     )
 
 
@@ -204,8 +215,28 @@ def _cache(
             tail[layer] = keys, values, [range(plan.query_start, plan.query_start + keys.shape[2])]
         else:
             tail[layer] = keys[:, :, :0], values[:, :, :0], []
+    if group.size == len(shards):  # on another number of ranks shards are cut otherwise, and indexes are made anew
+        _restore_indexes(engine, cache, shards[group.rank])
     cache.keep_windows(plan.query_start - SEAM)
     return cache, Tail(tail, plan.total)
+
+
+def _restore_indexes(engine: Engine, cache: ShardCache, shard: Shard) -> None:
+    """The indexes of the engine's decode method, if they are in the shard that the cache was filled from."""
+    decoding, (key, layers) = engine.reading.decoding, shard.index
+    if not layers or key != decoding.index_key:
+        return
+    restored = cache.indexes.setdefault(key, {})
+    with safe_open(shard.path, framework="pt") as file:
+        names = list(file.keys())
+        for layer in layers:
+            start, parts = f"{INDEX}.{layer}.", {}
+            for name in names:
+                if name.startswith(start):
+                    part = _heads(file, name, engine.head_group, slice(None))
+                    parts[name.removeprefix(start)] = part.to(engine.device_of(layer))
+            restored[layer] = decoding.new_index()
+            restored[layer].restore(parts)
 
 
 def _parts(
@@ -228,10 +259,14 @@ def _parts(
 
 def _pair(file: Any, name: str, sharing: Group, rows: slice) -> tuple[Tensor, Tensor]:
     """Keys and values (1, kv_heads, rows, head_dim), of the heads that this one of the processes holds."""
-    pair = []
-    for kind in ("keys", "values"):
-        part = file.get_slice(f"{name}.{kind}")
-        heads = part.get_shape()[0]
-        mine = slice(heads * sharing.rank // sharing.size, heads * (sharing.rank + 1) // sharing.size)
-        pair.append(part[mine, rows].unsqueeze(0))
-    return pair[0], pair[1]
+    keys, values = (_heads(file, f"{name}.{kind}", sharing, rows).unsqueeze(0) for kind in ("keys", "values"))
+    return keys, values
+
+
+def _heads(file: Any, name: str, sharing: Group, rows: slice) -> Tensor:
+    """A tensor's rows (kv_heads, rows, ...), of the heads that this one of the processes holds."""
+    part = file.get_slice(name)
+    heads = part.get_shape()[0]
+    mine = slice(heads * sharing.rank // sharing.size, heads * (sharing.rank + 1) // sharing.size)
+    found: Tensor = part[mine, rows]
+    return found

@@ -34,6 +34,7 @@ class State:
         prefill_s: seconds it took to read.
         kept: tokens after the document that stay.
         unread: the last token of the last kept answer, which has been chosen but not read.
+        index_s: seconds it took to make the decode method's indexes.
         here: False while keys and values are in host memory and not on the device.
     """
 
@@ -49,6 +50,7 @@ class State:
     prefill_s: float
     kept: tuple[int, ...] = ()
     unread: tuple[int, ...] = ()
+    index_s: float = 0.0
     here: bool = True
 
     @classmethod

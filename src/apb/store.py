@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import __version__
 from .asking import Asking
+from .decoding import Decoding
 from .distributed.agreeing import together
 from .distributed.collectives import Group
 from .errors import InputError, first_line
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 _KIND = "shard"  # beginning of the names of files of keys and values
+INDEX = "index"
+"""Beginning of the names of what a decode method has made of the keys; name of the metadata: its key, its layers."""
 STATE, READ_STATE = "state", "read.state"
 """Beginnings of the names of states of recurrent layers, after the document and after what it was read for."""
 
@@ -46,12 +49,14 @@ def save(engine: Engine, asking: Asking, state: State, folder: Path) -> None:
     shards = [folder / f"{_KIND}-{stamp:012x}-{rank}.safetensors" for rank in range(group.size)]
     writes = engine.mesh.tensor.rank == 0  # of the processes that share weights the first one
     tensors, model = _tensors(state, engine.head_group), fingerprint(engine.model)
+    decoding = engine.reading.decoding
+    layers = _index_tensors(tensors, state, decoding, engine.head_group)
 
     def write_shard() -> None:
         if writes:
             with _told(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                save_file(tensors, shards[group.rank], metadata=_places(state))
+                save_file(tensors, shards[group.rank], metadata=_places(state) | _index_places(decoding, layers))
 
     def write_manifest() -> None:
         if everyone.rank == 0:
@@ -98,11 +103,33 @@ def _tensors(state: State, heads: Group) -> dict[str, Tensor]:
         pairs = {f"{layer}": state.cache.shard(layer), f"read.{layer}": (x[0].transpose(0, 1) for x in (keys, values))}
         for name, pair in pairs.items():
             for kind, part in zip(("keys", "values"), pair, strict=True):
-                every = heads.gather(part.transpose(0, 1).contiguous())
-                if every is not None:
-                    here = [each.cpu() for each in every]
-                    found[f"{name}.{kind}"] = torch.cat(here) if len(here) > 1 else here[0]  # it may be gigabytes
+                _add(found, f"{name}.{kind}", part.transpose(0, 1), heads)
     return found
+
+
+def _add(tensors: dict[str, Tensor], name: str, part: Tensor, heads: Group) -> None:
+    """Add a tensor (kv_heads, ...) with the heads of all processes that share weights, on the first of them."""
+    every = heads.gather(part.contiguous())
+    if every is not None:
+        here = [each.cpu() for each in every]
+        tensors[name] = torch.cat(here) if len(here) > 1 else here[0]  # it may be gigabytes
+
+
+def _index_tensors(tensors: dict[str, Tensor], state: State, decoding: Decoding, heads: Group) -> list[int]:
+    """Add the indexes of a decode method; the layers that have one with keys in it."""
+    kept = {} if decoding.index_key is None else state.cache.indexes.get(decoding.index_key, {})
+    layers = []
+    for layer, index in sorted(kept.items()):
+        parts = index.tensors()
+        layers += [layer] if parts else []
+        for name, part in parts.items():
+            _add(tensors, f"{INDEX}.{layer}.{name}", part, heads)
+    return layers
+
+
+def _index_places(decoding: Decoding, layers: Sequence[int]) -> dict[str, str]:
+    """The metadata of a shard's indexes."""
+    return {INDEX: json.dumps({"key": decoding.index_key, "layers": layers})} if layers else {}
 
 
 def _places(state: State) -> dict[str, str]:
@@ -131,6 +158,8 @@ def _manifest(engine: Engine, model: str, asking: Asking, state: State, shards: 
         "compressor": state.compressor if plan.passing_length else None,
         "read_for": list(state.read_for),
         "prefill_s": state.prefill_s,
+        "index": engine.reading.decoding.index_key,
+        "index_s": state.index_s,
         "asking": asking.to_dict(),
         "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": hash_of(path)} for path in shards],
     }

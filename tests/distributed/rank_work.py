@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -28,13 +28,18 @@ import apb
 import families
 import ropes
 from alive import peak_of
+from apb.decoding import Decoding, Dense, Pages, Squeezed
 from apb.distributed.collectives import Group, Pending
 from apb.distributed.mesh import Mesh
+from apb.layers.base import AttentionInput
+from apb.layers.shards import Merging, merge_over_ranks
+from apb.passes import tokens
 from apb.passes.capture import captured
 from apb.passes.step import Stepper
 from apb.serving.alive import SignsOfLife
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
+from chosen import RECENT
 from models import tiny_model, without_eos
 from replayed import standing_in
 
@@ -47,7 +52,26 @@ WIDE = (
     *(("apb", 1, None), ("apb", 2, None), ("apb", 3, None), ("apb", 3, 150)),
 )
 PROMPT = Case(1, document=90).prompt
+LONG = apb.Prompt.from_tokens([5], [(37 * i * i + 11 * i) % VOCABULARY for i in range(470)], [41, 94, 7])
+PAGES, SQUEEZED = Pages(0.6, page_size=4), Squeezed(0.7, cluster_size=5)
+DECODED: dict[str, Decoding] = {
+    "exact": Dense(),
+    "pages": PAGES,
+    "squeezed": SQUEEZED,
+    "all pages": replace(PAGES, share=1.0),
+    "all clusters": replace(SQUEEZED, share=1.0),
+}
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
+
+
+@dataclass
+class Chosen:
+    """What one rank saw of three tokens by a decode method: logits after each; of every layer at the first one q, k, v
+    and the merged output; and the share of its keys that was attended to."""
+
+    logits: Tensor
+    layers: list[tuple[Tensor, Tensor, Tensor, Tensor]]
+    share: float
 
 
 @dataclass
@@ -68,6 +92,8 @@ class Record:
     asked: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: logits or tokens of one question each
     stored: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: what a loaded document says
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
+    chosen: dict[str, Chosen] = field(default_factory=dict)  # by decode method
+    indexed: list[bool] = field(default_factory=list)  # is a loaded document's index that of the shard?
     alive: dict[tuple[str, int | None, int | None], int] = field(
         default_factory=dict
     )  # bytes at the widest moment of a prefill
@@ -83,6 +109,7 @@ def everything(folder: str) -> None:
         if rank < size:
             records[size] = record(group)
             records[size].stored = store(group, Path(folder))
+            records[size].indexed = load_indexes(group, Path(folder, "indexed"))
         dist.barrier()
     torch.save(records, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
@@ -110,6 +137,7 @@ def record(group: Group) -> Record:
     seen.asked = ask(group)
     if group.size in (2, 3) and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         seen.stepped = [step_in_turns(group, by_graphs) for by_graphs in (False, True)]
+    seen.chosen = choose_keys(group)
     seen.exact = read_exactly(group)
     if group.size > 1:
         seen.alive = count_alive(group)
@@ -264,6 +292,45 @@ def score(group: Group) -> list[Tensor]:
     results.append(session.score([7, 8])[0])
     engine.close()
     return results
+
+
+def choose_keys(group: Group) -> dict[str, Chosen]:
+    """Tokens after a prompt by every method of :data:`DECODED`."""
+    found = {}
+    for name, method in DECODED.items():
+        engine = apb.Engine.from_model(Case(1).model(), strategy="ring", decoding=method, mesh=Mesh.of(group))
+        session, noted = engine.prefill(LONG), []
+
+        def noting(layer: AttentionInput, *partial: Tensor, noted: list[Any] = noted, **group: Any) -> Merging:
+            merging = merge_over_ranks(layer, *partial, **group)
+            noted.append((layer.q, layer.k.clone(), layer.v.clone(), merging))
+            return merging
+
+        with patch.object(tokens, "merge_over_ranks", noting):
+            logits = torch.stack([session.extend([token]) for token in (3, 9, 12)])
+        layers = [(q[0], k, v, merging.wait()[0]) for q, k, v, merging in noted[:3]]
+        found[name] = Chosen(logits, layers, session.share)
+        engine.close()
+    return found
+
+
+def load_indexes(group: Group, folder: Path) -> list[bool]:
+    """If the indexes of a document that fewer ranks have written (the first one: read now) are those of this shard, and
+    so when these ranks have written it again."""
+    engine = apb.Engine.from_model(Case(1).model(), strategy="ring", decoding=PAGES, mesh=Mesh.of(group))
+    if group.size == 1:
+        engine.read(tokens=LONG.document, prefix=LONG.prefix).save(folder)
+    same = []
+    for _ in range(2):
+        document = engine.load(folder)
+        for layer, index in document.state.cache.indexes[PAGES.index_key].items():
+            anew, keys = PAGES.new_index(), document.state.cache.shard(layer)[0].transpose(0, 1)
+            anew.extend(keys[:, : max(keys.shape[1] - RECENT, 0)])
+            same.append(all(torch.equal(part, anew.tensors()[name]) for name, part in index.tensors().items()))
+            same.append(bool(anew.tensors()))
+        document.save(folder)
+    engine.close()
+    return same
 
 
 def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]]:

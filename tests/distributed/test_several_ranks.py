@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,7 +17,8 @@ from apb.hf.counting import model_shape
 from apb.planning.cost import predict
 from apb.planning.plan import Plan
 from cases import CASES, check
-from rank_work import SIZES, Record
+from chosen import attended, chosen
+from rank_work import DECODED, LONG, SIZES, Record
 
 # All ranks' work is done before the first test, which is charged for it.
 pytestmark = pytest.mark.timeout(900)
@@ -164,6 +166,42 @@ def test_documents_on_disk_serve_any_number_of_ranks(records: Records, size: int
                     assert mine == alone
                 else:
                     torch.testing.assert_close(mine, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["pages", "squeezed"])
+@pytest.mark.parametrize("size", SIZES)
+def test_each_rank_chooses_among_its_own(records: Records, size: int, name: str) -> None:
+    """Every layer's merged output is the softmax over what a numpy reference chooses in each shard, alike on all."""
+    found = [record.chosen[name] for record in records[size]]
+    for layers in zip(*(each.layers for each in found), strict=True):
+        shards = [(k, v) for _, k, v, _ in layers]
+        q, scale = layers[0][0], layers[0][0].shape[-1] ** -0.5
+        assert sum(len(k) for k, _ in shards) == len(LONG) + 1
+        seen = [chosen(DECODED[name], q, k, scale, own=rank == size - 1) for rank, (k, _) in enumerate(shards)]
+        assert all(not each.all() and each.any() for each in seen)
+        k, v = (torch.cat(parts) for parts in zip(*shards, strict=True))
+        expected = torch.from_numpy(attended(q, k, v, scale, np.concatenate(seen, 1)))
+        for _, _, _, out in layers:
+            torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(each.logits, found[0].logits) for each in found)
+    assert all(each.share < 0.85 for each in found)
+
+
+@pytest.mark.parametrize("name", ["all pages", "all clusters"])
+@pytest.mark.parametrize("size", SIZES)
+def test_all_keys_of_all_ranks_are_exact(records: Records, size: int, name: str) -> None:
+    """A budget of everything, on any number of ranks: one rank's exact logits, and the share that is told is 1."""
+    wanted = records[1][0].chosen["exact"].logits
+    for record in records[size]:
+        torch.testing.assert_close(record.chosen[name].logits, wanted, rtol=1e-4, atol=1e-4)
+        assert record.chosen[name].share == 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_indexes_on_disk_are_those_of_the_shard(records: Records, size: int) -> None:
+    """Written by other ranks they are made anew, of as many they come back."""
+    for record in records[size]:
+        assert len(record.indexed) == 12 and all(record.indexed)
 
 
 def test_rope_that_changes_with_the_length(records: Records) -> None:

@@ -80,3 +80,18 @@ def test_what_is_refused(cli: Cli, stored: Path, tmp_path: Path) -> None:
     for path in stored.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1])
     cli("ask", stored, "--query", "Who?", "--device", "cpu").refused("damaged", "bytes")
+
+
+def test_a_decode_method(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """Its index is made with the document, and told; answers say what they attended to."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    how = ("--device", "cpu", "--decode", "pages", "--page-size", 8)
+    read = ("read", "--document", tmp_path / "text.txt", "--out", tmp_path / "a", "--model", checkpoint, "--blocks", 1)
+    assert "its index of pages of 8 in " in cli(*read, *how).err
+    (found,) = cli("documents", tmp_path / "a", "--json").json
+    assert found["index"] == ["pages", 8] and found["index_s"] > 0
+    given = ("ask", tmp_path / "a", "--query", "Who?", "--max-new-tokens", 4, *how, "--share", 0.3)
+    told = cli(*given, "--json").json["decode"]
+    assert (told["method"], told["exact"]) == ("pages", False) and 0.2 < told["share"] < 0.35
+    assert f", pages: tokens attended to {told['share']:.1%} of the keys" in cli(*given).err
+    cli("ask", tmp_path / "a", "--query", "Who?", "--device", "cpu", "--decode", "all").refused("Unknown decode method")

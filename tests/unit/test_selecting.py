@@ -18,6 +18,7 @@ from apb.decoding.page_index import PageIndex
 from apb.kernels.attention import Segment, attention
 from apb.layers.base import AttentionInput
 from apb.layers.shards import NewRows
+from chosen import attended, chosen
 from families import PECULIAR, make
 from models import tiny_model, without_eos
 
@@ -40,15 +41,6 @@ class Held:
 
     def layer(self) -> AttentionInput:
         return AttentionInput(0, self.q, self.k, self.v, 0.5)
-
-
-def alone(layer: AttentionInput, seen: Tensor) -> Tensor:
-    """The row's attention where it sees the keys of bool (kv_heads, keys): a dense masked softmax."""
-    group = layer.q.shape[1] // layer.k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (layer.k, layer.v))
-    scores = torch.einsum("qhd,khd->hk", layer.q, k) * layer.scale
-    weights = scores.masked_fill(~seen.repeat_interleave(group, 0), -math.inf).softmax(-1)
-    return torch.einsum("hk,khd->hd", weights, v)[None]
 
 
 def engine_of(decoding: Decoding | str, model: Any = None, **options: Any) -> apb.Engine:
@@ -88,70 +80,16 @@ def test_no_key_exceeds_its_pages_bound(seed: int) -> None:
     assert torch.equal(bounds[..., 2], true[..., 2])
 
 
-def test_the_best_pages_are_attended_to() -> None:
-    """Those of a brute-force search, and all keys that are in no page: 13 pages of 10 for 200 keys, 3 within a budget
-    of 50 % and a tail of 70."""
+@pytest.mark.parametrize("method", [Pages(0.5, page_size=10), Squeezed(0.6, cluster_size=9)], ids=lambda m: m.name)
+def test_the_keys_of_a_numpy_reference_are_attended_to(method: Any) -> None:
+    """Bounds of pages; k-means, scores of clusters and their threshold. The keys that it chooses, and the last ones."""
     held = Held(200)
-    reader = Pages(share=0.5, page_size=10).prepare(held)
+    reader = method.prepare(held)
     out, lse = reader.attend(held.layer(), NewRows(200, [range(200)]))
-    seen = torch.zeros(2, 200, dtype=torch.bool)
-    seen[:, 130:] = True
-    for head in range(2):
-        pages = held.k[:130, head].unflatten(0, (13, 10)).double()
-        promised = []
-        for q in held.q[0, 3 * head : 3 * head + 3].double() * 0.5:
-            bounds = torch.maximum(q * pages.amin(1), q * pages.amax(1)).sum(1)
-            promised.append(bounds.log_softmax(0))
-        for page in torch.stack(promised).amax(0).topk(3).indices.tolist():
-            seen[head, 10 * page : 10 * page + 10] = True
-    torch.testing.assert_close(out, alone(held.layer(), seen))
+    seen = chosen(method, held.q[0], held.k, 0.5)
+    np.testing.assert_allclose(out[0], attended(held.q[0], held.k, held.v, 0.5, seen), atol=1e-5)
     assert lse.shape == (6, 1)
-    assert reader.share == 100 / 200
-
-
-def clusters_by_numpy(keys: np.ndarray, count: int) -> np.ndarray:
-    """Spherical k-means as the paper's, one key at a time."""
-    points = keys / np.linalg.norm(keys, axis=1, keepdims=True)
-    centroids = np.stack([points[index * len(points) // count] for index in range(count)])
-    labels = np.zeros(len(points), dtype=int)
-    for turn in range(10):
-        labels = np.array([int(np.argmax(centroids @ point)) for point in points])
-        for cluster in range(count if turn < 9 else 0):
-            if (labels == cluster).any():
-                mean = points[labels == cluster].sum(0)
-                centroids[cluster] = mean / np.linalg.norm(mean)
-    return labels
-
-
-def test_the_clusters_of_a_numpy_reference_are_attended_to() -> None:
-    """k-means, the scores of clusters, the threshold: the keys that it chooses, and those in no cluster."""
-    held = Held(190)
-    reader = Squeezed(share=0.6, cluster_size=9).prepare(held)
-    out, _ = reader.attend(held.layer(), NewRows(190, [range(190)]))
-    covered, count = 126, 14
-    scores, sizes, labels = [], [], []
-    for head in range(2):
-        keys = held.k[:covered, head].double().numpy()
-        label = clusters_by_numpy(keys, count)
-        size = np.bincount(label, minlength=count)
-        assert size.all()
-        means = np.stack([keys[label == cluster].mean(0) for cluster in range(count)])
-        logits = 0.5 * held.q[0, 3 * head : 3 * head + 3].double().numpy() @ means.T
-        shares = logits - np.log((size * np.exp(logits)).sum(1, keepdims=True))
-        scores.append(shares.max(0))
-        sizes.append(size)
-        labels.append(label)
-    budget, threshold = 2 * (covered - 76), math.inf
-    for score, size in sorted(zip(np.concatenate(scores), np.concatenate(sizes), strict=True), reverse=True):
-        budget -= size
-        if budget < 0:
-            break
-        threshold = score
-    chosen = np.stack([(score >= threshold - 1e-6)[label] for score, label in zip(scores, labels, strict=True)])
-    seen = torch.ones(2, 190, dtype=torch.bool)
-    seen[:, :covered] = torch.from_numpy(chosen)
-    torch.testing.assert_close(out, alone(held.layer(), seen))
-    assert 0.5 < reader.share == int(seen.sum()) / 380 <= 0.6
+    assert method.share - 0.1 < reader.share == seen.mean() <= method.share
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

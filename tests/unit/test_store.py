@@ -7,17 +7,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_document import PROMPT, QUESTIONS, engine_of, llama, read
 
 import apb
 from apb import store
+from apb.decoding import Pages, Squeezed
+from apb.decoding.cluster_index import ClusterIndex
+from apb.decoding.page_index import PageIndex
 from byte_checkpoint import TEMPLATE, byte_tokenizer
 from models import tiny_model
 
@@ -62,6 +67,38 @@ def test_texts_come_back(template: str | None, tmp_path: Path) -> None:
         assert first.read_for == second.read_for == seen
 
 
+INDEXED = {"pages": (Pages(0.4, page_size=5), PageIndex), "squeezed": (Squeezed(0.4, cluster_size=4), ClusterIndex)}
+
+
+@pytest.mark.parametrize("name", INDEXED)
+def test_indexes_come_back(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made while the text was read, and not again: the same tensors, and the same answers. Another page or cluster
+    size has an index of its own, and one that lacks a part is damaged."""
+    method, kind = INDEXED[name]
+    document = read(engine_of(llama(), "full", decoding=method))
+    (made,) = document.state.cache.indexes.values()
+    assert made.keys() == {0, 1, 2} and document.state.index_s > 0
+    wanted = {layer: (index.covered, index.tensors()) for layer, index in made.items()}
+    document.save(tmp_path / "a")
+    answer = document.ask(QUESTIONS[4], max_new_tokens=8)
+    assert answer.decode["share"] < 0.95
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "extend", lambda *_: None)
+        loaded = engine_of(llama(), "full", decoding=method).load(tmp_path / "a")
+    (restored,) = loaded.state.cache.indexes.values()
+    assert restored.keys() == made.keys() and loaded.state.index_s == document.state.index_s
+    for layer, index in restored.items():
+        assert index.covered > 0
+        torch.testing.assert_close((index.covered, index.tensors()), wanted[layer], rtol=0, atol=0)
+    assert loaded.ask(QUESTIONS[4], max_new_tokens=8).token_ids == answer.token_ids
+    size = "page_size" if name == "pages" else "cluster_size"
+    other = engine_of(llama(), "full", decoding=replace(method, **{size: 7}))
+    assert list(other.load(tmp_path / "a").state.cache.indexes) == [(name, 7)]
+    without(f"index.1.{'least' if name == 'pages' else 'means'}")(tmp_path / "a")
+    with pytest.raises(apb.InputError, match="is damaged"):
+        engine_of(llama(), "full", decoding=method).load(tmp_path / "a")
+
+
 def test_writing_again_replaces_and_leaves_nothing(tmp_path: Path) -> None:
     engine = engine_of(llama(), "full")
     document = read(engine)
@@ -95,23 +132,25 @@ def flip(folder: Path) -> None:
     shard(folder).write_bytes(data)
 
 
-def lacking(folder: Path) -> None:
-    """A shard without a layer's keys, whose checksum is right."""
-    path = shard(folder)
-    tensors = load_file(path)
-    del tensors["1.keys"]
-    from safetensors import safe_open
+def without(name: str) -> Callable[[Path], None]:
+    """A shard that lacks a tensor, and whose checksum is right."""
 
-    with safe_open(path, framework="pt") as file:
-        save_file(tensors, path, metadata=file.metadata())
-    manifest(lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=store.hash_of(path)))(folder)
+    def damage(folder: Path) -> None:
+        path = shard(folder)
+        tensors = load_file(path)
+        del tensors[name]
+        with safe_open(path, framework="pt") as file:
+            save_file(tensors, path, metadata=file.metadata())
+        manifest(lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=store.hash_of(path)))(folder)
+
+    return damage
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (flip, "is not what was written"),
     "a shard cut short": (lambda f: shard(f).write_bytes(shard(f).read_bytes()[:-9]), "bytes, not"),
     "a shard missing": (lambda f: shard(f).unlink(), "is missing"),
-    "a layer missing": (lacking, "is damaged"),
+    "a layer missing": (without("1.keys"), "is damaged"),
     "no manifest": (lambda f: (f / store.MANIFEST).unlink(), "There is no document in"),
     "no JSON": (lambda f: (f / store.MANIFEST).write_text("{"), "is not JSON"),
     "another kind of JSON": (lambda f: (f / store.MANIFEST).write_text("[]"), "is no manifest"),

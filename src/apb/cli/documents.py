@@ -13,7 +13,7 @@ import typer
 
 from ..errors import InputError
 from . import options
-from .generate import printed, read_document
+from .generate import attended, printed, read_document
 from .groups import expanded, values
 
 Store = Annotated[Path, typer.Argument(help="Folder of a document that apb read has written.")]
@@ -41,6 +41,7 @@ class Asking:
     verify: bool
     loading: dict[str, Any]
     strategy: str
+    decoding: dict[str, Any]
     sampling: dict[str, Any]
     as_json: bool
 
@@ -115,6 +116,7 @@ def ask(
     ] = None,
     model: options.RemoteModel,
     ranks: options.Ranks,
+    decode: options.Decoding,
     sampling: options.Sampling,
     verify: Annotated[bool, typer.Option(help="Compare the checksums of the files.")] = True,
     as_json: options.AsJson = False,
@@ -128,15 +130,18 @@ def ask(
     if model.dtype is None:
         model = replace(model, dtype=manifest["dtype"])
 
+    from ..decoding import make_decoding
     from ..distributed import launch
     from ..generation import Sampling
     from .checks import check
 
     Sampling(**values(sampling))
+    make_decoding(decode.decoding, decode.options)
     place = check(model, ranks)
     if query is None and place.processes > 1:
         raise InputError("Questions are read from standard input on one rank only; give them with --query.")
-    request = Asking(str(store), query or [], verify, place.loading, manifest["strategy"], values(sampling), as_json)
+    how = manifest["strategy"], values(decode), values(sampling)
+    request = Asking(str(store), query or [], verify, place.loading, *how, as_json)
     launch.run(_ask, place.processes, request)
 
 
@@ -147,7 +152,7 @@ def _ask(request: Asking) -> None:
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(**request.loading, strategy=request.strategy)
+    engine = Engine.from_pretrained(**request.loading, strategy=request.strategy, **request.decoding)
     prints = engine.mesh.everyone.rank == 0
     document = engine.load(request.store, verify=request.verify)
     answers = []
@@ -159,7 +164,7 @@ def _ask(request: Asking) -> None:
             kind = "exact" if answer.exact else "approximate"
             print(
                 f"apb: {answer.strategy} ({kind}), read for {answer.read_for}; the question took "
-                f"{answer.timing['prefill_s']:.2f} s",
+                f"{answer.timing['prefill_s']:.2f} s{attended(answer)}",
                 file=sys.stderr,
             )
     launch.leave()
@@ -202,7 +207,7 @@ def documents(
 def summary_of(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """What is told of a document."""
     kept = ("created", "apb", "dtype", "tokens", "tokens_sha256")
-    how = ("strategy", "options", "propagation", "exact", "compressor", "read_for")
+    how = ("strategy", "options", "propagation", "exact", "compressor", "read_for", "index", "index_s")
     size = sum(shard["bytes"] for shard in manifest["shards"])
     return {
         "store": str(folder),
@@ -220,10 +225,15 @@ def told(summary: dict[str, Any]) -> str:
     exact = "exact" if summary["exact"] else "approximate"
     if summary["propagation"]:
         exact += ", {rows:,} rows above layer {layer}".format(**summary["propagation"])
+    index = (
+        ""
+        if not summary["index"]
+        else f", its index of {' of '.join(map(str, summary['index']))} in {summary['index_s']:.2f} s"
+    )
     wanted = [each if isinstance(each, str) else "tokens" for each in summary["read_for"]]
     return (
         f"{summary['tokens']:,} tokens, {summary['bytes'] / 2**20:,.1f} MiB on {summary['ranks']} ranks, by "
-        f"{summary['strategy']} ({exact}) in {summary['prefill_s']:.2f} s, for "
+        f"{summary['strategy']} ({exact}) in {summary['prefill_s']:.2f} s{index}, for "
         f"{', '.join(map(repr, wanted)) if wanted else 'no question'}; {summary['model']}, {summary['dtype']}, "
         f"{summary['created']}"
     )

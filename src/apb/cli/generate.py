@@ -108,9 +108,15 @@ def answer(request: Request) -> None:
     print(
         f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
         f"read {result.prompt_tokens} tokens in {result.timing['prefill_s']:.2f} s, "
-        f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s",
+        f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s{attended(result)}",
         file=sys.stderr,
     )
+
+
+def attended(result: Generation) -> str:
+    """What an answer's tokens attended to, in words; nothing if that is everything."""
+    share = result.decode["share"]
+    return "" if share >= 1 else f", {result.decode['method']}: tokens attended to {share:.1%} of the keys"
 
 
 def printed(

@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..planning.options import check, options_of, refuse_beside, union
 from .base import Decoding, Reader, Shard, StoredReader
 from .dense import Dense
+from .indexed import Indexed
 from .pages import Pages
 from .squeezed import Squeezed
 
@@ -18,6 +19,7 @@ __all__ = [
     "OPTIONS",
     "Decoding",
     "Dense",
+    "Indexed",
     "Pages",
     "Reader",
     "Shard",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
-from ..errors import InputError
-from ..planning.options import Checked, option
+from ..planning.options import Checked
 
 if TYPE_CHECKING:  # a decode method can be named without torch
     from torch import Tensor
@@ -17,16 +16,17 @@ if TYPE_CHECKING:  # a decode method can be named without torch
     from ..layers.shards import NewRows, StoredShard
 
 
-def share_option() -> Any:
-    """The option of a method that attends to a part of the keys; :class:`Decoding` checks it."""
-    return option(0.1, "Share of the keys that a new token attends to, above 0 and at most 1.", kind=float)
-
-
 class LayerIndex(Protocol):
     """What a decode method has made of a layer's keys, to be kept with them."""
 
     def forget(self, tokens: int) -> None:
         """Forget all keys but the first ``tokens``, which the cache still holds."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it is made of, by name, (kv_heads, ...) each, to be stored; nothing if it covers no key."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become the index that :meth:`tensors` was asked of; (kv_heads, ...) each, on the device."""
 
 
 class Shard(Protocol):
@@ -35,9 +35,11 @@ class Shard(Protocol):
     Attributes:
         indexes: what decode methods keep with the cache: under a key of their own, an index by layer. The cache tells
             the indexes which keys it drops.
+        windows: by layer its window in tokens; layers without an entry see all.
     """
 
     indexes: dict[Hashable, dict[int, LayerIndex]]
+    windows: Mapping[int, int]
 
     @property
     def indices(self) -> list[int]:
@@ -93,11 +95,20 @@ class Decoding(Checked, ABC):
     name: ClassVar[str]
     exact: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        share = getattr(self, "share", 1.0)
-        if not 0 < share <= 1:
-            raise InputError(f"The share of keys must be above 0 and at most 1, not {share}.")
+    @property
+    def index_key(self) -> tuple[str, int] | None:
+        """The name of the kind of index and what it depends on, under which :attr:`Shard.indexes` has it.
+
+        It is saved with a document, and fits every method that has the same. None if there is nothing to save.
+        """
+        return None
+
+    def new_index(self) -> LayerIndex:
+        """An index of no key, of the kind that :attr:`index_key` names."""
+        raise NotImplementedError(f"the decode method {self.name!r} keeps no index")
+
+    def build(self, cache: Shard) -> None:
+        """Make now what can be made of a cache before a token is read, and is kept with it. Nothing, by default."""
 
     @abstractmethod
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -46,6 +47,17 @@ class ClusterIndex(KeyIndex):
         if self.labels is not None and self.means is not None and tokens < self.labels.shape[1]:
             self.labels = self.labels[:, :tokens]
             self.sizes = _counts(self.labels, self.means.shape[1])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`KeyIndex.tensors`."""
+        if self.labels is None or self.means is None or not self.covered:
+            return {}
+        return {"labels": self.labels.int(), "means": self.means}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`KeyIndex.restore`."""
+        self.labels, self.means = tensors["labels"].long(), tensors["means"]
+        self.sizes, self.covered = _counts(self.labels, self.means.shape[1]), self.labels.shape[1]
 
     def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`KeyIndex.scores`: equation 1 of Squeezed Attention, the logarithm of a head's estimated share of

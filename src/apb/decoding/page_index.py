@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,17 @@ class PageIndex(KeyIndex):
         self.covered = pages * self.page_size
         if self.least is not None and self.largest is not None:
             self.least, self.largest = self.least[:, :pages], self.largest[:, :pages]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`KeyIndex.tensors`."""
+        if self.least is None or self.largest is None or not self.covered:
+            return {}
+        return {"least": self.least, "largest": self.largest}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`KeyIndex.restore`."""
+        self.least, self.largest = tensors["least"], tensors["largest"]
+        self.covered = self.least.shape[1] * self.page_size
 
     def bounds(self, q: Tensor) -> Tensor:
         """What q.k is at most over every page: (kv_heads, group, pages) fp32, of q (kv_heads, group, head_dim) fp32.

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..planning.options import option
-from .base import Decoding, Reader, Shard, share_option
+from .indexed import Indexed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .selecting import Choose, KeyIndex
+
 
 @dataclass(frozen=True)
-class Pages(Decoding):
+class Pages(Indexed):
     """Quest (arXiv 2406.10774): the channel-wise least and largest keys of a page bound q.k over it.
 
     The heads of a group choose together: a page counts by the head to whom it promises most.
@@ -21,16 +23,22 @@ class Pages(Decoding):
 
     name: ClassVar[str] = "pages"
 
-    share: float = share_option()
     page_size: int = option(16, "Consecutive keys that are attended to or left out together.", least=1)
 
-    def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
-        """See :meth:`Decoding.prepare`: bounds are built when the first token is read."""
-        from .page_index import PageIndex
-        from .selecting import SelectingReader
+    @property
+    def index_key(self) -> tuple[str, int]:
+        """See :attr:`Decoding.index_key`."""
+        return Pages.name, self.page_size
 
-        indexes = cache.indexes.setdefault((self.name, self.page_size), {})
-        return SelectingReader(indexes, lambda: PageIndex(self.page_size), self._best, self.share, backend)
+    def new_index(self) -> KeyIndex:
+        """See :meth:`Decoding.new_index`: bounds of pages."""
+        from .page_index import PageIndex
+
+        return PageIndex(self.page_size)
+
+    def chooser(self) -> Choose:
+        """See :meth:`Indexed.chooser`."""
+        return self._best
 
     def _best(self, layer: int, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
         """The best pages of every KV head, within the budget; at least one."""

@@ -1,14 +1,14 @@
 """Decode methods that attend to a chosen part of the keys: what :class:`Pages` and :class:`Squeezed` share.
 
-An index of a layer's keys is kept with the cache, covers what was held when a session first read a token, and shrinks
-with the cache. Keys that it does not cover, the last ones among them, are always attended to.
+An index of a layer's keys is kept with the cache, covers what was held when it was built or when a session first read a
+token, and shrinks with the cache. Keys that it does not cover, the last ones among them, are always attended to.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +44,14 @@ class KeyIndex(ABC):
     @abstractmethod
     def forget(self, tokens: int) -> None:
         """Cover no keys beyond the first ``tokens``: the cache has dropped them."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """See :meth:`apb.decoding.base.LayerIndex.tensors`."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """See :meth:`apb.decoding.base.LayerIndex.restore`."""
 
     @abstractmethod
     def scores(self, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,14 +114,20 @@ class SelectingReader(Reader):
             ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
+    def build(self, layer: int, keys: Tensor) -> KeyIndex:
+        """The index of a layer, which covers (tokens, kv_heads, head_dim) of its keys but for the last."""
+        index: KeyIndex = self._indexes.setdefault(layer, self._make())
+        stop = max(len(keys) - _RECENT, 0)
+        index.forget(stop)  # an earlier, longer question may have covered more
+        index.extend(keys[:stop].transpose(0, 1))
+        return index
+
     def _index(self, layer: AttentionInput, held: int) -> KeyIndex:
         """The layer's index; the first time it is extended over what was held before the rows."""
-        index: KeyIndex = self._indexes.setdefault(layer.kept, self._make())
         if layer.kept not in self._ready:
             self._ready.add(layer.kept)
-            stop = max(held - _RECENT, 0)
-            index.forget(stop)  # an earlier, longer question may have covered more
-            index.extend(layer.k[:stop].transpose(0, 1))
+            return self.build(layer.kept, layer.k[:held])
+        index: KeyIndex = self._indexes[layer.kept]
         return index
 
     def _row(self, layer: AttentionInput, index: KeyIndex) -> tuple[Tensor, Tensor]:

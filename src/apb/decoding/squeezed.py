@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ..planning.options import option
-from .base import Decoding, Reader, Shard, share_option
+from .indexed import Indexed
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .selecting import Choose, KeyIndex
+
 
 @dataclass(frozen=True)
-class Squeezed(Decoding):
+class Squeezed(Indexed):
     """Squeezed Attention (arXiv 2411.09688), with one level of clusters: k-means on normalised keys by KV head.
 
     A cluster is attended to if the estimated share of attention per key is above a threshold, one for all KV heads of
@@ -24,17 +26,22 @@ class Squeezed(Decoding):
 
     name: ClassVar[str] = "squeezed"
 
-    share: float = share_option()
     cluster_size: int = option(20, "Keys of a cluster, on average.", least=1)
 
-    def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
-        """See :meth:`Decoding.prepare`: keys are clustered when the first token is read."""
-        from .cluster_index import ClusterIndex
-        from .selecting import SelectingReader
+    @property
+    def index_key(self) -> tuple[str, int]:
+        """See :attr:`Decoding.index_key`."""
+        return Squeezed.name, self.cluster_size
 
-        indexes = cache.indexes.setdefault((self.name, self.cluster_size), {})
-        choose = _Threshold()
-        return SelectingReader(indexes, lambda: ClusterIndex(self.cluster_size), choose, self.share, backend)
+    def new_index(self) -> KeyIndex:
+        """See :meth:`Decoding.new_index`: clusters."""
+        from .cluster_index import ClusterIndex
+
+        return ClusterIndex(self.cluster_size)
+
+    def chooser(self) -> Choose:
+        """See :meth:`Indexed.chooser`: the threshold is calibrated anew for every answer."""
+        return _Threshold()
 
 
 class _Threshold:

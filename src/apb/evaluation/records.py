@@ -37,6 +37,8 @@ class Record:
         processes: number of runs that shared the machine; times measure speed only if it is 1.
         prediction, answers, score: the model's answer, the correct ones, and 0 to 100.
         seconds, prefill_s: of the whole answer, and of prefill alone.
+        decode: how the answer was decoded: its method, the share of the keys that tokens attended to, and if that is
+            exact; None in older records, and without an answer.
         error: why there is no answer, as a sentence; the score is then 0, and a resumed run tries again.
     """
 
@@ -64,6 +66,7 @@ class Record:
     score: float
     seconds: float
     prefill_s: float
+    decode: dict[str, Any] | None = None
     error: str | None = None
 
     @property
@@ -115,8 +118,10 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "float": lambda value: isinstance(value, (int, float)),
     "bool": lambda value: isinstance(value, bool),
     "dict[str, Any]": lambda value: isinstance(value, dict) and not any(map(_several, value.values())),
+    "dict[str, Any] | None": lambda value: value is None or _FITS["dict[str, Any]"](value),
     "tuple[str, ...]": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
 }
+_LATER = {"decode", "error"}  # fields that older records do not have
 _FIELDS = {field.name: _FITS[str(field.type)] for field in fields(Record)}
 
 
@@ -126,7 +131,7 @@ def _several(value: Any) -> bool:
 
 def record_of(values: Any) -> Record:
     """The record of a parsed line; ValueError if a field is missing, unknown, or of another type."""
-    if not isinstance(values, dict) or set(values) | {"error"} != set(_FIELDS):  # older records have no "error"
+    if not isinstance(values, dict) or set(values) | _LATER != set(_FIELDS):
         raise ValueError("not the fields of a record")
     for name, value in values.items():
         if not _FIELDS[name](value):

@@ -166,6 +166,8 @@ class Runner:
                 score=METRICS[item.metric](result.text, item.answers),
                 seconds=round(seconds, 6),
                 prefill_s=round(result.timing["prefill_s"], 6),
+                exact=plan.exact and result.decode["exact"],
+                decode=result.decode,
             )
         if group.rank:
             return None

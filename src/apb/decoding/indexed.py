@@ -1,0 +1,56 @@
+"""Decode methods that attend to a part of the keys, chosen by an index of them: what all of these share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..errors import InputError
+from ..planning.options import option
+from .base import Decoding, Reader, Shard
+
+if TYPE_CHECKING:  # a decode method can be named without torch
+    from .selecting import Choose, KeyIndex, SelectingReader
+
+
+@dataclass(frozen=True)
+class Indexed(Decoding):
+    """A token attends to a share of the keys. A subclass says what the index is and how it chooses."""
+
+    share: float = option(0.1, "Share of the keys that a new token attends to, above 0 and at most 1.", kind=float)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.share <= 1:
+            raise InputError(f"The share of keys must be above 0 and at most 1, not {self.share}.")
+
+    @property
+    @abstractmethod
+    def index_key(self) -> tuple[str, int]:
+        """See :attr:`Decoding.index_key`."""
+
+    @abstractmethod
+    def new_index(self) -> KeyIndex:
+        """See :meth:`Decoding.new_index`."""
+
+    @abstractmethod
+    def chooser(self) -> Choose:
+        """What chooses the units of keys for one session's tokens."""
+
+    def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
+        """See :meth:`Decoding.prepare`: what the index lacks is built when the first token is read."""
+        return self._reader(cache, backend)
+
+    def build(self, cache: Shard) -> None:
+        """See :meth:`Decoding.build`."""
+        reader = self._reader(cache, "auto")
+        for layer in cache.indices:
+            if layer not in cache.windows:
+                reader.build(layer, cache.shard(layer)[0])
+
+    def _reader(self, cache: Shard, backend: str) -> SelectingReader:
+        from .selecting import SelectingReader
+
+        indexes = cache.indexes.setdefault(self.index_key, {})
+        return SelectingReader(indexes, self.new_index, self.chooser(), self.share, backend)
