@@ -14,8 +14,8 @@ from .asking import ANOTHER, NONE, THIS, Asking, Question
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
-from .hf.cache import Tail
 from .hf.host import HostCopy
+from .hf.tail import Tail
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session
@@ -149,8 +149,7 @@ class Document:
         self.rest()
         copy = copy or HostCopy(state.cache)
         copy.replace(state.cache)
-        state.cache.indexes.clear()  # built again when it is back and asked
-        state.cache.move_states(lambda _: torch.device("cpu"))
+        state.cache.move_beside(lambda _: torch.device("cpu"))
         state.tail, state.here = state.tail.to(lambda _: torch.device("cpu")), False
         return copy
 
@@ -163,7 +162,7 @@ class Document:
     def come_back(self, copy: HostCopy) -> None:
         """Return to the device from a copy; that goes on while the next question is read."""
         state = self.state
-        state.cache.move_states(self._engine.device_of)
+        state.cache.move_beside(self._engine.device_of)
         state.tail, state.here = state.tail.to(self._engine.device_of), True
         copy.fetch(state.cache, self._engine.device_of, ROOM)
 

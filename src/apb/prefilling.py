@@ -15,7 +15,7 @@ from .distributed.collectives import Group
 from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .hardware import Hardware, Stopwatch
-from .hf import fusing, loading, placement, supported, verifying
+from .hf import fusing, loading, offloading, placement, supported, verifying
 from .hf.attach import CLOSED, Attachment
 from .hf.cache import ShardCache
 from .hf.config import softcap
@@ -72,6 +72,8 @@ class Prefiller:
             verifying.verify(model.config, model)
         self.devices = placement.devices(model)
         self.device, self.dtype = self.devices[0], model.dtype
+        if self.reading.decoding.offloads:
+            offloading.check(model.config, self.devices)
         shape = HeadShape.of(model.config)
         choose(backend, self.device, self.dtype, shape.head_dim, softcap(model.config))
         self.model = model

@@ -16,10 +16,12 @@ from .asking import Asking, OfText, OfTokens
 from .distributed.agreeing import from_first, together
 from .distributed.collectives import Group
 from .errors import InputError
-from .hf.cache import ShardCache, Tail
+from .hf.cache import ShardCache
+from .hf.config import latent
 from .hf.host import Staging
 from .hf.identity import fingerprint
 from .hf.recurrent import states_named
+from .hf.tail import Tail
 from .layers.recurrent import State as LayerState
 from .manifest import damaged, manifest_of
 from .planning.methods import METHODS
@@ -197,9 +199,15 @@ def _cache(
     else:
         sources, mine = list(shards), range(total * group.rank // group.size, total * (group.rank + 1) // group.size)
     staging = Staging() if engine.device.type == "cuda" else None
-    windows = shards[0].windows
     layers = max((*shards[0].positions, *states)) + 1
-    cache = ShardCache(layers, capacity=0, keeps_new=owns_tail, total=total, windows=windows)
+    cache = ShardCache(
+        layers,
+        capacity=0,
+        keeps_new=owns_tail,
+        total=total,
+        windows=shards[0].windows,
+        latent=latent(engine.model.config),
+    )
     cache.states = states
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}
     for layer in shards[0].positions:

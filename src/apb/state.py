@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .asking import Question
-from .hf.cache import ShardCache, Tail
+from .hf.cache import ShardCache
+from .hf.tail import Tail
 from .planning.plan import Plan
 from .prompt import Prompt
 from .session import Session

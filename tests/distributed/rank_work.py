@@ -28,7 +28,7 @@ import apb
 import families
 import ropes
 from alive import peak_of
-from apb.decoding import Decoding, Dense, Pages, Squeezed
+from apb.decoding import Decoding, Dense, Pages, Retrieval, Squeezed, Streamed
 from apb.distributed.collectives import Group, Pending
 from apb.distributed.mesh import Mesh
 from apb.layers.base import AttentionInput
@@ -60,6 +60,8 @@ DECODED: dict[str, Decoding] = {
     "squeezed": SQUEEZED,
     "all pages": replace(PAGES, share=1.0),
     "all clusters": replace(SQUEEZED, share=1.0),
+    "streamed": Streamed(),
+    "all fetched": Retrieval(1.0),
 }
 SAMPLING = {"max_new_tokens": 24, "temperature": 1.0, "seed": 7}
 

@@ -187,10 +187,11 @@ def test_each_rank_chooses_among_its_own(records: Records, size: int, name: str)
     assert all(each.share < 0.85 for each in found)
 
 
-@pytest.mark.parametrize("name", ["all pages", "all clusters"])
+@pytest.mark.parametrize("name", ["all pages", "all clusters", "streamed", "all fetched"])
 @pytest.mark.parametrize("size", SIZES)
 def test_all_keys_of_all_ranks_are_exact(records: Records, size: int, name: str) -> None:
-    """A budget of everything, on any number of ranks: one rank's exact logits, and the share that is told is 1."""
+    """A budget of everything, and all of it from host memory, on any number of ranks: one rank's exact logits, and the
+    share that is told is 1."""
     wanted = records[1][0].chosen["exact"].logits
     for record in records[size]:
         torch.testing.assert_close(record.chosen[name].logits, wanted, rtol=1e-4, atol=1e-4)

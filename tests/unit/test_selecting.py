@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -29,18 +29,28 @@ METHODS = [Pages(page_size=5), Squeezed(cluster_size=4)]
 
 
 class Held:
-    """A shard of one layer, of given keys."""
+    """A shard of one layer, of given keys, the first of them in host memory."""
 
     indices = (0,)
+    windows: ClassVar[dict[int, int]] = {}
 
-    def __init__(self, keys: int, kv_heads: int = 2, head_dim: int = 8) -> None:
+    def __init__(self, keys: int, kv_heads: int = 2, head_dim: int = 8, away: int = 0) -> None:
+        self.away = away
         generator = torch.Generator().manual_seed(3)
         self.k, self.v = torch.randn(2, keys, kv_heads, head_dim, generator=generator)
+        self.v[..., 6:] = 0
         self.q = torch.randn(1, 3 * kv_heads, head_dim, generator=generator)
         self.indexes: dict[Any, Any] = {}
 
+    def near(self, layer: int) -> tuple[Tensor, Tensor]:
+        return self.k[self.away :], self.v[self.away :]
+
+    def far(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        # Values narrower than keys: attention gets them as wide, the cache has them as they are.
+        return (self.k[: self.away], self.v[: self.away, :, :6]) if self.away else None
+
     def layer(self) -> AttentionInput:
-        return AttentionInput(0, self.q, self.k, self.v, 0.5)
+        return AttentionInput(0, self.q, *self.near(0), 0.5)
 
 
 def engine_of(decoding: Decoding | str, model: Any = None, **options: Any) -> apb.Engine:
@@ -81,9 +91,11 @@ def test_no_key_exceeds_its_pages_bound(seed: int) -> None:
 
 
 @pytest.mark.parametrize("method", [Pages(0.5, page_size=10), Squeezed(0.6, cluster_size=9)], ids=lambda m: m.name)
-def test_the_keys_of_a_numpy_reference_are_attended_to(method: Any) -> None:
-    """Bounds of pages; k-means, scores of clusters and their threshold. The keys that it chooses, and the last ones."""
-    held = Held(200)
+@pytest.mark.parametrize("away", [0, 47, 130, 136])
+def test_the_keys_of_a_numpy_reference_are_attended_to(method: Any, away: int) -> None:
+    """Bounds of pages; k-means, scores of clusters and their threshold. The keys that it chooses, and the last ones,
+    wherever they are: fewer of them in host memory than the index covers, as many, more."""
+    held = Held(200, away=away)
     reader = method.prepare(held)
     out, lse = reader.attend(held.layer(), NewRows(200, [range(200)]))
     seen = chosen(method, held.q[0], held.k, 0.5)
@@ -146,9 +158,9 @@ def test_clusters_follow_the_cache() -> None:
     index.extend(keys[:, :60])
     assert index.covered == 60 and index.sizes.shape == (2, 6)
     index.forget(45)
-    index.extend(keys[:, :54])
+    index.extend(keys[:, 45:54])
     assert index.covered == 45 and index.sizes.sum(1).tolist() == [45, 45]
-    index.extend(keys)
+    index.extend(keys[:, 45:])
     assert index.covered == 100 and index.sizes.shape == (2, 11)
     assert index.sizes[:, 6:].sum(1).tolist() == [55, 55]
     assert index.labels[:, :45].max() < 6 <= index.labels[:, 45:].min()

@@ -11,7 +11,9 @@ from .base import Decoding, Reader, Shard, StoredReader
 from .dense import Dense
 from .indexed import Indexed
 from .pages import Pages
+from .retrieval import Retrieval
 from .squeezed import Squeezed
+from .streamed import Streamed
 
 __all__ = [
     "DECODINGS",
@@ -22,13 +24,15 @@ __all__ = [
     "Indexed",
     "Pages",
     "Reader",
+    "Retrieval",
     "Shard",
     "Squeezed",
     "StoredReader",
+    "Streamed",
     "make_decoding",
 ]
 
-DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense, Pages, Squeezed)}
+DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense, Pages, Squeezed, Streamed, Retrieval)}
 # The default: every token attends to every key.
 EXACT: Decoding = Dense()
 # Every option of these methods by name.

@@ -16,6 +16,11 @@ if TYPE_CHECKING:  # a decode method can be named without torch
     from ..layers.shards import NewRows, StoredShard
 
 
+RECENT = 64
+"""Keys at a shard's end that are in no index and stay on the device; mostly the question's are among them, which its
+answer needs in full."""
+
+
 class LayerIndex(Protocol):
     """What a decode method has made of a layer's keys, to be kept with them."""
 
@@ -36,17 +41,28 @@ class Shard(Protocol):
         indexes: what decode methods keep with the cache: under a key of their own, an index by layer. The cache tells
             the indexes which keys it drops.
         windows: by layer its window in tokens; layers without an entry see all.
+        latent: True if it holds latents, from which every pass makes the keys and values that its rows attend to.
     """
 
     indexes: dict[Hashable, dict[int, LayerIndex]]
     windows: Mapping[int, int]
+    latent: bool
 
     @property
     def indices(self) -> list[int]:
         """Indices of the layers that have keys and values."""
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer: (tokens, kv_heads, head_dim) each, views."""
+        """Keys and values of a layer: (tokens, kv_heads, head_dim) each, on the device; views unless some are far."""
+
+    def near(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Those that are on the device, behind the far ones: views."""
+
+    def far(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Those in host memory, the first of the layer; None if there are none."""
+
+    def move_away(self, keep: int) -> None:
+        """Move keys and values of layers that see all to host memory, but for the last ``keep`` tokens of each."""
 
 
 class Reader(ABC):
@@ -63,8 +79,8 @@ class Reader(ABC):
         """Partial attention of new rows over this rank's shard, in a layer of full attention.
 
         Args:
-            layer: q (rows, heads, head_dim) of the new rows; k, v (tokens, kv_heads, head_dim) of the shard, which ends
-                with the rows' own where this rank keeps them.
+            layer: q (rows, heads, head_dim) of the new rows; k, v (tokens, kv_heads, head_dim) of the shard that are on
+                the device, which end with the rows' own where this rank keeps them.
             rows: positions of rows and keys.
 
         Returns:
@@ -90,10 +106,12 @@ class Decoding(Checked, ABC):
     Attributes:
         name: the name in ``--decode`` and in results.
         exact: True if every key is attended to.
+        offloads: True if it has the cache move to host memory (:meth:`Shard.move_away`).
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = False
+    offloads: ClassVar[bool] = False
 
     @property
     def index_key(self) -> tuple[str, int] | None:

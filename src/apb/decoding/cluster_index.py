@@ -29,7 +29,7 @@ class ClusterIndex(KeyIndex):
 
     def extend(self, keys: Tensor) -> None:
         """See :meth:`KeyIndex.extend`: fewer new keys than make a cluster stay uncovered."""
-        new = keys[:, self.covered :].float()
+        new = keys.float()
         if new.shape[1] < self.cluster_size:
             return
         clusters = new.shape[1] // self.cluster_size
@@ -39,7 +39,7 @@ class ClusterIndex(KeyIndex):
         if self.labels is not None and self.means is not None and self.sizes is not None:
             labels = torch.cat([self.labels, labels + self.means.shape[1]], 1)
             means, sizes = torch.cat([self.means, means], 1), torch.cat([self.sizes, sizes], 1)
-        self.labels, self.means, self.sizes, self.covered = labels, means, sizes, keys.shape[1]
+        self.labels, self.means, self.sizes, self.covered = labels, means, sizes, labels.shape[1]
 
     def forget(self, tokens: int) -> None:
         """See :meth:`KeyIndex.forget`: the means stay, as the clusters' representatives."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from .base import Decoding, Reader, Shard, StoredReader
@@ -23,24 +23,31 @@ class Dense(Decoding):
 
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
         """See :meth:`Decoding.prepare`: nothing is built."""
-        return DenseReader(backend)
+        return DenseReader(cache, backend)
 
     def stored_reader(self) -> StoredReader:
         """See :meth:`Decoding.stored_reader`."""
         return DenseStoredReader()
 
 
-@dataclass(frozen=True)
 class DenseReader(Reader):
-    """Attends to all keys of a shard, in one call of attention."""
+    """Attends to all keys of a shard, in one call of attention; those in host memory come a layer at a time."""
 
-    backend: str
+    def __init__(self, cache: Shard, backend: str) -> None:
+        from .streaming import Streaming
+
+        self._streaming = Streaming(cache)
+        self._backend = backend
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`."""
         from ..layers.shards import full_partial
+        from .held import widened
 
-        return full_partial(layer, rows, self.backend)
+        far = self._streaming.fetch(layer.kept, layer.q.device)
+        if far is not None:
+            layer = replace(layer, earlier=(far[0], widened(far[1], layer.v)))
+        return full_partial(layer, rows, self._backend)
 
 
 class DenseStoredReader(StoredReader):

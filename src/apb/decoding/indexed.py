@@ -43,14 +43,16 @@ class Indexed(Decoding):
         return self._reader(cache, backend)
 
     def build(self, cache: Shard) -> None:
-        """See :meth:`Decoding.build`."""
+        """See :meth:`Decoding.build`: but for keys that only a pass makes."""
+        from .held import Held
+
         reader = self._reader(cache, "auto")
         for layer in cache.indices:
-            if layer not in cache.windows:
-                reader.build(layer, cache.shard(layer)[0])
+            if layer not in cache.windows and not cache.latent:
+                reader.build(layer, Held(cache.far(layer), *cache.near(layer)))
 
     def _reader(self, cache: Shard, backend: str) -> SelectingReader:
         from .selecting import SelectingReader
 
         indexes = cache.indexes.setdefault(self.index_key, {})
-        return SelectingReader(indexes, self.new_index, self.chooser(), self.share, backend)
+        return SelectingReader(cache, indexes, self.new_index, self.chooser(), self.share, backend)

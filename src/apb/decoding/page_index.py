@@ -25,13 +25,13 @@ class PageIndex(KeyIndex):
     def extend(self, keys: Tensor) -> None:
         """See :meth:`KeyIndex.extend`: full pages are covered."""
         stop = keys.shape[1] // self.page_size * self.page_size
-        if stop <= self.covered:
+        if not stop:
             return
-        pages = keys[:, self.covered : stop].unflatten(1, (-1, self.page_size))
+        pages = keys[:, :stop].unflatten(1, (-1, self.page_size))
         found = pages.amin(2), pages.amax(2)
         if self.least is not None and self.largest is not None:
             found = torch.cat([self.least, found[0]], 1), torch.cat([self.largest, found[1]], 1)
-        (self.least, self.largest), self.covered = found, stop
+        (self.least, self.largest), self.covered = found, self.covered + stop
 
     def forget(self, tokens: int) -> None:
         """See :meth:`KeyIndex.forget`."""

@@ -16,16 +16,14 @@ import torch
 
 from ..kernels.attention import Segment, attention
 from ..timing import timed
-from .base import Reader
+from .base import RECENT, Reader, Shard
+from .held import Held
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..layers.base import AttentionInput
     from ..layers.shards import NewRows
-
-# Keys at a shard's end that no index covers: the question's, which its answer needs in full, are mostly among them.
-_RECENT = 64
 
 
 class KeyIndex(ABC):
@@ -39,7 +37,7 @@ class KeyIndex(ABC):
 
     @abstractmethod
     def extend(self, keys: Tensor) -> None:
-        """Cover as many of ``keys`` (kv_heads, tokens, head_dim) as can be; the first ``covered`` are so already."""
+        """Cover as many of ``keys`` (kv_heads, tokens, head_dim) as can be, which follow those that are covered."""
 
     @abstractmethod
     def forget(self, tokens: int) -> None:
@@ -77,17 +75,25 @@ class SelectingReader(Reader):
     """Attends to the units of keys that are chosen, and to all keys that the indexes do not cover."""
 
     def __init__(
-        self, indexes: dict[int, Any], make: Callable[[], KeyIndex], choose: Choose, share: float, backend: str
+        self,
+        cache: Shard,
+        indexes: dict[int, Any],
+        make: Callable[[], KeyIndex],
+        choose: Choose,
+        share: float,
+        backend: str,
     ) -> None:
         """Make a reader of a shard.
 
         Args:
+            cache: the shard.
             indexes: by layer, kept with the shard; those that are not there yet are built when they are first needed.
             make: an empty index.
             choose: chooses the units.
             share: share of all keys, above 0 and at most 1, that a row is to attend to.
             backend: of :func:`apb.attention`.
         """
+        self._cache = cache
         self._indexes = indexes
         self._make = make
         self._choose = choose
@@ -103,49 +109,42 @@ class SelectingReader(Reader):
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`: every row chooses for itself, as if it had been read alone."""
-        count, keys = layer.q.shape[0], layer.k.shape[0]
+        count, held = layer.q.shape[0], Held(self._cache.far(layer.kept), layer.k, layer.v)
         own = rows.holds_own(count)
-        index = self._index(layer, keys - count if own else keys)
-        seen = [keys - (count - 1 - row) if own else keys for row in range(count)]
+        if layer.kept not in self._ready:
+            self._ready.add(layer.kept)
+            self.build(layer.kept, held.first(len(held) - count if own else len(held)))
+        seen = [len(held) - (count - 1 - row) if own else len(held) for row in range(count)]
         with timed("attention"):
             parts = [
-                self._row(replace(layer, q=layer.q[row : row + 1], k=layer.k[:stop], v=layer.v[:stop]), index)
-                for row, stop in enumerate(seen)
+                self._row(replace(layer, q=layer.q[row : row + 1]), held.first(stop)) for row, stop in enumerate(seen)
             ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
 
-    def build(self, layer: int, keys: Tensor) -> KeyIndex:
-        """The index of a layer, which covers (tokens, kv_heads, head_dim) of its keys but for the last."""
+    def build(self, layer: int, held: Held) -> None:
+        """Make the index of a layer, or what it lacks, over its keys but for the last."""
         index: KeyIndex = self._indexes.setdefault(layer, self._make())
-        stop = max(len(keys) - _RECENT, 0)
+        stop = max(len(held) - RECENT, 0)
         index.forget(stop)  # an earlier, longer question may have covered more
-        index.extend(keys[:stop].transpose(0, 1))
-        return index
+        if index.covered < stop:
+            index.extend(held.between(index.covered, stop)[0].transpose(0, 1))
 
-    def _index(self, layer: AttentionInput, held: int) -> KeyIndex:
-        """The layer's index; the first time it is extended over what was held before the rows."""
-        if layer.kept not in self._ready:
-            self._ready.add(layer.kept)
-            return self.build(layer.kept, layer.k[:held])
+    def _row(self, layer: AttentionInput, held: Held) -> tuple[Tensor, Tensor]:
+        """One row that sees all of a shard: out (1, heads, head_dim) and lse (heads, 1)."""
         index: KeyIndex = self._indexes[layer.kept]
-        return index
-
-    def _row(self, layer: AttentionInput, index: KeyIndex) -> tuple[Tensor, Tensor]:
-        """One row that sees all of k, v: out (1, heads, head_dim) and lse (heads, 1)."""
-        (keys, kv_heads, _), covered = layer.k.shape, index.covered
+        keys, kv_heads, covered = len(held), layer.k.shape[1], index.covered
+        rest = held.between(covered, keys)
         self._held += keys * kv_heads
+        self._attended += (keys - covered) * kv_heads
         if not covered:
-            self._attended += keys * kv_heads
-            return attention(layer.q, [Segment(layer.k, layer.v)], layer.scale, self._backend, layer.softcap)
+            return attention(layer.q, [Segment(*rest)], layer.scale, self._backend, layer.softcap)
         grouped = layer.q[0].unflatten(0, (kv_heads, -1))
         scores, sizes = index.scores(grouped.float() * layer.scale)
         budget = covered - math.ceil((1 - self._wanted) * keys)
         picked = index.keys_of(self._choose(layer.index, scores, sizes, budget))
-        self._attended += int(picked.sum()) + (keys - covered) * kv_heads
+        self._attended += int(picked.sum())
         parts = []
-        for head in range(kv_heads):  # as many keys as each of them chose
-            k, v = layer.k[:, head : head + 1], layer.v[:, head : head + 1]
-            chosen = picked[head].nonzero().squeeze(1)
-            segments = [Segment(k[chosen], v[chosen]), Segment(k[covered:], v[covered:])]
+        for head, pair in enumerate(held.chosen(picked)):  # as many keys as each of them chose
+            segments = [Segment(*pair), Segment(rest[0][:, head : head + 1], rest[1][:, head : head + 1])]
             parts.append(attention(grouped[head : head + 1], segments, layer.scale, self._backend, layer.softcap))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 0)

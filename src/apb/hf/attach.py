@@ -21,7 +21,7 @@ from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
-from .config import shared_layers
+from .config import latent, shared_layers
 from .fusing import fuse_parts
 from .modules import attention_modules, layer_index
 from .placement import device_of, devices
@@ -80,7 +80,7 @@ class Attachment:
         # Lengths beyond which a prompt must be read again (longrope).
         self.switches = switches(text)
         # True if a cache holds what keys and values are expanded from.
-        self.latent = bool(getattr(text, "kv_lora_rank", None))
+        self.latent = latent(model.config)
         # True once the model's own code is known to ask a cache how many tokens were read before a pass.
         self.asks_total = False
         self._windows, self._chunked = not_handed_over(text), chunked(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,33 +15,9 @@ from transformers.cache_utils import Cache
 from ..decoding.base import LayerIndex
 from ..errors import InputError
 from ..layers.recurrent import RecurrentInput, State
+from .offloading import offload
 from .shard_layer import Arrival, ShardLayer
-
-
-@dataclass(frozen=True)
-class Tail:
-    """The last tokens of a shard: by layer keys, values (1, kv_heads, tokens, head_dim) and true positions.
-
-    ``total`` is the number of tokens of all ranks with them, ``states`` those of recurrent layers after them.
-    """
-
-    layers: dict[int, tuple[Tensor, Tensor, list[range]]]
-    total: int
-    states: Mapping[int, State] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its keys, values and states."""
-        return sum(x.nbytes for keys, values, _ in self.layers.values() for x in (keys, values)) + _bytes(self.states)
-
-    def to(self, device_of: Callable[[int], torch.device]) -> Tail:
-        """The same tokens, each layer's on its device."""
-        layers = {
-            layer: (keys.to(device_of(layer)), values.to(device_of(layer)), positions)
-            for layer, (keys, values, positions) in self.layers.items()
-        }
-        states = {layer: state.to(device_of(layer)) for layer, state in self.states.items()}
-        return Tail(layers, self.total, states)
+from .tail import Tail, bytes_of
 
 
 @dataclass(frozen=True)
@@ -71,15 +47,24 @@ class ShardCache(Cache):
         indexes: see :class:`apb.decoding.Shard`.
         states: by recurrent layer its state after those, the same on every rank.
         windows: by layer its window in tokens, own token included; without an entry it sees all.
+        latent: see :class:`apb.decoding.Shard`.
     """
 
     growth = 256
 
     def __init__(
-        self, layers: int, *, capacity: int, keeps_new: bool, total: int, windows: Mapping[int, int] | None = None
+        self,
+        layers: int,
+        *,
+        capacity: int,
+        keeps_new: bool,
+        total: int,
+        windows: Mapping[int, int] | None = None,
+        latent: bool = False,
     ) -> None:
         """``windows`` may be filled later, while the layers run for the first time."""
         self.windows = {} if windows is None else windows
+        self.latent = latent
         self._least = 0  # tokens below which it cannot return
         self.capacity = capacity
         self.keeps_new = keeps_new
@@ -122,15 +107,15 @@ class ShardCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the storage of all layers, with the room that is left in it, and of states."""
+        """Bytes of the storage of all layers on the device, with the room that is left in it, and of states."""
         kept = (x for layer in self._kept() for x in (layer.keys, layer.values))
-        return sum(x.nbytes for x in kept if x is not None) + _bytes(self.states)
+        return sum(x.nbytes for x in kept if x is not None) + bytes_of(self.states)
 
     @property
     def filled(self) -> int:
-        """Bytes of the keys and values that are held, and of states."""
+        """Bytes of the keys and values that are held there, and of states."""
         kept = ((layer, x) for layer in self._kept() for x in (layer.keys, layer.values))
-        return sum(x[:, :, : layer.length].nbytes for layer, x in kept if x is not None) + _bytes(self.states)
+        return sum(x[:, :, : layer.near].nbytes for layer, x in kept if x is not None) + bytes_of(self.states)
 
     def reserve(self, tokens: int) -> None:
         """Ensure storage for so many more tokens, if this rank keeps them: growing once is cheaper than in steps."""
@@ -154,10 +139,14 @@ class ShardCache(Cache):
         """:data:`apb.layers.recurrent.Recur` of rows after all that are held."""
         return layer.read(layer.hidden, self.states.setdefault(layer.index, layer.fresh()))
 
-    def move_states(self, device_of: Callable[[int], torch.device]) -> None:
-        """Have the states of recurrent layers on other devices, and no others to return to."""
+    def move_beside(self, device_of: Callable[[int], torch.device]) -> None:
+        """Have the states of recurrent layers and what decode methods keep elsewhere, and no states to return to."""
         self.states = {layer: state.to(device_of(layer)) for layer, state in self.states.items()}
         self._marks.clear()
+        for indexes in self.indexes.values():
+            for layer, index in indexes.items():
+                if parts := index.tensors():
+                    index.restore({name: part.to(device_of(layer)) for name, part in parts.items()})
 
     def mark(self, total: int, states: Mapping[int, State]) -> None:
         """Keep copies of the states of recurrent layers after ``total`` tokens, so that :meth:`forget` can return."""
@@ -240,11 +229,12 @@ class ShardCache(Cache):
 
     def copy(self, total: int, room: int) -> ShardCache:
         """The first ``total`` tokens, in storage of their own with room for more; those after them must be newer."""
-        windows = dict(self.windows)
-        made = ShardCache(len(self.layers), capacity=0, keeps_new=self.keeps_new, total=total, windows=windows)
+        kept = {"keeps_new": self.keeps_new, "windows": dict(self.windows), "latent": self.latent}
+        made = ShardCache(len(self.layers), capacity=0, total=total, **kept)  # type: ignore[arg-type]
         made._least = self._least
         for layer in self._kept():
-            made.capacity = layer.length + room * self.keeps_new
+            made.capacity = layer.near + room * self.keeps_new
+            made._layer(layer.index).share(layer, total)
             for keys, values, places in layer.until(total):
                 made.fill(layer.index, keys, values, [places])
         states = self.states if total == self.total else self._marks.get(total, {})
@@ -255,7 +245,7 @@ class ShardCache(Cache):
         """Free the storage of all layers."""
         self.indexes.clear()
         for layer in list(self._kept()):
-            layer.keys = layer.values = layer.arriving = None
+            layer.keys = layer.values = layer.arriving = layer.far = None
 
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""
@@ -269,9 +259,31 @@ class ShardCache(Cache):
         return places
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values that this rank holds of a layer: two (tokens, kv_heads, head_dim) views."""
+        """Keys and values that this rank holds of a layer: two (tokens, kv_heads, head_dim), on the device.
+
+        They are views, unless some are in host memory.
+        """
+        keys, values = self._layer(layer).rows(0)
+        return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def near(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See :meth:`apb.decoding.Shard.near`."""
         keys, values = self._layer(layer).view()
         return keys[0].transpose(0, 1), values[0].transpose(0, 1)
+
+    def far(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """See :meth:`apb.decoding.Shard.far`."""
+        far = self._layer(layer).far
+        return None if far is None else (far.keys[0].transpose(0, 1), far.values[0].transpose(0, 1))
+
+    @property
+    def offloaded(self) -> bool:
+        """True if some of it is in host memory while it is in use."""
+        return any(layer.away for layer in self._kept())
+
+    def move_away(self, keep: int) -> None:
+        """See :meth:`apb.decoding.Shard.move_away`. What has come since the last time may stay, if it is little."""
+        offload([layer for layer in self._kept() if layer.index not in self.windows], keep)
 
     def _kept(self) -> Iterator[ShardLayer]:
         """The layers that have keys and values."""
@@ -281,10 +293,6 @@ class ShardCache(Cache):
         layer = self.layers[index]
         assert isinstance(layer, ShardLayer)
         return layer
-
-
-def _bytes(states: Mapping[int, State]) -> int:
-    return sum(part.nbytes for state in states.values() for part in state.tensors().values())
 
 
 def dynamic_cache(

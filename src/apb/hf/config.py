@@ -76,6 +76,11 @@ def tied_embeddings(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
+def latent(config: Any) -> bool:
+    """True if the cache holds latents, from which every pass makes keys and values anew."""
+    return bool(getattr(config.get_text_config(), "kv_lora_rank", None))
+
+
 def layers_in_words(config: Any) -> str:
     """The kinds of layers of a model, in a few words."""
     text = config.get_text_config()
@@ -91,7 +96,7 @@ def layers_in_words(config: Any) -> str:
     sharing = sum(layer is not None for layer in shared_layers(config))
     if sharing:
         kinds.append(f"{sharing} share keys and values")
-    if getattr(text, "kv_lora_rank", None):
+    if latent(config):
         kinds.append("latent attention")
     if any(
         getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "ffn_config")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
 from functools import cache, partial
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import ShardCache
+from .pinned import HostMemory
 
 
 class HostCopy:
@@ -22,23 +22,21 @@ class HostCopy:
     """
 
     def __init__(self, shard: ShardCache) -> None:
-        """Copy all tokens that a shard holds, and wait for that."""
+        """Copy all tokens that a shard holds on the device, and wait for that."""
         held = {
-            layer: [x.transpose(0, 1) for x in shard.shard(layer)] for layer in shard.indices
+            layer: [x.transpose(0, 1) for x in shard.near(layer)] for layer in shard.indices
         }  # (kv_heads, tokens, head_dim)
         sizes = [x.numel() for pair in held.values() for x in pair]
-        memory = torch.empty(sum(sizes), dtype=held[shard.indices[0]][0].dtype)
         devices = {x.device for pair in held.values() for x in pair if x.is_cuda}
-        if devices and memory.nbytes:
-            _pin(self, memory, devices)
-        parts = iter(memory.split(sizes))
+        self._memory = HostMemory(sum(sizes), held[shard.indices[0]][0].dtype, devices)
+        parts = iter(self._memory.numbers.split(sizes))
         self._layers = {layer: [next(parts).view(x.shape) for x in pair] for layer, pair in held.items()}
         for layer, pair in held.items():
             for into, x in zip(self._layers[layer], pair, strict=True):
                 _copy(into, x)
         for device in devices:
             torch.cuda.synchronize(device)
-        self.nbytes = memory.nbytes
+        self.nbytes = self._memory.numbers.nbytes
 
     def replace(self, shard: ShardCache) -> None:
         """Free the device's memory: the copy becomes the storage of the shard that it was made of."""
@@ -131,15 +129,3 @@ def _copy(into: Tensor, x: Tensor) -> None:
     """
     for mine, theirs in zip(into, x, strict=True):
         mine[: len(theirs)].copy_(theirs, non_blocking=True)
-
-
-def _pin(owner: HostCopy, memory: Tensor, devices: Iterable[torch.device]) -> None:
-    """Pin memory as long as its owner lives. torch's own pinned memory would be rounded up to a power of two."""
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
-
-    def unpin() -> None:
-        for device in devices:  # nothing may be on its way
-            torch.cuda.synchronize(device)
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr()))
-
-    weakref.finalize(owner, unpin).atexit = False

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from .offloading import Far
+
 if TYPE_CHECKING:
     from .cache import ShardCache
 
@@ -37,6 +39,7 @@ class ShardLayer(CacheLayerMixin):
     Attributes:
         length: tokens held.
         positions: their true positions, in storage order.
+        far: the first of them, if they are in host memory; keys and values are those after them.
         arriving: makes the work that follows wait for keys and values that are still on their way; None if they are
             here. See :meth:`arrive`.
     """
@@ -51,6 +54,55 @@ class ShardLayer(CacheLayerMixin):
         self.length = 0
         self.positions: list[range] = []
         self.arriving: Callable[[], None] | None = None
+        self.far: Far | None = None
+
+    @property
+    def away(self) -> int:
+        """Number of tokens in host memory."""
+        return 0 if self.far is None else self.far.tokens
+
+    @property
+    def near(self) -> int:
+        """Number of tokens in the storage on the device."""
+        return self.length - self.away
+
+    @property
+    def storage(self) -> tuple[Tensor, Tensor]:
+        """Keys and values on the device, with the room that is left: (1, kv_heads, capacity, head_dim) each."""
+        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        self.arrive()
+        return self.keys, self.values
+
+    def move_away(self, far: Far) -> None:
+        """Copy the layer's first tokens to a storage in host memory that has no tokens yet, and free their own."""
+        moved, rows = far.tokens - self.away, [slice(far.tokens - self.away, self.near)]
+        before = (None, None) if self.far is None else (self.far.keys, self.far.values)
+        kept = []
+        for into, earlier, x in zip((far.keys, far.values), before, self.storage, strict=True):
+            if earlier is not None:
+                into[:, :, : self.away] = earlier
+            into[:, :, self.away :].copy_(x[:, :, :moved], non_blocking=True)
+            kept.append(_only(x, rows, max(x.shape[2] - moved, 1)))
+        self.keys, self.values = kept
+        self.far = far
+
+    def share(self, other: ShardLayer, total: int) -> None:
+        """Begin, while empty, with what another layer has in host memory of tokens at positions before ``total``."""
+        if other.far is None:
+            return
+        held = [range(each.start, min(each.stop, total)) for each in other.positions]
+        self.length = min(other.away, sum(map(len, held)))
+        self.far = other.far.first(self.length)
+        self.place(list(_first(held, self.length)))
+
+    def rows(self, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, kv_heads, tokens, head_dim) from a row on, on the device; views if all are there."""
+        keys, values = self.view()
+        if self.far is None or start >= self.away:
+            near = slice(start - self.away, None)
+            return keys[:, :, near], values[:, :, near]
+        far_keys, far_values = (x[:, :, start:].to(keys.device) for x in (self.far.keys, self.far.values))
+        return torch.cat([far_keys, keys], 2), torch.cat([far_values, values], 2)
 
     def arrive(self) -> None:
         """Have whatever reads the keys and values from now on see them all; called before they are used."""
@@ -93,10 +145,13 @@ class ShardLayer(CacheLayerMixin):
             self.length -= len(last) - len(kept)
             if kept:
                 self.positions.append(kept)
+        if self.far is not None and self.length < self.away:
+            self.far = self.far.first(self.length)
 
     def drop_before(self, start: int) -> None:
         """Drop the tokens at true positions before ``start``, and the storage that they take."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
+        assert self.far is None, "layers that drop tokens have a window, and stay on the device"
         parts, row = [], 0
         for each in self.positions:
             if each.stop > start:
@@ -113,22 +168,20 @@ class ShardLayer(CacheLayerMixin):
 
     def tail(self, start: int) -> tuple[Tensor, Tensor, list[range]]:
         """Copies of the tokens at true positions from ``start`` on, the last to be appended, and their positions."""
-        assert self.keys is not None and self.values is not None, "the cache has not been written yet"
-        self.arrive()
         positions = [range(max(each.start, start), each.stop) for each in self.positions if each.stop > start]
-        first = self.length - sum(map(len, positions))
-        parts = (x[:, :, first : self.length].clone() for x in (self.keys, self.values))
-        return *parts, positions  # type: ignore[return-value]
+        keys, values = self.rows(self.length - sum(map(len, positions)))
+        return keys.clone(), values.clone(), positions
 
     def until(self, stop: int) -> Iterator[tuple[Tensor, Tensor, range]]:
-        """Keys, values and positions of the tokens at true positions before ``stop``, in storage order."""
+        """Keys, values and positions of the tokens on the device before position ``stop``, in storage order."""
         keys, values = self.view()
         yield keys[:, :, :0], values[:, :, :0], range(0)  # for the shape of a layer that has none
-        row = 0
+        row = -self.away
         for run in self.positions:
-            part = range(run.start, min(run.stop, stop))
+            part = range(run.start - min(row, 0), min(run.stop, stop))
             if part:
-                yield keys[:, :, row : row + len(part)], values[:, :, row : row + len(part)], part
+                first = max(row, 0)
+                yield keys[:, :, first : first + len(part)], values[:, :, first : first + len(part)], part
             row += len(run)
 
     def append(self, keys: Tensor, values: Tensor, positions: Sequence[range]) -> None:
@@ -138,28 +191,28 @@ class ShardLayer(CacheLayerMixin):
         self.place(positions)
 
     def view(self, at_least: int = 0) -> tuple[Tensor, Tensor]:
-        """The filled part: two (1, kv_heads, length, head_dim), of length 0 or ``at_least``."""
+        """The filled part on the device: two (1, kv_heads, tokens, head_dim), of no tokens or ``at_least``."""
         assert self.keys is not None and self.values is not None, "the cache has not been written yet"
         self.arrive()
-        length = max(self.length, at_least)
+        length = max(self.near, at_least)
         return self.keys[:, :, :length], self.values[:, :, :length]
 
     def make_room(self, tokens: int) -> None:
         """Ensure storage for ``tokens`` more tokens; growing costs a copy."""
         assert self.keys is not None and self.values is not None
         capacity = self.keys.shape[2]
-        if self.length + tokens > capacity:
+        if self.near + tokens > capacity:
             self.arrive()
-            grown = max(self.length + tokens, capacity + self._shard.growth)
+            grown = max(self.near + tokens, capacity + self._shard.growth)
             self.keys, self.values = _grow(self.keys, grown), _grow(self.values, grown)
 
     def _append(self, keys: Tensor, values: Tensor) -> None:
         self.make_room(keys.shape[2])
         assert self.keys is not None and self.values is not None
-        stop = self.length + keys.shape[2]
-        self.keys[:, :, self.length : stop] = keys
-        self.values[:, :, self.length : stop] = values
-        self.length = stop
+        near = slice(self.near, self.near + keys.shape[2])
+        self.keys[:, :, near] = keys
+        self.values[:, :, near] = values
+        self.length += keys.shape[2]
 
     def get_seq_length(self) -> int:
         """Tokens of the whole prompt and answer so far, over all ranks: transformers counts positions with it."""
@@ -172,6 +225,13 @@ class ShardLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """No maximum."""
         return -1
+
+
+def _first(positions: Sequence[range], tokens: int) -> Iterator[range]:
+    """The positions of the first tokens."""
+    for each in positions:
+        yield each[:tokens]
+        tokens = max(tokens - len(each), 0)
 
 
 def _only(x: Tensor, rows: Sequence[slice], capacity: int) -> Tensor:

@@ -71,6 +71,7 @@ def read(
         keeps_new=owns_tail,
         total=plan.total,
         windows=attachment.windows,
+        latent=attachment.latent,
     )
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0

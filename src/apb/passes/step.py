@@ -63,6 +63,8 @@ class Stepper:
             return f"layers have {', '.join(sorted(attachment.peculiar))}"
         if attachment.length_dependent:
             return f"RoPE of type {' and '.join(attachment.length_dependent)} depends on the length"
+        if cache.offloaded:
+            return "keys and values are in host memory"
         head_dim = max(heads[1] for heads in layout.heads if heads is not None)
         return fused.why_not(layout.device, layout.dtype, head_dim)
 

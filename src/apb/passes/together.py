@@ -60,7 +60,7 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
     def attend(layer: AttentionInput) -> Tensor:
         parts = []
         for row, (each, start) in enumerate(zip(continuations, starts, strict=True)):
-            k, v = each.cache.shard(layer.kept)
+            k, v = each.cache.near(layer.kept)
             assert k.shape[1:] == layer.k.shape[1:], "caches hold what is attended to"
             # A window that is longer than one text may be shorter than another.
             window = layer.window if layer.window is not None and layer.window <= start else None

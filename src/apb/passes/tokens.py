@@ -98,7 +98,7 @@ class Continuation:
         cache.expect(range(start, start + count))
 
         def attend(layer: AttentionInput) -> Tensor:
-            keys = cache.held[layer.kept]  # an empty shard comes with one dummy row
+            keys = len(cache.near(layer.kept)[0])  # an empty shard comes with one dummy row
             layer = replace(layer, k=layer.k[:keys], v=layer.v[:keys])
             return merge_over_ranks(layer, *self.partial(layer, start), decoder.group).wait()
 
