@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ import pytest
 import apb
 from answers import record, run_of
 from apb.compressors import Random, Recent
+from apb.decoding import Dense, Pages, Retrieval, Squeezed
 from apb.errors import InputError
 from apb.evaluation.items import Item
 from apb.evaluation.records import Store, model_name, read_records, write_records
@@ -23,6 +24,7 @@ from apb.evaluation.settings import Setting, settings
 from apb.evaluation.statistics import compare, difference, interval
 from apb.evaluation.summary import summarize
 from apb.methods import APB, option
+from apb.passes import prefill
 from command_line import Cli
 
 
@@ -80,6 +82,12 @@ def test_settings_that_differ() -> None:
     assert settings(["full"], ["query"], blocks=[4], anchor_length=9, passing_length=9) == [Setting.of("full")]
     assert settings(["star"], blocks=[4], anchor_length=9, passing_length=9) == [
         Setting.of("star", blocks=4, anchor_length=9)
+    ]
+    methods = [Dense(), Pages(0.2)]
+    assert settings(["full", "star"], decodings=methods, blocks=[4]) == [
+        replace(Setting.of(name, **blocks), decoding=method)
+        for name, blocks in (("full", {}), ("star", {"blocks": 4}))
+        for method in methods
     ]
     assert settings(["apb"], heads="h.pt") == [Setting.of("apb", "retaining", heads="h.pt")]
     with pytest.raises(InputError, match="Unknown strategy"):
@@ -288,6 +296,43 @@ def test_a_record_says_how_its_answer_came_about(checkpoint: Path) -> None:
     assert full.prompt_tokens == len(item.prompt(engine.tokenizer))
     with pytest.raises(InputError, match="needs a tokenizer"):
         Runner(apb.Engine.from_model(engine.model), "small", ways, Store())
+
+
+def test_decode_methods_answer_from_one_reading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as if it had read for itself, and the record says what its tokens attended to; exact ones stay so."""
+    engine = apb.Engine.from_pretrained(checkpoint, device="cpu")
+    item = Item("own", "notes", 600, "7", "many words are here " * 25, "Which?", ("yes",), "words", 6)
+    methods = [Dense(), Pages(0.2, page_size=4), Squeezed(1.0), Retrieval(0.2), Dense()]
+    ways = settings(["full", "apb"], decodings=methods, blocks=[3], question_first=True)
+    assert len(ways) == 8
+    alone = [next(Runner(engine, "small", [way], Store()).run([item]))[0] for way in ways]
+    read = []
+    reading = prefill.read
+    monkeypatch.setattr(prefill, "read", lambda *given, **more: (read.append(1), reading(*given, **more))[1])
+    (together,) = Runner(engine, "small", ways, Store()).run([item])
+    assert len(read) == 2
+    for mine, wanted in zip(together, alone, strict=True):
+        assert replace(mine, seconds=0, prefill_s=0) == replace(wanted, seconds=0, prefill_s=0)
+        assert mine.seconds > mine.prefill_s > 0
+    assert [each.prefill_s for each in together] == [together[0].prefill_s] * 4 + [together[4].prefill_s] * 4
+    told = [(each.decode["method"], each.decode["exact"]) for each in together[:4]]
+    assert told == [("exact", True), ("pages", False), ("squeezed", True), ("retrieval", False)]
+    assert [each.exact for each in together] == [True, False, True, False, *[False] * 4]
+    assert together[1].decode["share"] < 0.5
+
+
+def test_decode_methods_of_a_command(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """Options go to the methods that have them, several shares make several readings; what none has is refused."""
+    place = ("--model", checkpoint, "--device", "cpu", "--json")
+    given = ("eval", "synthetic", "--task", "single", "--length", 800, "--samples", 1, "--strategy", "full", *place)
+    ways = ("--decode", "exact", "--decode", "pages", "--share", 0.1, "--share", 0.3, "--page-size", 8)
+    cli(*given, *ways, "--out", tmp_path / "a.jsonl")
+    records = list(read_records(tmp_path / "a.jsonl"))
+    names = ["full", *(f"full, decode pages{share}, page size 8" for share in ("", ", share 0.3"))]
+    assert [each.reading_name.replace("page size 8, share 0.3", "share 0.3, page size 8") for each in records] == names
+    cli(*given, "--decode", "squeezed", "--page-size", 8).refused("'squeezed' has no option 'page_size'")
+    cli(*given, "--share", 0.3).refused("'exact' has no option 'share'")
+    cli("eval", "fidelity", *given[2:-1], "--decode", "pages").refused("apb eval decode")
 
 
 def test_a_run_is_resumed(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import at_least
+from ..errors import InputError, at_least
 from . import options
 from .evaluate import Length, Seed, Task
 from .groups import expanded
@@ -34,6 +34,8 @@ def fidelity(
 
     synthetic.check(task, samples)
     at_least("rows", rows, 1)
+    if readings.decode.made() != options.Decodings(options={}).made():
+        raise InputError("This looks at how texts are read; for decode methods there is apb eval decode.")
     place, chosen = check_readings(model, options.Ranks(), readings)
     synthetic.check_lengths(length, place.config)
     engine = Engine.from_pretrained(**place.loading)

@@ -13,7 +13,22 @@ import typer
 
 from .. import __version__
 from ..errors import InputError, NotFinite, RankError, unexpected
-from . import bench, check, demo, doctor, documents, evaluate, explain, fidelity, generate, plan, report, serve, train
+from . import (
+    bench,
+    check,
+    decode_fidelity,
+    demo,
+    doctor,
+    documents,
+    evaluate,
+    explain,
+    fidelity,
+    generate,
+    plan,
+    report,
+    serve,
+    train,
+)
 
 app = typer.Typer(
     name="apb",
@@ -49,6 +64,7 @@ app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 evaluate.app.command("fidelity")(fidelity.fidelity)
+evaluate.app.command("decode")(decode_fidelity.decode)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")

@@ -16,8 +16,9 @@ import typer
 
 from ..compressors import COMPRESSORS
 from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
-from ..decoding import DECODINGS, make_decoding
+from ..decoding import DECODINGS, make_decodings
 from ..decoding import OPTIONS as DECODING_OPTIONS
+from ..decoding import Decoding as DecodeMethod
 from ..errors import InputError
 from ..planning.methods import METHODS
 from ..planning.methods import OPTIONS as METHOD_OPTIONS
@@ -85,7 +86,11 @@ Strategy = Annotated[str, typer.Option(help=f"How the document is read: {_STRATE
 Strategies = Annotated[list[str] | None, typer.Option(help=f"{_STRATEGIES}; repeatable. By default apb.")]
 Compressor = Annotated[str | None, typer.Option(help=f"{_COMPRESSORS}. {_DEFAULT_COMPRESSOR}")]
 Compressors = Annotated[list[str] | None, typer.Option(help=f"{_COMPRESSORS}; repeatable. {_DEFAULT_COMPRESSOR}")]
-DecodeName = Annotated[str, typer.Option("--decode", help=f"How new tokens attend to the cache: {_listed(DECODINGS)}.")]
+_DECODE = f"How new tokens attend to the cache: {_listed(DECODINGS)}"
+DecodeName = Annotated[str, typer.Option("--decode", help=f"{_DECODE}.")]
+DecodeNames = Annotated[
+    list[str] | None, typer.Option("--decode", help=f"{_DECODE}; repeatable, over one reading. By default exact.")
+]
 Rounds = Annotated[
     int | None,
     typer.Option(help="Passes that the blocks are read in, which bounds memory. One if left out, or what fits."),
@@ -186,6 +191,18 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Decodings:
+    """Decode methods beside each other, over the same reading, and their options."""
+
+    decoding: DecodeNames = None
+    options: Annotated[dict[str, Any], Derived(DECODING_OPTIONS, repeatable=("share",))]
+
+    def made(self) -> list[DecodeMethod]:
+        """The methods; the exact one if none was named."""
+        return make_decodings(self.decoding or ["exact"], self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """The reading of one prompt; its ``values`` are arguments of :meth:`apb.reading.Reading.of`.
 
@@ -215,15 +232,14 @@ class Readings:
     compressor: Compressors = None
     scoring: Annotated[dict[str, Any], Derived(COMPRESSOR_OPTIONS)]
     propagation: Propagations = None
-    decode: Decoding
+    decode: Decodings
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of :func:`apb.evaluation.settings.settings`."""
         names = {"strategies": self.strategy or ["apb"], "compressors": self.compressor or []}
-        decoding = make_decoding(self.decode.decoding, self.decode.options)
         return {
             **names,
-            "decoding": decoding,
+            "decodings": self.decode.made(),
             "propagations": propagations(self.propagation),
             **self.method,
             **self.scoring,

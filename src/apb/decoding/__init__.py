@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from ..errors import InputError
@@ -30,6 +31,7 @@ __all__ = [
     "StoredReader",
     "Streamed",
     "make_decoding",
+    "make_decodings",
 ]
 
 DECODINGS: dict[str, type[Decoding]] = {kind.name: kind for kind in (Dense, Pages, Squeezed, Streamed, Retrieval)}
@@ -60,3 +62,22 @@ def make_decoding(decoding: str | Decoding = Dense.name, options: Mapping[str, A
     for name in named.keys() - options_of(kind).keys():
         raise InputError(f"The decode method {decoding!r} has no option {name!r}; leave it out.")
     return kind(**named)
+
+
+def make_decodings(names: Sequence[str], options: Mapping[str, Any] | None = None) -> list[Decoding]:
+    """Methods by name, each with those of the options that it has; several values of one (a list) make several methods.
+
+    Raises:
+        InputError: an unknown name, or an option that none of them has.
+    """
+    several = {name: value if isinstance(value, list) else [value] for name, value in (options or {}).items()}
+    found: dict[Decoding, None] = {}
+    unused = dict(several)
+    for name in names:
+        mine = {each: several[each] for each in options_of(DECODINGS.get(name, Dense)).keys() & several.keys()}
+        unused = {each: value for each, value in unused.items() if each not in mine}
+        for values in product(*mine.values()):
+            found[make_decoding(name, dict(zip(mine, values, strict=True)))] = None
+    for name, (first, *_) in unused.items():
+        make_decoding(names[0], {name: first})
+    return list(found)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -69,12 +70,15 @@ class Runner:
             for item in items:
                 prompt = self._prompt(item)
                 records = []
-                for setting, engine in zip(self.settings, engines, strict=True):
-                    record = self._answer(item, prompt, setting, engine)
-                    if record is not None:
-                        records.append(record)
-                    if done is not None:
-                        done()
+                for _, beside in groupby(zip(self.settings, engines, strict=True), lambda each: each[0].reading):
+                    shared = list(beside)
+                    read = self._reading(item, prompt, shared)
+                    for setting, engine in shared:
+                        record = self._answer(item, prompt, setting, engine, read)
+                        if record is not None:
+                            records.append(record)
+                        if done is not None:
+                            done()
                 yield records
 
     def _prompt(self, item: Item) -> Prompt | InputError:
@@ -86,6 +90,18 @@ class Runner:
         self.cuts += [cut] if cut else []
         return prompt
 
+    def _reading(
+        self, item: Item, prompt: Prompt | InputError, shared: Sequence[tuple[Setting, Engine]]
+    ) -> Callable[[], Document] | None:
+        """What reads the document once for settings that differ in the decode method alone, when it is first needed.
+
+        None if question and document are to be read at once.
+        """
+        setting, engine = shared[0]
+        if isinstance(prompt, InputError) or (setting.ask_after is None and len(shared) == 1):
+            return None
+        return cache(lambda: self._read(item, prompt, setting.ask_after or "this", engine))
+
     def _read(self, item: Item, prompt: Prompt, ask_after: str, engine: Engine) -> Document:
         """The document of a prompt, read for one of :data:`ASK_AFTER`, without the question's rows."""
         queries = {"this": item.query, "other": item.other_query, "none": NEUTRAL, "typical": TYPICAL}
@@ -96,8 +112,18 @@ class Runner:
         state = State.of_session(session, engine.reading.arranged(read), (), engine.reading.compressor.name)
         return Document(engine, OfTokens(prompt.prefix, prompt.document), state)
 
-    def _answer(self, item: Item, prompt: Prompt | InputError, setting: Setting, engine: Engine) -> Record | None:
-        """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0."""
+    def _answer(
+        self,
+        item: Item,
+        prompt: Prompt | InputError,
+        setting: Setting,
+        engine: Engine,
+        read: Callable[[], Document] | None,
+    ) -> Record | None:
+        """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0.
+
+        ``read``: see :meth:`_reading`. What it took counts for every setting that shares it.
+        """
         group = engine.group
         chosen = {} if self.budget is None else {"max_new_tokens": self.budget}
         blank = Record(
@@ -144,15 +170,16 @@ class Runner:
             told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
             if group.broadcast(told).item():
                 return known
-            start = time.perf_counter()
             sampling: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stopping_criteria": self._ends}
-            if setting.ask_after is None:
+            state = None if read is None else read().state
+            start = time.perf_counter()
+            if state is None:
                 result = engine.generate(prompt, **sampling)
+                seconds = time.perf_counter() - start
             else:
-                document = self._read(item, prompt, setting.ask_after, engine)
-                result = document.ask(prompt.query, **sampling)
-                result.timing["prefill_s"] += document.state.prefill_s
-            seconds = time.perf_counter() - start
+                result = Document(engine, OfTokens(prompt.prefix, prompt.document), state).ask(prompt.query, **sampling)
+                seconds = state.prefill_s + time.perf_counter() - start
+                result.timing["prefill_s"] += state.prefill_s
         except (InputError, NotFinite) as error:  # raised on all ranks
             record = replace(blank, error=str(error))
         except torch.OutOfMemoryError as error:

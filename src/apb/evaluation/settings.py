@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -69,6 +69,11 @@ class Setting:
         return asked | ({} if self.ask_after is None else {"ask_after": self.ask_after})
 
     @property
+    def reading(self) -> Setting:
+        """The same with exact decode: settings of one reading answer over what is read once."""
+        return replace(self, decoding=EXACT)
+
+    @property
     def heads(self) -> str | None:
         """The file of trained heads, if a compressor uses one."""
         path = getattr(self.compressor, "heads", None)
@@ -92,29 +97,34 @@ class Setting:
 def settings(
     strategies: Sequence[str],
     compressors: Sequence[str] = (),
-    decoding: Decoding = EXACT,
+    decodings: Sequence[Decoding] = (EXACT,),
     propagations: Sequence[Propagation | None] = (None,),
     **options: Any,
 ) -> list[Setting]:
     """All distinct combinations: options apply to strategies that have them, compressors to those that pass pairs.
 
     An option with several values (a list or tuple) is combined with the others. Options of compressors apply to those
-    that have them, if several are named.
+    that have them, if several are named. Settings that differ in the decode method alone stand side by side.
     """
     values = {name: list(value) if isinstance(value, (list, tuple)) else [value] for name, value in options.items()}
     values = {name: [each for each in several if each is not None] or [None] for name, several in values.items()}
     names: list[str | None] = [*compressors] or [None]
     _check_scoring({name: several for name, several in values.items() if name in COMPRESSOR_OPTIONS}, compressors)
     found: dict[Setting, None] = {}
+
+    def beside(method: Method, scorer: Compressor | None) -> dict[Setting, None]:
+        pairs = product(propagations, decodings)
+        return {Setting(method, scorer, decoding, propagation=propagation): None for propagation, decoding in pairs}
+
     for strategy, combination, name in product(strategies, product(*values.values()), names):
         chosen = dict(zip(values, combination, strict=True))
         method = make_method(strategy, {key: value for key, value in chosen.items() if key in OPTIONS})
         if not method.passes:
-            found |= {Setting(method, None, decoding, propagation=each): None for each in propagations}
+            found |= beside(method, None)
             continue
         known = COMPRESSOR_OPTIONS if name is None else options_of(compressor_named(name))
         scorer = make_compressor(name, {key: value for key, value in chosen.items() if key in known})
-        found |= {Setting(method, scorer, decoding, propagation=each): None for each in propagations}
+        found |= beside(method, scorer)
     return list(found)
 
 

@@ -34,6 +34,13 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
     return min(mean, max(0.0, 100 * (middle - half))), max(mean, 100 * (middle + half))
 
 
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean; resampling uses a fixed seed."""
+    drawn = numpy.array(values)[numpy.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))]
+    low, high = numpy.percentile(drawn.mean(1), (2.5, 97.5))
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Cell:
     """One cell of the table: the mean score, 0 to 100, of one task, length and reading.
