@@ -29,6 +29,7 @@ from apb.evaluation.decode_fidelity import named
 from apb.evaluation.settings import Setting
 from apb.hardware import Stopwatch, fingerprint
 from apb.hf.loading import shipped_model
+from apb.hf.sampling import eos_ids
 from apb.methods import Full
 from apb.state import ROOM, State
 
@@ -36,10 +37,10 @@ from apb.state import ROOM, State
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder or hub id; the shipped one if left out")
-    parser.add_argument("--task", default="single")
+    parser.add_argument("--task", default="multivalue")
     parser.add_argument("--length", type=int, default=32768)
     parser.add_argument("--share", type=float, default=0.1, help="of the keys")
-    parser.add_argument("--tokens", type=int, default=16, help="steps of a turn")
+    parser.add_argument("--tokens", type=int, default=16, help="most steps of a turn; it ends with the answer")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -51,6 +52,11 @@ def main() -> None:
     prompt = item.prompt(engine.tokenizer)
     session = engine.prefill(prompt, max_new_tokens=given.tokens)
     state = State.of_session(session, prompt, (), "")
+    measured = [Measured(engine, method, prompt, state, given.tokens) for method in methods]
+    tokens: list[int] = []
+    for _ in range(given.turns):
+        for each in measured:
+            tokens = each.turn(tokens)
     report: dict[str, Any] = {
         "command": f"python {' '.join(sys.argv)}",
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -58,16 +64,11 @@ def main() -> None:
         "fingerprint": fingerprint(engine.device, engine.dtype),
         "task": given.task,
         "prompt_tokens": len(prompt),
+        "steps": len(tokens) - 1,
         "prefill_s": state.prefill_s,
         "answers": item.answers,
-        "rows": [],
+        "rows": [each.row() for each in measured],
     }
-    measured = [Measured(engine, method, prompt, state, given.tokens) for method in methods]
-    tokens: list[int] = []
-    for _ in range(given.turns):
-        for each in measured:
-            tokens = each.turn(tokens)
-    report["rows"] = [each.row() for each in measured]
     print(json.dumps(report, indent=1))
     if given.out:
         given.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -96,8 +97,11 @@ class Measured:
                 self.text = document.ask(self.prompt.query, max_new_tokens=self.tokens).text
             session = document.prefill(self.prompt.query, max_new_tokens=self.tokens + 1)
             seconds, read = [], []
-            for step in range(self.tokens + 1):
-                read.append(tokens[step] if tokens else int(session.logits.argmax()))
+            for step in range(len(tokens) or self.tokens + 1):
+                token = tokens[step] if tokens else int(session.logits.argmax())
+                if token in eos_ids(engine.model):
+                    break
+                read.append(token)
                 watch = Stopwatch(engine.device)
                 session.extend(read[-1:])
                 seconds.append(watch.seconds())

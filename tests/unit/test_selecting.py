@@ -102,6 +102,10 @@ def test_the_keys_of_a_numpy_reference_are_attended_to(method: Any, away: int) -
     np.testing.assert_allclose(out[0], attended(held.q[0], held.k, held.v, 0.5, seen), atol=1e-5)
     assert lse.shape == (6, 1)
     assert method.share - 0.1 < reader.share == seen.mean() <= method.share
+    held.q = -2 * held.q  # a token after it has the same budget
+    out, _ = reader.attend(held.layer(), NewRows(200, [range(200)]))
+    seen = chosen(method, held.q[0], held.k, 0.5)
+    np.testing.assert_allclose(out[0], attended(held.q[0], held.k, held.v, 0.5, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

@@ -11,7 +11,9 @@ from ..planning.options import option
 from .base import Decoding, Reader, Shard
 
 if TYPE_CHECKING:  # a decode method can be named without torch
-    from .selecting import Choose, KeyIndex, SelectingReader
+    from torch import Tensor
+
+    from .selecting import KeyIndex, SelectingReader
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,13 @@ class Indexed(Decoding):
         """See :meth:`Decoding.new_index`."""
 
     @abstractmethod
-    def chooser(self) -> Choose:
-        """What chooses the units of keys for one session's tokens."""
+    def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
+        """The units of keys that a row attends to: (kv_heads, units) bool.
+
+        Args:
+            scores, sizes: (kv_heads, units), of :meth:`KeyIndex.scores`.
+            keys: so many of them may be chosen by KV head.
+        """
 
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
         """See :meth:`Decoding.prepare`: what the index lacks is built when the first token is read."""
@@ -55,4 +62,4 @@ class Indexed(Decoding):
         from .selecting import SelectingReader
 
         indexes = cache.indexes.setdefault(self.index_key, {})
-        return SelectingReader(cache, indexes, self.new_index, self.chooser(), self.share, backend)
+        return SelectingReader(cache, indexes, self.new_index, self.choose, self.share, backend)

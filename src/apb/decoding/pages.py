@@ -11,7 +11,7 @@ from .indexed import Indexed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .selecting import Choose, KeyIndex
+    from .selecting import KeyIndex
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,8 @@ class Pages(Indexed):
 
         return PageIndex(self.page_size)
 
-    def chooser(self) -> Choose:
-        """See :meth:`Indexed.chooser`."""
-        return self._best
-
-    def _best(self, layer: int, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
-        """The best pages of every KV head, within the budget; at least one."""
+    def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
+        """See :meth:`Indexed.choose`: the best pages of every KV head, within the budget; at least one."""
         import torch
 
         count = min(max(keys // self.page_size, 1), scores.shape[1])

@@ -13,7 +13,9 @@ from .pages import Pages
 from .squeezed import Squeezed
 
 if TYPE_CHECKING:
-    from .selecting import Choose, KeyIndex
+    from torch import Tensor
+
+    from .selecting import KeyIndex
 
 _SELECTORS: dict[str, type[Indexed]] = {kind.name: kind for kind in (Pages, Squeezed)}
 
@@ -44,9 +46,9 @@ class Retrieval(Indexed):
         """See :meth:`Decoding.new_index`: the selector's."""
         return self._selector.new_index()
 
-    def chooser(self) -> Choose:
-        """See :meth:`Indexed.chooser`: the selector's."""
-        return self._selector.chooser()
+    def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
+        """See :meth:`Indexed.choose`: as the selector does."""
+        return self._selector.choose(scores, sizes, keys)
 
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
         """See :meth:`Decoding.prepare`: what has been read is indexed, and moves to host memory."""

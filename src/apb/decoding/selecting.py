@@ -67,8 +67,8 @@ class KeyIndex(ABC):
         """The keys, bool (kv_heads, covered), of the units chosen, bool (kv_heads, units)."""
 
 
-# (layer, scores, sizes, keys that may be chosen per KV head) to the units chosen, bool (kv_heads, units).
-Choose = Callable[[int, "Tensor", "Tensor", int], "Tensor"]
+# See Indexed.choose.
+Choose = Callable[["Tensor", "Tensor", int], "Tensor"]
 
 
 class SelectingReader(Reader):
@@ -141,7 +141,7 @@ class SelectingReader(Reader):
         grouped = layer.q[0].unflatten(0, (kv_heads, -1))
         scores, sizes = index.scores(grouped.float() * layer.scale)
         budget = covered - math.ceil((1 - self._wanted) * keys)
-        picked = index.keys_of(self._choose(layer.index, scores, sizes, budget))
+        picked = index.keys_of(self._choose(scores, sizes, budget))
         self._attended += int(picked.sum())
         parts = []
         for head, pair in enumerate(held.chosen(picked)):  # as many keys as each of them chose

@@ -12,7 +12,7 @@ from .indexed import Indexed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .selecting import Choose, KeyIndex
+    from .selecting import KeyIndex
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Squeezed(Indexed):
     """Squeezed Attention (arXiv 2411.09688), with one level of clusters: k-means on normalised keys by KV head.
 
     A cluster is attended to if the estimated share of attention per key is above a threshold, one for all KV heads of
-    a layer, so that heads that look at few keys leave more to the others. It is calibrated to ``share`` on an answer's
-    first token; later tokens attend to more or fewer keys. The heads of a group choose together.
+    a layer, so that heads that look at few keys leave more to the others. The paper calibrates it once, for a mean over
+    many texts; here every token has its own, which ``share`` of the keys pass. The heads of a group choose together.
     """
 
     name: ClassVar[str] = "squeezed"
@@ -39,21 +39,9 @@ class Squeezed(Indexed):
 
         return ClusterIndex(self.cluster_size)
 
-    def chooser(self) -> Choose:
-        """See :meth:`Indexed.chooser`: the threshold is calibrated anew for every answer."""
-        return _Threshold()
-
-
-class _Threshold:
-    """Chooses the units above a layer's threshold, which its first row sets."""
-
-    def __init__(self) -> None:
-        self._of: dict[int, float] = {}
-
-    def __call__(self, layer: int, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
-        """See :data:`Choose`."""
-        if layer not in self._of:
-            best, order = scores.flatten().sort(descending=True, stable=True)
-            within = int((sizes.flatten()[order].cumsum(0) <= keys * len(scores)).sum())
-            self._of[layer] = float(best[max(within, 1) - 1]) if within < len(best) else -math.inf
-        return (scores >= self._of[layer]) & (sizes > 0)
+    def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
+        """See :meth:`Indexed.choose`: the best clusters of all KV heads together, within the budget; at least one."""
+        best, order = scores.flatten().sort(descending=True, stable=True)
+        within = int((sizes.flatten()[order].cumsum(0) <= keys * len(scores)).sum())
+        threshold = best[max(within, 1) - 1] if within < len(best) else -math.inf
+        return (scores >= threshold) & (sizes > 0)
