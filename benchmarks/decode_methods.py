@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     share = given.share
-    methods = [Dense(), Pages(share), Squeezed(share), Streamed(), Retrieval(share), Retrieval(share, "squeezed")]
+    methods = [Dense(), Pages(share), Squeezed(share), Streamed(), Retrieval(share)]
     engine = apb.Engine.from_pretrained(given.model or shipped_model(), strategy="full")
     assert engine.tokenizer is not None
     (item,) = synthetic.items(engine.tokenizer, given.task, given.length, 1, seed=0)
