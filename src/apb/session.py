@@ -13,7 +13,7 @@ from .errors import InputError, NotFinite
 from .hf.cache import ShardCache, dynamic_cache
 from .hf.config import kv_heads
 from .passes import together
-from .passes.tokens import Decoder
+from .passes.tokens import Continuation, Decoder
 from .planning.plan import Plan
 from .prompt import check_tokens, whole_numbers
 
@@ -81,7 +81,7 @@ class Session:
         self._decoder = decoder
         self._new_tokens = new_tokens
         self._read_again = read_again
-        self._continuation = decoder.start(cache, new_tokens)
+        self._started: Continuation | None = None
         self.decoding = decoder.decoding
         self._ended: str | None = None
 
@@ -181,10 +181,17 @@ class Session:
 
         Returns the logits (vocab,) after the prompt.
         """
-        del self._continuation, self._cache
+        self._started = None
+        del self._cache
         self._cache, logits = self._read_again(total)
-        self._continuation = self._decoder.start(self._cache, self._new_tokens)
         return logits
+
+    @property
+    def _continuation(self) -> Continuation:
+        """What reads tokens; it begins with the first one, so that what is never continued costs nothing."""
+        if self._started is None:
+            self._started = self._decoder.start(self._cache, self._new_tokens)
+        return self._started
 
     def what_is_not_finite(self, everyone: Group) -> str:
         """A sentence about logits that are not finite; every process must call it, and all get the same one.
@@ -211,12 +218,12 @@ class Session:
     @property
     def captured(self) -> bool:
         """True if the last token was read by CUDA graphs."""
-        return self._continuation.captured
+        return self._started is not None and self._started.captured
 
     @property
     def share(self) -> float:
-        """Share of this rank's keys that a new token attends to."""
-        return self._continuation.share
+        """Share of this rank's keys that a new token attends to; 1 before any."""
+        return 1.0 if self._started is None else self._started.share
 
     def gather_kv(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The cache of one layer: keys and values (kv_heads, tokens, head_dim), on rank 0; (None, None) elsewhere.

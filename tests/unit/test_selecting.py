@@ -155,6 +155,20 @@ def test_pages_stay_with_a_document() -> None:
     assert document.state.cache.indexes[(method.name, 5)] is before
 
 
+def test_indexes_go_with_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And with a document that leaves the device: clusters are not made twice; each follows its own document."""
+    engine = engine_of(Squeezed(share=0.3, cluster_size=4))
+    document = engine.read(tokens=DOCUMENT, prefix=PREFIX)
+    wanted = document.ask([3, 4], max_new_tokens=6).token_ids
+    copy = document.copy()
+    document.ask([9] * 90, keep=True, max_new_tokens=3)
+    monkeypatch.setattr(ClusterIndex, "extend", lambda *_: pytest.fail("clusters were made again"))
+    assert [copy.state.cache.indexes[("squeezed", 4)][layer].covered for layer in range(3)] == [239] * 3
+    copy.come_back(copy.leave(None))
+    monkeypatch.setattr(ClusterIndex, "extend", lambda *_: None)  # of the question
+    assert copy.ask([3, 4], max_new_tokens=6).token_ids == wanted
+
+
 def test_clusters_follow_the_cache() -> None:
     """Keys that are dropped leave their clusters, keys that come have others; a few wait until they make a cluster."""
     keys = Held(100).k.transpose(0, 1)

@@ -22,7 +22,10 @@ answer needs in full."""
 
 
 class LayerIndex(Protocol):
-    """What a decode method has made of a layer's keys, to be kept with them."""
+    """What a decode method has made of a layer's keys, to be kept with them.
+
+    Shallow copies go with copies of the cache: its tensors are replaced, never changed.
+    """
 
     def forget(self, tokens: int) -> None:
         """Forget all keys but the first ``tokens``, which the cache still holds."""

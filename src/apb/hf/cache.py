@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -237,6 +238,10 @@ class ShardCache(Cache):
             made._layer(layer.index).share(layer, total)
             for keys, values, places in layer.until(total):
                 made.fill(layer.index, keys, values, [places])
+        for key, indexes in self.indexes.items():
+            made.indexes[key] = {place: copy(index) for place, index in indexes.items()}
+            for place, index in made.indexes[key].items():
+                index.forget(made._layer(place).length)
         states = self.states if total == self.total else self._marks.get(total, {})
         made.states = {layer: state.copy() for layer, state in states.items()}
         return made
