@@ -135,6 +135,27 @@ def test_sessions_decoded_at_once() -> None:
         assert f"{rows[0]['length']:,} tokens each | {told} |" in text
 
 
+def test_decode_methods() -> None:
+    """The tables of docs/decoding.md: what methods recall, with intervals, and how fast they are."""
+    text = page("docs/decoding.md")
+    for name in ("smollm2-135m", "qwen2.5-coder-0.5b"):
+        for row in result(f"decode_fidelity_{name}_cpu.json")["results"]:
+            mass, kl = (
+                f"{row[key]:.3f} ({row['intervals'][key][0]:.3f} to {row['intervals'][key][1]:.3f})"
+                for key in ("mass_mean", "kl")
+            )
+            said = f"| {mass} | {min(row['mass']):.3f} | {row['mass_min']:.3f} | {kl} | {row['agreement']:.0%}"
+            assert f"| {row['share']:.1%} {said} |".replace("%", " %") in text
+            assert f"{row['samples']} texts and {row['tokens']} tokens" in text
+    found = result("decode_methods_cpu.json")
+    assert f"Reading took {found['prefill_s']:.1f} s" in text
+    for row in found["rows"]:
+        assert row["answer"].strip() == ", ".join(found["answers"])
+        said = f"`{row['decode']}` | {row['share']:.0%} | {row['tokens_per_s']:.1f} | {row['processor_s'] * 1e3:.0f} |"
+        made = f" {row['index_bytes'] / 1e6:.1f} MB | {row['build_s']:.1f} s |" if row["index_bytes"] else ""
+        assert f"| {said}{made}".replace("%", " %") in text
+
+
 def test_all_results_are_described() -> None:
     """Each file has a line in the folder's README, and each link of a page to one leads there."""
     listed = (RESULTS / "README.md").read_text()
