@@ -313,7 +313,6 @@ def test_decode_methods_answer_from_one_reading(checkpoint: Path, monkeypatch: p
     assert len(read) == 2
     for mine, wanted in zip(together, alone, strict=True):
         assert replace(mine, seconds=0, prefill_s=0) == replace(wanted, seconds=0, prefill_s=0)
-        assert mine.seconds > mine.prefill_s > 0
     assert [each.prefill_s for each in together] == [together[0].prefill_s] * 4 + [together[4].prefill_s] * 4
     told = [(each.decode["method"], each.decode["exact"]) for each in together[:4]]
     assert told == [("exact", True), ("pages", False), ("squeezed", True), ("retrieval", False)]
