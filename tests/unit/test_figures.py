@@ -147,6 +147,9 @@ def test_decode_methods() -> None:
             said = f"| {mass} | {min(row['mass']):.3f} | {row['mass_min']:.3f} | {kl} | {row['agreement']:.0%}"
             assert f"| {row['share']:.1%} {said} |".replace("%", " %") in text
             assert f"{row['samples']} texts and {row['tokens']} tokens" in text
+    answers = [json.loads(line) for line in (RESULTS / "decode_methods_needle.jsonl").read_text().splitlines()]
+    assert len(answers) == 7 * 20 and all(each["score"] == 100 for each in answers)
+    assert "20 samples of `single` and `multikey`: every answer is right" in text
     found = result("decode_methods_cpu.json")
     assert f"Reading took {found['prefill_s']:.1f} s" in text
     for row in found["rows"]:

@@ -35,8 +35,8 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
     from rich.table import Table
 
     console = Console(width=None if sys.stdout.isatty() else 120)
-    columns = ("task", "length", "strategy", "question first", "compressor", "blocks", "samples", "score", "95 %",
-               "prefill s")  # fmt: skip
+    columns = ("task", "length", "strategy", "question first", "compressor", "blocks", "decode", "keys read", "samples",
+               "score", "95 %", "prefill s")  # fmt: skip
     table = Table(*columns)
     for row in cells:
         table.add_row(
@@ -46,6 +46,8 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
             "yes" if row["question_first"] else "",
             row["compressor"] or "",
             str(row["blocks"]),
+            row["decode"] or "",
+            "" if row["share"] is None else f"{row['share']:.1%}",
             str(row["samples"]),
             f"{row['score']:.1f}",
             "{:.1f} to {:.1f}".format(*row["interval"]),

@@ -46,7 +46,8 @@ class Cell:
     """One cell of the table: the mean score, 0 to 100, of one task, length and reading.
 
     The plan's numbers are those of the first sample, ``prefill_s`` is the mean of the samples answered. Samples without
-    an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them.
+    an answer, because of an error, are among the ``samples`` with a score of 0; ``failed`` counts them. ``decode`` is
+    the decode method and ``share`` the mean share of the keys that tokens attended to, None if the records do not say.
     """
 
     suite: str
@@ -66,6 +67,8 @@ class Cell:
     score: float
     interval: tuple[float, float]
     prefill_s: float
+    decode: str | None
+    share: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -76,6 +79,7 @@ def cell(records: Sequence[Record]) -> Cell:
     """The cell of records of one task, length and reading."""
     answered, count = [record for record in records if record.error is None], len(records)
     first = (answered or records)[0]
+    shares = [record.decode["share"] for record in records if record.decode is not None]
     mean = sum(record.score for record in records) / count
     return Cell(
         first.suite,
@@ -95,6 +99,8 @@ def cell(records: Sequence[Record]) -> Cell:
         mean,
         interval(mean, count),
         sum(record.prefill_s for record in answered) / max(1, len(answered)),
+        None if first.decode is None else first.decode["method"],
+        sum(shares) / len(shares) if shares else None,
     )
 
 
