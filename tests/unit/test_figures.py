@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -157,6 +158,18 @@ def test_decode_methods() -> None:
         said = f"`{row['decode']}` | {row['share']:.0%} | {row['tokens_per_s']:.1f} | {row['processor_s'] * 1e3:.0f} |"
         made = f" {row['index_bytes'] / 1e6:.1f} MB | {row['build_s']:.1f} s |" if row["index_bytes"] else ""
         assert f"| {said}{made}".replace("%", " %") in text
+
+
+def test_how_many_families_are_read() -> None:
+    """The README's count is that of docs/models.md, of the families of the transformers that the page was made with."""
+    told = re.search(r"(\d+) of transformers' (\d+) causal decoders", page("README.md"))
+    assert told is not None
+    if len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) != int(told[2]):
+        pytest.skip("another transformers than the one that docs/models.md was made with")
+    table = (ROOT / "docs/models.md").read_text()
+    results = dict(re.findall(r"^\| `(.+?)` \| (.+?) \|", table, re.MULTILINE))
+    read = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if results[name].startswith(("works", "as "))]
+    assert len(read) == int(told[1])
 
 
 def test_all_results_are_described() -> None:
