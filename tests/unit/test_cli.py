@@ -69,7 +69,7 @@ def test_the_answer_alone_is_on_standard_output(ask: Cli, checkpoint: Path) -> N
     expected = engine.generate(prompt, max_new_tokens=12)
     done = ask("--blocks", 4, "--max-new-tokens", 12)
     assert (done.status, done.out) == (0, expected.text + "\n")
-    assert "apb: apb (approximate), 4 blocks on 1 ranks: read 583 tokens" in done.err
+    assert "apb: apb (approximate), 4 blocks on 1 rank: read 583 tokens" in done.err
     # No terminal, no bar: a line that a log can keep.
     assert "Reading: token 583 of 583" in done.err.splitlines()
 

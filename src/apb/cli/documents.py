@@ -231,8 +231,9 @@ def told(summary: dict[str, Any]) -> str:
         else f", its index of {' of '.join(map(str, summary['index']))} in {summary['index_s']:.2f} s"
     )
     wanted = [each if isinstance(each, str) else "tokens" for each in summary["read_for"]]
+    ranks = f"{summary['ranks']} rank{'s' * (summary['ranks'] > 1)}"
     return (
-        f"{summary['tokens']:,} tokens, {summary['bytes'] / 2**20:,.1f} MiB on {summary['ranks']} ranks, by "
+        f"{summary['tokens']:,} tokens, {summary['bytes'] / 2**20:,.1f} MiB on {ranks}, by "
         f"{summary['strategy']} ({exact}) in {summary['prefill_s']:.2f} s{index}, for "
         f"{', '.join(map(repr, wanted)) if wanted else 'no question'}; {summary['model']}, {summary['dtype']}, "
         f"{summary['created']}"

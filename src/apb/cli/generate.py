@@ -105,8 +105,9 @@ def answer(request: Request) -> None:
         print(f"apb: chose {result.strategy}: {result.choice}", file=sys.stderr)
     for note in result.notes:
         print(f"apb: {note}", file=sys.stderr)
+    blocks, ranks = result.plan["blocks"], result.plan["ranks"]
     print(
-        f"apb: {result.strategy} ({kind}), {result.plan['blocks']} blocks on {result.plan['ranks']} ranks: "
+        f"apb: {result.strategy} ({kind}), {blocks} block{'s' * (blocks > 1)} on {ranks} rank{'s' * (ranks > 1)}: "
         f"read {result.prompt_tokens} tokens in {result.timing['prefill_s']:.2f} s, "
         f"answered at {result.timing['decode_tokens_per_s']:.1f} tokens/s{attended(result)}",
         file=sys.stderr,
