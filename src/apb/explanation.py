@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import InputError
 from .foresight import Foresight
 from .generation import Sampling, decode
+from .hf.loading import why_all_rows
 from .passes.prefill import Progress
 from .planning.methods import METHODS, Method
 from .planning.plan import Plan
@@ -40,7 +41,8 @@ class Explanation:
         chosen: (layers, kv_heads, prefix + document tokens) bool, on the CPU: passed on to later blocks; with
             propagation of the layers that read all tokens.
         went_on: with propagation the positions of the tokens that went through the other layers.
-        foresight: without propagation, how much of later layers' attention it would keep.
+        foresight: without propagation, how much of later layers' attention it would keep; empty for models that are
+            not read with it.
     """
 
     plan: Plan
@@ -171,7 +173,7 @@ def explain(
         picked.setdefault(layer, []).append(positions.cpu())
 
     foresight = Foresight()
-    look = None if plan.propagation else foresight.look
+    look = None if plan.propagation or why_all_rows(engine.model.config) else foresight.look
     session = engine.prefill(prompt, max_new_tokens=max_new_tokens, progress=progress, on_selection=keep, look=look)
     went_on = frozenset(session.positions(max(session.cache.indices))) if plan.propagation else frozenset()
     words = decode(session, Sampling(max_new_tokens), engine.model, engine.group, tokenizer=tokenizer)

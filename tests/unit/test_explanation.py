@@ -17,6 +17,7 @@ from apb.cli.main import app, run
 from apb.explanation import Explanation, explain
 from apb.foresight import Foresight
 from byte_checkpoint import byte_tokenizer
+from hybrids import make
 from models import tiny_model
 
 TEXT = "Größe <b>&amp; 'Maß'</b>\nwas lit by the keeper of Orrin, called Maud. " * 2
@@ -90,6 +91,15 @@ def test_what_propagation_would_keep() -> None:
     whole, parts = (seen(strategy="star", blocks=3, rounds=rounds).received for rounds in (1, 3))
     assert all(parts[layer].sub(each).abs().max() < 1e-5 for layer, each in whole.items())
     assert whole[3].sub(paid[3]).abs().max() > 0.01
+
+
+def test_nothing_is_foretold_of_models_that_are_read_without_propagation() -> None:
+    """Every layer of Falcon-H1 attends to all, but its states run through every row."""
+    options: dict[str, Any] = {"blocks": 4, "anchor_length": 20, "passing_length": 5, "verify": False}
+    engine = apb.Engine.from_model(make("falcon_h1"), byte_tokenizer(), **options)
+    prompt = apb.Prompt.from_text(engine.tokenizer, TEXT, "Who?")  # type: ignore[arg-type]
+    assert not explain(engine, prompt, "Who?", max_new_tokens=1).foresight.received
+    engine.close()
 
 
 def test_passages(explanation: Explanation) -> None:

@@ -202,21 +202,23 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
             f"{config.model_type!r} models have recurrent layers, whose weights are not shared yet; read on more ranks "
             "instead, without tensor parallelism."
         )
-    if plan.going_on < plan.document and (any(x is not None for x in shared_layers(config)) or chunked(text)):
-        raise InputError(
-            f"{config.model_type!r} models have layers that share keys and values or see chunks, which takes all rows; "
-            "read without propagation."
-        )
-    if text.model_type in RECURRENT_FAMILIES and plan.going_on < plan.document:
-        raise InputError(
-            f"{config.model_type!r} models have recurrent layers, whose state runs through every row; read without "
-            "propagation."
-        )
+    if plan.going_on < plan.document and (reason := why_all_rows(config)):
+        raise InputError(f"{config.model_type!r} models have {reason}; read without propagation.")
     if plan.rounds > 1 and latent(config):
         raise InputError(
             f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
             "read in one round."
         )
+
+
+def why_all_rows(config: Any) -> str | None:
+    """The layers that keep propagation from leaving rows behind in a model; None if it can."""
+    text = config.get_text_config()
+    if any(x is not None for x in shared_layers(config)) or chunked(text):
+        return "layers that share keys and values or see chunks, which takes all rows"
+    if text.model_type in RECURRENT_FAMILIES:
+        return "recurrent layers, whose state runs through every row"
+    return None
 
 
 def position_limit(config: Any) -> int | None:
