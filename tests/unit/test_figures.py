@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -170,6 +171,33 @@ def test_how_many_families_are_read() -> None:
     results = dict(re.findall(r"^\| `(.+?)` \| (.+?) \|", table, re.MULTILINE))
     read = [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if results[name].startswith(("works", "as "))]
     assert len(read) == int(told[1])
+
+
+def test_what_explain_foretells() -> None:
+    """The tables of docs/propagation.md: what each layer held and what was lost above it, and how the ranks agree."""
+    found, text = result("propagation_foresight_cpu.json"), page("docs/propagation.md")
+    rows = found["rows"]
+    prompts, right = ({(row["task"], row["sample"]) for row in rows if row["all_rows"] >= least} for least in (0, 1))
+    assert f"{len(prompts)} prompts of {found['length']:,} tokens" in text
+    assert f"the {len(right)} prompts that all rows answer" in text
+    assert {row["share"] for row in rows} == {0.1}
+    for layer in (8, 12, 16):
+        here = [row for row in rows if row["layer"] == layer]
+        assert len(here) == len(prompts)
+        held, nats = (fmean(row[name] for row in here) for name in ("held", "nats"))
+        points = fmean(row["points"] for row in here if row["all_rows"])
+        assert f"| {layer} | {held:.0%} | {points:.1f} | {nats:.2f} |".replace("%", " %") in text
+    told = {(each["ranked"], each["lost"]): each for each in found["correlations"]}
+    for words, ranked in (
+        ("the layers, for each prompt", "layers and shares of one prompt"),
+        ("the prompts, for each layer", "prompts of one layer and share"),
+        ("all together", "everything"),
+    ):
+        cells = [
+            "{:+.2f} ({:+.2f} to {:+.2f})".format(each["correlation"], *each["interval"])
+            for each in (told[ranked, "points"], told[ranked, "nats"])
+        ]
+        assert f"| {words} | {cells[0]} | {cells[1]} |" in text
 
 
 def test_all_results_are_described() -> None:
