@@ -43,6 +43,12 @@ SHARING = {
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 
+# Its code repeats the heads that a cache holds, in an order that is not that of groups.
+REPEATING = (
+    "JetMoeForCausalLM",
+    {**PLAIN, "num_key_value_heads": 2, "kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+)
+
 # Models whose layers differ from plain attention: what has to come out right on any number of ranks.
 PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere2": ("Cohere2ForCausalLM", {**SMALL, **MIXED}),
@@ -114,6 +120,19 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_chunk_size": WINDOW,
             "floor_scale": 20,
             "attn_scale": 0.5,
+        },
+    ),
+    # Values narrower than keys.
+    "mimo_v2_flash": (
+        "MiMoV2FlashForCausalLM",
+        {
+            **SMALL,
+            **MIXED,
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
         },
     ),
     "mistral": ("MistralForCausalLM", {**SMALL, "sliding_window": WINDOW}),
