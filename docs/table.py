@@ -53,7 +53,7 @@ random weights, and read by every strategy. *Works*: `full` gives transformers' 
 `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and during
 decode. *As* another: a multimodal checkpoint, whose text decoder is of that family. *Differs*: a small copy was read
 and did not come out right, or none could be made, so engines refuse it. `apb check --model PATH [--ranks R]` does the
-same for any checkpoint, and prints the figures.
+same for any checkpoint, makes the comparison that engines make, and prints the figures.
 
 An engine makes the first of these comparisons itself, before weights are read, and refuses a model whose logits differ.
 The comparison takes a fraction of a second, once for each kind of model and the versions of all code involved; success

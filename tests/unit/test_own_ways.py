@@ -201,6 +201,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "'bloom'.*ALiBi",
     ),
     "Falcon's ALiBi": ("FalconForCausalLM", {**SMALL, "alibi": True}, "'falcon'.*ALiBi"),
+    "attention in blocks": (
+        "BigBirdForCausalLM",
+        {**PLAIN, "is_decoder": True},
+        "'big_bird'.*attention_type is 'original_full'",
+    ),
     "an encoder": ("MegatronBertForCausalLM", PLAIN, "is not causal"),
     "no cache": ("OpenAIGPTLMHeadModel", {**SIZES, "n_embd": 64, "n_layer": 2, "n_head": 4}, "past_key_values"),
     "positions of its own": (
