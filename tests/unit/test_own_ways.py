@@ -167,6 +167,8 @@ STEPS: dict[str, Callable[[Any, Tensor], Any]] = {
     "multiplies its scores by more than a number": lambda scores, values: scores * torch.ones(()),
     "takes no softmax": lambda scores, values: scores @ values,
     "softmax over dimension 1": lambda scores, values: torch.softmax(scores, 1) @ values,
+    "uses masked_fill of its scores": lambda scores, values: scores.masked_fill(torch.ones(5, 7) > 0, 0.0),
+    "applies cat": lambda scores, values: torch.cat([scores, scores]),
     "applies tanh": lambda scores, values: torch.tanh(scores),
     "applies where": lambda scores, values: torch.where(torch.ones(()) > 0, scores.softmax(-1), 0.0),
     "arranges its scores": lambda scores, values: scores.view(1, 2, 7, 5),

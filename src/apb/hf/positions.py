@@ -22,7 +22,7 @@ _BEHIND_PADDING = {
 def first_position(text: Any) -> int:
     """What transformers calls the position of the first token, by a decoder's configuration: 0, or behind the padding's
     where the table of positions begins with those."""
-    return int(text.pad_token_id) + 1 if text.model_type in _BEHIND_PADDING else 0
+    return (text.pad_token_id or 0) + 1 if text.model_type in _BEHIND_PADDING else 0
 
 
 def set_positions(model: nn.Module, positions: Callable[[], Tensor | None]) -> Callable[[], None]:
