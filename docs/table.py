@@ -53,7 +53,7 @@ random weights, and read by every strategy. *Works*: `full` gives transformers' 
 `minference` with all columns and `apb` with everything passed on give those of `full`, after the prompt and during
 decode. *As* another: a multimodal checkpoint, whose text decoder is of that family. *Differs*: a small copy was read
 and did not come out right, or none could be made, so engines refuse it. `apb check --model PATH [--ranks R]` does the
-same for any checkpoint, and prints the figures.
+same for any checkpoint, makes the comparison that engines make, and prints the figures.
 
 An engine makes the first of these comparisons itself, before weights are read, and refuses a model whose logits differ.
 The comparison takes a fraction of a second, once for each kind of model and the versions of all code involved; success
@@ -63,7 +63,7 @@ itself reads a short prompt. `verify=False` skips the comparison.
 Layers with a sliding window are exact in every strategy: a row sees all keys in the model's window, fetched from the
 ranks that hold them, without selection; so are chunks (Llama 4), windows whose edge stands still. Layers that share
 keys and values (Gemma 3n and 4) read those of the layer that has them, which are kept once. Latent attention caches
-latents, attends to keys and values expanded from them, and reads in one round.
+latents, attends to keys and values expanded from them, and reads in one round, as does JetMoE, which repeats heads.
 
 Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under every strategy: the state runs through
 prefix, blocks and question in order, and the anchor begins its own. A rank hands it on to the one that holds the next

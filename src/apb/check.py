@@ -67,6 +67,7 @@ def check(config: Any, group: Group | None = None) -> Card:
     The logits of a shrunk model with random weights in fp32 are compared after the prompt and after each of three more
     tokens: `full` with transformers' own eager attention; the other exact strategies, and apb with everything passed,
     with the same; and the ranks with one another. For apb and star, which are approximate, only the ranks are compared.
+    At last comes what engines do themselves (:func:`apb.hf.verifying.verify`): the same with transformers' own decode.
     """
     group = group or Group()
     card = describe(config)
@@ -90,6 +91,11 @@ def check(config: Any, group: Group | None = None) -> Card:
             card.results.append(Result(name, None, f"{type(error).__name__}: {first_line(error)}"))
         else:
             card.results.append(_judge(name, logits, reference, group))
+    if card.supported:
+        try:
+            verifying.verify(config)  # what engines refuse is not supported
+        except InputError as error:
+            card.refused = str(error)
     return card
 
 

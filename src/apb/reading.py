@@ -206,7 +206,7 @@ def check_comparable(method: Method, compressor: Compressor) -> None:
 
 def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Compressor) -> Plan:
     """The plan in as few rounds as fit into memory; unchanged if it fits, or if rounds do not help."""
-    if plan.rounds > 1 or not plan.method.in_rounds or shape.latent:  # latents: see check_fit
+    if plan.rounds > 1 or not plan.method.in_rounds or shape.expands:  # latents: see check_fit
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
         candidate = replace(plan, rounds=rounds)

@@ -17,7 +17,7 @@ from .distributed.agreeing import from_first, together
 from .distributed.collectives import Group
 from .errors import InputError
 from .hf.cache import ShardCache
-from .hf.config import latent
+from .hf.config import expands
 from .hf.host import Staging
 from .hf.identity import fingerprint
 from .hf.recurrent import states_named
@@ -206,7 +206,7 @@ def _cache(
         keeps_new=owns_tail,
         total=total,
         windows=shards[0].windows,
-        latent=latent(engine.model.config),
+        expands=expands(engine.model.config),
     )
     cache.states = states
     tail: dict[int, tuple[Tensor, Tensor, list[range]]] = {}

@@ -50,9 +50,9 @@ def test_a_wrong_result_is_found(broken: str, monkeypatch: pytest.MonkeyPatch) -
     assert not card.results[0].passed
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "bert", "t5", "musicgen", "diffllama", "doge"])
+@pytest.mark.parametrize("model_type", ["mamba", "bert", "t5", "musicgen", "diffllama", "doge", "moshi"])
 def test_what_cannot_work_is_refused(model_type: str) -> None:
-    """By name, with the reason, and with nothing compared."""
+    """By name, with the reason; Moshi's because transformers' own decode differs from its pass over a whole text."""
     parts = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
     own = {name: {"model_type": part} for name, part in parts.items()} if model_type == "musicgen" else {}
     card = check(AutoConfig.for_model(model_type, **own))
@@ -74,6 +74,7 @@ def test_shrinking_keeps_what_is_peculiar() -> None:
     assert small.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
     assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (4, 1, config.head_dim)
     assert config.num_hidden_layers == 12
+    assert shrink(AutoConfig.for_model("marian", decoder_vocab_size=300)).decoder_vocab_size == small.vocab_size
     llama = shrink(LlamaConfig(hidden_size=4096, num_attention_heads=32))
     assert llama.hidden_size // llama.num_attention_heads == 128
 

@@ -644,7 +644,8 @@ def test_interrupted_within_an_import(tmp_path: Path) -> None:
         "except KeyboardInterrupt:\n    raise ModuleNotFoundError('no such module')\n"
     )
     program = (
-        "import sys, typer, apb.cli.main as main\n"
+        # In the background of a script Ctrl-C is ignored, and so it would be here.
+        "import signal, sys, typer, apb.cli.main as main\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "app = typer.Typer()\n@app.command()\ndef go() -> None:\n    import swallows\n"
         f"sys.path.append({str(tmp_path)!r}); sys.argv = ['apb']; sys.exit(main.run(app))"
     )

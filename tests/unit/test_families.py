@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import apb
-from families import CASES, PECULIAR, PLAIN, PROMPT, SMALL, VOCABULARY, WIDE, expected, make, read
+from families import CASES, PECULIAR, PLAIN, PROMPT, REPEATING, SMALL, VOCABULARY, WIDE, expected, make, read
 
 EXACT: dict[str, tuple[str, dict[str, Any]]] = {
     "bitnet": ("BitNetForCausalLM", SMALL),
@@ -101,8 +101,9 @@ def test_experts_and_long_inputs(family: str, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(logits, expected(family, "full"), rtol=1e-4, atol=1e-4)
 
 
-def test_latent_attention_in_rounds() -> None:
-    """Its cache holds latents, which rounds cannot attend to: refused with the way out."""
-    engine = apb.Engine.from_model(make(*PECULIAR["deepseek_v3"]), blocks=4, rounds=2)
-    with pytest.raises(apb.InputError, match=r"'deepseek_v3'.*latent.*one round"):
+@pytest.mark.parametrize("model", [PECULIAR["deepseek_v3"], REPEATING], ids=["deepseek_v3", "jetmoe"])
+def test_what_a_cache_expands_to_in_rounds(model: tuple[str, dict[str, Any]]) -> None:
+    """The cache holds latents, or fewer heads, which rounds cannot attend to: refused with the way out."""
+    engine = apb.Engine.from_model(make(*model), blocks=4, rounds=2)
+    with pytest.raises(apb.InputError, match=r"'(deepseek_v3|jetmoe)'.*in the cache.*latents.*one round"):
         engine.prefill(PROMPT)

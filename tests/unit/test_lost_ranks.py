@@ -104,18 +104,32 @@ def test_only_requests_in_flight_fail() -> None:
     assert told == [None]  # what had been sent before is heard
 
 
-def test_a_silent_rank_is_killed() -> None:
-    """So that the group is started again; loading may take as long as it does."""
-    ranks = Ranks(patience_s=1.0)
+def test_a_silent_rank_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the group is started again; loading may take as long as it does. Whether the patience is over is told
+    here: on a loaded machine the time between two messages would be anything."""
+    ranks, over, asked, poll = Ranks(patience_s=7.0), threading.Event(), list[float | None](), Connection.poll
+
+    def patient(pipe: Connection, seconds: float | None = 0.0) -> bool:
+        asked.append(seconds)
+        while seconds == 7.0 and not over.is_set():
+            if poll(pipe, 0.01):
+                return True
+        return poll(pipe, None if seconds is None else 0.0)
+
+    monkeypatch.setattr(Connection, "poll", patient)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as rank:
         pipe = ranks.connect(lambda facts: None)
-        time.sleep(1.2)
-        assert rank.poll() is None
+        over.set()
+        pipe.send(State(waiting=1))
+        assert soon(lambda: ranks.waiting == 1)
+        assert asked == [] and rank.poll() is None
+        over.clear()
         pipe.send(Facts(rank.pid, 1, {}))
-        for _ in range(4):
-            time.sleep(0.3)
-            pipe.send(State())
+        for number in (2, 3, 4):
+            pipe.send(State(waiting=number))
+            assert soon(lambda: ranks.waiting == number)  # noqa: B023
         assert rank.poll() is None
+        over.set()
         assert rank.wait(20) == -signal.SIGKILL
     ranks.disconnect()
 

@@ -167,6 +167,8 @@ STEPS: dict[str, Callable[[Any, Tensor], Any]] = {
     "multiplies its scores by more than a number": lambda scores, values: scores * torch.ones(()),
     "takes no softmax": lambda scores, values: scores @ values,
     "softmax over dimension 1": lambda scores, values: torch.softmax(scores, 1) @ values,
+    "uses masked_fill of its scores": lambda scores, values: scores.masked_fill(torch.ones(5, 7) > 0, 0.0),
+    "applies cat": lambda scores, values: torch.cat([scores, scores]),
     "applies tanh": lambda scores, values: torch.tanh(scores),
     "applies where": lambda scores, values: torch.where(torch.ones(()) > 0, scores.softmax(-1), 0.0),
     "arranges its scores": lambda scores, values: scores.view(1, 2, 7, 5),
@@ -201,6 +203,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "'bloom'.*ALiBi",
     ),
     "Falcon's ALiBi": ("FalconForCausalLM", {**SMALL, "alibi": True}, "'falcon'.*ALiBi"),
+    "attention in blocks": (
+        "BigBirdForCausalLM",
+        {**PLAIN, "is_decoder": True},
+        "'big_bird'.*attention_type is 'original_full'",
+    ),
     "an encoder": ("MegatronBertForCausalLM", PLAIN, "is not causal"),
     "no cache": ("OpenAIGPTLMHeadModel", {**SIZES, "n_embd": 64, "n_layer": 2, "n_head": 4}, "past_key_values"),
     "positions of its own": (

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig, Phi3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Phi3ForCausalLM
 
 import apb
 from apb.evaluation.synthetic import check_lengths
@@ -54,6 +54,28 @@ def test_families_with_ways_of_their_own() -> None:
     assert position_limit(config) == 32768
     assert position_limit(AutoConfig.for_model("gpt2")) == 1024
     assert position_limit(AutoConfig.for_model("mpt")) is None
+
+
+BEHIND_PADDING = (
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BEHIND_PADDING)
+def test_tables_that_begin_behind_the_padding(family: str) -> None:
+    """Such a table has fewer positions than rows; engines find that the family comes out right, and read up to the last
+    one."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    roles = {"is_decoder": True, "pad_token_id": 3, "languages": ["en"], "default_language": "en"}
+    config = AutoConfig.for_model(family, vocab_size=97, max_position_embeddings=44, **sizes, **roles)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = [5 + 7 * i % 90 for i in range(40)]
+    expected = transformers_logits(model, tokens)
+    engine = apb.Engine.from_model(model, strategy="full")
+    session = engine.prefill(apb.Prompt.from_tokens((), tokens[:30], tokens[30:38]), max_new_tokens=2)
+    torch.testing.assert_close(session.extend(tokens[38:]), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(apb.InputError, match="40 positions"):
+        session.extend([5])
 
 
 @pytest.mark.parametrize("strategy", ["full", "ring", "ulysses"])

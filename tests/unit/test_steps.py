@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import LinearAttentionLayer
 
 import apb
+import families
 from apb.hf.cache import ShardCache
 from apb.hf.shard_layer import Arrival
 from apb.passes import step
@@ -245,4 +246,12 @@ def test_layers_without_keys() -> None:
     assert shard.addresses()[2] == (keys.data_ptr(), values.data_ptr(), 9)
     ours = engine()
     assert ours._decoder.stepper.why_not(shard) == "some layers keep no keys and values"
+    ours.close()
+
+
+def test_keys_that_are_expanded() -> None:
+    """A captured step attends to what the cache holds, which is not what such a model attends to."""
+    ours = apb.Engine.from_model(families.make(*families.REPEATING), strategy="full", verify=False)
+    session = ours.prefill(families.PROMPT)
+    assert "expanded from what the cache holds" in str(ours._decoder.stepper.why_not(session.cache))
     ours.close()

@@ -146,7 +146,8 @@ def test_models_that_are_read_alone() -> None:
     """Those whose rows depend on each other, or on one length; each says why."""
     reasons = {
         "state": families.make(*families.PECULIAR["falcon_h1"]),
-        "latent": families.make(*families.PECULIAR["deepseek_v3"]),
+        "expanded from what": families.make(*families.PECULIAR["deepseek_v3"]),
+        "keys and values are expanded": families.make(*families.REPEATING),
         "type longrope": ropes.scaled("longrope"),
         "type dynamic": ropes.scaled("dynamic"),
     }

@@ -44,12 +44,12 @@ class Shard(Protocol):
         indexes: what decode methods keep with the cache: under a key of their own, an index by layer. The cache tells
             the indexes which keys it drops.
         windows: by layer its window in tokens; layers without an entry see all.
-        latent: True if it holds latents, from which every pass makes the keys and values that its rows attend to.
+        expands: True if every pass expands what it holds, as latents, into the keys and values that its rows attend to.
     """
 
     indexes: dict[Hashable, dict[int, LayerIndex]]
     windows: Mapping[int, int]
-    latent: bool
+    expands: bool
 
     @property
     def indices(self) -> list[int]:

@@ -55,7 +55,7 @@ class Indexed(Decoding):
 
         reader = self._reader(cache, "auto")
         for layer in cache.indices:
-            if layer not in cache.windows and not cache.latent:
+            if layer not in cache.windows and not cache.expands:
                 reader.build(layer, Held(cache.far(layer), *cache.near(layer)))
 
     def _reader(self, cache: Shard, backend: str) -> SelectingReader:

@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..errors import InputError
-from ..layers.base import AttentionInput
+from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
 from .chunking import chunk_mlps
-from .config import latent, shared_layers
+from .config import expands, shared_layers
 from .fusing import fuse_parts
 from .modules import attention_modules, layer_index
 from .placement import device_of, devices
@@ -80,7 +79,7 @@ class Attachment:
         # Lengths beyond which a prompt must be read again (longrope).
         self.switches = switches(text)
         # True if a cache holds what keys and values are expanded from.
-        self.latent = latent(model.config)
+        self.expands = expands(model.config)
         # True once the model's own code is known to ask a cache how many tokens were read before a pass.
         self.asks_total = False
         self._windows, self._chunked = not_handed_over(text), chunked(text)
@@ -228,8 +227,7 @@ class Attachment:
         if window is not None:
             self.windows[index] = window
         width = v.shape[-1]
-        if width < k.shape[-1]:  # latent attention: kernels take values as wide as keys, and zeros stay zeros
-            v = pad(v, (0, k.shape[-1] - width))
+        v = as_wide(v, k)
         if window is not None and window >= run.total:
             window = None
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))

@@ -48,7 +48,7 @@ class ShardCache(Cache):
         indexes: see :class:`apb.decoding.Shard`.
         states: by recurrent layer its state after those, the same on every rank.
         windows: by layer its window in tokens, own token included; without an entry it sees all.
-        latent: see :class:`apb.decoding.Shard`.
+        expands: see :class:`apb.decoding.Shard`.
     """
 
     growth = 256
@@ -61,11 +61,11 @@ class ShardCache(Cache):
         keeps_new: bool,
         total: int,
         windows: Mapping[int, int] | None = None,
-        latent: bool = False,
+        expands: bool = False,
     ) -> None:
         """``windows`` may be filled later, while the layers run for the first time."""
         self.windows = {} if windows is None else windows
-        self.latent = latent
+        self.expands = expands
         self._least = 0  # tokens below which it cannot return
         self.capacity = capacity
         self.keeps_new = keeps_new
@@ -230,7 +230,7 @@ class ShardCache(Cache):
 
     def copy(self, total: int, room: int) -> ShardCache:
         """The first ``total`` tokens, in storage of their own with room for more; those after them must be newer."""
-        kept = {"keeps_new": self.keeps_new, "windows": dict(self.windows), "latent": self.latent}
+        kept = {"keeps_new": self.keeps_new, "windows": dict(self.windows), "expands": self.expands}
         made = ShardCache(len(self.layers), capacity=0, total=total, **kept)  # type: ignore[arg-type]
         made._least = self._least
         for layer in self._kept():

@@ -36,6 +36,12 @@ def head_dim(config: Any, layer: int | None = None) -> int:
     return getattr(settings, "head_dim", None) or settings.hidden_size // _heads(settings)
 
 
+def expands(config: Any) -> bool:
+    """True if every pass expands what the cache holds into keys and values: latents, or heads that repeat (JetMoE)."""
+    text = config.get_text_config()
+    return bool(getattr(text, "kv_lora_rank", None)) or text.model_type == "jetmoe"
+
+
 def shared_layers(config: Any) -> list[int | None]:
     """For every layer the index of that whose keys and values it attends to; None if it has its own.
 
@@ -76,11 +82,6 @@ def tied_embeddings(config: Any) -> bool:
     return bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
 
 
-def latent(config: Any) -> bool:
-    """True if the cache holds latents, from which every pass makes keys and values anew."""
-    return bool(getattr(config.get_text_config(), "kv_lora_rank", None))
-
-
 def layers_in_words(config: Any) -> str:
     """The kinds of layers of a model, in a few words."""
     text = config.get_text_config()
@@ -96,7 +97,7 @@ def layers_in_words(config: Any) -> str:
     sharing = sum(layer is not None for layer in shared_layers(config))
     if sharing:
         kinds.append(f"{sharing} share keys and values")
-    if latent(config):
+    if getattr(text, "kv_lora_rank", None):
         kinds.append("latent attention")
     if any(
         getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts", "ffn_config")

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, first_line
 from ..planning.shape import ModelShape, Recurrent
 from . import placement
-from .config import head_dim, kv_heads, query_heads, shared_layers, vocabulary
+from .config import expands, head_dim, kv_heads, query_heads, shared_layers, vocabulary
 from .modules import attention_modules, idle_modules
 from .recurrent import recurrent_modules, state_of
 from .windows import chunked, layer_count, layer_windows
@@ -63,7 +63,7 @@ def _count(config: Any, gpus: int) -> ModelShape:
         chunked=chunked(text),
         near=_near(config),
         cache_width=latent + text.qk_rope_head_dim if latent else _cache_width(config),
-        latent=bool(latent),
+        expands=expands(config),
         attending=len(attention_modules(model)) if recurrent_modules(model) else 0,
         recurrent=_recurrent(model, text),
         expert_row=_expert_row(model, text),

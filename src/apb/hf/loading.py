@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ..errors import InputError, first_line
 from ..planning.plan import Plan
 from . import damaged, float8, gguf, placement, rope
-from .config import latent, query_heads, shared_layers
+from .config import expands, query_heads, shared_layers
 from .decoders import auto_knows, decoder_class
 from .hub import check_there
 from .supported import RECURRENT_FAMILIES
@@ -204,10 +204,10 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
         )
     if plan.going_on < plan.document and (reason := why_all_rows(config)):
         raise InputError(f"{config.model_type!r} models have {reason}; read without propagation.")
-    if plan.rounds > 1 and latent(config):
+    if plan.rounds > 1 and expands(config):
         raise InputError(
-            f"{config.model_type!r} models keep latents in the cache, which later rounds cannot attend to; "
-            "read in one round."
+            f"{config.model_type!r} models keep in the cache what keys and values are expanded from, latents or fewer "
+            "heads, which later rounds cannot attend to; read in one round."
         )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .config import latent
+from .config import expands
 from .pinned import HostMemory
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ class Far:
 
 def check(config: Any, devices: Sequence[torch.device]) -> None:
     """InputError if a model's keys and values cannot be in host memory while it decodes."""
-    if latent(config):
+    if expands(config):
         raise InputError(
-            f"{config.model_type!r} models make keys and values from latents in every pass, which must be on the "
-            "device; use a decode method that keeps them there."
+            f"{config.model_type!r} models expand what the cache holds into keys and values in every pass, which must "
+            "be on the device; use a decode method that keeps them there."
         )
     if len(devices) > 1:
         raise InputError(

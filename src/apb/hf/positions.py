@@ -13,6 +13,16 @@ from ..errors import InputError
 _OWN = "create_position_ids_from_input_ids"
 # What tables of positions, as BART's, are told instead of positions: the length of the cache, here of a shard.
 _COUNTED = "past_key_values_length"
+# RoBERTa's family.
+_BEHIND_PADDING = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+
+
+def first_position(text: Any) -> int:
+    """What transformers calls the position of the first token, by a decoder's configuration: 0, or behind the padding's
+    where the table of positions begins with those."""
+    return (text.pad_token_id or 0) + 1 if text.model_type in _BEHIND_PADDING else 0
 
 
 def set_positions(model: nn.Module, positions: Callable[[], Tensor | None]) -> Callable[[], None]:

@@ -91,7 +91,9 @@ class _Scores:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        scores = next(each for each in args if isinstance(each, cls))
+        given = (*args, *(kwargs or {}).values())
+        every = [part for each in given for part in (each if isinstance(each, (list, tuple)) else [each])]
+        scores = next(each for each in every if isinstance(each, cls))
         name = func.__name__
         if name == "where" and not scores._are_weights:  # a mask that the model made itself
             return scores
@@ -153,6 +155,9 @@ class _Scores:
         out, _ = self._attention(self._module, q.to(v.dtype), k.to(v.dtype), v, None, scaling=self._scale)
         out = out.transpose(1, 2)
         return out[0] if folded else out
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._cannot(f"uses {name} of its scores")
 
     def _cannot(self, what: str) -> InputError:
         return InputError(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .positions import first_position
+
 # Families whose configurations give the stretched length, although their type of settings usually has the original.
 _GIVEN_STRETCHED = ("gemma3", "gemma3_text")
 _STRETCHED = ("linear", "dynamic", "yarn", "longrope", "llama3")
@@ -39,7 +41,7 @@ def reach(text: Any) -> int | None:
     sets = parameter_sets(text)
     # Sliding layers only compare positions within their window: their RoPE is no limit.
     far = [parameters for layers, parameters in sets.items() if layers != "sliding_attention"] or [*sets.values()]
-    return min(_reach(parameters, given, text.model_type) for parameters in far)
+    return min(_reach(parameters, given, text.model_type) for parameters in far) - first_position(text)
 
 
 def _reach(parameters: dict[str, Any], given: int, model_type: str) -> int:

@@ -121,6 +121,7 @@ def shrink(config: Any) -> Any:
     for name in _SPECIAL:
         setattr(small, name, 0)
     small.vocab_size = VOCABULARY  # for prompts with ids up to that, which smaller vocabularies lack
+    _set(small, ("decoder_vocab_size",), VOCABULARY)  # Marian's
     small.dtype = "float32"
     small._attn_implementation = "eager"
     if differing:

@@ -79,6 +79,11 @@ def _check_layers(name: str, text: Any) -> None:
             f"{name!r} models like this one have no attention heads, or not in one stack of layers: there is no "
             "attention to take over."
         )
+    if text.model_type == "big_bird" and text.attention_type != "original_full":
+        raise InputError(
+            f"{name!r} models are decoders only where attention_type is 'original_full', in transformers as well; set "
+            "that in the configuration if this one was trained to generate text."
+        )
     if text.model_type in _ALIBI or getattr(text, "alibi", False):
         raise InputError(
             f"{name!r} models like this one tell positions by what they add to the scores of attention (ALiBi), which "

@@ -27,6 +27,7 @@ from ..layers.shards import NewRows, full_partial, merge_over_ranks, window_part
 from .attach import Attachment
 from .cache import ShardCache
 from .decoders import decoder_class
+from .positions import first_position
 from .shrinking import VOCABULARY, shrink
 
 # Limits of differences relative to the largest logit: of a small fp32 copy, and of a model that has no small copy.
@@ -129,11 +130,12 @@ def _compare(model: PreTrainedModel, tolerance: float, subject: str) -> None:
 def _theirs(model: PreTrainedModel) -> Tensor:
     """Logits (tokens, vocabulary) fp32 by transformers' eager attention: PROMPT in one pass, then ANSWER's tokens."""
     attention, known, logits = model.config._attn_implementation, None, []
+    first = first_position(model.config.get_text_config())
     model.set_attn_implementation("eager")  # the others get no mask if they need none
     try:
         for ids, positions in _parts(model):
             # Not all count what is known already (Bamba); the first positions are the model's own, which may be odd.
-            told: dict[str, Tensor] = {} if known is None else {"position_ids": positions}
+            told: dict[str, Tensor] = {} if known is None else {"position_ids": positions + first}
             with torch.no_grad():
                 output = model(ids, past_key_values=known, use_cache=True, **told)
             known = output.past_key_values

@@ -7,6 +7,7 @@ from enum import Enum
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class LayerKind(Enum):
@@ -14,6 +15,11 @@ class LayerKind(Enum):
 
     FULL = "full attention"
     WINDOW = "sliding window"
+
+
+def as_wide(values: Tensor, keys: Tensor) -> Tensor:
+    """Values (..., width), followed by zeros if keys are wider: kernels want them alike, and zeros stay zeros."""
+    return pad(values, (0, keys.shape[-1] - values.shape[-1])) if values.shape[-1] < keys.shape[-1] else values
 
 
 @dataclass(frozen=True)

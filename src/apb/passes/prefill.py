@@ -17,7 +17,7 @@ from ..hf.attach import Attachment
 from ..hf.cache import ShardCache
 from ..hf.rows import other_rows
 from ..hf.shard_layer import Arrival
-from ..layers.base import AttentionInput
+from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import Recur, RecurrentLayers, State
 from ..layers.routing import Attend
 from ..planning.itinerary import Itinerary
@@ -71,7 +71,7 @@ def read(
         keeps_new=owns_tail,
         total=plan.total,
         windows=attachment.windows,
-        latent=attachment.latent,
+        expands=attachment.expands,
     )
     read = [sum(len(block) for block in plan.all_blocks() if block.round < round) for round in range(plan.rounds)]
     attended = 0
@@ -87,7 +87,7 @@ def read(
         before = sum(map(len, itinerary.earlier))
         if before and (propagating is None or layer.index <= propagating.layer):
             keys, values = cache.shard(layer.kept)
-            layer = replace(layer, earlier=(keys[:before], values[:before]))
+            layer = replace(layer, earlier=(keys[:before], as_wide(values[:before], keys)))
         if propagating is None:
             out = strategy.attend(layer)
         else:

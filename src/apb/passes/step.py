@@ -53,6 +53,8 @@ class Stepper:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
         if attachment.recurrent:
             return "recurrent layers carry a state from token to token"
+        if attachment.expands:
+            return "keys and values are expanded from what the cache holds"
         if None in layout.heads:
             return "some layers keep no keys and values"
         if layout.device.type != "cuda":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..hf.attach import Attachment
 from ..hf.stepping import StepCache
-from ..layers.base import AttentionInput
+from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import RecurrentInput
 from ..layers.shards import merge_over_ranks
 from .tokens import Continuation
@@ -27,8 +27,8 @@ def why_alone(attachment: Attachment) -> str | None:
         return "recurrent layers read rows in order, and write their state in place"
     if attachment.length_dependent:
         return f"RoPE of type {' and '.join(attachment.length_dependent)} has one length for all rows of a pass"
-    if attachment.latent:
-        return "latent attention expands what a cache holds, which the model does to one cache"
+    if attachment.expands:
+        return "keys and values are expanded from what a cache holds, which the model does to one cache"
     if attachment.asks_total:
         return "the model's code counts the tokens before a pass, which differ from session to session"
     return None
@@ -64,7 +64,7 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
             assert k.shape[1:] == layer.k.shape[1:], "caches hold what is attended to"
             # A window that is longer than one text may be shorter than another.
             window = layer.window if layer.window is not None and layer.window <= start else None
-            own = replace(layer, q=layer.q[row : row + 1], k=k, v=v, window=window)
+            own = replace(layer, q=layer.q[row : row + 1], k=k, v=as_wide(v, k), window=window)
             parts.append(each.partial(own, start))
         outs, lses = zip(*parts, strict=True)
         return merge_over_ranks(layer, torch.cat(outs), torch.cat(lses, 1), group).wait()

@@ -105,7 +105,7 @@ def _shorter(plan: Plan, fits: Callable[[Plan], bool]) -> int:
 
 def _alternatives(plan: Plan, shape: ModelShape) -> Iterator[Plan]:
     """Other plans for the same prompt, the nearest first."""
-    if plan.method.in_rounds and not shape.latent:
+    if plan.method.in_rounds and not shape.expands:
         for rounds in range(plan.rounds + 1, plan.blocks // plan.ranks + 1):
             yield replace(plan, rounds=rounds)
     ranks = plan.ranks * 2

@@ -39,7 +39,7 @@ class ModelShape:
         near: (kv_heads, head_dim) of the layers with a window, where they differ from the others'.
         cache_width: numbers that a token's keys and values take in one layer's cache, on average if layers differ; 0:
             2 * kv_heads * head_dim.
-        latent: True if the cache holds latents, from which keys and values are expanded.
+        expands: True if keys and values are expanded from what the cache holds, as from latents.
         attending: layers that attend; 0: all.
         recurrent: the recurrent layers; None without any.
         expert_row: numbers that the experts, which all run at once, hold for one token; 0 without experts.
@@ -59,7 +59,7 @@ class ModelShape:
     chunked: bool = False
     near: tuple[int, int] | None = None
     cache_width: int = 0
-    latent: bool = False
+    expands: bool = False
     attending: int = 0
     recurrent: Recurrent | None = None
     expert_row: int = 0

@@ -49,7 +49,7 @@ class Following:
                 self._metrics.between.observe(now - self._last)
             self._last = now
         elif isinstance(event, Answer):
-            self._metrics.count(event.result)
+            self._metrics.count(event)
             self.tokens[:] = event.result.prompt_tokens, self.tokens[1] + len(event.result.token_ids)
         elif isinstance(event, Exception) and not isinstance(event, Cancelled):
             self._metrics.failed.labels(type(event).__name__).inc()

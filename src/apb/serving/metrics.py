@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from ..generation import Generation
+from .answers import Answer
 from .ranks import Ranks
 
 # Bucket bounds of the histograms, in seconds.
@@ -44,10 +44,12 @@ class Metrics:
         for place in ("device", "host", "disk"):
             size.labels(place).set_function(lambda place=place: ranks.kept.bytes.get(place, 0))  # type: ignore[misc]
 
-    def count(self, result: Generation) -> None:
-        """Record an answer."""
-        self.prompt.inc(result.prompt_tokens)
+    def count(self, answer: Answer) -> None:
+        """Record an answer; several of one request are from one prefill."""
+        result = answer.result
+        if answer.index == 0:
+            self.prompt.inc(result.prompt_tokens)
+            self.prefill.observe(result.timing["prefill_s"])
         self.answer.inc(len(result.token_ids))
         self.read.labels(result.strategy).inc()
-        self.prefill.observe(result.timing["prefill_s"])
         self.decode.observe(result.timing["decode_s"])
