@@ -174,8 +174,6 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 # What the cache of latent attention holds is not what later rounds attend to: refused.
 CASES = [(f, r) for f in PECULIAR for r in READINGS if not (f == "deepseek_v3" and "rounds" in READINGS[r])]
-# MiMo's bytes on the wire have not been compared with its plan's.
-ON_RANKS = [case for case in CASES if case[0] != "mimo_v2_flash"]
 PROMPT = apb.Prompt.from_tokens(
     [5, 96, 187],
     [(37 * i + 11) % VOCABULARY for i in range(101)],

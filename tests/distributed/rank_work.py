@@ -355,7 +355,7 @@ def read_exactly(group: Group) -> dict[tuple[Any, ...], tuple[Tensor, list[int]]
 def read_families(group: Group) -> dict[tuple[str, str], tuple[Tensor, int]]:
     """Models with peculiar layers under every strategy: logits through decode, and the bytes that prefill sent."""
     results = {}
-    for family, reading in families.ON_RANKS:
+    for family, reading in families.CASES:
         model = families.make(*families.PECULIAR[family])
         with counting() as sent:
             logits = families.read(model, reading, group)

@@ -213,7 +213,7 @@ def test_rope_that_changes_with_the_length(records: Records) -> None:
     assert len(first) == 4 * len(ropes.LENGTHS)
 
 
-@pytest.mark.parametrize(("family", "reading"), families.ON_RANKS)
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_peculiar_layers(records: Records, size: int, family: str, reading: str) -> None:
     """Windows whose halos travel, caps, sinks, latent attention, experts: what one rank gives, alike on all ranks."""
@@ -222,7 +222,7 @@ def test_peculiar_layers(records: Records, size: int, family: str, reading: str)
     assert all(torch.equal(first, other) for other in others)
 
 
-@pytest.mark.parametrize(("family", "reading"), families.ON_RANKS)
+@pytest.mark.parametrize(("family", "reading"), families.CASES)
 @pytest.mark.parametrize("size", [2, 4])
 def test_halos_are_those_predicted(records: Records, size: int, family: str, reading: str) -> None:
     """Every rank sends in prefill what the plan's cost says, sliding layers included: to the byte."""

@@ -372,9 +372,10 @@ def test_model_shape_is_what_a_run_meets(family: str) -> None:
         some = [layer for layer in layers if bool(layer.window) is seen or shape.near is None]
         assert {layer.q.shape[1:] for layer in some} == {(shape.heads, width)} or not width
         assert {layer.k.shape[1:] for layer in some} == {(kv_heads, width)} or not width
-    assert (shape.near is not None) is (family == "gemma4_text")
+    assert (shape.near is not None) is (family in ("gemma4_text", "mimo_v2_flash"))
     assert [layer.window for layer in layers if layer.window] == list(shape.windows)
-    assert sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers) == len(PROMPT) * shape.cache_row
+    held = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert 0 <= len(PROMPT) * shape.cache_row - held < len(PROMPT) * len(layers)  # of a layer it is rounded up
     kinds = ("conv_states", "recurrent_states")
     states = [part for layer in cache.layers for kind in kinds for part in getattr(layer, kind, {}).values()]
     assert sum(part.nbytes for part in states) == (shape.recurrent.state_bytes(4) if shape.recurrent else 0)

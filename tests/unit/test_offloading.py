@@ -122,7 +122,7 @@ def test_the_next_layer_is_fetched_ahead(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_cannot_be_in_host_memory_is_refused() -> None:
     """Before anything is read: latents, from which every pass makes keys, and layers on several GPUs."""
-    with pytest.raises(apb.InputError, match=r"'deepseek_v3' models make keys and values from latents"):
+    with pytest.raises(apb.InputError, match=r"'deepseek_v3' models expand what the cache holds"):
         apb.Engine.from_model(make(*PECULIAR["deepseek_v3"]), strategy="full", decoding=Retrieval())
     with pytest.raises(apb.InputError, match="its layers are on 2"):
         check(llama().config, [torch.device("cuda", index) for index in range(2)])

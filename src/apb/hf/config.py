@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .windows import chunked, layer_count, windows
+from .windows import chunked, layer_count, layer_windows, windows
 
 
 def of_layer(config: Any, layer: int | None = None) -> Any:
@@ -25,7 +25,9 @@ def kv_heads(config: Any, layer: int | None = None) -> int:
     if getattr(settings, "multi_query", False) and not getattr(settings, "new_decoder_architecture", False):
         return 1  # Falcon's newer architecture keeps a copy for every query head
     own = None if hasattr(settings, "decoder_attention_heads") else getattr(settings, "num_key_value_heads", None)
-    return int(own or _heads(settings))
+    # MiMo V2's code has twice as many where a layer has a window, and no setting that says so.
+    twice = settings.model_type == "mimo_v2_flash" and layer is not None and layer_windows(settings)[layer] is not None
+    return int(own or _heads(settings)) * (2 if twice else 1)
 
 
 def head_dim(config: Any, layer: int | None = None) -> int:
@@ -34,6 +36,11 @@ def head_dim(config: Any, layer: int | None = None) -> int:
     if getattr(settings, "kv_lora_rank", None):
         return int(settings.qk_nope_head_dim + settings.qk_rope_head_dim)
     return getattr(settings, "head_dim", None) or settings.hidden_size // _heads(settings)
+
+
+def value_dim(config: Any, layer: int | None = None) -> int:
+    """Head dim of values of a layer without latents; see :func:`of_layer`."""
+    return getattr(of_layer(config, layer), "v_head_dim", None) or head_dim(config, layer)
 
 
 def expands(config: Any) -> bool:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, first_line
 from ..planning.shape import ModelShape, Recurrent
 from . import placement
-from .config import expands, head_dim, kv_heads, query_heads, shared_layers, vocabulary
+from .config import expands, head_dim, kv_heads, query_heads, shared_layers, value_dim, vocabulary
 from .modules import attention_modules, idle_modules
 from .recurrent import recurrent_modules, state_of
 from .windows import chunked, layer_count, layer_windows
@@ -88,13 +88,13 @@ def _near(config: Any) -> tuple[int, int] | None:
 
 
 def _cache_width(config: Any) -> int:
-    """Average over the layers of the numbers that a token takes in the cache; 0 if layers do not differ."""
-    shared = shared_layers(config)
+    """Average over the layers of the numbers that a token takes in the cache; 0 if that is two heads' in each."""
     widths = [
-        2 * kv_heads(config, layer) * head_dim(config, layer) if shared[layer] is None else 0
-        for layer in range(len(shared))
+        kv_heads(config, layer) * (head_dim(config, layer) + value_dim(config, layer)) if shared is None else 0
+        for layer, shared in enumerate(shared_layers(config))
     ]
-    return 0 if len(set(widths)) == 1 else math.ceil(sum(widths) / len(widths))
+    same = set(widths) == {2 * kv_heads(config) * head_dim(config)}
+    return 0 if same else math.ceil(sum(widths) / len(widths))
 
 
 def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
