@@ -36,9 +36,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     marker = item.get_closest_marker("gpu")
     needed = 0 if marker is None else marker.args[0] if marker.args else 1
     if torch.cuda.device_count() < needed:
-        pytest.skip(f"needs NVIDIA GPUs: {needed}")  # most machines have none, those that run CI among them
+        # Most machines have none, those that run CI among them, and what is marked so runs on nothing else.
+        pytest.skip(f"needs NVIDIA GPUs: {needed}")
     if item.get_closest_marker("triton") and find_spec("triton") is None:
-        pytest.skip("triton is not installed")  # the tests' extra brings it on Linux alone: other systems have none
+        # The tests' extra brings it on Linux alone: there is no Triton for other systems.
+        pytest.skip("triton is not installed")
 
 
 @pytest.fixture(scope="session")

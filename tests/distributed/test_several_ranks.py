@@ -243,7 +243,8 @@ def test_captured_steps(records: Records, size: int) -> None:
 
 
 @pytest.mark.triton
-# These ranks run on the CPU, where kernels need the interpreter; with a GPU they are compiled, for tests/gpu/ranks.py.
+# These ranks run on the CPU, where kernels need the interpreter. With a GPU they are compiled for that, and
+# tests/gpu/ranks.py runs them.
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 @pytest.mark.parametrize("size", [2, 3])
 def test_steps_by_graphs(records: Records, size: int) -> None:

@@ -25,7 +25,8 @@ def kernel(request: pytest.FixtureRequest) -> str:
     """The name of a kernel that can run here, for the dtypes and head dims of these tests."""
     name: str = request.param
     if name == "hopper" and (why := fused.why_not_hopper(torch.device("cuda"), torch.bfloat16, 128)):
-        pytest.skip(why)  # it is machine code of one kind of chip: other GPUs have the portable kernel alone
+        # It is machine code of one kind of chip: other GPUs have the portable kernel alone, which is tested there.
+        pytest.skip(why)
     return name
 
 

@@ -112,6 +112,6 @@ def test_plots_are_those_of_their_results() -> None:
     for name, svg in runpy.run_path(str(ROOT / "docs/drawings/reports.py"))["drawings"]().items():
         kept = (ROOT / "docs/images" / name).read_text()
         drawer = re.findall(r"Matplotlib v(\S+?),", kept)[0]
-        if drawer != matplotlib.__version__:
-            pytest.skip(f"drawn by matplotlib {drawer}, and {matplotlib.__version__} may draw otherwise")
-        assert kept == svg, name
+        # What its characters say is the same by every version; where lines lie exactly is not.
+        assert re.findall("<!-- (.*?) -->", kept) == re.findall("<!-- (.*?) -->", svg), name
+        assert drawer != matplotlib.__version__ or kept == svg, name
