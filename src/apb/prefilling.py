@@ -23,21 +23,17 @@ from .hf.heads import HeadShape, load_heads
 from .hf.modules import attention_modules
 from .hf.tensor_parallel import splits_heads
 from .kernels.attention import choose
-from .layers.base import AttentionInput
 from .passes import prefill
-from .passes.prefill import Progress
+from .passes.prefill import Look, Progress
 from .passes.tokens import Decoder
 from .planning.plan import Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
 from .session import Session
-from .strategies import OnSelection, Strategy, make_strategy
+from .strategies import OnSelection, make_strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-# Looks at the attention of a layer, without changing it.
-Look = Callable[[Strategy, AttentionInput], None]
 
 
 class Prefiller:

@@ -181,7 +181,7 @@ def _launch(
         options=asked,
         out=None if out is None else str(out),
         as_json=as_json,
-        command="apb " + " ".join(sys.argv[1:]),
+        command=options.typed(),
     )
     launch.run(run, place.processes, request)
 
@@ -215,7 +215,7 @@ def attention(
     shapes = [benchmark.Shape.parse(text) for text in shape or ()]
     shapes = shapes or (benchmark.GPU_SHAPES if place.type == "cuda" else benchmark.CPU_SHAPES)
     report: dict[str, Any] = {
-        "command": "apb " + " ".join(sys.argv[1:]),
+        "command": options.typed(),
         "fingerprint": fingerprint(place, number),
         "copy_bandwidth": copy_bandwidth(place),
         "rows": [],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,9 @@ import typer
 from ..errors import at_least
 from . import options
 from .evaluate import Length, Seed, Task
+from .fidelity import Drawn, columns
 from .groups import expanded
+from .tables import console
 
 
 @expanded
@@ -45,24 +46,16 @@ def decode(
     synthetic.check_lengths(length, place.config)
     engine = Engine.from_pretrained(**place.loading)
     assert engine.tokenizer is not None, "from_pretrained loads one"
-    results: list[dict[str, Any]] = []
-    total = len(task) * len(length) * samples * (len(chosen) + 1)
-    done = 0
     with Bar("Answering", "answer", shown=True) as bar:
-
-        def tell() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, total)
-
-        for kind in task:
-            for size in length:
-                drawn = synthetic.items(engine.tokenizer, kind, size, samples, seed)
-                found = [measure(engine, item.prompt(engine.tokenizer), chosen, tokens, tell) for item in drawn]
-                for column in zip(*found, strict=True):
-                    results.append({"task": kind, "length": size} | mean(column))
+        figures = columns(
+            Drawn(engine.tokenizer, task, length, samples, seed),
+            len(chosen) + 1,
+            bar,
+            lambda prompt, tell: measure(engine, prompt, chosen, tokens, tell),
+        )
+        results = [where | mean(column) for where, column in figures]
     report = {
-        "command": "apb " + " ".join(sys.argv[1:]),
+        "command": options.typed(),
         "model": place.model.name,
         "fingerprint": fingerprint(engine.device, engine.dtype),
         "seed": seed,
@@ -98,10 +91,8 @@ def mean(found: Any) -> dict[str, Any]:
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
     columns = ("task", "length", "decode", "keys read", "mass", "least layer", "least head", "KL", "same token")
     table = Table(*columns, title="Mass of exact attention on the keys attended to; KL in nats; decode steps")
     for row in results:
@@ -116,4 +107,4 @@ def _print(results: list[dict[str, Any]]) -> None:
             f"{row['kl']:.4f}",
             f"{row['agreement']:.1%}",
         )
-    console.print(table)
+    console().print(table)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import InputError
+from . import options
 from .generate import read_document
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def demo(
     print(f"Full attention took {ratio:.1f} times as long to read it.")
     if out is not None:
         results = [fast.to_dict(), exact.to_dict()]
-        command = "apb " + " ".join(sys.argv[1:])
-        report = {"command": command, "query": query, "expected": expected, "ratio": ratio, "results": results}
+        report = {"command": options.typed(), "query": query, "expected": expected, "ratio": ratio, "results": results}
         out.write_text(json.dumps(report, indent=1) + "\n")
     if expected is not None:
         right = expected in fast.text

@@ -12,6 +12,7 @@ from ..errors import at_least
 from . import options
 from .generate import read_document
 from .groups import expanded, values
+from .tables import console
 
 if TYPE_CHECKING:
     from ..foresight import Foresight
@@ -65,7 +66,6 @@ def _print(foresight: Foresight) -> None:
     rows = foresight.table()
     if not rows:
         return
-    from rich.console import Console
     from rich.table import Table
 
     from ..foresight import KEPT
@@ -74,4 +74,4 @@ def _print(foresight: Foresight) -> None:
     table = Table("layer", *(f"share {keep:g}" for keep in KEPT), title=title)
     for layer, shares in rows:
         table.add_row(str(layer), *(f"{share:.1%}" for share in shares))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console().print(table)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +13,13 @@ from ..errors import InputError, at_least
 from . import options
 from .evaluate import Length, Seed, Task
 from .groups import expanded
+from .tables import console
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..prompt import Prompt
+    from .progress import Bar
 
 
 @expanded
@@ -40,26 +49,54 @@ def fidelity(
     synthetic.check_lengths(length, place.config)
     engine = Engine.from_pretrained(**place.loading)
     assert engine.tokenizer is not None, "from_pretrained loads one"
-    results: list[dict[str, Any]] = []
-    total = len(task) * len(length) * samples * (len(chosen) + 1)
-    done = 0
     with Bar("Reading", "prefill", shown=True) as bar:
-
-        def tell() -> None:
-            nonlocal done
-            done += 1
-            bar.update(done, total)
-
-        for kind in task:
-            for size in length:
-                drawn = synthetic.items(engine.tokenizer, kind, size, samples, seed)
-                found = [measure(engine, item.prompt(engine.tokenizer), chosen, rows, seed, tell) for item in drawn]
-                for column in zip(*found, strict=True):
-                    results.append({"task": kind, "length": size, "samples": samples} | mean(column))
+        figures = columns(
+            Drawn(engine.tokenizer, task, length, samples, seed),
+            len(chosen) + 1,
+            bar,
+            lambda prompt, tell: measure(engine, prompt, chosen, rows, seed, tell),
+        )
+        results = [where | {"samples": samples} | mean(column) for where, column in figures]
     if as_json:
         print(json.dumps({"seed": seed, "results": results}))
     else:
         _print(results)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Generated texts: ``samples`` of each task and length."""
+
+    tokenizer: PreTrainedTokenizerBase
+    task: list[str]
+    length: list[int]
+    samples: int
+    seed: int
+
+
+def columns(
+    drawn: Drawn, parts: int, bar: Bar, measure: Callable[[Prompt, Callable[[], None]], list[Any]]
+) -> Iterator[tuple[dict[str, Any], tuple[Any, ...]]]:
+    """Measure every text: by task, length and what is compared, all texts' figures.
+
+    ``measure`` gives those of one prompt, one for each that is compared, and calls the function that it is given after
+    each of ``parts`` parts, which the bar counts.
+    """
+    from ..evaluation import synthetic
+
+    total, done = len(drawn.task) * len(drawn.length) * drawn.samples * parts, 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        bar.update(done, total)
+
+    for kind in drawn.task:
+        for size in drawn.length:
+            items = synthetic.items(drawn.tokenizer, kind, size, drawn.samples, drawn.seed)
+            found = [measure(item.prompt(drawn.tokenizer), tell) for item in items]
+            for column in zip(*found, strict=True):
+                yield {"task": kind, "length": size}, column
 
 
 def mean(found: Any) -> dict[str, Any]:
@@ -83,12 +120,9 @@ FIGURES = ("kl_document", "kl_answer", "agreement")
 
 
 def _print(results: list[dict[str, Any]]) -> None:
-    import sys
 
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
     columns = ("task", "length", "reading", "mass", "least head", "KL document", "KL answer", "same token")
     table = Table(*columns, title="Mass of full attention on visible keys; KL in nats; sampled rows of the document")
     for row in results:
@@ -103,11 +137,11 @@ def _print(results: list[dict[str, Any]]) -> None:
             f"{row['kl_answer']:.4f}",
             f"{row['agreement']:.1%}",
         )
-    console.print(table)
+    console().print(table)
     for row in results:
         reading = f"{row['task']} at {row['length']:,}: {row['strategy']} {row['compressor'] or ''}".strip()
         heads = (f"KV head {number}" for number in range(len(row["mass"][0])))
         table = Table("layer", *heads, title=f"{reading}, {row['blocks']} blocks: mass")
         for number, shares in enumerate(row["mass"]):
             table.add_row(str(number), *(f"{share:.3f}" for share in shares))
-        console.print(table)
+        console().print(table)

@@ -7,6 +7,7 @@ Options of strategies and compressors are not written down here: they come from 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,11 @@ def check_out(path: Path) -> None:
         raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}; make it first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(f"{str(path)!r} cannot be written: no permission.")
+
+
+def typed() -> str:
+    """The command as it was typed, which files of results name."""
+    return " ".join(["apb", *sys.argv[1:]])
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ from ..planning.shape import ModelShape
 from ..reading import with_propagation
 from . import options
 from .groups import expanded
+from .tables import console
 
 # A short question with its chat template; the length of the document is what matters.
 QUERY_TOKENS = 32
@@ -143,10 +143,8 @@ def _basis(path: Path | None, network_gbit: float) -> Basis | None:
 
 
 def _print(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
     rows = [row for row in report["strategies"] if "refused" not in row]
     unit = "rank" if report["gpus_per_rank"] == 1 else "GPU"
     seconds = "seconds, projection" if report["projection"] else "seconds"
@@ -176,19 +174,19 @@ def _print(report: dict[str, Any]) -> None:
         cells = [cell(row) for row in rows]
         if any(cells):
             table.add_row(name, *cells)
-    console.print(table)
+    console().print(table)
     for row in report["strategies"]:
         if "refused" in row:
-            console.print(row["refused"])
+            console().print(row["refused"])
     if report["ceilings"]:
         if report["projection"]:
-            console.print("A projection, not a measurement: the ceilings are of fewer ranks, latencies are left out.")
+            console().print("A projection, not a measurement: the ceilings are of fewer ranks, latencies are left out.")
         for name, source in report["ceilings"]["sources"].items():
             unit = "TFLOP/s" if name in ("linear", "attention") else "TB/s"
-            console.print(f"{name}: {report['ceilings'][name] / 1e12:.4g} {unit}, {source}", highlight=False)
+            console().print(f"{name}: {report['ceilings'][name] / 1e12:.4g} {unit}, {source}", highlight=False)
     limit = report["max_positions"]
     if limit is not None and report["length"] > limit:
-        console.print(f"The model was trained for {limit:,} positions: reading this needs --allow-extrapolation.")
+        console().print(f"The model was trained for {limit:,} positions: reading this needs --allow-extrapolation.")
 
 
 def _bytes(number: int) -> str:

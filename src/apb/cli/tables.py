@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..evaluation.records import Record
+
+
+def console() -> Console:
+    """Standard output for tables: as wide as the terminal, and elsewhere as wide as they may need."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], skipped: int) -> None:
@@ -31,10 +40,8 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
     if as_json:
         print(json.dumps({**notes, "skipped_lines": skipped, "results": cells, "differences": differences}))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
     columns = ("task", "length", "strategy", "question first", "compressor", "blocks", "decode", "keys read", "samples",
                "score", "95 %", "prefill s")  # fmt: skip
     table = Table(*columns)
@@ -53,7 +60,7 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
             "{:.1f} to {:.1f}".format(*row["interval"]),
             f"{row['prefill_s']:.2f}",
         )
-    console.print(table)
+    console().print(table)
     if not differences:
         return
     title = "Differences on the same samples, mean over tasks"
@@ -69,4 +76,4 @@ def print_results(records: list[Record], as_json: bool, notes: dict[str, Any], s
             f"{row['difference']:+.2f}",
             "{:+.2f} to {:+.2f}".format(*row["interval"]),
         )
-    console.print(table)
+    console().print(table)

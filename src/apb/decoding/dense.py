@@ -41,12 +41,12 @@ class DenseReader(Reader):
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`."""
+        from ..layers.base import as_wide
         from ..layers.shards import full_partial
-        from .held import widened
 
         far = self._streaming.fetch(layer.kept, layer.q.device)
         if far is not None:
-            layer = replace(layer, earlier=(far[0], widened(far[1], layer.v)))
+            layer = replace(layer, earlier=(far[0], as_wide(far[1], layer.v)))
         return full_partial(layer, rows, self._backend)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..layers.base import as_wide
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -43,7 +45,7 @@ class Held:
         if self.far is None or start >= self.away:
             return k, v
         far_k, far_v = (x[start : min(stop, self.away)].to(k.device) for x in self.far)
-        return torch.cat([far_k, k]), torch.cat([widened(far_v, v), v])
+        return torch.cat([far_k, k]), torch.cat([as_wide(far_v, v), v])
 
     def chosen(self, picked: Tensor) -> list[Pair]:
         """By KV head keys and values (chosen, 1, head_dim) of the tokens that bool (kv_heads, first tokens) picks."""
@@ -67,10 +69,5 @@ class Held:
             rows = torch.empty(sum(counts), x.shape[2], dtype=x.dtype, pin_memory=pinned)
             for head, part in enumerate(rows.split(counts)):
                 torch.index_select(x[:, head], 0, indices[head], out=part)
-            parts.append(widened(rows.unsqueeze(1).to(like.device, non_blocking=True), like).split(counts))
+            parts.append(as_wide(rows.unsqueeze(1).to(like.device, non_blocking=True), like).split(counts))
         return list(zip(*parts, strict=True))
-
-
-def widened(x: Tensor, like: Tensor) -> Tensor:
-    """Values (..., head_dim), as wide as attention has them: with zeros, if a model's are narrower than its keys."""
-    return torch.nn.functional.pad(x, (0, like.shape[-1] - x.shape[-1])) if x.shape[-1] < like.shape[-1] else x

@@ -142,9 +142,9 @@ class SelectingReader(Reader):
         scores, sizes = index.scores(grouped.float() * layer.scale)
         budget = covered - math.ceil((1 - self._wanted) * keys)
         picked = index.keys_of(self._choose(scores, sizes, budget))
-        self._attended += int(picked.sum())
         parts = []
         for head, pair in enumerate(held.chosen(picked)):  # as many keys as each of them chose
+            self._attended += len(pair[0])
             segments = [Segment(*pair), Segment(rest[0][:, head : head + 1], rest[1][:, head : head + 1])]
             parts.append(attention(grouped[head : head + 1], segments, layer.scale, self._backend, layer.softcap))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 0)

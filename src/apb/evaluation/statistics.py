@@ -36,8 +36,17 @@ def interval(mean: float, samples: int) -> tuple[float, float]:
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     """The 95 % bootstrap interval of a mean; resampling uses a fixed seed."""
-    drawn = numpy.array(values)[numpy.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))]
-    low, high = numpy.percentile(drawn.mean(1), (2.5, 97.5))
+    return _middle(_resampled(values, numpy.random.default_rng(0)))
+
+
+def _resampled(values: Sequence[float], rng: numpy.random.Generator) -> numpy.typing.NDArray[numpy.float64]:
+    """Means (RESAMPLES,) of as many values, drawn with replacement."""
+    return numpy.array(values)[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+
+
+def _middle(means: numpy.typing.NDArray[numpy.float64]) -> tuple[float, float]:
+    """The bounds of the middle 95 %."""
+    low, high = numpy.percentile(means, (2.5, 97.5))
     return float(low), float(high)
 
 
@@ -142,12 +151,10 @@ def difference(records: Iterable[Record], baseline: Iterable[Record]) -> Differe
     rng = numpy.random.default_rng(0)
     means = numpy.zeros(RESAMPLES)
     for _, values in sorted(tasks.items()):
-        drawn = numpy.array(values)[rng.integers(len(values), size=(RESAMPLES, len(values)))]
-        means += drawn.mean(1) / len(tasks)
-    low, high = numpy.percentile(means, (2.5, 97.5))
+        means += _resampled(values, rng) / len(tasks)
     flat = [value for values in tasks.values() for value in values]
     average = sum(sum(values) / len(values) for values in tasks.values()) / len(tasks)
-    return Difference(len(tasks), len(flat), average, (float(low), float(high)), sum(value != 0 for value in flat))
+    return Difference(len(tasks), len(flat), average, _middle(means), sum(value != 0 for value in flat))
 
 
 def _sample(record: Record) -> tuple[Any, ...]:

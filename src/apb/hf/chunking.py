@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..planning.memory import CPU_ROWS, GPU_ROWS
+from .forwards import replace_forwards
 
 
 def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
@@ -19,17 +20,7 @@ def chunk_mlps(model: PreTrainedModel) -> Callable[[], None]:
     8.5 GiB. Mixtures of experts, which route all rows together, are left unchanged.
     """
     changed = [module for module in model.modules() if is_dense_mlp(module)]
-    before = [vars(module).get("forward") for module in changed]  # a compiled one, or another library's
-    for module in changed:
-        module.forward = _chunked(module.forward)
-
-    def undo() -> None:
-        for module, forward in zip(changed, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-    return undo
+    return replace_forwards(changed, lambda module: _chunked(module.forward))
 
 
 def is_dense_mlp(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InputError
+from .forwards import replace_forwards
 
 _PRODUCTS = ("matmul", "__matmul__", "bmm")
 # As the function registered with transformers: of module, q, k and v (1, heads, rows, d), no mask, and scaling=.
@@ -23,17 +24,7 @@ Attention = Callable[..., tuple[Tensor, None]]
 
 def follow_products(modules: Sequence[nn.Module], attention: Attention) -> Callable[[], None]:
     """Have ``attention`` compute what modules compute by matrix products; returns a function that undoes it."""
-    before = [vars(module).get("forward") for module in modules]
-    for module in modules:
-        module.forward = _followed(module, attention)
-
-    def undo() -> None:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-    return undo
+    return replace_forwards(modules, lambda module: _followed(module, attention))
 
 
 def _followed(module: nn.Module, attention: Attention) -> Callable[..., Any]:

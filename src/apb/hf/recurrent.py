@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from ..errors import InputError
 from ..layers.recurrent import Recur, RecurrentInput, State
+from .forwards import replace_forwards
 
 # Mixers of most families name their cache so; the others are known by their class.
 _ARGUMENT = "cache_params"
@@ -144,19 +145,8 @@ def take_over(model: PreTrainedModel, recur: Callable[[], Recur | None]) -> Call
 
     While that is None modules are called as ever.
     """
-    modules = recurrent_modules(model)
-    before = [vars(module).get("forward") for module in modules]
     states = _state_count(model.config.get_text_config())
-    for module in modules:
-        module.forward = _by_runs(module, states, recur)
-
-    def undo() -> None:
-        for module, forward in zip(modules, before, strict=True):
-            del module.forward
-            if forward is not None:
-                module.forward = forward
-
-    return undo
+    return replace_forwards(recurrent_modules(model), lambda module: _by_runs(module, states, recur))
 
 
 def _state_count(text: Any) -> int:

@@ -17,9 +17,12 @@ class LayerKind(Enum):
     WINDOW = "sliding window"
 
 
-def as_wide(values: Tensor, keys: Tensor) -> Tensor:
-    """Values (..., width), followed by zeros if keys are wider: kernels want them alike, and zeros stay zeros."""
-    return pad(values, (0, keys.shape[-1] - values.shape[-1])) if values.shape[-1] < keys.shape[-1] else values
+def as_wide(values: Tensor, like: Tensor) -> Tensor:
+    """Values (..., width), followed by zeros if ``like``, the keys or values of that width, is wider.
+
+    Kernels want keys and values alike, and zeros stay zeros.
+    """
+    return pad(values, (0, like.shape[-1] - values.shape[-1])) if values.shape[-1] < like.shape[-1] else values
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from ..strategies.propagation import Propagating
 
 # Called with (tokens read, tokens of the prompt) while a prompt is read; each layer of a round counts in proportion.
 Progress = Callable[[int, int], None]
+# Called with the strategy and a layer's q, k, v after its attention, which it may look at and not change.
+Look = Callable[[Strategy, AttentionInput], None]
 
 
 def read(
@@ -39,7 +41,7 @@ def read(
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
     between: Callable[[], None] | None = None,
-    look: Callable[[Strategy, AttentionInput], None] | None = None,
+    look: Look | None = None,
     length: int | None = None,
 ) -> tuple[ShardCache, Tensor, float]:
     """Read a prompt by a strategy's plan; every rank calls it.
@@ -125,7 +127,7 @@ def inspect(
     prompt: Prompt,
     strategy: Strategy,
     positions: Sequence[int],
-    look: Callable[[Strategy, AttentionInput], None],
+    look: Look,
 ) -> Tensor:
     """Read a prompt on one rank, in one round, keeping no cache, with ``look`` called after each layer's attention.
 
