@@ -94,3 +94,28 @@ def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> Non
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("heads, head_dim", [(3, 20), (2, 64)])
+def test_a_part_is_merged_in_place(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Views of other tensors, rows that one part, the other or neither has keys for; the rest stays as it was."""
+    from apb.kernels.merge_pair import merge_into
+
+    torch.manual_seed(0)
+    whole, rows = torch.randn(40, heads, head_dim).to(dtype), slice(2, 39)
+    lses, other = torch.randn(heads, 40) * 3, torch.randn(heads, 37, 2 * head_dim).to(dtype)[:, :, :head_dim]
+    other, other_lse = other.transpose(0, 1), torch.randn(37, heads).T * 3
+    lses[:, 4:9], other_lse[:, 5:12] = -torch.inf, -torch.inf  # rows 4 to 8 of all, rows 7 to 13 of all
+    whole[lses.T.isneginf()] = 0
+    before, before_lse = whole.clone(), lses.clone()
+    weights = torch.stack([before_lse[:, rows], other_lse]).double().exp()
+    share = (weights / weights.sum(0).clamp(min=1e-300)).transpose(1, 2).unsqueeze(-1)
+    wanted = before[rows].double() * share[0] + other.double() * share[1]
+    merge_into(whole[rows], lses[:, rows], other, other_lse)
+    tolerance = 2e-3 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(whole[rows].double(), wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lses[:, rows].double(), weights.sum(0).log(), rtol=1e-5, atol=1e-5)
+    untouched = [0, 1, 39]
+    torch.testing.assert_close(whole[untouched], before[untouched], rtol=0, atol=0)
+    torch.testing.assert_close(lses[:, untouched], before_lse[:, untouched], rtol=0, atol=0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .merge import merge
+from .merge import merge_into
 from .segment import Segment
 
 # Chunks computed in one call become heads, whose number kernels limit.
@@ -158,5 +158,5 @@ def _add(out: Tensor, lse: Tensor, row: int, part: Tensor, part_lse: Tensor) -> 
     """Merge a partial result of the rows from ``row`` on into ``out`` and ``lse``."""
     stop = row + part.shape[0]
     out = out.float()
-    out[row:stop], lse[:, row:stop] = merge((out[row:stop], part), (lse[:, row:stop], part_lse))
+    merge_into(out[row:stop], lse[:, row:stop], part, part_lse)
     return out, lse

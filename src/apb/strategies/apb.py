@@ -12,7 +12,7 @@ from torch import Tensor
 from ..compressors import BlockView, Compressor
 from ..distributed.collectives import Group, Pending
 from ..kernels.attention import Part, Task
-from ..kernels.merge import merge
+from ..kernels.merge import merge, merge_into
 from ..kernels.selection import choose, pack, pool
 from ..layers.base import AttentionInput
 from ..layers.shards import full_partial
@@ -92,10 +92,11 @@ class APB(Strategy):
         tasks = [*(Task(*span.bounds, passed.parts[span.block]) for span in seeing), *self._anchor_task()]
         self.batched(layer, passed.sources, tasks, others, others_lse)
         with timed("attention"):
-            for span in seeing:
-                rows = span.rows
-                # No name for the merged rows: they would be alive while the next block's are.
-                out[rows] = layer.settle(*merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows])))
+            for rows in (span.rows for span in seeing):  # block by block: on a CPU their copies in fp32 are small
+                if layer.sinks is None:
+                    merge_into(out[rows], lse[:, rows], others[rows], others_lse[:, rows])
+                else:  # rounded after the sinks alone
+                    out[rows] = layer.settle(*merge((out[rows], others[rows]), (lse[:, rows], others_lse[:, rows])))
             if self.anchor:
                 rows = self.anchor.rows
                 out[rows] = layer.settle(others[rows], others_lse[:, rows])

@@ -92,9 +92,7 @@ class Propagating:
         """True positions of :attr:`kept`'s rows, in order."""
         if self.positions is None:
             return ()
-        itinerary = self._strategy.itinerary
-        places = _ranges(self._places)
-        return (*places, range(self._plan.query_start, self._plan.total)) if itinerary.owns_tail else tuple(places)
+        return self._kept_positions
 
     @property
     def held(self) -> int:
@@ -108,14 +106,17 @@ class Propagating:
         rank, ranks = self._group.rank, range(self._plan.ranks)
         source = _owners(self._plan, self.positions)
         target = _owners(self._above, torch.arange(len(self.positions)))
-        own = [position for block in self._plan.owned(rank) for position in range(block.start, block.stop)]
-        rows = torch.searchsorted(torch.tensor(own, dtype=torch.long), self.positions)
+        own = [torch.arange(0), *(torch.arange(block.start, block.stop) for block in self._plan.owned(rank))]
+        rows = torch.searchsorted(torch.cat(own), self.positions)
         self._sent = [rows[(source == rank) & (target == other)] for other in ranks]
         senders = source[target == rank]
         self._received = [int((senders == other).sum()) for other in ranks]
         # Rows arrive sender by sender, in ascending order of each.
         self._order = senders.argsort(stable=True).argsort()
-        self._places: list[int] = self.positions[target == rank].tolist()
+        places = self.positions[target == rank]
+        self._places: list[int] = places.tolist()
+        question = [range(self._plan.query_start, self._plan.total)] if self._strategy.itinerary.owns_tail else []
+        self._kept_positions = (*_ranges(places), *question)
         # Of a message of all ranks' rows, rank by rank, where each row that went on is.
         self._arranged = target.argsort(stable=True).argsort()
 
@@ -194,12 +195,11 @@ def _owners(plan: Plan, positions: Tensor) -> Tensor:
     return ranks[torch.searchsorted(starts, positions, right=True) - 1]
 
 
-def _ranges(positions: Sequence[int]) -> list[range]:
-    """Ascending positions as runs of consecutive ones."""
-    found: list[range] = []
-    for position in positions:
-        if found and found[-1].stop == position:
-            found[-1] = range(found[-1].start, position + 1)
-        else:
-            found.append(range(position, position + 1))
-    return found
+def _ranges(positions: Tensor) -> list[range]:
+    """Ascending positions (count,) as runs of consecutive ones."""
+    if not len(positions):
+        return []
+    ends = (positions.diff() != 1).nonzero().squeeze(1)
+    starts = torch.cat([positions[:1], positions[ends + 1]]).tolist()
+    stops = torch.cat([positions[ends], positions[-1:]]).tolist()
+    return [range(start, stop + 1) for start, stop in zip(starts, stops, strict=True)]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..compressors import Compressor
 from ..distributed.collectives import Group
 from ..kernels.attention import Segment
-from ..kernels.merge import merge
+from ..kernels.merge import merge_into
 from ..layers.base import AttentionInput
 from ..planning.plan import Plan
 from ..timing import timed
@@ -47,11 +47,11 @@ class Ring(Strategy):
             if source < rank:
                 seen, seen_lse = self.attention(layer, q, self._blocks_of(travelling, source)[:1])
                 with timed("attention"):
-                    merged, lse = merge((merged, seen), (lse, seen_lse))
+                    merge_into(merged, lse, seen, seen_lse)
             else:
                 seen, seen_lse = self.attention(layer, q[split:], self._blocks_of(travelling, source))
                 with timed("attention"):
-                    merged[split:], lse[:, split:] = merge((merged[split:], seen), (lse[:, split:], seen_lse))
+                    merge_into(merged[split:], lse[:, split:], seen, seen_lse)
         out[rows] = layer.settle(merged, lse)
 
     def _own_blocks(self, layer: AttentionInput, q: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
