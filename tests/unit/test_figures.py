@@ -100,6 +100,19 @@ def test_second_requests() -> None:
         assert [float(cell) for cell in cells] == pytest.approx(known, abs=0.051)
 
 
+def test_starts() -> None:
+    """The table of docs/benchmarks.md, and what captures the graphs."""
+    found, text = result("start_h200.json"), page("docs/benchmarks.md")
+    for name in ("cold", "warm"):
+        start = found[name]
+        first, other, again = start["requests"]
+        told = [f"{start['imports_s']:.1f}", f"{start['weights_s']:.1f}", f"{first['first_token_s']:.1f}"]
+        told += [str(first["compiled"]), f"{other['first_token_s']:.2f}", str(other["compiled"])]
+        told += [f"{again['first_token_s']:.2f}", str(again["compiled"])]
+        assert f"| {name} | {' | '.join(told)} |" in text
+        assert f"{first['second_token_s']:.1f} s {name}" in text
+
+
 def test_a_server_under_load() -> None:
     """The table of docs/serving.md: nothing lost, nothing wrong, and its seconds and shares."""
     found, text = result("server_load_cpu.json"), page("docs/serving.md")
