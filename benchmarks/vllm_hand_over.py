@@ -140,7 +140,7 @@ class Parts:
 
     def _part(self, do: str, **job: Any) -> None:
         """Run one part; an error is told, and the next parts go on."""
-        path, out, log = self.folder / "job.json", self.folder / "out.jsonl", self.folder / "log.txt"
+        path, out, log = self.folder / "job.json", self.folder / "out.jsonl", self.folder / f"{len(self.told)}-{do}.log"
         out.write_text("")
         job = {"do": do, "model": self.model, "out": str(out), "lengths": self.arguments.length, **job}
         path.write_text(json.dumps(job))
