@@ -192,7 +192,7 @@ def compared(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     both = set(one["top"]) & set(other["top"])
     told = {
         "same_tokens": one["token_ids"] == other["token_ids"],
-        "same_first_tokens": sum(a == b for a, b in zip(one["token_ids"], other["token_ids"], strict=True)),
+        "same_tokens_of_24": sum(a == b for a, b in zip(one["token_ids"], other["token_ids"], strict=True)),
         "largest_logprob_difference": max((abs(one["top"][t] - other["top"][t]) for t in both), default=None),
     }
     if "answers" in one and "answers" in other:
