@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ MODELS = {"needle": Path(shipped_model())} | {
     name: REAL / name for name in ("smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m") if (REAL / name).is_dir()
 }
 TOKENS, LENGTH, PART = 24, 500, 300
+BLOCK = 128  # tokens of a block of vLLM's cache on the CPU
 QUESTIONS = ("What is this text about?", "Which of them are exact?")
 # By the name of a document: who reads it. Each is another text; the last two are lost on the way.
 READERS = {"full": "full", "ring": "ring", "apb": "apb", "gone": "full", "cut": "full"}
@@ -203,6 +205,20 @@ def test_a_store_vanishes(ahead: bool, books: Library, tmp_path: Path) -> None:
     expected += [books.exact("cut", 0), books.exact("full", 1), books.exact("cut", 0)]
     assert [each["token_ids"] for each in said] == expected
     assert log.count("cannot be loaded for request") == 2
+
+
+@shipped
+@pytest.mark.parametrize(("name", "workers"), [("full", 1), ("apb", 1), ("full", 2)])
+def test_many_at_once(name: str, workers: int, books: Library, tmp_path: Path) -> None:
+    """Of requests that come together for one document, where each waits for its load, one loads it for all."""
+    eight = [books.prompt(name, number if name == "full" else 0) for number in (0, 1) * 4]
+    options = {"async_scheduling": True, "tensor_parallel_size": workers}
+    said, log = vllm(books.model, books.store, tmp_path, [ask(*eight)], **options)
+    expected = [books.exact(name, number) if name == "full" else books.by_apb[0] for number in (0, 1) * 4]
+    assert [each["token_ids"] for each in said] == expected
+    assert all(each["cached"] >= len(books.texts[name]) for each in said)
+    loads = [int(count) for count in re.findall(r": loaded (\d+) tokens", log)]
+    assert len([count for count in loads if count >= BLOCK]) == workers
 
 
 @shipped

@@ -84,6 +84,10 @@ class DocumentConnector(KVConnectorBase_V1):
             self._refused: dict[str, Found] = {}
             self._handed: dict[str, Handover] = {}
             self._next: list[Handover] = []
+            # A request that waits for its load has its blocks in vLLM's own cache only once they have arrived. Others
+            # that want the same ones wait for that, instead of loading a copy each.
+            self._shares = self._ahead and bool(vllm_config.cache_config.enable_prefix_caching)
+            self._first: dict[tuple[str, str | None], str] = {}
             self._pool: BlockPool | None = None
         else:
             self._loader = Loader(self._block, logger.warning)
@@ -123,19 +127,24 @@ class DocumentConnector(KVConnectorBase_V1):
             request.block_hashes.clear()
             request.update_block_hashes()
 
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         """See the base class; the last token is always computed, for its logits."""
         found = self._found.get(request.request_id)
         if found is None or not found.document.there():
             return 0, False
         more = min(found.tokens, request.num_tokens - 1) - num_computed_tokens
+        if more >= self._block and self._first.get(_shared(request, found), request.request_id) != request.request_id:
+            return None, False  # later: another request is loading the document, and vLLM's own cache will have it
         return (more, self._ahead) if more > 0 else (0, False)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         """See the base class."""
         if not num_external_tokens:
+            self._arrived(request.request_id)
             return
         found = self._found[request.request_id]
+        if self._shares and num_external_tokens >= self._block:
+            self._first[_shared(request, found)] = request.request_id
         stop = min(found.tokens, request.num_tokens - 1)
         paths = tuple(map(str, found.document.paths))
         (ids,) = blocks.get_block_ids()
@@ -158,12 +167,14 @@ class DocumentConnector(KVConnectorBase_V1):
         invalid = connector_output.invalid_block_ids
         for request in [each for each, handed in self._handed.items() if invalid & set(handed.blocks)]:
             self._found.pop(request, None)
+            self._arrived(request)
             blocks = self._handed.pop(request).blocks_to_fill(self._block)
             if self._pool is not None:
                 self._pool.evict_blocks(blocks)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Tell with the answer which document it came from, if any, or which one was left out."""
+        self._arrived(request.request_id)
         found = self._found.pop(request.request_id, None)
         refused = self._refused.pop(request.request_id, None)
         handed = self._handed.pop(request.request_id, None)
@@ -173,6 +184,10 @@ class DocumentConnector(KVConnectorBase_V1):
         if refused is not None:
             told["left_out"] = refused.to_dict()
         return False, {"apb": told} if told else None
+
+    def _arrived(self, request: str) -> None:
+        """Others need not wait for what this request loads, any more."""
+        self._first = {shared: first for shared, first in self._first.items() if first != request}
 
     # --- a worker -----------------------------------------------------------------------------------------------------
 
@@ -260,6 +275,11 @@ class Fitting:
                 "last ones, after propagation those that went on, and vLLM hands all of them on to other prompts."
             )
         return None
+
+
+def _shared(request: Request, found: Found) -> tuple[str, str | None]:
+    """The same for requests that find a document's blocks in vLLM's own cache once one of them has loaded it."""
+    return found.document.key, request.cache_salt
 
 
 def _check(config: VllmConfig) -> None:
