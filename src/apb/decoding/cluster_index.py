@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..kernels import chosen
 from ..kernels.kmeans import sums_by_label, two_levels
 from .selecting import KeyIndex
 
@@ -73,6 +74,12 @@ class ClusterIndex(KeyIndex):
         sizes = self.sizes.unsqueeze(1)
         share = logits - (logits + sizes.log()).logsumexp(-1, keepdim=True)
         return share.amax(1).masked_fill(self.sizes == 0, -math.inf), self.sizes
+
+    def stored(self) -> chosen.Index | None:
+        """See :meth:`KeyIndex.stored`."""
+        if self.labels is None or self.means is None or self.sizes is None or not self.covered:
+            return None
+        return chosen.Index(self.means, self.sizes, self.labels, self.covered)
 
     def keys_of(self, chosen: Tensor) -> Tensor:
         """See :meth:`KeyIndex.keys_of`."""
