@@ -14,6 +14,8 @@ from .selecting import KeyIndex
 
 # Clusters that a key is compared with, on average, once it is known to which of the coarse ones it belongs.
 _RUN = 64
+# With fewer coarse clusters than these, keys that belong together are often cut apart.
+_LEAST_RUNS = 8
 
 
 class ClusterIndex(KeyIndex):
@@ -33,7 +35,8 @@ class ClusterIndex(KeyIndex):
 
     def extend(self, keys: Tensor) -> None:
         """See :meth:`KeyIndex.extend`: a few of the last new keys may stay uncovered, and so few as make no cluster."""
-        runs = max(keys.shape[1] // (_RUN * self.cluster_size), 1)
+        runs = keys.shape[1] // (_RUN * self.cluster_size)
+        runs = runs if runs >= _LEAST_RUNS else 1
         new = keys[:, : keys.shape[1] // runs * runs].float()
         if new.shape[1] < self.cluster_size:
             return
