@@ -74,14 +74,14 @@ def test_attention_over_what_torch_chooses(
 ) -> None:
     """In layers of other sizes, budgets and parts that no index covers, by one table; one has an index of no key, one
     dropped keys after it was made. What is chosen is counted."""
-    monkeypatch.setattr(chosen, "_processors", lambda device: 5)
+    monkeypatch.setattr(chosen, "_processors", lambda device: 3)
     monkeypatch.setattr(chosen, "CHUNKS", 4)
     torch.manual_seed(0)
     q = torch.randn(heads, 1, head_dim).to(dtype).transpose(0, 1)
     share = kv_heads if together else 1
-    sizes = [(160, 200, 209, 40), (0, 7, 7, 0), (700, 701, 900, 260), (90, 400, 400, 0), (300, 301, 301, 10**6)]
+    sizes = [(160, 200, 209, 40), (0, 7, 7, 0), (400, 401, 500, 120), (90, 190, 190, 0), (160, 161, 161, 10**6)]
     layers = [Layer.of(pages_or_clusters(page_size), *size[:3], size[3] * share, kv_heads, head_dim) for size in sizes]
-    layers[2].index.forget(500)
+    layers[2].index.forget(300)
     for layer in layers:
         layer.k, layer.v = layer.k.to(dtype), layer.v.to(dtype)
         for name, part in layer.index.tensors().items():
