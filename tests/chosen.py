@@ -70,9 +70,9 @@ def kmeans(keys: np.ndarray, count: int) -> np.ndarray:
     points = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     centroids = np.stack([points[index * len(points) // count] for index in range(count)])
     labels = np.zeros(len(points), dtype=int)
-    for turn in range(10):
+    for turn in range(4):
         labels = np.array([int(np.argmax(centroids @ point)) for point in points])
-        for cluster in range(count if turn < 9 else 0):
+        for cluster in range(count if turn < 3 else 0):
             if (labels == cluster).any():
                 mean = points[labels == cluster].sum(0)
                 centroids[cluster] = mean / np.linalg.norm(mean)

@@ -18,6 +18,7 @@ from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
 from apb.cli import bench
+from apb.decoding import Pages, Squeezed
 from apb.distributed.collectives import Group
 from apb.hardware import Hardware
 from apb.hf.counting import model_shape
@@ -132,6 +133,24 @@ def test_decode_reads_weights_and_cache():
     assert row.cache_bytes == 4 * (200 + 4 + 3) * 2 * 3 * 2 * 16
     assert row.limit_seconds == pytest.approx((row.weight_bytes + row.cache_bytes) / 1e9)
     assert row.of_limit == pytest.approx(row.limit_seconds * row.tokens_per_s)
+
+
+def test_decode_by_an_index():
+    """The row says what was made of the keys, and how many of them were read."""
+    model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
+    shape = model_shape(model.config)
+    rows = [
+        next(bench_decode(model, shape, [400], 3, 1e9, strategy="full", decoding=decoding))
+        for decoding in ("exact", Pages(0.3, page_size=8), Squeezed(0.3, cluster_size=8))
+    ]
+    exact, pages, squeezed = rows
+    assert [row.decode for row in rows] == ["exact", "pages", "squeezed"]
+    assert (exact.share, exact.index_bytes) == (1.0, 0)
+    assert 0.2 < pages.share < 0.3 and 0.2 < squeezed.share < 0.3
+    units = (400 - 64) // 8
+    assert pages.index_bytes == 4 * 3 * 2 * units * 2 * 16
+    assert squeezed.index_bytes == 4 * 3 * 2 * (400 - 64 + units * 16)
+    assert all(row.index_seconds > 0 and row.read_seconds > 0 for row in rows)
 
 
 def test_decode_of_several_sessions():

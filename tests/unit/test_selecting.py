@@ -187,6 +187,28 @@ def test_clusters_follow_the_cache() -> None:
     assert index.keys_of(everything).all() and not index.keys_of(~everything).any()
 
 
+def test_clusters_of_many_keys() -> None:
+    """Made in two levels, hardly a cluster has keys of two groups that point elsewhere, wherever keys stand: at most
+    where runs end, one key of a group may stand alone. A few of the last keys stay uncovered."""
+    generator = torch.Generator().manual_seed(5)
+    groups = torch.randint(16, (2, 2053), generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(2, 16, 24, generator=generator), dim=2)
+    keys = directions.gather(1, groups.unsqueeze(2).expand(-1, -1, 24))
+    keys = keys + 0.05 * torch.randn(keys.shape, generator=generator)
+    keys = keys * (1 + torch.rand(2, 2053, 1, generator=generator))
+    index = ClusterIndex(4)
+    index.extend(keys)
+    assert index.covered == 2048 and index.means.shape == (2, 512, 24)
+    for head in range(2):
+        pairs = torch.stack([index.labels[head].long(), groups[head, :2048]], 1).unique(dim=0)
+        used = len(pairs[:, 0].unique())
+        assert 400 < used <= len(pairs) <= used + 4
+        members = torch.nn.functional.one_hot(index.labels[head].long(), 512).float().T
+        held = members.sum(1)
+        assert torch.equal(index.sizes[head].float(), held)
+        torch.testing.assert_close(index.means[head], members @ keys[head, :2048] / held.clamp(min=1).unsqueeze(1))
+
+
 @pytest.mark.parametrize("keys", [0, 1, 30, 66])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_short_shards_are_read_in_full(method: Any, keys: int) -> None:

@@ -76,8 +76,8 @@ def test_tables_by_hand(cli: Cli, files: list[Path], tmp_path: Path) -> None:
     layer = tables["A layer at 2,048 tokens"]
     assert "| apb, 8 blocks |" + " 7.81 |" * 8 + " 62.50 |" in layer
     assert "| full, 1 of 32 layers scaled up |" + " 31.25 |" * 8 + " 250.00 |" in layer
-    assert "| 1,024 | 8 | 1 | yes | 100.0 | 10.00 | 7.50 | 75% | 2.0 |" in tables["Decode"]
-    assert "| 1,024 | 8 | 4 in one pass | no | 100.0 |" in tables["Decode"]
+    assert "| 1,024 | 8 | exact | 1 | yes | 100.0 | 10.00 | 7.50 | 75% | 2.0 |" in tables["Decode"]
+    assert "| 1,024 | 8 | exact | 4 in one pass | no | 100.0 |" in tables["Decode"]
     assert "full at 2,048: left out: too long." in tables["Notes"]
     assert "ulysses at 2,048: no." in tables["Notes"]
     assert "seconds of 1 layers times 32" in tables["Notes"]

@@ -20,8 +20,10 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import apb
 import families
+from apb.decoding import Decoding, Pages, Squeezed
 from apb.hf.cache import ShardCache
 from apb.hf.shard_layer import Arrival
+from apb.kernels import chosen
 from apb.passes import step
 from apb.session import Session
 from models import tiny_model, without_eos
@@ -210,6 +212,28 @@ def test_a_closed_engine_captures_no_more(captures: list[torch.device]) -> None:
     assert not session.captured
     assert len(captures) == 1
     second.close()
+
+
+@pytest.mark.parametrize("method", [Pages(0.3, page_size=5), Squeezed(0.3, cluster_size=4)], ids=lambda m: m.name)
+def test_chosen_keys(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch, method: Decoding) -> None:
+    """One capture serves sessions with other indexes: after a return to fewer tokens, and when the cache has grown,
+    with several tokens read at once in between. What they attended to is told as by ordinary passes."""
+    monkeypatch.setattr(ShardCache, "growth", 2)
+    monkeypatch.setattr(chosen, "CHUNKS", 2)
+    ours, alone = engine(decoding=method), engine(decoding=method, backend="torch")
+    for asked in (prompt(151), prompt(20), prompt(118, 29)):
+        session, wanted = ours.prefill(asked, max_new_tokens=8), alone.prefill(asked)
+        first = session.logits
+        assert close_to(read(session), read(wanted))
+        assert session.captured and session.share == wanted.share
+        for each in (session, wanted):
+            each.rewind(len(asked) - 9, first)
+        several = list(range(40, 52))
+        assert close_to(session.extend(several), wanted.extend(several))
+        assert close_to(read(session), read(wanted))
+        assert session.captured and session.share == wanted.share
+        assert (session.share == 1.0) == (len(asked) < 64)
+    assert len(captures) == 1
 
 
 @pytest.mark.parametrize("growth", [2, 256])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..decoding.base import LayerIndex
 from ..engine import Engine
 from ..hardware import Stopwatch, peak_bytes
 from ..hf.config import tied_embeddings
@@ -36,6 +37,10 @@ class Row:
         limit_seconds: time to read those bytes at the copy bandwidth measured in the same run.
         of_limit: limit_seconds / seconds.
         same_tokens: True if the same tokens were chosen as in turns without the graph; None in that row.
+        decode: the decode method's name.
+        share: of the keys that rank 0's first session attended to; limits count all of them.
+        read_seconds: of reading one text, and index_seconds of then making what the decode method derives from its
+            keys, on the slowest rank; index_bytes, of that, on the rank with the most.
     """
 
     length: int
@@ -50,6 +55,11 @@ class Row:
     of_limit: float
     peak_bytes: int
     same_tokens: bool | None
+    decode: str
+    share: float
+    read_seconds: float
+    index_seconds: float
+    index_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -76,20 +86,35 @@ def bench_decode(
         for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
             engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, **reading)
             try:
-                every = list(_sessions(engine, length, max(sessions), WARM_UP + tokens))
-                after = every[0].logits
-                for count, together in ((count, way) for count in sessions for way in (False, True)):
-                    if together and (count == 1 or graphs or every[0].why_alone is not None):
-                        continue
-                    for session in every[:count]:
-                        session.rewind(length, after)
-                    read = _Read(every[:count], together)
-                    row, chosen = _measure(engine, shape, read, length, tokens, bandwidth, plain.get(count))
-                    plain.setdefault(count, chosen)
-                    if row.graph == graphs:
-                        yield row
+                # A function of its own, so that nothing holds its caches while the next engine reads.
+                yield from _rows(engine, shape, length, tokens, bandwidth, sessions, graphs, plain)
             finally:
                 engine.close()
+
+
+def _rows(
+    engine: Engine,
+    shape: ModelShape,
+    length: int,
+    tokens: int,
+    bandwidth: float,
+    sessions: Sequence[int],
+    graphs: bool,
+    plain: dict[int, list[int]],
+) -> Iterator[Row]:
+    """The rows of one engine; ``plain``: by number of sessions the tokens chosen in turns without graphs."""
+    every = list(_sessions(engine, length, max(sessions), WARM_UP + tokens))
+    after = every[0].logits
+    for count, together in ((count, way) for count in sessions for way in (False, True)):
+        if together and (count == 1 or graphs or every[0].why_alone is not None):
+            continue
+        for session in every[:count]:
+            session.rewind(length, after)
+        read = _Read(every[:count], together)
+        row, chosen = _measure(engine, shape, read, length, tokens, bandwidth, plain.get(count))
+        plain.setdefault(count, chosen)
+        if row.graph == graphs:
+            yield row
 
 
 @dataclass(frozen=True)
@@ -111,6 +136,9 @@ def _sessions(engine: Engine, length: int, count: int, room: int) -> Iterator[Se
     """Sessions of one text, which is read once; each has keys and values in memory of its own."""
     prompt = random_prompt(engine, length)
     first = engine.prefill(prompt, max_new_tokens=room)
+    watch = Stopwatch(engine.device)
+    engine.reading.decoding.build(first.cache)
+    first.timing["index_s"] = watch.seconds()
     yield first
     arranged = engine.reading.arranged(prompt)
     for _ in range(count - 1):
@@ -137,7 +165,7 @@ def _measure(
         read(picked)
         if step >= WARM_UP:
             seconds.append(slowest(engine.group, engine.device, watch.seconds()))
-    width, count = engine.dtype.itemsize, len(read.sessions)
+    width, count, first = engine.dtype.itemsize, len(read.sessions), read.sessions[0]
     tied = tied_embeddings(engine.model.config)
     once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
     weights = once * (1 if read.together else count)
@@ -149,7 +177,7 @@ def _measure(
         length=length,
         sessions=count,
         together=read.together,
-        graph=read.sessions[0].captured,
+        graph=first.captured,
         seconds=median,
         tokens_per_s=count / median,
         weight_bytes=weights,
@@ -158,5 +186,15 @@ def _measure(
         of_limit=limit / median,
         peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))),
         same_tokens=None if plain is None else chosen == plain,
+        decode=engine.reading.decoding.name,
+        share=first.share,
+        read_seconds=slowest(engine.group, engine.device, first.timing["prefill_s"]),
+        index_seconds=slowest(engine.group, engine.device, first.timing["index_s"]),
+        index_bytes=int(slowest(engine.group, engine.device, sum(map(index_bytes, first.cache.indexes.values())))),
     )
     return row, chosen
+
+
+def index_bytes(layers: Mapping[int, LayerIndex]) -> int:
+    """Bytes of the tensors of one kind of index, by layer."""
+    return sum(part.nbytes for index in layers.values() for part in index.tensors().values())

@@ -122,7 +122,13 @@ def decode(results: Results) -> Content:
     rows = []
     for ranks, row in results.decode:
         figures = (f"{row['tokens_per_s']:.1f}", f"{1e3 * row['seconds']:.2f}", f"{1e3 * row['limit_seconds']:.2f}")
-        how = (str(ranks), sessions_of(row), "yes" if row["graph"] else "no", *figures, f"{row['of_limit']:.0%}")
-        rows.append((f"{row['length']:,}", [(cell, "") for cell in (*how, f"{row['peak_bytes'] / 2**30:.1f}")]))
-    heads = ["tokens", "ranks", "sessions", "CUDA graph"]
+        method = row.get("decode", "exact")  # older files have no other
+        how = (str(ranks), method, sessions_of(row), "yes" if row["graph"] else "no", *figures)
+        rows.append(
+            (
+                f"{row['length']:,}",
+                [(cell, "") for cell in (*how, f"{row['of_limit']:.0%}", f"{row['peak_bytes'] / 2**30:.1f}")],
+            )
+        )
+    heads = ["tokens", "ranks", "decode", "sessions", "CUDA graph"]
     return [*heads, "tokens/s", "ms a token", "limit ms", "of limit", "peak GiB"], rows

@@ -43,8 +43,10 @@ def print_attention(report: dict[str, Any]) -> None:
 def line(row: dict[str, Any]) -> str:
     """Progress line of one prefill, or of decode at one length."""
     figure = row.get("note") or f"{row['seconds']:.4g} s"
-    name = named(row) if "strategy" in row else f"decode of {sessions_of(row)}{' by graph' * row['graph']}"
-    return f"apb: {name} at {row['length']:,} tokens: {figure}"
+    if "strategy" in row:
+        return f"apb: {named(row)} at {row['length']:,} tokens: {figure}"
+    how = f"{row['decode']} decode of {sessions_of(row)}{' by graph' * row['graph']}"
+    return f"apb: {how} at {row['length']:,} tokens: {figure}"
 
 
 def _console() -> Any:
@@ -69,7 +71,7 @@ def print_decode(report: dict[str, Any]) -> None:
     """Print a row for each length, number of sessions and way to read their tokens."""
     from rich.table import Table
 
-    columns = ("ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens")
+    columns = ("ms a token", "tokens/s", "limit ms", "of limit", "peak GiB", "same tokens", "keys read", "index s")
     table = Table("tokens", "sessions", "graph", *columns, title=_title(report))
     for row in report["rows"]:
         table.add_row(
@@ -82,6 +84,8 @@ def print_decode(report: dict[str, Any]) -> None:
             f"{row['of_limit']:.0%}",
             f"{row['peak_bytes'] / 2**30:.1f}",
             "" if row["same_tokens"] is None else ("yes" if row["same_tokens"] else "no"),
+            f"{row['share']:.1%}",
+            f"{row['index_seconds']:.2f}",
         )
     console = _console()
     console.print(table)

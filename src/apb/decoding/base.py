@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..planning.options import Checked
 
@@ -93,7 +93,21 @@ class Reader(ABC):
 
 
 class StoredReader(ABC):
-    """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`."""
+    """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`.
+
+    Shards of one layout are read by one of them, in any order.
+    """
+
+    def begin(self, reader: Any, lengths: Sequence[int]) -> None:  # noqa: B027
+        """Write to the device's memory what the next step needs of a shard besides its keys. Nothing, by default.
+
+        Args:
+            reader: the shard's, by :meth:`Decoding.prepare` of the same method.
+            lengths: by layer the keys that the row sees of the shard, its own among them if the shard gets it.
+        """
+
+    def end(self, reader: Any) -> None:  # noqa: B027
+        """Note in a shard's reader what the step has attended to; nothing waits for the device. Nothing, by default."""
 
     @abstractmethod
     def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
@@ -136,7 +150,7 @@ class Decoding(Checked, ABC):
         """Build the reader of a shard, once after prefill; ``backend``: of :func:`apb.attention`."""
 
     def stored_reader(self) -> StoredReader | None:
-        """A reader of any shard, so that a step captured as CUDA graphs serves every cache.
+        """A new reader of any shard, so that a step captured as CUDA graphs serves every cache.
 
         None, the default, if there is no such reader: tokens are then read by ordinary passes.
         """

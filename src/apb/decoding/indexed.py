@@ -38,11 +38,11 @@ class Indexed(Decoding):
 
     @abstractmethod
     def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
-        """The units of keys that a row attends to: (kv_heads, units) bool.
+        """The units of keys that a row attends to, as :func:`apb.kernels.chosen.within`: (kv_heads, units) bool.
 
         Args:
             scores, sizes: (kv_heads, units), of :meth:`KeyIndex.scores`.
-            keys: so many of them may be chosen by KV head.
+            keys: so many of them may be chosen by KV head, at least 0.
         """
 
     def prepare(self, cache: Shard, backend: str = "auto") -> Reader:
@@ -51,12 +51,7 @@ class Indexed(Decoding):
 
     def build(self, cache: Shard) -> None:
         """See :meth:`Decoding.build`: but for keys that only a pass makes."""
-        from .held import Held
-
-        reader = self._reader(cache, "auto")
-        for layer in cache.indices:
-            if layer not in cache.windows and not cache.expands:
-                reader.build(layer, Held(cache.far(layer), *cache.near(layer)))
+        self._reader(cache, "auto").make_ready()
 
     def _reader(self, cache: Shard, backend: str) -> SelectingReader:
         from .selecting import SelectingReader

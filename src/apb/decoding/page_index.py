@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..kernels import chosen
 from .selecting import KeyIndex
 
 
@@ -65,6 +66,12 @@ class PageIndex(KeyIndex):
         bounds = self.bounds(q)
         scores = bounds.log_softmax(-1).amax(1)
         return scores, torch.full_like(scores, self.page_size, dtype=torch.long)
+
+    def stored(self) -> chosen.Index | None:
+        """See :meth:`KeyIndex.stored`."""
+        if self.least is None or self.largest is None or not self.covered:
+            return None
+        return chosen.Index(self.largest, self.least, None, self.covered)
 
     def keys_of(self, chosen: Tensor) -> Tensor:
         """See :meth:`KeyIndex.keys_of`."""

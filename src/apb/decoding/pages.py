@@ -11,6 +11,7 @@ from .indexed import Indexed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .base import StoredReader
     from .selecting import KeyIndex
 
 
@@ -37,9 +38,13 @@ class Pages(Indexed):
         return PageIndex(self.page_size)
 
     def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
-        """See :meth:`Indexed.choose`: the best pages of every KV head, within the budget; at least one."""
-        import torch
+        """See :meth:`Indexed.choose`: the best pages of every KV head."""
+        from ..kernels.chosen import within
 
-        count = min(max(keys // self.page_size, 1), scores.shape[1])
-        best = scores.topk(count, 1).indices
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
+        return within(scores, sizes, keys)
+
+    def stored_reader(self) -> StoredReader:
+        """See :meth:`Decoding.stored_reader`."""
+        from .stored import SelectingStoredReader
+
+        return SelectingStoredReader(self.page_size, together=False)

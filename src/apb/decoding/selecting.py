@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..kernels import chosen
 from ..kernels.attention import Segment, attention
 from ..timing import timed
 from .base import RECENT, Reader, Shard
@@ -63,6 +64,10 @@ class KeyIndex(ABC):
         """
 
     @abstractmethod
+    def stored(self) -> chosen.Index | None:
+        """What kernels read of it; None if it covers no key."""
+
+    @abstractmethod
     def keys_of(self, chosen: Tensor) -> Tensor:
         """The keys, bool (kv_heads, covered), of the units chosen, bool (kv_heads, units)."""
 
@@ -93,23 +98,24 @@ class SelectingReader(Reader):
             share: share of all keys, above 0 and at most 1, that a row is to attend to.
             backend: of :func:`apb.attention`.
         """
-        self._cache = cache
+        self.cache = cache
         self._indexes = indexes
         self._make = make
         self._choose = choose
         self._wanted = share
         self._backend = backend
         self._ready: set[int] = set()
-        self._attended = self._held = 0
+        self._attended: int | Tensor = 0
+        self._held = 0
 
     @property
     def share(self) -> float:  # type: ignore[override]
         """The share of the keys that rows have attended to so far, over all layers and KV heads; 1 before any row."""
-        return self._attended / self._held if self._held else 1.0
+        return int(self._attended) / self._held if self._held else 1.0
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`: every row chooses for itself, as if it had been read alone."""
-        count, held = layer.q.shape[0], Held(self._cache.far(layer.kept), layer.k, layer.v)
+        count, held = layer.q.shape[0], Held(self.cache.far(layer.kept), layer.k, layer.v)
         own = rows.holds_own(count)
         if layer.kept not in self._ready:
             self._ready.add(layer.kept)
@@ -120,6 +126,24 @@ class SelectingReader(Reader):
                 self._row(replace(layer, q=layer.q[row : row + 1]), held.first(stop)) for row, stop in enumerate(seen)
             ]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts], 1)
+
+    def make_ready(self) -> None:
+        """Make the indexes of all layers now, or what they lack, but for keys that only a pass makes."""
+        cache = self.cache
+        for layer in cache.indices:
+            if layer not in self._ready and layer not in cache.windows and not cache.expands:
+                self._ready.add(layer)
+                self.build(layer, Held(cache.far(layer), *cache.near(layer)))
+
+    def stored(self, layer: int, keys: int) -> tuple[chosen.Index | None, int]:
+        """What kernels read of a layer's index, and the keys that may be chosen of each KV head, of so many held."""
+        index: KeyIndex | None = self._indexes.get(layer)
+        return (None, 0) if index is None else (index.stored(), self._budget(index.covered, keys))
+
+    def count(self, attended: int | Tensor, held: int) -> None:
+        """Note that a row has attended to so many of the keys that are held, over all layers and KV heads."""
+        self._attended = self._attended + attended
+        self._held += held
 
     def build(self, layer: int, held: Held) -> None:
         """Make the index of a layer, or what it lacks, over its keys but for the last."""
@@ -134,17 +158,19 @@ class SelectingReader(Reader):
         index: KeyIndex = self._indexes[layer.kept]
         keys, kv_heads, covered = len(held), layer.k.shape[1], index.covered
         rest = held.between(covered, keys)
-        self._held += keys * kv_heads
-        self._attended += (keys - covered) * kv_heads
+        self.count((keys - covered) * kv_heads, keys * kv_heads)
         if not covered:
             return attention(layer.q, [Segment(*rest)], layer.scale, self._backend, layer.softcap)
         grouped = layer.q[0].unflatten(0, (kv_heads, -1))
         scores, sizes = index.scores(grouped.float() * layer.scale)
-        budget = covered - math.ceil((1 - self._wanted) * keys)
-        picked = index.keys_of(self._choose(scores, sizes, budget))
+        picked = index.keys_of(self._choose(scores, sizes, self._budget(covered, keys)))
         parts = []
         for head, pair in enumerate(held.chosen(picked)):  # as many keys as each of them chose
-            self._attended += len(pair[0])
+            self.count(len(pair[0]), 0)
             segments = [Segment(*pair), Segment(rest[0][:, head : head + 1], rest[1][:, head : head + 1])]
             parts.append(attention(grouped[head : head + 1], segments, layer.scale, self._backend, layer.softcap))
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 0)
+
+    def _budget(self, covered: int, keys: int) -> int:
+        """How many of a layer's keys may be chosen: those that its index does not cover are attended to anyway."""
+        return max(covered - math.ceil((1 - self._wanted) * keys), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,6 +11,7 @@ from .indexed import Indexed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .base import StoredReader
     from .selecting import KeyIndex
 
 
@@ -40,8 +40,13 @@ class Squeezed(Indexed):
         return ClusterIndex(self.cluster_size)
 
     def choose(self, scores: Tensor, sizes: Tensor, keys: int) -> Tensor:
-        """See :meth:`Indexed.choose`: the best clusters of all KV heads together, within the budget; at least one."""
-        best, order = scores.flatten().sort(descending=True, stable=True)
-        within = int((sizes.flatten()[order].cumsum(0) <= keys * len(scores)).sum())
-        threshold = best[max(within, 1) - 1] if within < len(best) else -math.inf
-        return (scores >= threshold) & (sizes > 0)
+        """See :meth:`Indexed.choose`: the best clusters of all KV heads together."""
+        from ..kernels.chosen import within
+
+        return within(scores.flatten().unsqueeze(0), sizes.flatten().unsqueeze(0), keys * len(scores)).view_as(scores)
+
+    def stored_reader(self) -> StoredReader:
+        """See :meth:`Decoding.stored_reader`."""
+        from .stored import SelectingStoredReader
+
+        return SelectingStoredReader(None, together=True)

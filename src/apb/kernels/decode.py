@@ -108,7 +108,7 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
     k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
         _append[(kv_heads,)](
-            k, v, table, layer, slot, k.stride(0), v.stride(0), D=head_dim, BD=_padded(head_dim), num_warps=1
+            k, v, table, layer, slot, k.stride(0), v.stride(0), D=head_dim, BD=padded(head_dim), num_warps=1
         )
 
 
@@ -135,7 +135,7 @@ def _launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None
     with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
         _merge[(rows, heads)](
             parts, sums, out, lse, count, *parts.stride()[:3], *sums.stride(), *out.stride()[:2], *lse.stride(),
-            D=head_dim, BD=_padded(head_dim), BS=max(2, 1 << (count - 1).bit_length()), num_warps=4,
+            D=head_dim, BD=padded(head_dim), BS=max(2, 1 << (count - 1).bit_length()), num_warps=4,
         )  # fmt: skip
 
 
@@ -145,10 +145,10 @@ def _in_parts(
     """Split the keys over programs, as many as fill the GPU, or the capacity, and merge the parts."""
     rows, heads, head_dim = q.shape
     group = heads // kv_heads
-    padded = _padded(head_dim)
+    width = padded(head_dim)
     packed = min(max(16, 1 << (rows * group - 1).bit_length()), _MOST_ROWS)
     blocks = triton.cdiv(rows * group, packed)
-    block_n = 64 if padded * q.element_size() <= 256 else 32
+    block_n = 64 if width * q.element_size() <= 256 else 32
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
     splits = processors * _PROGRAMS_PER_PROCESSOR // (kv_heads * blocks)
     if capacity is not None:
@@ -163,14 +163,14 @@ def _in_parts(
         out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         split(
-            (splits, kv_heads, blocks), parts, sums, H=heads, GROUP=group, D=head_dim, BD=padded, BM=packed,
+            (splits, kv_heads, blocks), parts, sums, H=heads, GROUP=group, D=head_dim, BD=width, BM=packed,
             BN=block_n, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
     _launch_merge(parts, sums.transpose(1, 2), out, lse.T)
     return out, lse
 
 
-def _padded(head_dim: int) -> int:
+def padded(head_dim: int) -> int:
     """Columns of a tile: products want a power of two, and at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
@@ -195,7 +195,7 @@ def _split_cached(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The same, at addresses from the table."""
-    k, v, capacity = _storage(table, layer, q.dtype.element_ty)
+    k, v, capacity = storage(table, layer, q.dtype.element_ty)
     head = tl.program_id(1).to(tl.int64) * capacity * D
     _attend(
         q, k + head, v + head, parts, sums, length, 0, q_head, D, D, 1, splits,
@@ -204,7 +204,7 @@ def _split_cached(
 
 
 @triton.jit
-def _storage(table, layer, dtype: tl.constexpr):
+def storage(table, layer, dtype: tl.constexpr):
     """Pointers to a layer's keys and values, and their capacity."""
     row = table + 3 * layer
     # The compiler tracks alignment only of the pointer itself, which it needs for loads 16 bytes wide.
@@ -217,7 +217,7 @@ def _storage(table, layer, dtype: tl.constexpr):
 def _append(k, v, table, layer, slot, k_head, v_head, D: tl.constexpr, BD: tl.constexpr):
     """One KV head's key and value."""
     kv_head = tl.program_id(0).to(tl.int64)
-    keys, values, capacity = _storage(table, layer, k.dtype.element_ty)
+    keys, values, capacity = storage(table, layer, k.dtype.element_ty)
     at = (kv_head * capacity + tl.load(slot)) * D
     dims = tl.arange(0, BD)
     tl.store(keys + at + dims, tl.load(k + kv_head * k_head + dims, mask=dims < D), mask=dims < D)
@@ -257,27 +257,42 @@ def _attend(
         s = tl.dot(query, x, input_precision="ieee")
         if CAPPED:
             s = 1.0 - 2.0 / (tl.exp2(s * cap) + 1.0)  # tanh
-        s = tl.where((key + cols)[None, :] < seen[:, None], s, float("-inf"))
-        new = tl.maximum(m, tl.max(s, 1) * scale)
-        # A row may have seen nothing yet: (-inf) - (-inf) would be nan.
-        shift = tl.where(new == float("-inf"), 0.0, new)
-        p = tl.where((key + cols)[None, :] < seen[:, None], tl.exp2(s * scale - shift[:, None]), 0.0)
-        alpha = tl.exp2(m - shift)
-        total = total * alpha + tl.sum(p, 1)
         there_v = (dims < D)[None, :] & there[:, None]
         x = tl.load(v + at * v_row + cols[:, None] * v_row + dims[None, :], mask=there_v, other=0.0)
-        near = p.to(x.dtype)
-        acc = tl.dot(near, x, acc * alpha[:, None], input_precision="ieee")
-        if x.dtype != tl.float32:
-            # 16 bits hold a probability to 3 digits. A second product adds the rest: the time goes into reading.
-            acc = tl.dot((p - near.to(tl.float32)).to(x.dtype), x, acc, input_precision="ieee")
-        m = new
+        acc, total, m = absorb(acc, total, m, s, (key + cols)[None, :] < seen[:, None], x, scale)
+    out, lse = settled(acc, total, m)
+    at = (split * rows + row) * H + head
+    tl.store(parts + at.to(tl.int64)[:, None] * D + dims[None, :], out, mask=here)
+    at = (split * H + head) * rows + row
+    tl.store(sums + at, lse, mask=row < rows)
+
+
+@triton.jit
+def absorb(acc, total, m, s, seen, x, scale):
+    """Add a tile of keys to an online softmax: logits s (rows, keys) by ``scale`` in base 2, where seen, and values x.
+
+    So far, by row: acc, the sum of values weighted by exponentials, whose sum is ``total``, both times 2 ** -m.
+    """
+    s = tl.where(seen, s, float("-inf"))
+    new = tl.maximum(m, tl.max(s, 1) * scale)
+    # A row may have seen nothing yet: (-inf) - (-inf) would be nan.
+    shift = tl.where(new == float("-inf"), 0.0, new)
+    p = tl.where(seen, tl.exp2(s * scale - shift[:, None]), 0.0)
+    alpha = tl.exp2(m - shift)
+    near = p.to(x.dtype)
+    acc = tl.dot(near, x, acc * alpha[:, None], input_precision="ieee")
+    if x.dtype != tl.float32:
+        # 16 bits hold a probability to 3 digits. A second product adds the rest: the time goes into reading.
+        acc = tl.dot((p - near.to(tl.float32)).to(x.dtype), x, acc, input_precision="ieee")
+    return acc, total * alpha + tl.sum(p, 1), new
+
+
+@triton.jit
+def settled(acc, total, m):
+    """Output and log-sum-exp, natural, of what :func:`absorb` has added up."""
     some = total > 0.0
     safe = tl.where(some, total, 1.0)
-    at = (split * rows + row) * H + head
-    tl.store(parts + at.to(tl.int64)[:, None] * D + dims[None, :], acc / safe[:, None], mask=here)
-    at = (split * H + head) * rows + row
-    tl.store(sums + at, tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf")), mask=row < rows)
+    return acc / safe[:, None], tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["splits"])

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..decoding import Decoding, StoredReader
+from ..decoding import Decoding, Reader, StoredReader
 from ..distributed.collectives import Group
 from ..hf.attach import Attachment
 from ..hf.cache import Layout, ShardCache
@@ -41,7 +41,7 @@ class Stepper:
         """
         self._attachment = attachment
         self._decoding = decoding
-        self._reader = decoding.stored_reader()
+        self._steppable = decoding.stored_reader() is not None
         self._group = group
         self._graphs = graphs
         self._steps: dict[Layout, _Step] = {}
@@ -49,7 +49,7 @@ class Stepper:
     def why_not(self, cache: ShardCache) -> str | None:
         """The reason why a token over a cache needs an ordinary pass; None if :meth:`step` can read it."""
         layout, attachment = cache.layout, self._attachment
-        if self._reader is None:
+        if not self._steppable:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
         if attachment.recurrent:
             return "recurrent layers carry a state from token to token"
@@ -70,18 +70,20 @@ class Stepper:
         head_dim = max(heads[1] for heads in layout.heads if heads is not None)
         return fused.why_not(layout.device, layout.dtype, head_dim)
 
-    def step(self, cache: ShardCache, token: int, capture: bool = True) -> Tensor:
+    def step(self, cache: ShardCache, reader: Reader, token: int, capture: bool = True) -> Tensor:
         """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks. All ranks call this.
 
         Args:
             cache: a shard that has been filled by a prefill; it grows when full.
+            reader: the decode method's, of this shard.
             token: its id.
             capture: capture graphs if there are none for such a cache.
         """
         if cache.layout not in self._steps:
-            assert self._reader is not None, "why_not was asked"
-            self._steps[cache.layout] = _Step(self._attachment, self._reader, cache.layout, self._group)
-        return self._steps[cache.layout].read(cache, token, capture and self._graphs)
+            stored = self._decoding.stored_reader()
+            assert stored is not None, "why_not was asked"
+            self._steps[cache.layout] = _Step(self._attachment, stored, cache.layout, self._group)
+        return self._steps[cache.layout].read(cache, reader, token, capture and self._graphs)
 
     def captured(self, cache: ShardCache) -> bool:
         """True if there are graphs by which tokens over such a cache are read."""
@@ -101,10 +103,11 @@ def _none(layer: RecurrentInput) -> Tensor:
 class _Step:
     """Reads one token over any cache of one layout."""
 
-    def __init__(self, attachment: Attachment, reader: StoredReader, layout: Layout, group: Group) -> None:
+    def __init__(self, attachment: Attachment, stored: StoredReader, layout: Layout, group: Group) -> None:
         from ..kernels import decode  # Triton: there where GPUs are
 
         self._group = group
+        self._stored = stored
         # Everything that changes from step to step is in the GPU's memory, at fixed addresses: the token, its position,
         # and for every layer its slot in the cache, the number of keys it sees, and their addresses.
         device = layout.device
@@ -126,7 +129,7 @@ class _Step:
 
         def run(group: Group) -> Tensor:
             def attend(layer: AttentionInput) -> Tensor:
-                return merge_over_ranks(layer, *reader.attend(layer, shards[layer.index]), group).wait()
+                return merge_over_ranks(layer, *stored.attend(layer, shards[layer.index]), group).wait()
 
             with torch.no_grad(), attachment.running(attend, _none, cache.total):
                 return attachment.last_logits(ids, position, cache)
@@ -139,13 +142,15 @@ class _Step:
         """True if it replays CUDA graphs."""
         return self._replay is not None
 
-    def read(self, cache: ShardCache, token: int, capture: bool) -> Tensor:
+    def read(self, cache: ShardCache, reader: Reader, token: int, capture: bool) -> Tensor:
         """See :meth:`Stepper.step`."""
         self._place(cache, token)
+        self._stored.begin(reader, [held + cache.keeps_new for held in cache.held])
         if capture and self._replay is None and not self._cache.asked:
             replay = captured(self._run, self._group, self._table.device)
             self._replay = None if self._cache.asked else replay
         logits = self._run(self._group) if self._replay is None else self._replay()
+        self._stored.end(reader)
         cache.advance()
         return self._group.broadcast(logits)
 

@@ -66,7 +66,7 @@ class Continuation:
     def read(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens at the end, exactly in layers with a window; logits (vocab,) fp32 of the next, on all ranks."""
         if len(token_ids) == 1 and self._stepped:
-            logits = self.decoder.stepper.step(self.cache, token_ids[0], self._capture)
+            logits = self.decoder.stepper.step(self.cache, self._reader, token_ids[0], self._capture)
             self.captured = self.decoder.stepper.captured(self.cache)
             return logits
         self.captured = False
