@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..distributed.mesh import Mesh
+from ..distributed.one_shot import quick
 from ..engine import Engine
 from ..hardware import Stopwatch, peak_bytes
 from ..hf.config import tied_embeddings
@@ -31,11 +33,12 @@ class Row:
         together: True if a token of each was read in one pass, False if they took turns.
         graph: True if steps were replayed as a CUDA graph.
         seconds: median of a token of each session on the slowest rank; ``tokens_per_s`` counts those of all sessions.
-        weight_bytes, cache_bytes: bytes that a rank reads in that time: all weights but an untied embedding table, once
-            for every pass, and the largest shards of the caches.
+        weight_bytes, cache_bytes: bytes that a process reads in that time: its weights but an untied embedding table,
+            once for every pass, and the largest shards of the caches.
         limit_seconds: time to read those bytes at the copy bandwidth measured in the same run.
         of_limit: limit_seconds / seconds.
         same_tokens: True if the same tokens were chosen as in turns without the graph; None in that row.
+        messages: what carried small messages between GPUs.
     """
 
     length: int
@@ -50,6 +53,7 @@ class Row:
     of_limit: float
     peak_bytes: int
     same_tokens: bool | None
+    messages: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -63,18 +67,19 @@ def bench_decode(
     tokens: int,
     bandwidth: float,
     sessions: Sequence[int] = (1,),
+    mesh: Mesh | None = None,
     **reading: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and number of sessions: in turns, for several sessions also in one pass, and on GPUs
     another one in turns with CUDA graphs if they can be captured.
 
     The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
-    ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
+    ``shape`` is of one process's share of the weights. ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
     """
     for length in lengths:
         plain: dict[int, list[int]] = {}
         for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
-            engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, **reading)
+            engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, mesh=mesh, **reading)
             try:
                 every = list(_sessions(engine, length, max(sessions), WARM_UP + tokens))
                 after = every[0].logits
@@ -126,6 +131,7 @@ def _measure(
     bandwidth: float,
     plain: list[int] | None,
 ) -> tuple[Row, list[int]]:
+    everyone, tensor = engine.mesh.everyone, engine.mesh.tensor.size
     chosen: list[int] = []
     seconds: list[float] = []
     for step in range(WARM_UP + tokens):
@@ -136,13 +142,13 @@ def _measure(
         watch = Stopwatch(engine.device)
         read(picked)
         if step >= WARM_UP:
-            seconds.append(slowest(engine.group, engine.device, watch.seconds()))
+            seconds.append(slowest(everyone, engine.device, watch.seconds()))
     width, count = engine.dtype.itemsize, len(read.sessions)
     tied = tied_embeddings(engine.model.config)
-    once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
+    once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden // tensor)) * width
     weights = once * (1 if read.together else count)
     # On the rank with the largest shard.
-    cache = int(slowest(engine.group, engine.device, sum(session.cache_bytes() for session in read.sessions)))
+    cache = int(slowest(everyone, engine.device, sum(session.cache_bytes() for session in read.sessions)))
     limit = (weights + cache) / bandwidth
     median = statistics.median(seconds)
     row = Row(
@@ -156,7 +162,17 @@ def _measure(
         cache_bytes=cache,
         limit_seconds=limit,
         of_limit=limit / median,
-        peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))),
+        peak_bytes=int(slowest(everyone, engine.device, peak_bytes(engine.device))),
         same_tokens=None if plain is None else chosen == plain,
+        messages=_messages(engine),
     )
     return row, chosen
+
+
+def _messages(engine: Engine) -> str | None:
+    """What carried small messages, or why it was not kernels; None if nothing was sent between GPUs."""
+    groups = [group for group in (engine.mesh.sequence, engine.mesh.tensor) if group.size > 1]
+    if not groups or engine.device.type != "cuda":
+        return None
+    reasons = {quick(group, engine.device)[1] for group in groups}
+    return " and ".join("kernels" if reason is None else f"NCCL: {reason}" for reason in sorted(reasons, key=str))
