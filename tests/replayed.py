@@ -45,9 +45,12 @@ class Graph(TorchDispatchMode):
         """Note an operation that makes a tensor, or that writes into its first; views need no replay."""
         kwargs = kwargs or {}
         if func.namespace == "c10d":  # sent at once as well: processes that share weights capture at the same time
-            send = partial(func, *args, **kwargs)
-            self.calls.append(lambda: send()[1].wait())
-            return send()
+
+            def send_again() -> None:
+                func(*args, **kwargs)[1].wait()
+
+            self.calls.append(send_again)
+            return func(*args, **kwargs)
         if "out" in kwargs:
             self.calls.append(partial(func, *args, **kwargs))
             return kwargs["out"]

@@ -74,7 +74,8 @@ def bench_decode(
     another one in turns with CUDA graphs if they can be captured.
 
     The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
-    ``shape`` is of one process's share of the weights. ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
+    ``shape`` is of one process's share of the weights. ``bandwidth``: bytes per second of a copy. Every process must
+    iterate over it.
     """
     for length in lengths:
         plain: dict[int, list[int]] = {}

@@ -64,7 +64,7 @@ class Group:
         return Pending(result, work)
 
     def in_kernels(self, x: Tensor) -> bool:
-        """True if :meth:`all_gather` of ``x`` is kernels on the current stream alone, which a CUDA graph can capture."""
+        """True if :meth:`all_gather` of ``x`` is only kernels on the current stream, which a CUDA graph captures."""
         return self.size == 1
 
     def shift(self, x: Tensor) -> Pending:
