@@ -19,6 +19,7 @@ from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
 from apb.distributed.one_shot import CAPACITY, OneShot, QuickGroup
 from apb.hf.loading import load_model
+from apb.hf.shares import run_shares
 from apb.hf.tensor_parallel import share
 from apb.passes import step
 from models import tiny_model, without_eos
@@ -114,9 +115,12 @@ def steps(folder: str, size: int) -> None:
         with ExitStack() as stack:
             if kernels:
                 stack.enter_context(one_shot_messages())
-            results["passes", kernels] = read_steps(apb.Engine.from_model(model, mesh=mesh, blocks=5, backend="torch"))
+            engine = apb.Engine.from_model(model, mesh=mesh, blocks=5, backend="torch")
+            results["passes", kernels] = read_steps(engine)
+            engine.close()
             stack.enter_context(patch.object(step.Stepper, "why_not", lambda *_: None))
             stack.enter_context(standing_in())
+            ways = {name: stack.enter_context(counted(name)) for name in ("several", "gated")} if kernels else {}
             begin = stack.enter_context(
                 patch.object(Graph, "capture_begin", autospec=True, side_effect=Graph.capture_begin)
             )
@@ -126,6 +130,7 @@ def steps(folder: str, size: int) -> None:
                 with summing() as sums:
                     results["steps", kernels, graphs] = read_steps(engine)
                 results["sums", kernels, graphs] = sums
+                results["ways", kernels, graphs] = {name: len(calls) for name, calls in ways.items()}
                 results["captures", kernels, graphs] = begin.call_count - began
                 engine.close()
     torch.save(results, Path(folder, f"rank{dist.get_rank()}.pt"))
@@ -138,7 +143,7 @@ def _local(weight: Any) -> torch.Tensor:
 
 @contextmanager
 def one_shot_messages() -> Iterator[None]:
-    """Kernels for small messages, with gloo in place of the kernel that sums."""
+    """Kernels for small messages, with gloo in place of the kernel that sums, and for layers of a single row."""
 
     def quick(group: Group, device: torch.device) -> tuple[Group, str | None]:
         if group.size == 1:
@@ -151,7 +156,12 @@ def one_shot_messages() -> Iterator[None]:
         dist.all_reduce(total, group=dist.distributed_c10d._resolve_process_group(shot._name))
         return total
 
+    def by_row(model: PreTrainedModel, group: Group, fused: bool) -> Any:
+        assert not fused, "there is no GPU"
+        return run_shares(model, group, by_row=True)
+
     with (
+        patch("apb.hf.attach.run_shares", by_row),
         patch("apb.hf.attach.quick", quick),
         patch.object(step, "quick", quick),
         patch.object(OneShot, "summed", summed),
@@ -171,3 +181,19 @@ def summing() -> Iterator[list[int]]:
 
     with patch.object(dist, "all_reduce", counted):
         yield found
+
+
+@contextmanager
+def counted(name: str) -> Iterator[list[int]]:
+    """One entry for every call of one of the kernels for single rows."""
+    from apb.kernels import matvec
+
+    calls: list[int] = []
+    kernel = getattr(matvec, name)
+
+    def called(*args: Any) -> Any:
+        calls.append(1)
+        return kernel(*args)
+
+    with patch.object(matvec, name, called):
+        yield calls

@@ -114,6 +114,10 @@ def test_steps(tmp_path: Path, processes: int) -> None:
         assert result["captures", kernels, False] == 0
         stretches = 1 if kernels or processes == 2 else layers + 1
         assert result["captures", kernels, True] == stretches
+        if kernels:
+            several, gated = result["ways", True, False].values()
+            assert several == layers * read
+            assert gated >= layers * read
         rows = [count for count in result["sums", kernels, False] if count == model.config.hidden_size]
         assert len(rows) >= 2 * layers * read
 
