@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 import apb
 import families
+from apb.distributed import one_shot
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
-from apb.distributed.one_shot import CAPACITY, OneShot, QuickGroup
+from apb.distributed.one_shot import OneShot, QuickGroup
 from apb.hf.loading import load_model
 from apb.hf.shares import run_shares
 from apb.hf.tensor_parallel import share
@@ -148,8 +149,8 @@ def one_shot_messages() -> Iterator[None]:
     def quick(group: Group, device: torch.device) -> tuple[Group, str | None]:
         if group.size == 1:
             return group, "there is one rank"
-        shot = OneShot(torch.zeros(CAPACITY // 4), group)
-        return QuickGroup(group.rank, group.size, group.process_group, one_shot=shot), None
+        made = QuickGroup(group.rank, group.size, group.process_group, kinds=(OneShot(group, device),))
+        return made, None
 
     def summed(shot: OneShot, room: Tensor) -> Tensor:
         total = room.clone()
@@ -160,11 +161,15 @@ def one_shot_messages() -> Iterator[None]:
         assert not fused, "there is no GPU"
         return run_shares(model, group, by_row=True)
 
+    def memory(count: int, dtype: torch.dtype, *_: Any) -> tuple[Tensor, None]:
+        return torch.zeros(count, dtype=dtype), None
+
     with (
         patch("apb.hf.attach.run_shares", by_row),
         patch("apb.hf.attach.quick", quick),
         patch.object(step, "quick", quick),
-        patch.object(OneShot, "summed", summed),
+        patch.object(one_shot, "_symmetric", memory),
+        patch.object(OneShot, "_summed", summed),
     ):
         yield
 

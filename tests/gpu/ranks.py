@@ -159,7 +159,8 @@ def answers(comparisons: Comparisons, first: int) -> None:
         assert replayed.call_count > 20 * len(found), "no graph was replayed"
         # Of several ranks one graph, or one for every stretch between the layers' messages if those are no kernels; of
         # one rank one.
-        by_kernels = quick(comparisons.group, torch.device("cuda", first))[1] is None
+        made = quick(comparisons.group, torch.device("cuda", first))[0]
+        by_kernels = made.in_kernels(torch.zeros(1, 4, 17, device=f"cuda:{first}"))
         stretches = 1 if by_kernels else len(model.model.layers) + 1
         assert captured.call_count == stretches + 1, f"{captured.call_count} captures, not {stretches} and 1"
         assert found[0] == found[1], f"{found[0]} drawn, by one rank {found[1]}"

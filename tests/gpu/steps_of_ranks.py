@@ -1,7 +1,7 @@
 """Decode steps of two processes with a GPU each; started by torchrun from test_steps_of_ranks.py.
 
-They share the weights, or the sequence, and send messages by kernels or by NCCL. Rank 0 prints one JSON object: why
-there were no kernels, and for every way what it found.
+They share the weights, or the sequence, and send messages by kernels or by NCCL. Rank 0 prints one JSON object: which
+kernels there were and what was lacking, and for every way what it found.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from apb import Engine, Prompt
 from apb.distributed import launch
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
-from apb.distributed.one_shot import quick
+from apb.distributed.one_shot import QuickGroup, quick
 from apb.hf.tensor_parallel import share
 from models import tiny_model, without_eos
 
@@ -39,7 +39,10 @@ def main(leave_graphs: bool) -> None:
     # A mesh has groups of its own, whose kernels are made once for all engines.
     mesh = Mesh.join(device, launch.world_size())
     ranks = Mesh.of(Group.of_world())
-    found: dict[str, Any] = {"reason": quick(mesh.tensor, device)[1] or quick(ranks.sequence, device)[1]}
+    made, lacking = quick(mesh.tensor, device)
+    quick(ranks.sequence, device)
+    kinds = [type(kind).__name__ for kind in made.kinds] if isinstance(made, QuickGroup) else []
+    found: dict[str, Any] = {"kinds": kinds, "lacking": lacking}
     for dtype in (torch.float32, torch.bfloat16):
         alone = chosen(Engine.from_model(model(device, dtype), mesh=Mesh.of(Group()), graphs=False, **reading()))
         for way, used in (("weights", mesh), ("sequence", ranks)):

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..distributed.mesh import Mesh
-from ..distributed.one_shot import quick
+from ..distributed.one_shot import QuickGroup, quick
 from ..engine import Engine
 from ..hardware import Stopwatch, peak_bytes
 from ..hf.config import tied_embeddings
@@ -175,5 +175,9 @@ def _messages(engine: Engine) -> str | None:
     groups = [group for group in (engine.mesh.sequence, engine.mesh.tensor) if group.size > 1]
     if not groups or engine.device.type != "cuda":
         return None
-    reasons = {quick(group, engine.device)[1] for group in groups}
-    return " and ".join("kernels" if reason is None else f"NCCL: {reason}" for reason in sorted(reasons, key=str))
+    found = set()
+    for group in groups:
+        made, lacking = quick(group, engine.device)
+        kinds = [type(kind).__name__ for kind in made.kinds] if isinstance(made, QuickGroup) else ["NCCL"]
+        found.add(" and ".join(kinds) + (f" ({lacking})" if lacking else ""))
+    return ", ".join(sorted(found))

@@ -126,6 +126,10 @@ class Group:
             dist.all_reduce(x, group=self.process_group)
         return x
 
+    def row_sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x``, a row of a decode step, over the ranks; ``x`` may be overwritten."""
+        return self.sum(x)
+
     def barrier(self) -> None:
         """Wait until every rank has called this."""
         if self.size == 1:

@@ -1,7 +1,7 @@
 """Messages of some kilobytes between the GPUs of one host, by a kernel each that CUDA graphs can capture.
 
-Every rank writes into memory that the others can read (torch's symmetric memory, without multicast), and reads what all
-of them have written. Nothing runs on the host, so a captured decode step needs no pause for its messages; but a rank
+Every rank writes into memory that all of them see (torch's symmetric memory, without multicast), by a kernel of this
+package or by torch's. Nothing runs on the host, so a captured decode step needs no pause for its messages; but a rank
 that is lost leaves the others waiting on their GPUs, until whoever started them ends them.
 """
 
@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,73 +22,146 @@ from torch import Tensor
 from .collectives import Group, Pending
 
 # Bytes of a message at most: as many as the logits of a large vocabulary in 16 bits. Every rank reads all messages
-# whole, which for larger ones is slower than NCCL.
+# whole, which for larger ones is slower than NCCL; and this package's kernel writes twice their bytes.
 CAPACITY = 1 << 19
+EXCHANGED = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16)
-# The kernel moves so many bytes at a time.
+# torch's kernel moves so many bytes at a time.
 _ALIGNMENT = 16
+# How often a program looks for what others send: while it is tried, about a second; then for ever.
+_TRIED, _TRUSTED = 1 << 20, 1 << 62
+
+
+class Kernels(Protocol):
+    """A kind of kernel for messages of one group, which follow each other on one stream."""
+
+    def takes(self, x: Tensor, gather: bool) -> bool:
+        """True if ``x`` can be summed up, or gathered."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks in a new tensor, to the bit the same on each."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """All ranks' ``x``, (ranks, *x.shape)."""
+
+
+class Exchange:
+    """This package's kernel, for the smaller messages: see :mod:`apb.kernels.exchange`."""
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        """Every rank makes one; it is not to be trusted before :meth:`trust`."""
+        from ..kernels import exchange  # needs Triton
+
+        self._exchange = exchange.exchange
+        self._rank = group.rank
+        self._memory, handle = _symmetric(exchange.words_of(EXCHANGED, group.size), torch.long, group, device)
+        self._counted = exchange.counters(EXCHANGED, 1, device)
+        # Compiled before any rank waits for another: all by itself, each program gives up at once.
+        alone = torch.tensor([self._memory.data_ptr()] * group.size, device=device)
+        for dtype in _DTYPES:
+            for gather in (False, True):
+                self._exchange(torch.zeros(8, dtype=dtype, device=device), alone, self._counted, group.rank, gather)
+        self._memory.zero_()
+        self._counted.zero_()[-1] = _TRIED
+        self._peers = torch.tensor(handle.buffer_ptrs, device=device)
+        torch.cuda.synchronize(device)
+
+    def trust(self) -> None:
+        """From now on others are waited for however long they take."""
+        self._counted[-1] = _TRUSTED
+
+    def takes(self, x: Tensor, gather: bool) -> bool:
+        """See :meth:`Kernels.takes`."""
+        size = x.numel() * x.element_size()
+        return x.dtype in _DTYPES and 0 < size <= EXCHANGED and size % 4 == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """See :meth:`Kernels.sum`."""
+        return self._exchange(x.contiguous(), self._peers, self._counted, self._rank, False)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """See :meth:`Kernels.all_gather`."""
+        return self._exchange(x.contiguous(), self._peers, self._counted, self._rank, True)
 
 
 class OneShot:
-    """Sums over ranks through memory that all of them read; messages of one group follow each other on one stream."""
+    """torch's kernel, which reads what all ranks have written and sums it up."""
 
-    def __init__(self, buffer: Tensor, group: Group) -> None:
-        """Use ``buffer``, fp32, of which each rank has one that the others can read; see :func:`quick`."""
-        self._buffer = buffer
+    def __init__(self, group: Group, device: torch.device) -> None:
+        """Every rank makes one."""
+        self._buffer, _ = _symmetric(CAPACITY // 4, torch.float32, group, device)
         self._size = group.size
         self._name = _process_group(group).group_name
-        self._mine = (torch.arange(group.size, device=buffer.device) == group.rank).unsqueeze(1)
-        self._nothing = {dtype: torch.zeros((), dtype=dtype, device=buffer.device) for dtype in _DTYPES}
+        self._mine = (torch.arange(group.size, device=device) == group.rank).unsqueeze(1)
+        self._nothing = {dtype: torch.zeros((), dtype=dtype, device=device) for dtype in _DTYPES}
 
-    def takes(self, count: int, dtype: torch.dtype) -> bool:
-        """True for a sum of ``count`` numbers of this dtype."""
-        size = count * dtype.itemsize
-        return dtype in _DTYPES and 0 < size <= CAPACITY and size % _ALIGNMENT == 0
+    def trust(self) -> None:
+        """There is nothing to change."""
 
-    def room(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Where this rank's summands of the next message belong, (count,); to be filled and given to :meth:`summed`."""
-        return self._buffer.view(dtype)[:count]
-
-    def summed(self, room: Tensor) -> Tensor:
-        """The sum over all ranks, to the bit the same on each, in a new tensor of the shape of :meth:`room`'s."""
-        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(room, "sum", self._name)
-        return total
+    def takes(self, x: Tensor, gather: bool) -> bool:
+        """See :meth:`Kernels.takes`."""
+        size = x.numel() * x.element_size() * (self._size if gather else 1)
+        return x.dtype in _DTYPES and 0 < size <= CAPACITY and size % _ALIGNMENT == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of ``x`` over the ranks, in a new tensor."""
-        room = self.room(x.numel(), x.dtype)
+        """See :meth:`Kernels.sum`."""
+        room = self._room(x.numel(), x.dtype)
         room.copy_(x.reshape(-1))
-        return self.summed(room).view(x.shape)
+        return self._summed(room).view(x.shape)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        """All ranks' ``x``, (size, *x.shape): the sum of what has one rank's numbers in each row, and zeros else."""
-        room = self.room(self._size * x.numel(), x.dtype).view(self._size, -1)
+        """See :meth:`Kernels.all_gather`: the sum of what has one rank's numbers in each row, and zeros else."""
+        room = self._room(self._size * x.numel(), x.dtype).view(self._size, -1)
         torch.where(self._mine, x.reshape(1, -1), self._nothing[x.dtype], out=room)
-        return self.summed(room).view(self._size, *x.shape)
+        return self._summed(room).view(self._size, *x.shape)
+
+    def _room(self, count: int, dtype: torch.dtype) -> Tensor:
+        return self._buffer.view(dtype)[:count]
+
+    def _summed(self, room: Tensor) -> Tensor:
+        total: Tensor = torch.ops.symm_mem.one_shot_all_reduce(room, "sum", self._name)
+        return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuickGroup(Group):
-    """A group whose small messages are kernels."""
+    """A group whose small messages are kernels, by the first kind that takes them.
 
-    one_shot: OneShot
+    Attributes:
+        kinds: see :class:`Kernels`.
+    """
+
+    kinds: tuple[Kernels, ...]
 
     def in_kernels(self, x: Tensor) -> bool:
         """See :meth:`Group.in_kernels`."""
-        return self.one_shot.takes(self.size * x.numel(), x.dtype)
+        return self._kind(x, gather=True) is not None
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
         """See :meth:`Group.all_gather`."""
-        if not self.in_kernels(x):
+        kind = self._kind(x, gather=True)
+        if kind is None:
             return super().all_gather(x, into)
-        gathered = self.one_shot.all_gather(x)
+        gathered = kind.all_gather(x)
         return Pending(gathered if into is None else into.copy_(gathered))
+
+    def row_sum(self, x: Tensor) -> Tensor:
+        """See :meth:`Group.row_sum`."""
+        kind = self._kind(x, gather=False)
+        return self.sum(x) if kind is None else kind.sum(x)
+
+    def _kind(self, x: Tensor, gather: bool) -> Kernels | None:
+        return next((kind for kind in self.kinds if kind.takes(x, gather)), None)
 
 
 def quick(group: Group, device: torch.device) -> tuple[Group, str | None]:
-    """The group with kernels for its small messages, or as it is and the reason why; every rank calls it.
+    """The group with kernels for its small messages, and what cannot be had of that; every rank calls it.
 
     The kernels are tried, and their results compared with those of the group's own collectives, at the first call.
+
+    Returns:
+        the group, as it is if it has no kernels.
+        a reason, where kernels of either kind are missing.
     """
     if group.size == 1:
         return group, "there is one rank"
@@ -99,27 +174,51 @@ def quick(group: Group, device: torch.device) -> tuple[Group, str | None]:
 
 def _made(group: Group, device: torch.device) -> tuple[Group, str | None]:
     reason = _why_not(group, device)
-    if reason is None:
-        # Setting multicast up is no use here, and fails or does harm on some machines.
-        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
-        try:
-            made = QuickGroup(group.rank, group.size, group.process_group, one_shot=_one_shot(group, device))
-        except Exception as error:  # whatever torch, the driver or the machine refuse, NCCL does the work
-            reason = f"symmetric memory failed: {(str(error).splitlines() or [''])[0][:200]}"
-        if _anywhere(group, device, reason is not None):
-            return group, reason or "another rank has no symmetric memory"
-        if _anywhere(group, device, not _right(made, group, device)):
-            return group, "their sums differ from the collectives'"
-        return made, None
-    return group, reason
+    if reason is not None:
+        return group, reason
+    # Setting multicast up is no use here, and fails or does harm on some machines.
+    os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+    kinds: list[Kernels] = []
+    reasons = []
+    for kind in (Exchange, OneShot):
+        made, reason = _tried(kind, group, device)
+        if made is None:
+            reasons.append(f"{kind.__name__}: {reason}")
+        else:
+            kinds.append(made)
+    told = "; ".join(reasons) or None
+    if not kinds:
+        return group, told
+    return QuickGroup(group.rank, group.size, group.process_group, kinds=tuple(kinds)), told
 
 
-def _one_shot(group: Group, device: torch.device) -> OneShot:
+def _tried(
+    kind: Callable[[Group, torch.device], Exchange | OneShot], group: Group, device: torch.device
+) -> tuple[Kernels | None, str | None]:
+    """Kernels that every rank has and that are right, or a reason."""
+    made, reason = None, None
+    try:
+        made = kind(group, device)
+    except Exception as error:  # whatever torch, the driver or the machine refuse, NCCL does the work
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    if _anywhere(group, device, made is None) or made is None:
+        return None, reason or "another rank has none"
+    if _anywhere(group, device, not _right(made, group, device)):
+        return None, "its results are not the collectives'"
+    made.trust()
+    return made, None
+
+
+def _symmetric(count: int, dtype: torch.dtype, group: Group, device: torch.device) -> tuple[Tensor, Any]:
+    """Memory that all ranks see, (count,), and torch's handle with the addresses of each; every rank calls it."""
     import torch.distributed._symmetric_memory as symmetric
 
-    buffer = symmetric.empty(CAPACITY // 4, dtype=torch.float32, device=device)
-    symmetric.rendezvous(buffer, _process_group(group).group_name)
-    return OneShot(buffer, group)
+    # Not from a pool, in which the memory of two groups would lie side by side behind one address.
+    memory: Tensor = symmetric._SymmetricMemory.empty_strided_p2p((count,), (1,), dtype, device)
+    handle = symmetric.rendezvous(memory, _process_group(group).group_name)
+    if handle.buffer_ptrs[group.rank] != memory.data_ptr():
+        raise RuntimeError("symmetric memory lies elsewhere than torch says")
+    return memory, handle
 
 
 def _why_not(group: Group, device: torch.device) -> str | None:
@@ -145,14 +244,14 @@ def _why_not(group: Group, device: torch.device) -> str | None:
     return "GPUs cannot read each other's memory" if apart else None
 
 
-def _right(made: QuickGroup, group: Group, device: torch.device) -> bool:
-    """True if sums and gathers by kernels are those of the collectives."""
+def _right(made: Kernels, group: Group, device: torch.device) -> bool:
+    """True if sums and gathers by kernels are those of the collectives, one message after the other."""
     found = []
     for dtype in _DTYPES:
-        x = (torch.arange(4096, device=device) % 61 - 30 + group.rank).to(dtype)  # sums that no dtype rounds
-        total, every = group.sum(x.clone()), group.all_gather(x).wait()
-        for _ in range(2):  # one message after the other through the same memory
-            found += [torch.equal(made.one_shot.sum(x), total), torch.equal(made.one_shot.all_gather(x), every)]
+        for count in (4096, 96, 4096):
+            x = (torch.arange(count, device=device) % 61 - 30 + group.rank).to(dtype)  # sums that no dtype rounds
+            total, every = group.sum(x.clone()), group.all_gather(x).wait()
+            found += [torch.equal(made.sum(x), total), torch.equal(made.all_gather(x), every)]
     return all(found)
 
 

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..distributed.collectives import Group
-from ..distributed.one_shot import QuickGroup
 from .chunking import is_dense_mlp
 from .forwards import replace_forwards
 from .one_row import Forward, SeveralLayers, single
@@ -128,17 +127,8 @@ def _of_inputs(weight: Tensor, bias: Tensor | None, group: Group, by_row: bool) 
     products = _of_outputs(weight, None, by_row)
 
     def forward(input: Tensor) -> Tensor:
-        outputs = weight.shape[0]
-        if by_row and single(input, weight) and isinstance(group, QuickGroup):
-            shot = group.one_shot
-            if shot.takes(outputs, input.dtype):
-                from ..kernels import matvec
-
-                room = shot.room(outputs, input.dtype)
-                matvec.linear(input, weight, None, into=room)
-                total = shot.summed(room).view(*input.shape[:-1], outputs)
-                return total if bias is None else total + bias
-        total = group.sum(products(input))
+        found = products(input)
+        total = group.row_sum(found) if input.numel() == input.shape[-1] else group.sum(found)
         return total if bias is None else total + bias
 
     return forward
@@ -162,9 +152,7 @@ def _of_table(rows: Tensor, group: Group) -> Forward:
         places = input - first
         others = (places < 0) | (places >= rows.shape[0])
         found = functional.embedding(places.masked_fill(others, 0), rows).masked_fill(others.unsqueeze(-1), 0)
-        if isinstance(group, QuickGroup) and input.numel() == 1 and group.one_shot.takes(found.numel(), found.dtype):
-            return group.one_shot.sum(found)
-        return group.sum(found)
+        return group.row_sum(found) if input.numel() == 1 else group.sum(found)
 
     return forward
 

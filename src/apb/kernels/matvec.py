@@ -18,9 +18,7 @@ from torch import Tensor, library
 _TILE, _WIDEST = 4096, 2048
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, into: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     """``torch.nn.functional.linear`` of a single row, accumulated in fp32.
 
     Args:
@@ -28,25 +26,19 @@ def linear(
         weight: (outputs, width), rows contiguous, in x's dtype: fp32, bf16 or fp16; or float8_e4m3fn with scales.
         bias: (outputs,) or None.
         scale: (outputs,) fp32, factors of the weights' rows, or None.
-        into: (outputs,) contiguous, of x's dtype, where the result is written; in new memory if None. Not in what is
-            compiled.
 
     Returns:
         (..., outputs) in x's dtype.
     """
-    if into is not None:
-        return _launch(x.reshape(-1), weight, bias, scale, into).view(*x.shape[:-1], -1)
     # Compilers need an opaque operator; without one, going through the dispatcher would only cost time.
     call = torch.ops.apb.matvec if torch.compiler.is_compiling() else _launch
     out: Tensor = call(x.reshape(-1), weight, bias, scale)
     return out.view(*x.shape[:-1], -1)
 
 
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, into: Tensor | None = None
-) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     outputs = weight.shape[0]
-    out = x.new_empty(outputs) if into is None else into
+    out = x.new_empty(outputs)
     width, block_n, block_k = _tiles(weight)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _matvec[(triton.cdiv(outputs, block_n),)](
@@ -56,9 +48,7 @@ def _launch(
     return out
 
 
-@library.custom_op("apb::matvec", mutates_args=())
-def _operator(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    return _launch(x, weight, bias, scale)
+_operator = library.custom_op("apb::matvec", _launch, mutates_args=())
 
 
 @_operator.register_fake
