@@ -50,6 +50,8 @@ def exchange(x: Tensor, peers: Tensor, counted: Tensor, rank: int, gather: bool)
     capacity = (len(counted) - 1) * _BLOCK
     words = x.numel() * x.element_size() // 4
     assert words <= capacity, "more than there is memory for"
+    if x.data_ptr() % 4:  # in the middle of a word
+        x = x.clone()
     out = x.new_empty(size, *x.shape) if gather else torch.empty_like(x)
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _exchange[(triton.cdiv(words, _BLOCK),)](
