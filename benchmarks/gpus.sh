@@ -6,6 +6,7 @@
 #   small       selection by torch and by the kernels, decode, a cache in fp8          about 40 s
 #   prefill     full (torch's kernels) and apb, Llama-3.1-8B shape, 64K, 128K and 256K about 230 s
 #   decode      decode after 32K and 128K tokens, with and without CUDA graphs         about 60 s
+#   decode_two  two GPUs: decode after 128K tokens, weights shared, and the sequence   about 150 s
 #   sessions    1, 4 and 16 texts of 32K tokens decoded at once, in turns and in one pass about 120 s
 #   overlap     two GPUs: overlap of sends and attention in ring attention             about 40 s
 #   exact       two GPUs: full, ring and ulysses, Llama-3.1-8B shape, 64K and 128K     about 180 s
@@ -65,6 +66,10 @@ for part; do
           --baseline-backend torch --repeat 2 --max-seconds 120 --out "$out/prefill_${length}_h200.json"
       done ;;
     decode) bench decode --random-weights llama-3.1-8b --length 32768 --length 131072 --out "$out/decode_h200.json" ;;
+    decode_two)
+      bench decode --random-weights llama-3.1-8b --length 131072 --ranks 1 --tensor-parallel 2 \
+        --out "$out/decode_tensor_parallel_two_gpus.json"
+      bench decode --random-weights llama-3.1-8b --length 131072 --ranks 2 --out "$out/decode_sequence_parallel_two_gpus.json" ;;
     sessions) bench decode --random-weights llama-3.1-8b --length 32768 --sessions 1 --sessions 4 --sessions 16 \
       --out "$out/decode_sessions_h200.json" ;;
     overlap) timeout 120 "$python" -m torch.distributed.run --nproc-per-node 2 benchmarks/ring_overlap.py --out "$out/ring_overlap.json" ;;

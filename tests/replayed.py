@@ -24,7 +24,7 @@ class Graph(TorchDispatchMode):
 
     capturing: Graph | None = None
 
-    def capture_begin(self, pool: Any) -> None:
+    def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
         """What follows is captured."""
         self.calls: list[Callable[[], Any]] = []
         Graph.capturing = self
@@ -44,6 +44,16 @@ class Graph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note an operation that makes a tensor, or that writes into its first; views need no replay."""
         kwargs = kwargs or {}
+        if func.namespace == "c10d":  # sent at once as well: processes that share weights capture at the same time
+
+            def send_again() -> None:
+                func(*args, **kwargs)[1].wait()
+
+            self.calls.append(send_again)
+            return func(*args, **kwargs)
+        if "out" in kwargs:
+            self.calls.append(partial(func, *args, **kwargs))
+            return kwargs["out"]
         if func._schema.is_mutable:
             assert func._schema.name.endswith("_"), f"{func} writes elsewhere than into its first tensor"
             self.calls.append(partial(func, *args, **kwargs))

@@ -15,7 +15,7 @@ from .distributed.collectives import Group
 from .distributed.mesh import Mesh
 from .errors import InputError, at_least
 from .hardware import Hardware, Stopwatch
-from .hf import fusing, loading, offloading, placement, supported, verifying
+from .hf import fusing, loading, offloading, placement, shares, supported, verifying
 from .hf.attach import CLOSED, Attachment
 from .hf.cache import ShardCache
 from .hf.config import softcap
@@ -76,7 +76,7 @@ class Prefiller:
         self.tokenizer = tokenizer
         self.backend = backend
         self.mesh = mesh or Mesh.join(self.device, gpus=len(self.devices))
-        self.graphs = graphs and self.mesh.devices is None
+        self.graphs = graphs
         self.group: Group = self.mesh.sequence
         self.head_group: Group = self.mesh.tensor if splits_heads(model.config) else Group()
         layers = attention_modules(model)
@@ -85,13 +85,13 @@ class Prefiller:
         self._compressor = self.reading.compressor.loaded(read_heads)
         self._hardware = Hardware.of(self.device, self.dtype, self.mesh.everyone.size)
         self._split = placement.split(model, layers) if len(self.devices) > 1 else ()
-        obstacle = fusing.why_not(self.device) or ("weights are shared" if self.mesh.devices else None)
+        obstacle = fusing.why_not(self.device) or shares.why_not(model, self.mesh.tensor.size)
         if obstacle is None and len(self.devices) > 1:
             obstacle = "layers lie on several GPUs, with accelerate's hooks between them"
         if fused and obstacle:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
-        self._attachment = Attachment.of(model, self.fused)
+        self._attachment = Attachment.of(model, self.fused, self.mesh.tensor)
         self._decoder = Decoder(self._attachment, self.group, self.reading.decoding, backend, self.graphs)
         self._closed = False
 

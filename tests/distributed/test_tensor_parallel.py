@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,35 @@ def test_documents_on_disk(results: list[dict[Any, Any]], folder: Path, family: 
     found = [engine.load(folder / f"{family} of four").prefill(families.PROMPT.query).logits]
     for logits in (*found, *(each for result in results for each in result[family, "stored"])):
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("processes", [2, 4])
+def test_steps(tmp_path: Path, processes: int) -> None:
+    """Single tokens, in passes and in steps with and without graphs, by collectives and by kernels: one process's
+    logits, the same everywhere; one capture for sessions of both lengths, but for stretches between the messages of
+    ranks that have no kernels; two sums a layer."""
+    model = tensor_work.stepping_model()
+    engine = apb.Engine.from_model(model, blocks=5, backend="torch")
+    expected = tensor_work.read_steps(engine)
+    engine.close()
+    launch(tensor_work.steps, processes, str(tmp_path), 2)
+    results = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+    layers, read = model.config.num_hidden_layers, len(tensor_work.LENGTHS) * len(tensor_work.STEPS)
+    for result, kernels in itertools.product(results, (False, True)):
+        for way in (("passes", kernels), ("steps", kernels, False), ("steps", kernels, True)):
+            torch.testing.assert_close(result[way], expected, rtol=1e-4, atol=1e-4)
+            assert torch.equal(result[way], results[0][way]), f"{way} differ between processes"
+        assert torch.equal(result["steps", kernels, True], result["steps", kernels, False])
+        assert result["captures", kernels, False] == 0
+        stretches = 1 if kernels or processes == 2 else layers + 1
+        assert result["captures", kernels, True] == stretches
+        if kernels:
+            several, gated = result["ways", True, False].values()
+            assert several == layers * read
+            assert gated >= layers * read
+        rows = [count for count in result["sums", kernels, False] if count == model.config.hidden_size]
+        assert len(rows) >= 2 * layers * read
 
 
 def test_what_cannot_be_shared_is_refused() -> None:

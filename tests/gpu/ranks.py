@@ -24,6 +24,7 @@ from apb import Engine, InputError, Prompt
 from apb.distributed import launch
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.distributed.one_shot import quick
 from apb.hf import fusing
 from cases import CASES, Outcome, check, read
 from models import placed, tiny_model, without_eos
@@ -156,8 +157,11 @@ def answers(comparisons: Comparisons, first: int) -> None:
                 comparisons.everywhere(found[0] + unseeded)
             engine.close()
         assert replayed.call_count > 20 * len(found), "no graph was replayed"
-        # Of several ranks one graph for every stretch between the layers' messages; of one rank one.
-        stretches = len(model.model.layers) + 1
+        # Of several ranks one graph, or one for every stretch between the layers' messages if those are no kernels; of
+        # one rank one.
+        made = quick(comparisons.group, torch.device("cuda", first))[0]
+        by_kernels = made.in_kernels(torch.zeros(1, 4, 17, device=f"cuda:{first}"))
+        stretches = 1 if by_kernels else len(model.model.layers) + 1
         assert captured.call_count == stretches + 1, f"{captured.call_count} captures, not {stretches} and 1"
         assert found[0] == found[1], f"{found[0]} drawn, by one rank {found[1]}"
 

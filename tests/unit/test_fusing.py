@@ -83,6 +83,28 @@ def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype, with_
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("counts", [(7, 3), (64, 16, 16), (1, 130, 5)], ids=str)
+@pytest.mark.parametrize("width", [37, 64, 5000])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_several_layers_of_one_row(counts: tuple[int, ...], width: int, dtype: torch.dtype, with_bias: bool):
+    """To the bit what each layer gives alone; and an MLP's gate, with what it opens."""
+    from apb.kernels import matvec
+
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, width).to(dtype)
+    weights = [torch.randn(count, width).to(dtype) / width**0.5 for count in counts]
+    biases = [torch.randn(count).to(dtype) if with_bias else None for count in counts]
+    found = matvec.several(x, weights, biases)
+    for actual, weight, bias in zip(found, weights, biases, strict=True):
+        assert torch.equal(actual, matvec.linear(x, weight, bias))
+    gate, up = weights[0], weights[1].repeat(counts[0], 1)[: counts[0]]
+    actual = matvec.gated(x, gate, up)
+    wanted = torch.nn.functional.silu(matvec.linear(x, gate, None).float()) * matvec.linear(x, up, None).float()
+    torch.testing.assert_close(actual.float(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.triton
 def test_what_is_done_by_row(monkeypatch):
     """Single rows without gradients alone, of plain linear layers; compiled parts call the kernel too."""
     from apb.kernels import matvec

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..decoding.base import LayerIndex
+from ..distributed.mesh import Mesh
+from ..distributed.one_shot import QuickGroup, quick
 from ..engine import Engine
 from ..hardware import Stopwatch, peak_bytes
 from ..hf.config import tied_embeddings
@@ -32,8 +34,8 @@ class Row:
         together: True if a token of each was read in one pass, False if they took turns.
         graph: True if steps were replayed as a CUDA graph.
         seconds: median of a token of each session on the slowest rank; ``tokens_per_s`` counts those of all sessions.
-        weight_bytes, cache_bytes: bytes that a rank reads in that time: all weights but an untied embedding table, once
-            for every pass, and the largest shards of the caches.
+        weight_bytes, cache_bytes: bytes that a process reads in that time: its weights but an untied embedding table,
+            once for every pass, and the largest shards of the caches.
         limit_seconds: time to read those bytes at the copy bandwidth measured in the same run.
         of_limit: limit_seconds / seconds.
         same_tokens: True if the same tokens were chosen as in turns without the graph; None in that row.
@@ -41,6 +43,7 @@ class Row:
         share: of the keys that rank 0's first session attended to; limits count all of them.
         read_seconds: of reading one text, and index_seconds of then making what the decode method derives from its
             keys, on the slowest rank; index_bytes, of that, on the rank with the most.
+        messages: what carried small messages between GPUs.
     """
 
     length: int
@@ -60,6 +63,7 @@ class Row:
     read_seconds: float
     index_seconds: float
     index_bytes: int
+    messages: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values."""
@@ -73,18 +77,20 @@ def bench_decode(
     tokens: int,
     bandwidth: float,
     sessions: Sequence[int] = (1,),
+    mesh: Mesh | None = None,
     **reading: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and number of sessions: in turns, for several sessions also in one pass, and on GPUs
     another one in turns with CUDA graphs if they can be captured.
 
     The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
-    ``bandwidth``: bytes per second of a copy. Every rank must iterate over it.
+    ``shape`` is of one process's share of the weights. ``bandwidth``: bytes per second of a copy. Every process must
+    iterate over it.
     """
     for length in lengths:
         plain: dict[int, list[int]] = {}
         for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
-            engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, **reading)
+            engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, mesh=mesh, **reading)
             try:
                 # A function of its own, so that nothing holds its caches while the next engine reads.
                 yield from _rows(engine, shape, length, tokens, bandwidth, sessions, graphs, plain)
@@ -154,6 +160,7 @@ def _measure(
     bandwidth: float,
     plain: list[int] | None,
 ) -> tuple[Row, list[int]]:
+    everyone, tensor = engine.mesh.everyone, engine.mesh.tensor.size
     chosen: list[int] = []
     seconds: list[float] = []
     for step in range(WARM_UP + tokens):
@@ -164,13 +171,13 @@ def _measure(
         watch = Stopwatch(engine.device)
         read(picked)
         if step >= WARM_UP:
-            seconds.append(slowest(engine.group, engine.device, watch.seconds()))
+            seconds.append(slowest(everyone, engine.device, watch.seconds()))
     width, count, first = engine.dtype.itemsize, len(read.sessions), read.sessions[0]
     tied = tied_embeddings(engine.model.config)
-    once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden)) * width
+    once = (shape.parameters - (0 if tied else shape.vocabulary * shape.hidden // tensor)) * width
     weights = once * (1 if read.together else count)
     # On the rank with the largest shard.
-    cache = int(slowest(engine.group, engine.device, sum(session.cache_bytes() for session in read.sessions)))
+    cache = int(slowest(everyone, engine.device, sum(session.cache_bytes() for session in read.sessions)))
     limit = (weights + cache) / bandwidth
     median = statistics.median(seconds)
     row = Row(
@@ -184,13 +191,14 @@ def _measure(
         cache_bytes=cache,
         limit_seconds=limit,
         of_limit=limit / median,
-        peak_bytes=int(slowest(engine.group, engine.device, peak_bytes(engine.device))),
+        peak_bytes=int(slowest(everyone, engine.device, peak_bytes(engine.device))),
         same_tokens=None if plain is None else chosen == plain,
         decode=engine.reading.decoding.name,
         share=first.share,
-        read_seconds=slowest(engine.group, engine.device, first.timing["prefill_s"]),
-        index_seconds=slowest(engine.group, engine.device, first.timing["index_s"]),
-        index_bytes=int(slowest(engine.group, engine.device, sum(map(index_bytes, first.cache.indexes.values())))),
+        read_seconds=slowest(everyone, engine.device, first.timing["prefill_s"]),
+        index_seconds=slowest(everyone, engine.device, first.timing["index_s"]),
+        index_bytes=int(slowest(everyone, engine.device, sum(map(index_bytes, first.cache.indexes.values())))),
+        messages=_messages(engine),
     )
     return row, chosen
 
@@ -198,3 +206,16 @@ def _measure(
 def index_bytes(layers: Mapping[int, LayerIndex]) -> int:
     """Bytes of the tensors of one kind of index, by layer."""
     return sum(part.nbytes for index in layers.values() for part in index.tensors().values())
+
+
+def _messages(engine: Engine) -> str | None:
+    """What carried small messages, or why it was not kernels; None if nothing was sent between GPUs."""
+    groups = [group for group in (engine.mesh.sequence, engine.mesh.tensor) if group.size > 1]
+    if not groups or engine.device.type != "cuda":
+        return None
+    found = set()
+    for group in groups:
+        made, lacking = quick(group, engine.device)
+        kinds = [type(kind).__name__ for kind in made.kinds] if isinstance(made, QuickGroup) else ["NCCL"]
+        found.add(" and ".join(kinds) + (f" ({lacking})" if lacking else ""))
+    return ", ".join(sorted(found))

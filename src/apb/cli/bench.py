@@ -134,6 +134,7 @@ def decode(
     decoding: options.Decoding,
     propagation: options.Propagate = "off",
     ranks: options.RankCount = None,
+    tensor_parallel: options.TensorParallel = 1,
     tokens: Annotated[int, typer.Option(help="Counted tokens; the median is reported.")] = 32,
     sessions: Annotated[
         list[int] | None,
@@ -151,7 +152,7 @@ def decode(
     how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
     compressor = Reading.of(**how).compressor
     asked = {"tokens": tokens, "sessions": sessions or [1], **how}
-    _launch("decode", common, options.Ranks(ranks), asked, compressor, out, as_json)
+    _launch("decode", common, options.Ranks(ranks, tensor_parallel), asked, compressor, out, as_json)
 
 
 def _launch(
@@ -278,7 +279,8 @@ def run(request: Request) -> None:
         measured = bench_prefill(model, shape, ceilings, lengths=request.lengths, mesh=mesh, **request.options)
     else:
         report["copy_bandwidth"] = copy_bandwidth(device)
-        measured = bench_decode(model, shape, request.lengths, bandwidth=report["copy_bandwidth"], **request.options)
+        bandwidth = report["copy_bandwidth"]
+        measured = bench_decode(model, shape, request.lengths, mesh=mesh, bandwidth=bandwidth, **request.options)
     for row in measured:
         report["rows"].append(row.to_dict())
         if group.rank == 0:

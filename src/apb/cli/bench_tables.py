@@ -59,7 +59,8 @@ def _console() -> Any:
 
 def _title(report: dict[str, Any]) -> str:
     facts = report["fingerprint"]
-    return f"{report['model']}, {report['layers']} layers, {report['ranks']} x {facts['device']}, {facts['dtype']}"
+    ranks = f"{report['ranks']} x {report['tensor_parallel']}" if report["tensor_parallel"] > 1 else report["ranks"]
+    return f"{report['model']}, {report['layers']} layers, {ranks} x {facts['device']}, {facts['dtype']}"
 
 
 def _versions(report: dict[str, Any]) -> str:

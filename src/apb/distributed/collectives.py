@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +31,18 @@ class Pending:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that share a prompt; ``Group()`` is a single process without communication."""
+    """The processes that share a prompt; ``Group()`` is a single process without communication.
+
+    Attributes:
+        made: by device, what :func:`apb.distributed.one_shot.quick` has made of it.
+    """
 
     rank: int = 0
     size: int = 1
     process_group: dist.ProcessGroup | None = None
+    made: dict[torch.device, tuple[Group, str | None]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def of_world(cls) -> Group:
@@ -55,6 +62,10 @@ class Group:
         flat = result.view(self.size * x.shape[0], *x.shape[1:])
         work = _all_gather(flat, x.contiguous(), group=self.process_group, async_op=True)
         return Pending(result, work)
+
+    def in_kernels(self, x: Tensor) -> bool:
+        """True if :meth:`all_gather` of ``x`` is only kernels on the current stream, which a CUDA graph captures."""
+        return self.size == 1
 
     def shift(self, x: Tensor) -> Pending:
         """Start sending ``x`` to the next rank of the ring; the result is the previous rank's ``x``, of equal shape."""
@@ -114,6 +125,10 @@ class Group:
         if self.size > 1:
             dist.all_reduce(x, group=self.process_group)
         return x
+
+    def row_sum(self, x: Tensor) -> Tensor:
+        """The sum of ``x``, a row of a decode step, over the ranks; ``x`` may be overwritten."""
+        return self.sum(x)
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""

@@ -8,10 +8,11 @@ import signal
 import sys
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,21 @@ _GRACE = 5.0
 _SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
 # Exit status of a rank that raised InputError.
 _WRONG_INPUT = 2
+
+
+class Holder(Protocol):
+    """What NCCL waits for when a process group is destroyed: a CUDA graph that sends messages."""
+
+    def give_up(self) -> None:
+        """Let go of it; nothing is sent any more."""
+
+
+_holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+
+
+def before_leaving(holder: Holder) -> None:
+    """Have something let go before :func:`leave` destroys the process group, if it is still alive then."""
+    _holders.add(holder)
 
 
 def under_torchrun() -> bool:
@@ -80,6 +96,8 @@ def join(device: torch.device, gpus: int = 1) -> Group:
 def leave() -> None:
     """Destroy the process group of torch.distributed, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        for holder in list(_holders):
+            holder.give_up()
         dist.destroy_process_group()
 
 

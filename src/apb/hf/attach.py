@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from ..distributed.collectives import Group
+from ..distributed.one_shot import quick
 from ..errors import InputError
 from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import Recur, RecurrentInput
@@ -28,6 +30,8 @@ from .positions import set_positions
 from .products import follow_products
 from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
+from .shares import run_shares
+from .shares import why_not as why_not_shares
 from .temperature import has_own, warmed, without_own
 from .windows import chunked, layer_count, not_handed_over
 
@@ -63,9 +67,11 @@ class Attachment:
     The model's own modules, weights and code are unchanged. While attached it runs only inside :meth:`running`.
     """
 
-    def __init__(self, model: PreTrainedModel, fused: bool) -> None:
+    def __init__(self, model: PreTrainedModel, fused: bool, tensor: Group) -> None:
         self.model = model
         self.fused = fused
+        # Why layers of shared weights are run by transformers, whose messages CUDA graphs cannot capture; else None.
+        self.left_shared = why_not_shares(model, tensor.size)
         self.modules = attention_modules(model)
         recurrent = recurrent_modules(model)
         self.recurrent = len(recurrent)
@@ -104,19 +110,24 @@ class Attachment:
             module.apb = self  # type: ignore[assignment]
         if not model._can_set_attn_implementation():
             self._undo.append(follow_products(self.modules, _attention))
+        if tensor.size > 1 and self.left_shared is None:
+            self._undo.append(run_shares(model, quick(tensor, self.devices[0])[0], fused))
         self._undo += [fuse_parts(model)] if fused else []
         self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model), without_own(self.modules)]
         self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0
 
     @classmethod
-    def of(cls, model: PreTrainedModel, fused: bool = False) -> Attachment:
+    def of(cls, model: PreTrainedModel, fused: bool = False, tensor: Group | None = None) -> Attachment:
         """The attachment of a model, shared by all engines on it; each must :meth:`release` it once.
 
         ``fused``: compile modules (see :mod:`apb.hf.fusing`); InputError if engines on one model disagree.
+        ``tensor``: the processes that share the model's weights, which all call this; None if each has them all.
         """
         attached = (getattr(module, "apb", None) for module in model.modules())
-        attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(model, fused)
+        attachment = next((found for found in attached if isinstance(found, cls)), None) or cls(
+            model, fused, tensor or Group()
+        )
         if attachment.fused != fused:
             raise InputError("Another engine on this model has another setting of fused; close it first.")
         attachment._users += 1

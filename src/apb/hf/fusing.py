@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..kernels.fused import why_no_triton
@@ -45,6 +46,8 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
     for module in model.modules():
         kind = type(module)
         plain = kind.__module__.startswith("torch.") or "forward" in vars(module)  # fused already; another library's
+        # Messages inside, and functions of its own on every layer, for each of which a graph would be compiled.
+        plain = plain or any(isinstance(weight, DTensor) for weight in module.parameters())
         if (kind.__name__.endswith("Norm") or is_dense_mlp(module)) and not plain:
             compiled.setdefault(kind, torch.compile(kind.forward, dynamic=True))
             module.forward = partial(compiled[kind], module)

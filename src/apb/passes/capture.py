@@ -1,7 +1,9 @@
 """Capture of a decode step as CUDA graphs.
 
-On several ranks a step is one graph for every stretch between two messages, which are sent outside the graphs: so a
-lost rank is noticed, and torch.distributed can be shut down while graphs are alive.
+Messages that are kernels (see :mod:`apb.distributed.one_shot`) are captured. Where ranks have none, a step is one graph
+for every stretch between two of the messages that merge attention over the ranks, which are sent outside the graphs: so
+a lost rank is noticed. The messages of processes that share weights, two in every layer, are captured even if they are
+NCCL's.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..distributed import launch
 from ..distributed.collectives import Group, Pending
 
 # Steps run before a capture: the first ones compile kernels.
@@ -24,11 +27,13 @@ class _Recording:
     def __init__(self) -> None:
         self._steps: list[Callable[[], object]] = []
         self._memory = torch.cuda.graph_pool_handle()
+        launch.before_leaving(self)
 
     def begin(self) -> None:
         """Begin to capture: what follows is recorded instead of run."""
         self._graph = torch.cuda.CUDAGraph()
-        self._graph.capture_begin(pool=self._memory)
+        # NCCL's own thread asks for the progress of earlier messages meanwhile, which is nobody else's error.
+        self._graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
 
     def end(self) -> None:
         """End the last capture."""
@@ -45,6 +50,11 @@ class _Recording:
         """Replay all graphs and messages on the current stream."""
         for step in self._steps:
             step()
+
+    def give_up(self) -> None:
+        """See :class:`apb.distributed.launch.Holder`: nothing can be replayed any more."""
+        self._steps.clear()
+        vars(self).pop("_graph", None)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ class _Recorded(Group):
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Pending:
         """See :meth:`Group.all_gather`; ``x`` and the result keep their addresses."""
+        if self.real.in_kernels(x):
+            return self.real.all_gather(x, into)
         message, result = x.contiguous(), x.new_empty((self.size, *x.shape)) if into is None else into
         real = self.real  # not self: a cycle with the recording would free its memory late
         self.recording.between(lambda: real.all_gather(message, result).wait())
@@ -72,10 +84,10 @@ class _Recorded(Group):
 
 
 def captured(run: Callable[[Group], Tensor], group: Group, device: torch.device) -> Callable[[], Tensor]:
-    """Capture ``run``; the result replays it by graphs, with its all-gathers between them.
+    """Capture ``run``; the result replays it by graphs, with its all-gathers between or in them.
 
-    ``run`` is also called before the capture, so it must be idempotent. Nothing is sent meanwhile: other ranks may have
-    captured theirs already.
+    ``run`` is also called before the capture, so it must be idempotent. Nothing is sent to other ranks of ``group``
+    meanwhile: they may have captured theirs already. Processes that share weights capture at the same time.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))

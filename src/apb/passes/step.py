@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..decoding import Decoding, Reader, StoredReader
 from ..distributed.collectives import Group
+from ..distributed.one_shot import quick
 from ..hf.attach import Attachment
 from ..hf.cache import Layout, ShardCache
 from ..hf.stepping import StepCache
@@ -61,6 +62,8 @@ class Stepper:
             return f"device type {layout.device.type} has no graphs"
         if len(attachment.devices) > 1:
             return f"layers lie on {len(attachment.devices)} devices"
+        if attachment.left_shared is not None:
+            return attachment.left_shared
         if attachment.peculiar:
             return f"layers have {', '.join(sorted(attachment.peculiar))}"
         if attachment.length_dependent:
@@ -106,7 +109,7 @@ class _Step:
     def __init__(self, attachment: Attachment, stored: StoredReader, layout: Layout, group: Group) -> None:
         from ..kernels import decode  # Triton: there where GPUs are
 
-        self._group = group
+        self._group = group = quick(group, layout.device)[0]
         self._stored = stored
         # Everything that changes from step to step is in the GPU's memory, at fixed addresses: the token, its position,
         # and for every layer its slot in the cache, the number of keys it sees, and their addresses.
