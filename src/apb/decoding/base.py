@@ -93,11 +93,20 @@ class Reader(ABC):
 
 
 class StoredReader(ABC):
-    """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`."""
+    """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`.
+
+    Attributes:
+        batched: True if it attends for several sessions at once, each of them to a shard of its own.
+    """
+
+    batched: ClassVar[bool] = False
 
     @abstractmethod
     def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
-        """As :meth:`Reader.attend`, for one new row, whose own k, v (1, kv_heads, head_dim) the shard has already."""
+        """As :meth:`Reader.attend`, for one new row of each session.
+
+        Their own k, v (sessions, kv_heads, head_dim) are in the shards already.
+        """
 
 
 @dataclass(frozen=True)
