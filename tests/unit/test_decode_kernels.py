@@ -12,8 +12,8 @@ pytestmark = pytest.mark.triton
 
 
 def storages(kv_heads: int, head_dim: int, dtype: torch.dtype, *capacities: int) -> tuple[list[list[Tensor]], Tensor]:
-    """Keys and values (kv_heads, capacity, head_dim) of layers of a session, or of a layer of several, all not-a-number,
-    and the table of where they lie, one after the other."""
+    """Keys and values (kv_heads, capacity, head_dim) of layers of one session, or of several, all not-a-number, and the
+    table of where they lie, one after the other."""
     stored = [
         [torch.full((kv_heads, capacity, head_dim), math.nan, dtype=dtype) for _ in "kv"] for capacity in capacities
     ]
