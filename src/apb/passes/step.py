@@ -128,12 +128,12 @@ class _Step:
 
         self._group = group
         # Everything that changes from step to step is in the GPU's memory, at fixed addresses. For every row: its
-        # token, the token's position, and for every layer the slot in the cache and the number of keys it sees; these
-        # also as kernels want them, and the addresses of the keys.
+        # token, the token's position, and for every layer its slot in the cache, the number of keys it sees, and their
+        # addresses.
         device, layers = layout.device, len(layout.heads)
-        self._inputs = torch.zeros(2 + 2 * layers, rows, dtype=torch.long, device=device)
-        ids, positions = self._inputs[:1], self._inputs[1:2]
-        slots, self._seen = self._inputs[2:].split(layers)
+        self._inputs = torch.zeros(2 + layers, rows, dtype=torch.long, device=device)
+        ids, positions, slots = self._inputs[:1], self._inputs[1:2], self._inputs[2:]
+        self._keeps_new = layout.keeps_new
         self._lengths = lengths = torch.zeros(layers, rows, dtype=torch.int32, device=device)
         self._table = table = torch.zeros(layers, rows, 3, dtype=torch.long, device=device)
         self._placed: list[list[tuple[int, int, int]]] = []  # the addresses in the table
@@ -144,7 +144,8 @@ class _Step:
 
         def append(layer: int, k: Tensor, v: Tensor) -> None:
             assert k.dtype == v.dtype == layout.dtype and (k.shape[1], k.shape[3]) == layout.heads[layer]
-            decode.append(k[0].transpose(0, 1), v[0].transpose(0, 1), table, layer, slots[layer])
+            if layout.keeps_new:
+                decode.append(k[0].transpose(0, 1), v[0].transpose(0, 1), table, layer, slots[layer])
 
         # The functions below capture these instead of self: a cycle would keep graphs alive after their engine.
         self._cache = cache = StepCache(layers, append)
@@ -192,11 +193,7 @@ class _Step:
             self._table.copy_(torch.tensor(list(zip(*places, strict=True))), non_blocking=True)
             self._placed = addresses
         self._cache.total = max(cache.total for cache in caches)
-        rows = []
-        for cache, token in zip(caches, tokens, strict=True):
-            held, keeps = cache.held, cache.keeps_new
-            slots, seen = (held, [count + 1 for count in held]) if keeps else ([-1] * layers, held)
-            rows.append([token, cache.total, *slots, *seen])
-        rows += [[0, 0, *[0] * layers, *[1] * layers]] * unused
+        rows = [[token, cache.total, *cache.held] for cache, token in zip(caches, tokens, strict=True)]
+        rows += [[0] * len(self._inputs)] * unused
         self._inputs.copy_(torch.tensor(list(zip(*rows, strict=True))), non_blocking=True)
-        self._lengths.copy_(self._seen)
+        self._lengths.copy_(self._inputs[2:]).add_(int(self._keeps_new))

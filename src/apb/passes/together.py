@@ -52,7 +52,7 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
 def _stepper(continuations: Sequence[Continuation]) -> Stepper | None:
     """What reads a token of each in one captured step; None if one of them, or all together, need an ordinary pass.
 
-    It is the same on all ranks, whose messages of a step are not those of a pass.
+    It is the same on all ranks: rows that pad a step are in its messages too.
     """
     first = continuations[0]
     alike = all(
