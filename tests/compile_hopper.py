@@ -109,7 +109,7 @@ def compile_decode(kernel: Any, head_dim: int) -> Any:
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v"), "*bf16") | {"table": "*i64"}
     types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"length": "*i32", "scale": "fp32", "cap": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
-    unknown = ("rows", "splits", "layer", "scale", "cap", *constants)  # all others are multiples of 16
+    unknown = ("rows", "sessions", "splits", "layer", "scale", "cap", *constants)  # all others are multiples of 16
     source = ASTSource(
         kernel,
         {name: types[name] for name in kernel.arg_names},

@@ -12,7 +12,8 @@ from .distributed.collectives import Group
 from .errors import InputError, NotFinite
 from .hf.cache import ShardCache, dynamic_cache
 from .hf.config import kv_heads
-from .passes import together
+from .passes.alone import why_alone
+from .passes.together import read_together
 from .passes.tokens import Continuation, Decoder
 from .planning.plan import Plan
 from .prompt import check_tokens, whole_numbers
@@ -115,7 +116,7 @@ class Session:
     @property
     def why_alone(self) -> str | None:
         """The reason why :func:`extend_together` cannot read its tokens; None if it can."""
-        return together.why_alone(self._decoder.attachment)
+        return why_alone(self._decoder.attachment)
 
     def score(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """How likely these tokens are to follow; the session stays as it is, so that others may be scored after them.
@@ -327,7 +328,7 @@ def extend_together(sessions: Sequence[Session], token_ids: Sequence[int]) -> No
     """
     for session, token in zip(sessions, token_ids, strict=True):
         session._checked([token], read=1)
-    logits = together.read_together([session._continuation for session in sessions], token_ids)
+    logits = read_together([session._continuation for session in sessions], token_ids)
     for session, token, row in zip(sessions, token_ids, logits, strict=True):
         session.logits = row
         session.token_ids.append(token)

@@ -37,6 +37,7 @@ from apb.passes import tokens
 from apb.passes.capture import captured
 from apb.passes.step import Stepper
 from apb.serving.alive import SignsOfLife
+from apb.session import extend_together
 from byte_checkpoint import VOCABULARY, byte_tokenizer
 from cases import CASES, Case, Outcome, read
 from chosen import RECENT
@@ -466,7 +467,8 @@ def replay(group: Group) -> list[tuple[Tensor, Tensor, int]]:
 
 
 def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], list[bool]]:
-    """Two sessions of one engine read tokens in turn: logits, what was sent, and after which tokens there was a graph.
+    """Two sessions of one engine read tokens in turn, then in one pass: logits, what was sent, and after which tokens
+    there was a graph.
 
     Rank 0 captures for the first session, the others for the second.
     """
@@ -484,6 +486,10 @@ def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], lis
         for session, token in ((second, 4), (first, 5), (second, 6)):
             logits.append(session.extend([token]))
             by_graph.append(session.captured)
+        for ordered in ((first, second), (second, first)):
+            extend_together(ordered, [7, 8])
+            logits += [session.logits for session in ordered]
+            by_graph += [session.captured for session in ordered]
     engine.close()
     return torch.stack(logits), sent, by_graph
 

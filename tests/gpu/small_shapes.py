@@ -79,7 +79,7 @@ def cached_row() -> None:
         q, new = draw(1, 8, head_dim, dtype), [draw(1, 2, head_dim, dtype) for _ in "kv"]
         stored = [torch.randn(2, keys, head_dim, device=GPU).to(dtype) for _ in "kv"]
         table = torch.tensor([[*(x.data_ptr() for x in stored), keys]], device=GPU)
-        decode.append(new[0][0], new[1][0], table, 0, torch.tensor([keys - 1], device=GPU))
+        decode.append(*new, table, 0, torch.tensor([keys - 1], device=GPU))
         for x, row in zip(stored, new, strict=True):
             assert torch.equal(x[:, -1], row[0])
         length = torch.tensor([keys], dtype=torch.int32, device=GPU)

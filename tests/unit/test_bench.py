@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import families
 from apb import InputError, attention
-from apb.benchmarks import ceilings, prefill
+from apb.benchmarks import ceilings, decode, prefill
 from apb.benchmarks.attention import Shape, _in_turns, bench_attention
 from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
@@ -166,6 +168,28 @@ def test_decode_of_several_sessions():
     model = families.make(*families.PECULIAR["deepseek_v3"])
     (row,) = bench_decode(model, model_shape(model.config), [100], 1, 1e9, (2,), strategy="full")
     assert not row.together
+
+
+def test_decode_frees_sessions_before_it_makes_others(monkeypatch):
+    """Of the engine before none is left when the next one reads: memory is for one set of caches."""
+    model, caches = tiny_model("llama", heads=4, kv_heads=2, head_dim=16), []
+    make = decode._sessions
+
+    def noted(*asked):
+        assert [cache() for cache in caches] == [None] * len(caches)
+        for session in make(*asked):
+            caches.append(weakref.ref(session.cache))
+            yield session
+
+    monkeypatch.setattr(decode, "_sessions", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        rows = list(bench_decode(model, model_shape(model.config), [60, 90, 70], 1, 1e9, (1, 2), strategy="full"))
+    finally:
+        gc.enable()
+    assert [row.length for row in rows] == [60] * 3 + [90] * 3 + [70] * 3
+    assert len(caches) == 6
 
 
 def test_a_prompt_without_document_is_refused():

@@ -12,11 +12,12 @@ pytestmark = pytest.mark.triton
 
 
 def storages(kv_heads: int, head_dim: int, dtype: torch.dtype, *capacities: int) -> tuple[list[list[Tensor]], Tensor]:
-    """Keys and values (kv_heads, capacity, head_dim) of layers, all not-a-number, and the table of where they lie."""
-    layers = [
+    """Keys and values (kv_heads, capacity, head_dim) of layers of one session, or of several, all not-a-number, and the
+    table of where they lie, one after the other."""
+    stored = [
         [torch.full((kv_heads, capacity, head_dim), math.nan, dtype=dtype) for _ in "kv"] for capacity in capacities
     ]
-    return layers, torch.tensor([[k.data_ptr(), v.data_ptr(), k.shape[1]] for k, v in layers])
+    return stored, torch.tensor([[k.data_ptr(), v.data_ptr(), k.shape[1]] for k, v in stored])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,49 @@ def test_attention_by_the_table(
             torch.testing.assert_close(x, wanted, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [(4, 2, 16, torch.float32), (8, 1, 64, torch.float16), (3, 3, 20, torch.float32), (70, 1, 16, torch.float32)],
+)
+@pytest.mark.parametrize(("splits", "partial"), [(1, False), (1, True), (4, False)])
+def test_each_session_attends_to_its_own_keys(
+    monkeypatch: pytest.MonkeyPatch,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    splits: int,
+    partial: bool,
+) -> None:
+    """Sessions of any lengths, in caches of any capacities, one of them of no key: the reference's numbers of each; in
+    more heads to a KV head, too, than a program takes. What lies behind a length is not read."""
+    from apb.kernels import decode, reference
+    from apb.kernels.segment import Segment
+
+    lengths, capacities = (157, 1, 0, 64, 300), (157, 9, 5, 100, 300)
+    blocks = -(-heads // kv_heads // 64)
+    monkeypatch.setattr(decode, "_PROGRAMS_PER_PROCESSOR", splits * kv_heads * blocks * len(lengths))
+    torch.manual_seed(0)
+    q = torch.randn(heads, len(lengths), head_dim).to(dtype).transpose(0, 1)
+    for layer in range(2):
+        stored, table = storages(kv_heads, head_dim, dtype, *(capacities if layer else capacities[::-1]) * 2)
+        mine = stored[len(lengths) * layer :][: len(lengths)]
+        held = [min(length, k.shape[1]) for length, (k, _) in zip(lengths, mine, strict=True)]
+        for count, (k, v) in zip(held, mine, strict=True):
+            k[:, :count], v[:, :count] = torch.randn(2, kv_heads, count, head_dim)
+        length = torch.tensor(held, dtype=torch.int32)
+        out, lse = decode.cached_attention(
+            q, table.view(2, len(lengths), 3), layer, kv_heads, 0.3, length, partial=partial
+        )
+        assert out.dtype == (torch.float32 if partial else dtype)
+        for session, (count, pair) in enumerate(zip(held, mine, strict=True)):
+            own = Segment(*(x[:, :count].transpose(0, 1).float() for x in pair))
+            wanted, wanted_lse = reference.attention(q[session : session + 1].float(), [own], 0.3)
+            tolerance = 2e-3 if out.dtype == torch.float16 else 1e-5
+            torch.testing.assert_close(out[session].float(), wanted[0], rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(lse[:, session], wanted_lse[:, 0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(1, 16), (3, 20)])
 def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
@@ -62,11 +106,27 @@ def test_append_writes_one_slot(kv_heads: int, head_dim: int, dtype: torch.dtype
     for slot in (0, 30):
         k, v = torch.randn(head_dim, kv_heads).to(dtype).T, torch.randn(kv_heads, 2 * head_dim).to(dtype)[:, ::2]
         before = [[x.clone() for x in layer] for layer in layers]
-        decode.append(k, v, table, 1, torch.tensor([slot]))
+        decode.append(k[None], v[None], table, 1, torch.tensor([slot]))
         for x, new in zip(before[1], (k, v), strict=True):
             x[:, slot] = new
         for layer, wanted in zip(layers, before, strict=True):
             torch.testing.assert_close(layer, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def test_append_of_several_sessions() -> None:
+    """Each session's row in a slot of its own cache."""
+    from apb.kernels import decode
+
+    stored, table = storages(2, 16, torch.float32, *[9] * 3, 31, 7, 12)
+    k, v = torch.randn(2, 3, 16).transpose(0, 1), torch.randn(3, 2, 16)
+    before = [[x.clone() for x in pair] for pair in stored]
+    slots = (30, 6, 0)
+    decode.append(k, v, table.view(2, 3, 3), 1, torch.tensor(slots))
+    for session, slot in enumerate(slots):
+        for x, new in zip(before[3 + session], (k[session], v[session]), strict=True):
+            x[:, slot] = new
+    for pair, wanted in zip(stored, before, strict=True):
+        torch.testing.assert_close(pair, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

@@ -25,7 +25,7 @@ from apb.hf.cache import ShardCache
 from apb.hf.shard_layer import Arrival
 from apb.kernels import chosen
 from apb.passes import step
-from apb.session import Session
+from apb.session import Session, extend_together
 from models import tiny_model, without_eos
 from replayed import Graph, standing_in
 
@@ -123,6 +123,68 @@ def test_a_full_cache_grows(captures: list[torch.device], monkeypatch: pytest.Mo
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
 
 
+def test_sessions_in_one_pass(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions join and leave, go back, and outgrow their room: what engines of their own give by ordinary passes. A
+    number of sessions is captured once, with those up to the next power of two; whoever they are, and with steps of
+    one in between. Afterwards every cache is the one of ordinary passes."""
+    monkeypatch.setattr(ShardCache, "growth", 2)
+    ours, alone = engine(), engine(backend="torch")
+    asked = [prompt(90), prompt(3), prompt(61, 29), prompt(25)]
+    sessions, apart = ([each.prefill(one, max_new_tokens=8) for one in asked] for each in (ours, alone))
+
+    def together(*which: int) -> None:
+        tokens = [20 + 3 * number + len(sessions[number].token_ids) % 7 for number in which]
+        extend_together([sessions[number] for number in which], tokens)
+        for number, token in zip(which, tokens, strict=True):
+            assert sessions[number].captured
+            assert close_to(sessions[number].logits, apart[number].extend([token]))
+
+    for which, made in (((0, 1, 2), 1), ((2, 0, 3), 1), ((0, 1, 2, 3), 1), ((3, 1), 2), ((1,), 3), ((0, 3), 3)):
+        together(*which)
+        assert len(captures) == made
+    for each in (sessions[1], apart[1]):
+        each.rewind(len(asked[1]) + 1, each.logits)
+    for each in (sessions[2], apart[2]):
+        each.extend([5, 6, 7])
+    for _ in range(6):
+        together(2, 1, 3)
+    assert close_to(sessions[3].extend([4]), apart[3].extend([4]))
+    assert len(captures) == 3
+    for session, wanted in zip(sessions, apart, strict=True):
+        assert session.token_ids == wanted.token_ids
+        for layer in range(2):
+            for x, y in zip(session.gather_kv(layer), wanted.gather_kv(layer), strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_no_capture_for_sessions_with_short_answers(captures: list[torch.device]) -> None:
+    """They use a graph that longer ones have captured, and so do those of another engine that reads exactly."""
+    ours = engine()
+    for new_tokens, by_graph in ((7, False), (8, True), (1, True)):
+        sessions = [each.prefill(prompt(25), max_new_tokens=new_tokens) for each in (ours, ours.exactly())]
+        extend_together(sessions, TOKENS[:2])
+        assert [session.captured for session in sessions] == [by_graph] * 2
+        assert close_to(sessions[0].logits, passes(prompt(25))[0])
+        assert len(captures) == by_graph
+
+
+def test_a_model_that_counts_is_read_alone(captures: list[torch.device]) -> None:
+    """A step of several sessions would tell it one number for all: it fails, and no session has been extended."""
+    ours = engine()
+    first = ours.model.model.layers[0].self_attn
+    first.register_forward_pre_hook(
+        lambda module, args, options: options["past_key_values"].get_seq_length(0) and None, with_kwargs=True
+    )
+    asked = [prompt(25), prompt(40)]
+    sessions = [ours.prefill(each, max_new_tokens=8) for each in asked]
+    with pytest.raises(RuntimeError, match="cannot be read in one pass: the model's code counts the tokens"):
+        extend_together(sessions, TOKENS[:2])
+    assert "counts the tokens" in str(sessions[1].why_alone)
+    for session, one in zip(sessions, asked, strict=True):
+        assert session.token_ids == list(one.token_ids)
+        assert close_to(read(session), passes(one))
+
+
 def test_layers_are_looked_at_in_later_sessions(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph notes of a layer's attention is read of every session that it steps."""
     monkeypatch.setenv("APB_CHECK_FINITE", "1")
@@ -176,14 +238,15 @@ def test_nothing_is_kept_alive(captures: list[torch.device]) -> None:
             other.extend([3])
             session = ours.prefill(prompt(25), max_new_tokens=8)
             session.extend([3])
-        assert len(captures) == len(Remembered.made) == 1
+            extend_together([session, other], [4, 5])
+        assert len(captures) == len(Remembered.made) == 2
         cached = [weakref.ref(x) for layer in session._cache.layers for x in (layer.keys, layer.values)]
         assert all(x() is not None for x in cached)
         del session
         assert all(x() is None for x in cached)
-        assert Remembered.made[0]() is not None
+        assert all(made() is not None for made in Remembered.made)
         ours.close()
-        assert Remembered.made[0]() is None
+        assert all(made() is None for made in Remembered.made)
     finally:
         gc.enable()
     with pytest.raises(RuntimeError, match="The engine was closed"):

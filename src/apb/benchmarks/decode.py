@@ -81,7 +81,7 @@ def bench_decode(
     **reading: Any,
 ) -> Iterator[Row]:
     """Yield a row for every length and number of sessions: in turns, for several sessions also in one pass, and on GPUs
-    another one in turns with CUDA graphs if they can be captured.
+    others of both with CUDA graphs if they can be captured.
 
     The prompt is random tokens; ``reading`` are the engine's options. ``tokens`` steps are timed one by one.
     ``shape`` is of one process's share of the weights. ``bandwidth``: bytes per second of a copy. Every process must
@@ -92,8 +92,8 @@ def bench_decode(
         for graphs in (False, True)[: 1 + (next(model.parameters()).device.type == "cuda")]:
             engine = Engine.from_model(model, allow_extrapolation=True, graphs=graphs, mesh=mesh, **reading)
             try:
-                # A function of its own, so that nothing holds its caches while the next engine reads.
-                yield from _rows(engine, shape, length, tokens, bandwidth, sessions, graphs, plain)
+                measured = _rows(engine, shape, length, tokens, bandwidth, sessions, plain)
+                yield from (row for row in measured if row.graph == graphs)
             finally:
                 engine.close()
 
@@ -105,22 +105,23 @@ def _rows(
     tokens: int,
     bandwidth: float,
     sessions: Sequence[int],
-    graphs: bool,
     plain: dict[int, list[int]],
 ) -> Iterator[Row]:
-    """The rows of one engine; ``plain``: by number of sessions the tokens chosen in turns without graphs."""
+    """Rows of one engine; ``plain``: by number of sessions the tokens that were chosen at first, which it fills.
+
+    The sessions are held here alone, so that they are gone before those of the next engine need their memory.
+    """
     every = list(_sessions(engine, length, max(sessions), WARM_UP + tokens))
     after = every[0].logits
     for count, together in ((count, way) for count in sessions for way in (False, True)):
-        if together and (count == 1 or graphs or every[0].why_alone is not None):
+        if together and (count == 1 or every[0].why_alone is not None):
             continue
         for session in every[:count]:
             session.rewind(length, after)
         read = _Read(every[:count], together)
         row, chosen = _measure(engine, shape, read, length, tokens, bandwidth, plain.get(count))
         plain.setdefault(count, chosen)
-        if row.graph == graphs:
-            yield row
+        yield row
 
 
 @dataclass(frozen=True)

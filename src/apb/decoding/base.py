@@ -96,7 +96,12 @@ class StoredReader(ABC):
     """A decode method over any shard, for steps that are captured as CUDA graphs; by :meth:`Decoding.stored_reader`.
 
     Shards of one layout are read by one of them, in any order.
+
+    Attributes:
+        batched: True if it attends for several sessions at once, each of them to a shard of its own.
     """
+
+    batched: ClassVar[bool] = False
 
     def begin(self, reader: Any, lengths: Sequence[int]) -> None:  # noqa: B027
         """Write to the device's memory what the next step needs of a shard besides its keys. Nothing, by default.
@@ -111,7 +116,10 @@ class StoredReader(ABC):
 
     @abstractmethod
     def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
-        """As :meth:`Reader.attend`, for one new row, whose own k, v (1, kv_heads, head_dim) the shard has already."""
+        """As :meth:`Reader.attend`, for one new row of each session.
+
+        Their own k, v (sessions, kv_heads, head_dim) are in the shards already.
+        """
 
 
 @dataclass(frozen=True)

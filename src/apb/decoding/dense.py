@@ -53,6 +53,8 @@ class DenseReader(Reader):
 class DenseStoredReader(StoredReader):
     """Attends to all keys of a shard, by a kernel that reads their addresses when it runs."""
 
+    batched: ClassVar[bool] = True
+
     def attend(self, layer: AttentionInput, shard: StoredShard) -> tuple[Tensor, Tensor]:
         """See :meth:`StoredReader.attend`."""
         from ..kernels import decode  # Triton: there where GPUs are

@@ -71,18 +71,20 @@ def attention(
 def cached_attention(
     q: Tensor, table: Tensor, layer: int, kv_heads: int, scale: float, length: Tensor, *, partial: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """A single row over the first ``length`` keys of a layer, whose addresses are read when the kernel runs.
+    """A row of each of some sessions over the first keys of its own cache, whose addresses are read by the kernel.
 
-    A CUDA graph that was captured once serves every cache, of any capacity: write its addresses to the table.
+    A CUDA graph that was captured once serves any such number of caches, each of any capacity: write their addresses
+    to the table.
 
     Args:
-        q: (1, heads, head_dim), bf16, fp16 or fp32, any strides.
-        table: (layers, 3) int64 on the device: for each layer the addresses of its keys and its values, which are
-            contiguous (kv_heads, capacity, head_dim) of q's dtype and begin at multiples of 16 bytes, and the capacity.
+        q: (sessions, heads, head_dim), bf16, fp16 or fp32, any strides.
+        table: (layers, sessions, 3) int64 on the device: for each layer and session the addresses of its keys and its
+            values, which are contiguous (kv_heads, capacity, head_dim) of q's dtype and begin at multiples of 16 bytes,
+            and the capacity.
         layer: row of the table.
         kv_heads: heads of the keys and values.
         scale: positive factor on q.k.
-        length: (1,) int32 on the device, at most the capacity.
+        length: (sessions,) int32 on the device, the number of keys that each row sees, at most the capacity.
         partial: as in :func:`attention`.
 
     Returns:
@@ -91,24 +93,26 @@ def cached_attention(
     q = q if q.stride(2) == 1 else q.contiguous()
 
     def split(grid: tuple[int, int, int], parts: Tensor, sums: Tensor, **options: int) -> None:
-        _split_cached[grid](q, table, layer, parts, sums, length, q.stride(1), grid[0], scale / math.log(2), **options)
+        _split_cached[grid](
+            q, table, layer, parts, sums, length, *q.stride()[:2], len(q), grid[0], scale / math.log(2), **options
+        )
 
-    return _in_parts(q, kv_heads, None, partial, split)
+    return _in_parts(q, kv_heads, None, partial, split, apart=True)
 
 
 def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> None:
-    """Write a token's keys and values to a slot of a layer, whose addresses are read when the kernel runs.
+    """Write a token's keys and values to a slot of each cache, whose addresses are read when the kernel runs.
 
     Args:
-        k, v: (kv_heads, head_dim) of the storage's dtype, any strides.
+        k, v: (sessions, kv_heads, head_dim) of the storage's dtype, any strides.
         table, layer: as in :func:`cached_attention`.
-        slot: (1,) int64 on the device, less than the capacity.
+        slot: (sessions,) int64 on the device, less than the capacity.
     """
-    kv_heads, head_dim = k.shape
-    k, v = (x if x.stride(1) == 1 else x.contiguous() for x in (k, v))
+    sessions, kv_heads, head_dim = k.shape
+    k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
-        _append[(kv_heads,)](
-            k, v, table, layer, slot, k.stride(0), v.stride(0), D=head_dim, BD=padded(head_dim), num_warps=1
+        _append[(kv_heads, sessions)](
+            k, v, table, layer, slot, *k.stride()[:2], *v.stride()[:2], D=head_dim, BD=padded(head_dim), num_warps=1
         )
 
 
@@ -140,17 +144,24 @@ def _launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None
 
 
 def _in_parts(
-    q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None]
+    q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None], apart: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Split the keys over programs, as many as fill the GPU, or the capacity, and merge the parts."""
+    """Split the keys over programs, as many as fill the GPU, or the capacity, and merge the parts.
+
+    ``apart``: every row has keys of its own.
+    """
     rows, heads, head_dim = q.shape
     group = heads // kv_heads
     width = padded(head_dim)
-    packed = min(max(16, 1 << (rows * group - 1).bit_length()), _MOST_ROWS)
-    blocks = triton.cdiv(rows * group, packed)
+    caches, beside = (rows, 1) if apart else (1, rows)
+    packed = min(max(16, 1 << (beside * group - 1).bit_length()), _MOST_ROWS)
+    blocks = triton.cdiv(beside * group, packed)
     block_n = 64 if width * q.element_size() <= 256 else 32
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-    splits = processors * _PROGRAMS_PER_PROCESSOR // (kv_heads * blocks)
+    programs = processors * _PROGRAMS_PER_PROCESSOR
+    # Of many caches one may be far longer than the others, and is still read when they have been: by enough programs.
+    programs = max(programs // caches, min(programs, processors // 2))
+    splits = programs // (kv_heads * blocks)
     if capacity is not None:
         splits = min(splits, triton.cdiv(capacity, 4 * block_n))
     splits = max(1, splits)
@@ -163,7 +174,7 @@ def _in_parts(
         out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         split(
-            (splits, kv_heads, blocks), parts, sums, H=heads, GROUP=group, D=head_dim, BD=width, BM=packed,
+            (splits, kv_heads, blocks * caches), parts, sums, H=heads, GROUP=group, D=head_dim, BD=width, BM=packed,
             BN=block_n, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
     _launch_merge(parts, sums.transpose(1, 2), out, lse.T)
@@ -184,29 +195,32 @@ def _split(
     """One run of keys of one KV head, at addresses given at launch."""
     kv_head = tl.program_id(1).to(tl.int64)
     _attend(
-        q, k + kv_head * k_head, v + kv_head * v_head, parts, sums, length, q_row, q_head, k_row, v_row, rows, splits,
-        scale, cap, H, GROUP, D, BD, BM, BN, CAUSAL, CAPPED,
+        q, k + kv_head * k_head, v + kv_head * v_head, parts, sums, length, q_row, q_head, k_row, v_row,
+        tl.program_id(2), rows, rows, splits, scale, cap, H, GROUP, D, BD, BM, BN, CAUSAL, CAPPED,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["layer", "splits"])
+@triton.jit(do_not_specialize=["layer", "sessions", "splits"])
 def _split_cached(
-    q, table, layer, parts, sums, length, q_head, splits, scale,
+    q, table, layer, parts, sums, length, q_row, q_head, sessions, splits, scale,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The same, at addresses from the table."""
-    k, v, capacity = storage(table, layer, q.dtype.element_ty)
+    """The same for one session's only row, at addresses from the table."""
+    blocks: tl.constexpr = (GROUP + BM - 1) // BM
+    session = (tl.program_id(2) // blocks).to(tl.int64)
+    k, v, capacity = storage(table, layer * sessions + session, q.dtype.element_ty)
     head = tl.program_id(1).to(tl.int64) * capacity * D
     _attend(
-        q, k + head, v + head, parts, sums, length, 0, q_head, D, D, 1, splits,
+        q + session * q_row, k + head, v + head, parts + session * H * D, sums + session, length + session,
+        0, q_head, D, D, tl.program_id(2) % blocks, 1, sessions, splits,
         scale, 1.0, H, GROUP, D, BD, BM, BN, False, False,
     )  # fmt: skip
 
 
 @triton.jit
-def storage(table, layer, dtype: tl.constexpr):
-    """Pointers to a layer's keys and values, and their capacity."""
-    row = table + 3 * layer
+def storage(table, place, dtype: tl.constexpr):
+    """Pointers to keys and values in a place of the table, and their capacity."""
+    row = table + 3 * place
     # The compiler tracks alignment only of the pointer itself, which it needs for loads 16 bytes wide.
     k = tl.multiple_of(tl.load(row).to(tl.pointer_type(dtype)), 16)
     v = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(dtype)), 16)
@@ -214,26 +228,32 @@ def storage(table, layer, dtype: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["layer"])
-def _append(k, v, table, layer, slot, k_head, v_head, D: tl.constexpr, BD: tl.constexpr):
-    """One KV head's key and value."""
+def _append(k, v, table, layer, slot, k_row, k_head, v_row, v_head, D: tl.constexpr, BD: tl.constexpr):
+    """One KV head's key and value of one session."""
     kv_head = tl.program_id(0).to(tl.int64)
-    keys, values, capacity = storage(table, layer, k.dtype.element_ty)
-    at = (kv_head * capacity + tl.load(slot)) * D
+    session = tl.program_id(1).to(tl.int64)
+    keys, values, capacity = storage(table, layer * tl.num_programs(1) + session, k.dtype.element_ty)
+    at = (kv_head * capacity + tl.load(slot + session)) * D
     dims = tl.arange(0, BD)
-    tl.store(keys + at + dims, tl.load(k + kv_head * k_head + dims, mask=dims < D), mask=dims < D)
-    tl.store(values + at + dims, tl.load(v + kv_head * v_head + dims, mask=dims < D), mask=dims < D)
+    k += session * k_row + kv_head * k_head
+    v += session * v_row + kv_head * v_head
+    tl.store(keys + at + dims, tl.load(k + dims, mask=dims < D), mask=dims < D)
+    tl.store(values + at + dims, tl.load(v + dims, mask=dims < D), mask=dims < D)
 
 
 @triton.jit
 def _attend(
-    q, k, v, parts, sums, length, q_row, q_head, k_row, v_row, rows, splits, scale, cap,
+    q, k, v, parts, sums, length, q_row, q_head, k_row, v_row, block, rows, all_rows, splits, scale, cap,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     CAUSAL: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One run of keys of the KV head at k and v, for the rows of all heads of its group: row i is of head i % GROUP."""
+    """One run of keys of the KV head at k and v, for the rows of all heads of its group: row i is of head i % GROUP.
+
+    ``rows`` see these keys, of ``all_rows`` in every part.
+    """
     split = tl.program_id(0)
     kv_head = tl.program_id(1)
-    packed = tl.program_id(2) * BM + tl.arange(0, BM)
+    packed = block * BM + tl.arange(0, BM)
     row = packed // GROUP
     head = kv_head * GROUP + packed % GROUP
     keys = tl.load(length)
@@ -261,9 +281,9 @@ def _attend(
         x = tl.load(v + at * v_row + cols[:, None] * v_row + dims[None, :], mask=there_v, other=0.0)
         acc, total, m = absorb(acc, total, m, s, (key + cols)[None, :] < seen[:, None], x, scale)
     out, lse = settled(acc, total, m)
-    at = (split * rows + row) * H + head
+    at = (split * all_rows + row) * H + head
     tl.store(parts + at.to(tl.int64)[:, None] * D + dims[None, :], out, mask=here)
-    at = (split * H + head) * rows + row
+    at = (split * H + head) * all_rows + row
     tl.store(sums + at, lse, mask=row < rows)
 
 

@@ -23,12 +23,12 @@ from .base import AttentionInput
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A shard as described in device memory, so that a captured step serves any cache.
+    """Shards of one or several sessions as described in device memory, so that a captured step serves any caches.
 
     Attributes:
-        table: (layers, 3) int64: addresses of a layer's keys and values, and their capacity; see
+        table: (layers, sessions, 3) int64: addresses of a layer's keys and values, and their capacity; see
             :func:`apb.kernels.decode.cached_attention`.
-        length: (1,) int32: the number of keys in the layer that is attended.
+        length: (sessions,) int32: the number of keys in the layer that is attended.
         several: True if the result is to be merged with those of other ranks.
     """
 

@@ -1,4 +1,5 @@
-"""Decode steps on a GPU: one token each, by kernels that read everything they depend on from the GPU's memory.
+"""Decode steps on a GPU: a token of one session, or of each of several, by kernels that read everything they depend on
+from the GPU's memory.
 
 The addresses of keys and values are read from there too, so CUDA graphs that were captured once serve every step of
 every session of an engine.
@@ -6,8 +7,7 @@ every session of an engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..kernels import fused
 from ..layers.base import AttentionInput
 from ..layers.recurrent import RecurrentInput
 from ..layers.shards import StoredShard, merge_over_ranks
+from .alone import refuse_counting
 from .capture import captured
 
 
@@ -42,10 +43,13 @@ class Stepper:
         """
         self._attachment = attachment
         self._decoding = decoding
-        self._steppable = decoding.stored_reader() is not None
+        stored = decoding.stored_reader()
+        self._steppable = stored is not None
+        self._batched = stored is not None and stored.batched
         self._group = group
         self._graphs = graphs
-        self._steps: dict[Layout, _Step] = {}
+        # By the caches' layout, and the number of rows: a power of two.
+        self._steps: dict[tuple[Layout, int], _Step] = {}
 
     def why_not(self, cache: ShardCache) -> str | None:
         """The reason why a token over a cache needs an ordinary pass; None if :meth:`step` can read it."""
@@ -73,24 +77,41 @@ class Stepper:
         head_dim = max(heads[1] for heads in layout.heads if heads is not None)
         return fused.why_not(layout.device, layout.dtype, head_dim)
 
-    def step(self, cache: ShardCache, reader: Reader, token: int, capture: bool = True) -> Tensor:
-        """Read a token; logits (vocab,) fp32 of the next one, rank 0's on all ranks. All ranks call this.
+    @property
+    def batched(self) -> bool:
+        """True if :meth:`step` reads tokens of several sessions."""
+        return self._batched
+
+    def step(
+        self, caches: Sequence[ShardCache], readers: Sequence[Reader], tokens: Sequence[int], capture: bool = True
+    ) -> Tensor:
+        """Read one token after what each cache holds. All ranks call this; should it fail, no cache has advanced.
 
         Args:
-            cache: a shard that has been filled by a prefill; it grows when full.
-            reader: the decode method's, of this shard.
-            token: its id.
-            capture: capture graphs if there are none for such a cache.
+            caches: shards of different sessions, of one layout, filled by prefills; they grow when full.
+            readers: the decode method's, of each shard.
+            tokens: an id for each.
+            capture: capture graphs if there are none for so many such caches.
+
+        Returns:
+            logits (sessions, vocab) fp32 of the next tokens, rank 0's on all ranks.
         """
-        if cache.layout not in self._steps:
+        key = _key(caches)
+        if key not in self._steps:
             stored = self._decoding.stored_reader()
             assert stored is not None, "why_not was asked"
-            self._steps[cache.layout] = _Step(self._attachment, stored, cache.layout, self._group)
-        return self._steps[cache.layout].read(cache, reader, token, capture and self._graphs)
+            self._steps[key] = _Step(self._attachment, stored, *key, self._group)
+        step = self._steps[key]
+        logits = step.read(caches, readers, tokens, capture and self._graphs)
+        if step.asks_total and len(caches) > 1:
+            refuse_counting(self._attachment)
+        for cache in caches:
+            cache.advance()
+        return logits
 
-    def captured(self, cache: ShardCache) -> bool:
-        """True if there are graphs by which tokens over such a cache are read."""
-        step = self._steps.get(cache.layout)
+    def captured(self, caches: Sequence[ShardCache]) -> bool:
+        """True if there are graphs by which tokens over such caches are read."""
+        step = self._steps.get(_key(caches))
         return step is not None and step.captured
 
     def close(self) -> None:
@@ -103,39 +124,49 @@ def _none(layer: RecurrentInput) -> Tensor:
     raise AssertionError("models with recurrent layers are not stepped")
 
 
-class _Step:
-    """Reads one token over any cache of one layout."""
+def _key(caches: Sequence[ShardCache]) -> tuple[Layout, int]:
+    """What steps are kept by. Few numbers of rows, as each is captured for itself: those between are padded."""
+    return caches[0].layout, 1 << (len(caches) - 1).bit_length()
 
-    def __init__(self, attachment: Attachment, stored: StoredReader, layout: Layout, group: Group) -> None:
+
+class _Step:
+    """Reads one token over each of several caches of one layout: as many as there are rows, or fewer."""
+
+    def __init__(self, attachment: Attachment, stored: StoredReader, layout: Layout, rows: int, group: Group) -> None:
         from ..kernels import decode  # Triton: there where GPUs are
 
         self._group = group = quick(group, layout.device)[0]
         self._stored = stored
-        # Everything that changes from step to step is in the GPU's memory, at fixed addresses: the token, its position,
-        # and for every layer its slot in the cache, the number of keys it sees, and their addresses.
-        device = layout.device
-        self._ids = ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._position = position = torch.zeros(1, 1, dtype=torch.long, device=device)
-        self._slots = slots = torch.zeros(len(layout.heads), dtype=torch.long, device=device)
-        self._lengths = lengths = torch.zeros(len(layout.heads), dtype=torch.int32, device=device)
-        self._table = table = torch.zeros(len(layout.heads), 3, dtype=torch.long, device=device)
-        self._placed: list[tuple[int, int, int]] = []  # the addresses in the table
+        # Everything that changes from step to step is in the GPU's memory, at fixed addresses. For every row: its
+        # token, the token's position, and for every layer its slot in the cache, the number of keys it sees, and their
+        # addresses.
+        device, layers = layout.device, len(layout.heads)
+        self._inputs = torch.zeros(2 + layers, rows, dtype=torch.long, device=device)
+        ids, positions, slots = self._inputs[:1], self._inputs[1:2], self._inputs[2:]
+        self._keeps_new = layout.keeps_new
+        self._lengths = lengths = torch.zeros(layers, rows, dtype=torch.int32, device=device)
+        self._table = table = torch.zeros(layers, rows, 3, dtype=torch.long, device=device)
+        self._placed: list[list[tuple[int, int, int]]] = []  # the addresses in the table
+        # Rows without a session have a cache of one token, to which they write what nobody reads, all in the same
+        # place: no session's memory is touched, and kernels need not know of them.
+        widest = max(heads * width for heads, width in filter(None, layout.heads))
+        self._unused = [torch.zeros(widest, dtype=layout.dtype, device=device) for _ in "kv"]
 
         def append(layer: int, k: Tensor, v: Tensor) -> None:
             assert k.dtype == v.dtype == layout.dtype and (k.shape[1], k.shape[3]) == layout.heads[layer]
             if layout.keeps_new:
-                decode.append(k[0, :, 0], v[0, :, 0], table, layer, slots[layer : layer + 1])
+                decode.append(k[0].transpose(0, 1), v[0].transpose(0, 1), table, layer, slots[layer])
 
         # The functions below capture these instead of self: a cycle would keep graphs alive after their engine.
-        self._cache = cache = StepCache(len(layout.heads), append)
-        shards = [StoredShard(table, length, group.size > 1) for length in lengths.split(1)]
+        self._cache = cache = StepCache(layers, append)
+        shards = [StoredShard(table, length, group.size > 1) for length in lengths]
 
         def run(group: Group) -> Tensor:
             def attend(layer: AttentionInput) -> Tensor:
                 return merge_over_ranks(layer, *stored.attend(layer, shards[layer.index]), group).wait()
 
             with torch.no_grad(), attachment.running(attend, _none, cache.total):
-                return attachment.last_logits(ids, position, cache)
+                return attachment.all_logits(ids, positions, cache)
 
         self._run: Callable[[Group], Tensor] = run
         self._replay: Callable[[], Tensor] | None = None
@@ -145,32 +176,40 @@ class _Step:
         """True if it replays CUDA graphs."""
         return self._replay is not None
 
-    def read(self, cache: ShardCache, reader: Reader, token: int, capture: bool) -> Tensor:
-        """See :meth:`Stepper.step`."""
-        self._place(cache, token)
-        self._stored.begin(reader, [held + cache.keeps_new for held in cache.held])
+    @property
+    def asks_total(self) -> bool:
+        """True if the model's code has asked for the number of tokens, which is not the same for all rows."""
+        return self._cache.asked
+
+    def read(
+        self, caches: Sequence[ShardCache], readers: Sequence[Reader], tokens: Sequence[int], capture: bool
+    ) -> Tensor:
+        """See :meth:`Stepper.step`; the caches do not advance."""
+        self._place(caches, tokens)
+        for cache, reader in zip(caches, readers, strict=True):
+            self._stored.begin(reader, [held + cache.keeps_new for held in cache.held])
         if capture and self._replay is None and not self._cache.asked:
             replay = captured(self._run, self._group, self._table.device)
             self._replay = None if self._cache.asked else replay
         logits = self._run(self._group) if self._replay is None else self._replay()
-        self._stored.end(reader)
-        cache.advance()
-        return self._group.broadcast(logits)
+        for reader in readers:
+            self._stored.end(reader)
+        return self._group.broadcast(logits)[: len(caches)]
 
-    def _place(self, cache: ShardCache, token: int) -> None:
-        """Write the inputs of the next step to the GPU; fills are queued, nothing waits."""
-        cache.make_room()
-        addresses = cache.addresses()
-        if addresses != self._placed:  # another cache than at the last step, or it has grown
-            assert all(address % 16 == 0 for *pair, _ in addresses for address in pair)
-            self._table.copy_(torch.tensor(addresses))
+    def _place(self, caches: Sequence[ShardCache], tokens: Sequence[int]) -> None:
+        """Write the inputs of the next step to the GPU; copies are queued, nothing waits."""
+        layers, unused = len(self._table), self._table.shape[1] - len(caches)
+        for cache in caches:
+            cache.make_room()
+        addresses = [cache.addresses() for cache in caches]
+        if addresses != self._placed:  # other caches than at the last step, or one has grown
+            k, v = (x.data_ptr() for x in self._unused)
+            places = [*addresses, *[[(k, v, 1)] * layers] * unused]
+            assert all(address % 16 == 0 for each in places for *pair, _ in each for address in pair)
+            self._table.copy_(torch.tensor(list(zip(*places, strict=True))), non_blocking=True)
             self._placed = addresses
-        self._cache.total = cache.total
-        self._ids.fill_(token)
-        self._position.fill_(cache.total)
-        first = 0
-        for held, layers in groupby(cache.held):  # one number, or two where fewer tokens went through the upper layers
-            stop = first + sum(1 for _ in layers)
-            self._slots[first:stop].fill_(held)
-            self._lengths[first:stop].fill_(held + cache.keeps_new)
-            first = stop
+        self._cache.total = max(cache.total for cache in caches)
+        rows = [[token, cache.total, *cache.held] for cache, token in zip(caches, tokens, strict=True)]
+        rows += [[0] * len(self._inputs)] * unused
+        self._inputs.copy_(torch.tensor(list(zip(*rows, strict=True))), non_blocking=True)
+        self._lengths.copy_(self._inputs[2:]).add_(int(self._keeps_new))

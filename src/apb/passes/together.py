@@ -2,7 +2,7 @@
 
 A decode step reads all weights for a single row. Here the rows of a pass are tokens of several sessions: what works row
 by row (linear layers, norms, experts, RoPE by the rows' own positions) reads its weights once for all of them, and in
-attention every row has its own cache.
+attention every row has its own cache. On GPUs such a pass is a captured step, where each session's alone would be one.
 """
 
 from __future__ import annotations
@@ -13,25 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..hf.attach import Attachment
 from ..hf.stepping import StepCache
 from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import RecurrentInput
 from ..layers.shards import merge_over_ranks
+from .alone import refuse_counting
+from .step import Stepper
 from .tokens import Continuation
-
-
-def why_alone(attachment: Attachment) -> str | None:
-    """The reason why each token of a model's sessions needs a pass of its own; None if :func:`read_together` works."""
-    if attachment.recurrent:
-        return "recurrent layers read rows in order, and write their state in place"
-    if attachment.length_dependent:
-        return f"RoPE of type {' and '.join(attachment.length_dependent)} has one length for all rows of a pass"
-    if attachment.expands:
-        return "keys and values are expanded from what a cache holds, which the model does to one cache"
-    if attachment.asks_total:
-        return "the model's code counts the tokens before a pass, which differ from session to session"
-    return None
 
 
 def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int]) -> Tensor:
@@ -47,9 +35,38 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
         logits (prompts, vocab) fp32 of the next tokens, on all ranks: those of :meth:`Continuation.read`, up to
         rounding, as products of several rows sum in another order than those of one.
     """
+    attachment = continuations[0].decoder.attachment
+    assert all(each.decoder.attachment is attachment for each in continuations), "sessions of one model"
+    caches = [each.cache for each in continuations]
+    stepper = _stepper(continuations)
+    if stepper is None:
+        logits, captured = _read_in_a_pass(continuations, token_ids), False
+    else:
+        readers = [each.reader for each in continuations]
+        logits = stepper.step(caches, readers, token_ids, any(each.capture for each in continuations))
+        captured = stepper.captured(caches)
+    for each in continuations:
+        each.captured = captured
+    return logits
+
+
+def _stepper(continuations: Sequence[Continuation]) -> Stepper | None:
+    """What reads a token of each in one captured step; None if one of them, or all together, need an ordinary pass.
+
+    It is the same on all ranks: rows that pad a step are in its messages too.
+    """
+    first = continuations[0]
+    alike = all(
+        each.stepped and each.cache.layout == first.cache.layout and each.decoder.decoding == first.decoder.decoding
+        for each in continuations
+    )
+    return first.decoder.stepper if alike and first.decoder.stepper.batched else None
+
+
+def _read_in_a_pass(continuations: Sequence[Continuation], token_ids: Sequence[int]) -> Tensor:
+    """See :func:`read_together`: kernel by kernel, in attention session by session."""
     decoder = continuations[0].decoder
     attachment, group, device = decoder.attachment, decoder.group, decoder.attachment.devices[0]
-    assert all(each.decoder.attachment is attachment for each in continuations), "sessions of one model"
     caches = [each.cache for each in continuations]
     starts = [cache.total for cache in caches]
 
@@ -78,14 +95,11 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
         with torch.no_grad(), attachment.running(attend, _none, rows.total):
             logits = group.broadcast(attachment.all_logits(ids, positions, rows))
         if rows.asked:
-            attachment.asks_total = True
-            raise RuntimeError(f"Tokens of several sessions cannot be read in one pass: {why_alone(attachment)}.")
+            refuse_counting(attachment)
     except BaseException:
         for cache, start in zip(caches, starts, strict=True):
             cache.forget(start)
         raise
-    for each in continuations:
-        each.captured = False
     return logits
 
 

@@ -47,27 +47,30 @@ class Continuation:
     Attributes:
         decoder: its engine's.
         cache: the shard.
+        capture: True if it is worth while to capture graphs for its tokens.
+        stepped: True if its engine's stepper can read them one by one.
+        reader: the decode method's, of this shard.
         captured: True if the last token was read by CUDA graphs.
     """
 
     def __init__(self, decoder: Decoder, cache: ShardCache, new_tokens: int) -> None:
         self.decoder = decoder
         self.cache = cache
-        self._capture = new_tokens >= SHORTEST_CAPTURED
-        self._stepped = decoder.backend in _STEPPED and decoder.stepper.why_not(cache) is None
-        self._reader: Reader = decoder.decoding.prepare(cache, decoder.backend)
+        self.capture = new_tokens >= SHORTEST_CAPTURED
+        self.stepped = decoder.backend in _STEPPED and decoder.stepper.why_not(cache) is None
+        self.reader: Reader = decoder.decoding.prepare(cache, decoder.backend)
         self.captured = False
 
     @property
     def share(self) -> float:
         """Share of this rank's keys that a token attends to."""
-        return self._reader.share
+        return self.reader.share
 
     def read(self, token_ids: Sequence[int]) -> Tensor:
         """Read tokens at the end, exactly in layers with a window; logits (vocab,) fp32 of the next, on all ranks."""
-        if len(token_ids) == 1 and self._stepped:
-            logits = self.decoder.stepper.step(self.cache, self._reader, token_ids[0], self._capture)
-            self.captured = self.decoder.stepper.captured(self.cache)
+        if len(token_ids) == 1 and self.stepped:
+            logits = self.decoder.stepper.step([self.cache], [self.reader], token_ids, self.capture)[0]
+            self.captured = self.decoder.stepper.captured([self.cache])
             return logits
         self.captured = False
         return self._pass(token_ids, self.decoder.attachment.last_logits)
@@ -85,7 +88,7 @@ class Continuation:
         """
         rows = NewRows(first, self.cache.positions(layer.kept))
         if layer.kind is LayerKind.FULL:
-            return self._reader.attend(layer, rows)
+            return self.reader.attend(layer, rows)
         return window_partial(layer, rows, self.decoder.backend)
 
     def _pass(self, token_ids: Sequence[int], run: Callable[[Tensor, Tensor, ShardCache], Tensor]) -> Tensor:

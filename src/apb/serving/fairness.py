@@ -52,8 +52,8 @@ class Pace:
     def in_one_pass(self, answers: int) -> bool:
         """Whether the next tokens of so many answers are to be read in one pass, or one after the other.
 
-        One pass reads the weights once for all, but is launched kernel by kernel, where single tokens may be CUDA
-        graphs. What was quicker per token is done; the other way is tried first, and now and then.
+        One pass reads the weights once for all, but where it is no captured step and single tokens are, it is launched
+        kernel by kernel. What was quicker per token is done; the other way is tried first, and now and then.
         """
         alone, together = self.ways[1], self.ways[answers]
         if len(together) < _JUDGED:
