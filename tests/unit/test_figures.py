@@ -100,6 +100,57 @@ def test_second_requests() -> None:
         assert [float(cell) for cell in cells] == pytest.approx(known, abs=0.051)
 
 
+def test_two_gpus() -> None:
+    """The table of docs/benchmarks.md, what README says of it, and decode on GPUs that share the weights."""
+    text, readme = page("docs/benchmarks.md"), page("README.md")
+    found = {name: {} for name in ("full", "ring", "ulysses", "star", "apb")}
+    for row in result("prefill_two_h200.json")["rows"]:
+        found[row["strategy"]][row["length"]] = row
+    for length in (32_768, 65_536, 131_072):
+        seconds = {name: rows[length]["seconds"] for name, rows in found.items()}
+        told = [f"{each:.2f}" for each in seconds.values()]
+        told += [f"{seconds[name] / seconds['apb']:.2f}x" for name in ("full", "ring")]
+        assert f"| {length:,} | {' | '.join(told)} |" in text
+    worst = min(row["prediction_error"] for rows in found.values() for row in rows.values())
+    assert f"up to {-worst:.0%} too optimistic".replace("%", " %") in text
+    ring, apb = (prefill("prefill_two_merged_h200.json", name, 131_072) for name in ("ring", "apb"))
+    before = found["apb"][131_072]["parts"]["attention"]
+    assert f"{apb['parts']['attention']:.2f} s instead of {before:.2f}, and the prefill {apb['seconds']:.2f} s" in text
+    assert f"{-apb['prediction_error']:.0%} above the plan's".replace("%", " %") in text
+    assert f"`ring` takes {ring['seconds']:.2f} s" in text
+    star = found["star"][131_072]["seconds"]
+    said = f"in {apb['seconds']:.1f} seconds, ring attention in {ring['seconds']:.1f}, Star in {star:.1f}"
+    assert said in readme
+    plain, graph = result("decode_tensor_parallel_h200.json")["rows"]
+    share = f"{graph['of_limit']:.0%}".replace("%", " %")
+    said = f"{graph['seconds'] * 1e3:.2f} ms a token by CUDA graphs, {share} of what their memory allows, and"
+    assert f"{said} {plain['seconds'] * 1e3:.1f} ms without graphs" in text
+    assert f"One H200 takes {result('decode_whole_h200.json')['rows'][1]['seconds'] * 1e3:.2f} " in text
+
+
+def test_what_propagation_saves() -> None:
+    """The table of docs/propagation.md."""
+    text = page("docs/propagation.md")
+    one, two = (result(f"propagation_{name}h200.json")["rows"] for name in ("", "two_"))
+    for name, strategy, rows in (("one H200", "full", one), ("one H200", "apb", one), ("two", "apb", two)):
+        cells = []
+        for length in (32_768, 131_072):
+            every, some = (row for row in rows if (row["strategy"], row["length"]) == (strategy, length))
+            cells.append(f"{every['seconds']:.2f}, {some['seconds']:.2f}")
+            if strategy == "apb":
+                cells[-1] += f" ({some['seconds'] / every['seconds']:.2f} of it)"
+        assert f"| `{strategy}`, {name}: all rows, 20 % | {' | '.join(cells)} |" in text
+    errors = [row["prediction_error"] for row in one if row["strategy"] == "apb" and row["propagation"]]
+    errors.append(min(row["prediction_error"] for row in two))
+    told = [f"{-error:.0%}".replace("%", " %") for error in errors]
+    assert (
+        f"The plan says {told[0]} less than that for 128K tokens on one GPU, {told[1]} for 32K, and up to {told[2]}"
+        in text
+    )
+    whole, less = (result(f"decode_{name}_h200.json")["rows"][1]["seconds"] * 1e3 for name in ("whole", "propagated"))
+    assert f"{less:.2f} ms over the smaller cache instead of {whole:.2f}" in text and f"({whole / less:.2f}x;" in text
+
+
 def test_starts() -> None:
     """The table of docs/benchmarks.md, and what captures the graphs."""
     found, text = result("start_h200.json"), page("docs/benchmarks.md")
@@ -148,6 +199,16 @@ def test_sessions_decoded_at_once() -> None:
         assert all(row["same_tokens"] for row in rows if row["together"])
         told = " | ".join(f"{row['tokens_per_s']:.1f}" for row in rows)
         assert f"{rows[0]['length']:,} tokens each | {told} |" in text
+    rows = result("decode_sessions_h200.json")["rows"]
+    assert {row["length"] for row in rows} == {32_768}
+    for name, graph in (("CUDA graphs", True), ("kernel by kernel", False)):
+        told = " | ".join(f"{row['tokens_per_s']:.1f}" for row in rows if row["graph"] == graph)
+        assert f"| {name} | {told} |" in text
+    one = next(row for row in rows if row["graph"] and row["sessions"] == 1)
+    many = next(row for row in rows if row["graph"] and row["together"] and row["sessions"] == 16)
+    times = many["tokens_per_s"] / one["tokens_per_s"]
+    share = f"{many['of_limit']:.0%}".replace("%", " %")
+    assert f"get {times:.1f} times the tokens of one, at {share} of what the memory allows" in text
 
 
 def test_decode_methods() -> None:
