@@ -133,7 +133,7 @@ def test_append_of_several_sessions() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> None:
     """A partial result is its own message; merged in one launch they are attention over all keys."""
-    from apb.kernels import decode, reference
+    from apb.kernels import decode, merging, reference
     from apb.kernels.merge import pack
     from apb.kernels.segment import Segment
 
@@ -149,7 +149,7 @@ def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> Non
         torch.testing.assert_close(
             messages[-1], torch.cat([partial[0], partial[1].T.unsqueeze(-1)], -1), rtol=0, atol=0
         )
-    out, lse = decode.merge(torch.stack(messages), dtype)
+    out, lse = merging.merge(torch.stack(messages), dtype)
     wanted, wanted_lse = reference.attention(q.float(), [Segment(k.float(), v.float())], 0.3)
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), wanted, rtol=2e-3, atol=2e-3 if dtype == torch.float16 else 1e-5)
@@ -160,7 +160,7 @@ def test_partial_results_travel_and_merge(ranks: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("heads, head_dim", [(3, 20), (2, 64)])
 def test_a_part_is_merged_in_place(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     """Views of other tensors, rows that one part, the other or neither has keys for; the rest stays as it was."""
-    from apb.kernels.merge_pair import merge_into
+    from apb.kernels.merging import merge_into
 
     torch.manual_seed(0)
     whole, rows = torch.randn(40, heads, head_dim).to(dtype), slice(2, 39)

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .merging import launch_merge, padded
+
 LN2 = tl.constexpr(math.log(2))
 # Rows times heads of a group that one program takes at most.
 _MOST_ROWS = 64
@@ -116,33 +118,6 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
         )
 
 
-def merge(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As :func:`apb.kernels.merge.merge`, in one launch.
-
-    Args:
-        packed: (parts, rows, heads, head_dim + 1) fp32: each part's output, and at the end its log-sum-exp.
-        dtype: of the result.
-
-    Returns:
-        out (rows, heads, head_dim) in that dtype, and lse (heads, rows) fp32.
-    """
-    _, rows, heads, width = packed.shape
-    out = packed.new_empty(rows, heads, width - 1, dtype=dtype)
-    lse = packed.new_empty(heads, rows)
-    _launch_merge(packed[..., :-1], packed[..., -1], out, lse.T)
-    return out, lse
-
-
-def _launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Parts (parts, rows, heads, head_dim) and their sums (parts, rows, heads) into out and lse (rows, heads)."""
-    count, rows, heads, head_dim = parts.shape
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-        _merge[(rows, heads)](
-            parts, sums, out, lse, count, *parts.stride()[:3], *sums.stride(), *out.stride()[:2], *lse.stride(),
-            D=head_dim, BD=padded(head_dim), BS=max(2, 1 << (count - 1).bit_length()), num_warps=4,
-        )  # fmt: skip
-
-
 def _in_parts(
     q: Tensor, kv_heads: int, capacity: int | None, partial: bool, split: Callable[..., None], apart: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -177,13 +152,8 @@ def _in_parts(
             (splits, kv_heads, blocks * caches), parts, sums, H=heads, GROUP=group, D=head_dim, BD=width, BM=packed,
             BN=block_n, num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
-    _launch_merge(parts, sums.transpose(1, 2), out, lse.T)
+    launch_merge(parts, sums.transpose(1, 2), out, lse.T)
     return out, lse
-
-
-def padded(head_dim: int) -> int:
-    """Columns of a tile: products want a power of two, and at least 16."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -313,26 +283,3 @@ def settled(acc, total, m):
     some = total > 0.0
     safe = tl.where(some, total, 1.0)
     return acc / safe[:, None], tl.where(some, (m + tl.log2(safe)) * LN2, float("-inf"))
-
-
-@triton.jit(do_not_specialize=["splits"])
-def _merge(
-    parts, sums, out, lse, splits, part, part_row, part_head, sum_part, sum_row, sum_head, out_row, out_head,
-    lse_row, lse_head, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
-    """One row of one head: its parts, weighted by their share of the sum of exponentials."""
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    which = tl.arange(0, BS)
-    dims = tl.arange(0, BD)
-    each = tl.load(sums + which * sum_part + row * sum_row + head * sum_head, mask=which < splits, other=float("-inf"))
-    top = tl.max(each, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.exp(each - top)
-    total = tl.sum(weights, 0)
-    safe = tl.where(total > 0.0, total, 1.0)
-    at = which.to(tl.int64) * part + row * part_row + head * part_head
-    x = tl.load(parts + at[:, None] + dims[None, :], mask=(which < splits)[:, None] & (dims < D)[None, :], other=0.0)
-    mixed = tl.sum(x * weights[:, None], 0) / safe
-    tl.store(out + row * out_row + head * out_head + dims, mixed.to(out.dtype.element_ty), mask=dims < D)
-    tl.store(lse + row * lse_row + head * lse_head, tl.where(total > 0.0, top + tl.log(safe), float("-inf")))

@@ -39,9 +39,9 @@ def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> No
         other, other_lse: the other part; a row that sees no key of it has finite values and the lse -inf.
     """
     if _by_triton(out) and out.stride(2) == other.stride(2) == 1:
-        from . import merge_pair
+        from . import merging
 
-        merge_pair.merge_into(out, lse, other, other_lse)
+        merging.merge_into(out, lse, other, other_lse)
         return
     merged, total = merge((out, other), (lse, other_lse))
     out.copy_(merged)
@@ -74,9 +74,9 @@ def merge_packed(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         out (rows, heads, head_dim) and lse (heads, rows) fp32.
     """
     if _by_triton(packed):
-        from . import decode
+        from . import merging
 
-        return decode.merge(packed, dtype)
+        return merging.merge(packed, dtype)
     return merge(packed[..., :-1].unbind(0), packed[..., -1].transpose(1, 2).unbind(0))
 
 

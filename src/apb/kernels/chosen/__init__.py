@@ -109,7 +109,7 @@ def attention(
     Returns:
         As :func:`apb.attention`.
     """
-    from ..decode import padded
+    from ..merging import padded
     from . import attending, choosing
 
     q = q if q.stride(2) == 1 else q.contiguous()
