@@ -39,8 +39,7 @@ def by_pages(rows: np.ndarray, keys: np.ndarray, budget: int, size: int) -> np.n
         for q in queries:
             bounds = np.array([np.maximum(q * page.min(0), q * page.max(0)).sum() for page in pages])
             promised = np.maximum(promised, bounds - np.log(np.exp(bounds).sum()))
-        for page in np.argsort(-promised)[: max(budget // size, 1)]:
-            seen[head, page * size : (page + 1) * size] = True
+        seen[head] = np.repeat(best(promised, np.full(len(pages), size), budget), size)
     return seen
 
 
@@ -56,13 +55,19 @@ def by_clusters(rows: np.ndarray, keys: np.ndarray, budget: int, size: int) -> n
         scores.append((logits - np.log((held * np.exp(logits)).sum(1, keepdims=True))).max(0))
         sizes.append(held)
         labels.append(label)
-    left, threshold = len(keys) * budget, math.inf
-    for score, held in sorted(zip(np.concatenate(scores), np.concatenate(sizes), strict=True), reverse=True):
-        left -= held
-        if left < 0:
-            break
-        threshold = score
-    return np.stack([(score >= threshold - 1e-6)[label] for score, label in zip(scores, labels, strict=True)])
+    taken = best(np.concatenate(scores), np.concatenate(sizes), len(keys) * budget).reshape(len(keys), count)
+    return np.stack([mine[label] for mine, label in zip(taken, labels, strict=True)])
+
+
+def best(scores: np.ndarray, sizes: np.ndarray, budget: int) -> np.ndarray:
+    """The best units that fit into the budget, at least the very best. Scores, logarithms of shares, count to 18 binary
+    digits between 1/64 and 1024 below 0, and those that are then equal are in or out together."""
+    places = np.clip(-scores, 1 / 64, 1024).astype(np.float32).view(np.int32) >> 5
+    last = places.min()
+    for place in np.unique(places):
+        if sizes[places <= place].sum() <= budget:
+            last = max(last, place)
+    return places <= last
 
 
 def kmeans(keys: np.ndarray, count: int) -> np.ndarray:
