@@ -21,7 +21,7 @@ from models import tiny_model, without_eos
 pytestmark = pytest.mark.gpu
 
 METHODS = [Pages(0.2), Squeezed(0.2)]
-# Scores this near may change places: many times what the order of sums does to those of the model below.
+# Scores this near may change places: several times what the order of sums does to those of the model below.
 CLOSE = 3e-4
 
 
