@@ -72,7 +72,7 @@ def measured(length: int, share: float, device: torch.device) -> Iterator[dict[s
             indexes.append(method.new_index())
             indexes[-1].extend(k[:, : length - RECENT])
         build = watch.seconds() / CACHES
-        calls, counts = attending(method, indexes, q, storages, held, length)
+        calls, counts, scratch = attending(method, indexes, q, storages, held, length)
         found = graph_seconds(calls)
         yield {
             "keys": length,
@@ -84,13 +84,16 @@ def measured(length: int, share: float, device: torch.device) -> Iterator[dict[s
             "index_bytes": sum(x.nbytes for x in indexes[0].tensors().values()),
             "launches": launches(calls),
         }
-        del indexes, calls
+        del indexes, calls, scratch
 
 
 def attending(
     method: Indexed, indexes: Sequence[KeyIndex], q: Tensor, storages: Tensor, held: Tensor, length: int
-) -> tuple[list[Callable[[], object]], Tensor]:
-    """A call for each cache, and the tensor of what they count."""
+) -> tuple[list[Callable[[], object]], Tensor, Tensor]:
+    """A call for each cache, the tensor of what they count, and their scratch.
+
+    The calls know caches, indexes and scratch by address alone: whoever calls them keeps these.
+    """
     stored = [index.stored() for index in indexes]
     together = isinstance(method, Squeezed)
     budget = int(method.share * length) - RECENT
@@ -99,9 +102,11 @@ def attending(
     table = torch.tensor(rows, device=q.device)
     counts = held.new_zeros(CACHES, KV_HEADS, chosen.CHUNKS)
     call = partial(chosen.attention, page_size=getattr(method, "page_size", None), together=together)
-    return [
-        partial(call, q, storages, table, counts[number], number, KV_HEADS, SCALE, held) for number in range(CACHES)
-    ], counts
+    return (
+        [partial(call, q, storages, table, counts[number], number, KV_HEADS, SCALE, held) for number in range(CACHES)],
+        counts,
+        scratch,
+    )
 
 
 def launches(calls: Sequence[Callable[[], object]]) -> dict[str, float]:

@@ -242,7 +242,9 @@ def _restore_indexes(engine: Engine, cache: ShardCache, shard: Shard) -> None:
             for name in names:
                 if name.startswith(start):
                     part = _heads(file, name, engine.head_group, slice(None))
-                    parts[name.removeprefix(start)] = part.to(engine.device_of(layer))
+                    # Means of clusters were stored in fp32 once, and kernels take them for the keys' dtype.
+                    dtype = engine.dtype if part.is_floating_point() else part.dtype
+                    parts[name.removeprefix(start)] = part.to(engine.device_of(layer), dtype)
             restored[layer] = decoding.new_index()
             restored[layer].restore(parts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from models import tiny_model, without_eos
 pytestmark = pytest.mark.gpu
 
 METHODS = [Pages(0.2), Squeezed(0.2)]
+# Scores this near may change places: several times what the order of sums does to those of the model below.
+CLOSE = 3e-4
 
 
 def prompt(document: int, seed: int = 37) -> Prompt:
@@ -39,34 +42,74 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
     return (found - wanted).abs().max().item() < tolerance
 
 
+@pytest.fixture
+def gaps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For every choice that torch makes: how far the scores of the last unit that its budget has room for, the next
+    one, and the one after that are apart, the nearer two of them. While each exceeds what rounding does to scores and
+    to their places, the same units are chosen: one more would not fit."""
+    found: list[float] = []
+    within = chosen.within
+
+    def noted(scores: Tensor, sizes: Tensor, budget: int) -> Tensor:
+        order, index = scores.sort(1, descending=True)
+        room = (sizes.gather(1, index).cumsum(1) <= budget).sum(1, keepdim=True).clamp(min=1)
+        behind = torch.nn.functional.pad(-order.diff(dim=1), (0, 2), value=math.inf)
+        found.append(behind.gather(1, torch.cat([room - 1, room], 1)).min().item())
+        return within(scores, sizes, budget)
+
+    monkeypatch.setattr(chosen, "within", noted)
+    return found
+
+
+def compared(session: Any, wanted: Any, passes: list[list[int]], gaps: list[float]) -> int:
+    """Read tokens by both, one pass after the other, and compare the logits; how many were compared.
+
+    If a choice was close, what it gave is not compared: a unit more or less moves logits by more than rounding does.
+    Since it stays in the keys of upper layers, both return to where they began.
+    """
+    start, count = len(session.token_ids), 0
+    for tokens in passes:
+        gaps.clear()
+        found, expected = session.extend(tokens), wanted.extend(tokens)
+        if min(gaps, default=math.inf) > CLOSE:
+            assert near(found, expected, 1e-3)
+            count += 1
+        else:
+            for each in (session, wanted):
+                each.rewind(start, each.logits)
+    return count
+
+
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_graphs_attend_to_what_torch_does(method: Indexed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_attend_to_what_torch_does(method: Indexed, gaps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, over one index: on several lengths by one engine, after a return to fewer tokens, after the cache has
-    grown, with several tokens read at once in between. The shares are those of ordinary passes."""
+    grown, with several tokens read at once in between. The shares are those of ordinary passes.
+
+    Kernels and torch sum in another order, so a unit at the budget's edge may be in for one and out for the other if
+    its neighbour's score is nearly the same. Passes with such a choice are not compared, but most of them must be."""
     monkeypatch.setattr(ShardCache, "growth", 3)
-    ours, plain = engine(method), engine(method, backend="torch")
-    tokens = [(7 * i) % 97 for i in range(12)]
-    for length in (3003, 40, 1200, 9000):
+    ours, plain = (engine(method, allow_extrapolation=True, **options) for options in ({}, {"backend": "torch"}))
+    several, single = [[(7 * i) % 97 for i in range(9)]], [[(7 * i) % 97] for i in range(12)]
+    lengths, count = (3003, 40, 1200, 9000), 0
+    for length in lengths:
         asked = prompt(length)
         session, wanted = ours.prefill(asked, max_new_tokens=8), plain.prefill(asked)
         first = session.logits
-        steps(session, tokens)
-        steps(wanted, tokens)
+        for each in (session, wanted):
+            method.build(each.cache)
         ours_index, plain_index = (each.cache.indexes[method.index_key] for each in (session, wanted))
         for layer, index in ours_index.items():  # clusters of keys that torch made in another order may differ
             if parts := index.tensors():
                 plain_index[layer].restore(parts)
-        for each in (session, wanted):
-            each.rewind(len(asked), first)
-        assert near(steps(session, tokens), steps(wanted, tokens), 1e-3)
+        count += compared(session, wanted, single, gaps)
         assert session.captured and not wanted.captured
         for each in (session, wanted):
             each.rewind(len(asked) - 1, first)
-        assert near(session.extend(tokens[:9]), wanted.extend(tokens[:9]), 1e-3)
-        assert near(steps(session, tokens), steps(wanted, tokens), 1e-3)
+        count += compared(session, wanted, several + single, gaps)
         assert session.captured
         assert abs(session.share - wanted.share) < 1e-3
         assert (session.share < 0.5) == (length > 64)
+    assert count > 0.8 * len(single + several + single) * len(lengths)
     ours.close()
 
 

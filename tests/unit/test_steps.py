@@ -297,6 +297,12 @@ def test_chosen_keys(captures: list[torch.device], monkeypatch: pytest.MonkeyPat
         assert session.captured and session.share == wanted.share
         assert (session.share == 1.0) == (len(asked) < 64)
     assert len(captures) == 1
+    (index,) = session._cache.indexes.values()
+    parts = [weakref.ref(part) for layer in index.values() for part in layer.tensors().values()]
+    assert len(parts) == 4
+    del session, index, each
+    gc.collect()
+    assert not any(part() for part in parts)
 
 
 @pytest.mark.parametrize("growth", [2, 256])

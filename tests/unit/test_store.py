@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_document import PROMPT, QUESTIONS, engine_of, llama, read
+from torch import Tensor
 
 import apb
 from apb import store
@@ -99,6 +100,21 @@ def test_indexes_come_back(name: str, tmp_path: Path, monkeypatch: pytest.Monkey
         engine_of(llama(), "full", decoding=method).load(tmp_path / "a")
 
 
+def test_means_of_an_earlier_build(tmp_path: Path) -> None:
+    """They were stored in fp32: as the kernels read them in the keys' dtype, they are restored in it."""
+    model, method = llama().to(torch.bfloat16), INDEXED["squeezed"][0]
+    document = read(engine_of(model, "full", decoding=method))
+    (made,) = document.state.cache.indexes.values()
+    document.save(tmp_path)
+    names = [f"index.{layer}.means" for layer in range(3)]
+    rewritten(lambda tensors: tensors.update({name: tensors[name].float() for name in names}))(tmp_path)
+    (restored,) = engine_of(model, "full", decoding=method).load(tmp_path).state.cache.indexes.values()
+    for layer in range(3):
+        parts = restored[layer].tensors()
+        assert parts["means"].dtype == torch.bfloat16 and parts["labels"].dtype == torch.int32
+        torch.testing.assert_close(parts, made[layer].tensors(), rtol=0, atol=0)
+
+
 def test_writing_again_replaces_and_leaves_nothing(tmp_path: Path) -> None:
     engine = engine_of(llama(), "full")
     document = read(engine)
@@ -132,18 +148,23 @@ def flip(folder: Path) -> None:
     shard(folder).write_bytes(data)
 
 
-def without(name: str) -> Callable[[Path], None]:
-    """A shard that lacks a tensor, and whose checksum is right."""
+def rewritten(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
+    """A shard of other tensors, whose checksum is right."""
 
     def damage(folder: Path) -> None:
         path = shard(folder)
         tensors = load_file(path)
-        del tensors[name]
+        change(tensors)
         with safe_open(path, framework="pt") as file:
             save_file(tensors, path, metadata=file.metadata())
         manifest(lambda m: m["shards"][0].update(bytes=path.stat().st_size, sha256=store.hash_of(path)))(folder)
 
     return damage
+
+
+def without(name: str) -> Callable[[Path], None]:
+    """A shard that lacks a tensor."""
+    return rewritten(lambda tensors: tensors.pop(name))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {

@@ -31,10 +31,13 @@ class LayerIndex(Protocol):
         """Forget all keys but the first ``tokens``, which the cache still holds."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it is made of, by name, (kv_heads, ...) each, to be stored; nothing if it covers no key."""
+        """What it is made of, by name, to be stored; nothing if it covers no key.
+
+        (kv_heads, ...) each, numbers of floating point in the keys' dtype.
+        """
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Become the index that :meth:`tensors` was asked of; (kv_heads, ...) each, on the device."""
+        """Become the index that :meth:`tensors` was asked of; the tensors are on the device."""
 
 
 class Shard(Protocol):

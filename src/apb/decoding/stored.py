@@ -63,6 +63,7 @@ class SelectingStoredReader(StoredReader):
     def end(self, reader: SelectingReader) -> None:
         """See :meth:`StoredReader.end`."""
         reader.count(self._counts.sum() * (self._page_size or 1) + self._read, self._held)
+        self._layers.clear()  # indexes end with their sessions; what is queued on this stream still finds them
 
     def _make_tables(self, reader: SelectingReader, layers: int) -> None:
         """Graphs read these, so they stay where they are; what they point to may move."""
