@@ -128,6 +128,19 @@ def test_two_gpus() -> None:
     assert f"One H200 takes {result('decode_whole_h200.json')['rows'][1]['seconds'] * 1e3:.2f} " in text
 
 
+def test_pages_on_a_gpu() -> None:
+    """What docs/decoding.md says of a step at 128K."""
+    row, text = result("decode_pages_h200.json")["rows"][1], page("docs/decoding.md")
+    assert row["graph"] and row["same_tokens"] and row["length"] == 131_072
+    exact = result("decode_whole_h200.json")["rows"][1]["seconds"]
+    assert (
+        f"{row['seconds'] * 1e3:.2f} ms a token by `pages`" in text and f"and {exact * 1e3:.2f} by exact decode" in text
+    )
+    share = f"{row['index_seconds'] / row['read_seconds']:.1%}".replace("%", " %")
+    said = f"took {row['index_seconds']:.2f} s, {share} of reading, and {row['index_bytes'] / 1e9:.2f} GB"
+    assert said in text
+
+
 def test_what_propagation_saves() -> None:
     """The table of docs/propagation.md."""
     text = page("docs/propagation.md")
