@@ -57,7 +57,8 @@ def test_read_as_its_checkpoint(folder: Path, name: str) -> None:
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(weight, weights[key]) for key, weight in model.state_dict().items())
     assert model.generation_config.eos_token_id == [10, 257]  # where a turn ends, an answer does
-    torch.testing.assert_close(logits(folder / name), logits(folder), rtol=0, atol=0)
+    # Equal weights at other addresses: on some processors products of a row are then summed in another order.
+    torch.testing.assert_close(logits(folder / name), logits(folder), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
