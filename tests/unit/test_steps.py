@@ -153,8 +153,7 @@ def test_sessions_in_one_pass(captures: list[torch.device], monkeypatch: pytest.
     for session, wanted in zip(sessions, apart, strict=True):
         assert session.token_ids == wanted.token_ids
         for layer in range(2):
-            for x, y in zip(session.gather_kv(layer), wanted.gather_kv(layer), strict=True):
-                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(session.gather_kv(layer), wanted.gather_kv(layer), rtol=1e-4, atol=1e-4)
 
 
 def test_no_capture_for_sessions_with_short_answers(captures: list[torch.device]) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ..kernels.fused import why_no_triton
 from .chunking import is_dense_mlp
+from .one_row import single
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -78,9 +79,7 @@ class _Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
-        # Not in_features, which under tensor parallelism is the width of the whole layer.
-        alone = input.numel() == weight.shape[1] and not torch.is_grad_enabled()
-        if alone and weight.is_contiguous() and type(weight.data) is Tensor and input.dtype == weight.dtype:
+        if single(input, weight) and type(weight.data) is Tensor and not torch.is_grad_enabled():
             from ..kernels import matvec  # needs Triton, which is there on GPUs
 
             return matvec.linear(input, weight, self.bias)

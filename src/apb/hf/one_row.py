@@ -11,7 +11,8 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def single(input: Tensor, weight: Tensor) -> bool:
-    """True for one row, and weights that the kernels read."""
+    """True for one row (..., width), and weights (outputs, width) that the kernels read."""
+    # Not a layer's in_features, which under tensor parallelism is the width of the whole layer.
     return input.numel() == weight.shape[1] and weight.is_contiguous() and input.dtype == weight.dtype
 
 

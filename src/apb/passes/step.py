@@ -120,7 +120,8 @@ class Stepper:
         self._steps.clear()
 
 
-def _none(layer: RecurrentInput) -> Tensor:
+def no_state(layer: RecurrentInput) -> Tensor:
+    """What a recurrent layer's module calls in passes that no model with such layers makes."""
     raise AssertionError("models with recurrent layers are not stepped")
 
 
@@ -165,7 +166,7 @@ class _Step:
             def attend(layer: AttentionInput) -> Tensor:
                 return merge_over_ranks(layer, *stored.attend(layer, shards[layer.index]), group).wait()
 
-            with torch.no_grad(), attachment.running(attend, _none, cache.total):
+            with torch.no_grad(), attachment.running(attend, no_state, cache.total):
                 return attachment.all_logits(ids, positions, cache)
 
         self._run: Callable[[Group], Tensor] = run

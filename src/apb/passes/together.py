@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ..hf.stepping import StepCache
 from ..layers.base import AttentionInput, as_wide
-from ..layers.recurrent import RecurrentInput
 from ..layers.shards import merge_over_ranks
 from .alone import refuse_counting
-from .step import Stepper
+from .step import Stepper, no_state
 from .tokens import Continuation
 
 
@@ -92,7 +91,7 @@ def _read_in_a_pass(continuations: Sequence[Continuation], token_ids: Sequence[i
         cache.expect(range(start, start + 1))
     rows.total = max(starts) + 1
     try:
-        with torch.no_grad(), attachment.running(attend, _none, rows.total):
+        with torch.no_grad(), attachment.running(attend, no_state, rows.total):
             logits = group.broadcast(attachment.all_logits(ids, positions, rows))
         if rows.asked:
             refuse_counting(attachment)
@@ -101,7 +100,3 @@ def _read_in_a_pass(continuations: Sequence[Continuation], token_ids: Sequence[i
             cache.forget(start)
         raise
     return logits
-
-
-def _none(layer: RecurrentInput) -> Tensor:
-    raise AssertionError("models with recurrent layers are read alone")

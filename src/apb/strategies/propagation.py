@@ -114,7 +114,9 @@ class Propagating:
         # Rows arrive sender by sender, in ascending order of each.
         self._order = senders.argsort(stable=True).argsort()
         places = self.positions[target == rank]
+        # For windows, which are the same in every layer above.
         self._places: list[int] = places.tolist()
+        self._everywhere: list[int] = self.positions.tolist()
         question = [range(self._plan.query_start, self._plan.total)] if self._strategy.itinerary.owns_tail else []
         self._kept_positions = (*_ranges(places), *question)
         # Of a message of all ranks' rows, rank by rank, where each row that went on is.
@@ -146,7 +148,7 @@ class Propagating:
         question = torch.stack([layer.k[itinerary.query.rows], layer.v[itinerary.query.rows]])
         k, v = torch.cat([pairs[:, self._arranged.to(pairs.device)], question], 1)
         asked = list(range(self._plan.query_start, self._plan.total))
-        keys, rows = self.positions.tolist() + asked, self._places + asked
+        keys, rows = self._everywhere + asked, self._places + asked
         with timed("attention"):
             out, lse = scattered_window(layer.q, rows, k, v, keys, layer.window, layer.scale, layer.softcap)
         return layer.settle(out, lse).to(layer.q.dtype)
