@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import pytest
@@ -113,14 +114,21 @@ def test_two_gpus() -> None:
         assert f"| {length:,} | {' | '.join(told)} |" in text
     worst = min(row["prediction_error"] for rows in found.values() for row in rows.values())
     assert f"up to {-worst:.0%} too optimistic".replace("%", " %") in text
-    ring, apb = (prefill("prefill_two_merged_h200.json", name, 131_072) for name in ("ring", "apb"))
-    before = found["apb"][131_072]["parts"]["attention"]
-    assert f"{apb['parts']['attention']:.2f} s instead of {before:.2f}, and the prefill {apb['seconds']:.2f} s" in text
-    assert f"{-apb['prediction_error']:.0%} above the plan's".replace("%", " %") in text
-    assert f"`ring` takes {ring['seconds']:.2f} s" in text
+    for length in (32_768, 65_536, 131_072):
+        full, ring, apb = (prefill("prefill_two_merged_h200.json", name, length) for name in ("full", "ring", "apb"))
+        told = [f"{row['seconds']:.2f}" for row in (full, ring, apb)]
+        told += [f"{row['seconds'] / apb['seconds']:.2f}x" for row in (full, ring)]
+        assert f"| {length:,} | {' | '.join(told)} | {apb['predicted_seconds']:.2f} |" in text
     star = found["star"][131_072]["seconds"]
+    every, some = result("prefill_million_two_h200.json")["rows"]
     said = f"in {apb['seconds']:.1f} seconds, ring attention in {ring['seconds']:.1f}, Star in {star:.1f}"
-    assert said in readme
+    assert f"{said}, and a million in {every['seconds']:.0f}" in readme
+    assert f"`apb` {every['seconds']:.1f} s, the plan {every['predicted_seconds']:.1f}" in text
+    assert f"{some['seconds']:.1f} s, the plan {some['predicted_seconds']:.1f}" in text
+    assert f"{every['peak_bytes'] / 2**30:.0f} and {some['peak_bytes'] / 2**30:.0f} GiB a GPU" in text
+    layer = prefill("full_layer_h200.json", "full", 524_288)["seconds"]
+    assert f"takes one GPU {layer:.2f} s" in text and f"32 of them {32 * layer:.0f} s" in text
+    assert f"480 s, {480 / every['seconds']:.0f} times as long" in text
     plain, graph = result("decode_tensor_parallel_h200.json")["rows"]
     share = f"{graph['of_limit']:.0%}".replace("%", " %")
     said = f"{graph['seconds'] * 1e3:.2f} ms a token by CUDA graphs, {share} of what their memory allows, and"
@@ -139,6 +147,23 @@ def test_pages_on_a_gpu() -> None:
     share = f"{row['index_seconds'] / row['read_seconds']:.1%}".replace("%", " %")
     said = f"took {row['index_seconds']:.2f} s, {share} of reading, and {row['index_bytes'] / 1e9:.2f} GB"
     assert said in text
+    pages, squeezed = (result(f"decode_{name}_512k_h200.json")["rows"][1] for name in ("pages", "squeezed"))
+    assert all(row["graph"] and row["same_tokens"] and row["length"] == 524_288 for row in (pages, squeezed))
+    assert f"524,288 tokens: {pages['seconds'] * 1e3:.2f} ms by `pages`" in text
+    assert f"{squeezed['seconds'] * 1e3:.2f} by `squeezed`" in text
+    assert f"takes at least {pages['limit_seconds'] * 1e3:.2f}:" in text
+    built = f"{squeezed['index_seconds']:.2f} s of {squeezed['read_seconds']:.0f} s"
+    assert (
+        f"the clusters {built}, {squeezed['index_seconds'] / squeezed['read_seconds']:.0%}".replace("%", " %") in text
+    )
+    rows = result("chosen_keys_h200.json")["rows"]
+    told = [f"{row['seconds'] * 1e6:.0f}" for row in rows]
+    told = [
+        each + (f" ({row['times_exact']:.1f}x)" if "times_exact" in row else "")
+        for each, row in zip(told, rows, strict=True)
+    ]
+    for short, long in zip(told[:4], told[4:], strict=True):
+        assert f"| {short} | {long} |" in text
 
 
 def test_what_propagation_saves() -> None:
@@ -160,8 +185,50 @@ def test_what_propagation_saves() -> None:
         f"The plan says {told[0]} less than that for 128K tokens on one GPU, {told[1]} for 32K, and up to {told[2]}"
         in text
     )
+    for name in ("", "two_"):
+        every, some = (row for row in result(f"propagation_dealt_{name}h200.json")["rows"] if row["length"] == 131_072)
+        said = f"{every['seconds']:.2f} s with all rows and" if not name else f"{every['seconds']:.2f} s and"
+        shares = f"({some['seconds'] / every['seconds']:.2f} of it; the plan: {some['predicted_seconds']:.2f};"
+        assert said in text and f"{some['seconds']:.2f} s" in text and shares in text
     whole, less = (result(f"decode_{name}_h200.json")["rows"][1]["seconds"] * 1e3 for name in ("whole", "propagated"))
     assert f"{less:.2f} ms over the smaller cache instead of {whole:.2f}" in text and f"({whole / less:.2f}x;" in text
+
+
+def test_what_propagation_costs() -> None:
+    """The second table of docs/propagation.md, and what it says of codes."""
+    with gzip.open(RESULTS / "propagation_qwen.jsonl.gz", "rt") as file:
+        records = [json.loads(line) for line in file]
+    report, text = (RESULTS / "propagation_qwen.md").read_text(), page("docs/propagation.md")
+    table = text.split("20 %, 2/3 of the depth |")[1].split("So it is")[0]
+    told = re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", table)
+    assert len(told) == 9 and all(each[:-1] + "," in report for each in told)
+    scores: dict[tuple[str, ...], dict[str | None, float]] = {}
+    for each in records:
+        name = (each["model"], str(each["length"]), each["task"], each["sample"])
+        scores.setdefault(name, {})[each["asked"].get("propagate")] = each["score"]
+    codes: dict[bool, list[float]] = {True: [], False: []}
+    for (_, _, task, _), found in scores.items():
+        (lost,) = (found[None] - score for asked, score in found.items() if asked in ("0.2@12", "0.2@14"))
+        codes[task in ("single_code", "multikey_codes", "kv_retrieval")].append(lost)
+    of_codes, of_others = codes[True], codes[False]
+    assert f"{len(of_codes)} samples) lose {fmean(of_codes):.1f} points" in text
+    assert f"({len(of_others)} samples) {fmean(of_others):.1f} (" in text
+
+
+def test_stored_texts_in_vllm() -> None:
+    """The second table of docs/vllm.md."""
+    parts, text = result("vllm_hand_over_h200.json")["parts"], page("docs/vllm.md")
+    runs = [(32_768, 1), (32_768, 2), (131_072, 1), (131_072, 2)]
+    found = {(row["length"], row["tensor_parallel"], row["store"]): row for row in parts if row["part"] == "answer"}
+    stored = [found[(*run, True)] for run in runs]
+    alone = [found.get((*run, False)) for run in runs]
+    first = [f"{median(row['first_token_s']):.2f} s" for row in stored]
+    assert f"| first token, from the store | {' | '.join(first)} |" in text
+    first = [f"{median(row['first_token_s']):.2f} s" if row else "" for row in alone]
+    assert f"| first token, vLLM alone | {' | '.join(first)} |".replace("|  |", "| |") in text
+    for row in stored:
+        both = f"{row['requests_per_s_cold']:.3g}; {row['requests_per_s_warm']:.3g}"
+        assert both in text or f"{row['requests_per_s_cold']:.2f}; {row['requests_per_s_warm']:.1f}" in text
 
 
 def test_starts() -> None:
