@@ -77,6 +77,10 @@ def test_scores_agree_with_fp64(
     wanted = logits.softmax(-1).mean(1).unflatten(0, (8, 4)).mean(1)
     actual = attention_received(query, k, head_dim**-0.5, softcap)
     assert ((actual.double() - wanted).abs() <= 1e-4 * wanted + 1e-7 / tokens).all()
+    blocks = torch.cat([k, k.flip(0)]).unflatten(0, (2, tokens))
+    both = attention_received(query, blocks, head_dim**-0.5, softcap)
+    assert torch.equal(both[0], actual)
+    assert torch.equal(both[1], attention_received(query, blocks[1], head_dim**-0.5, softcap))
 
 
 def test_nothing_is_read_back() -> None:

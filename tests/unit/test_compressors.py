@@ -19,6 +19,8 @@ from apb.compressors import COMPRESSORS, BlockView, Head, make_compressor
 from apb.compressors.retaining import Retaining
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.random_weights import shape_config
+from apb.kernels import selection
+from apb.kernels.selection import attention_received
 from apb.planning.plan import Block
 from models import tiny_heads, tiny_model
 
@@ -77,6 +79,29 @@ def test_query_edge_scores(passed: int, edge: int) -> None:
     actual, plain = (make_compressor(name).score(seen) for name in ("query-edge", "query"))
     assert torch.equal(actual[:, : 300 - edge], plain[:, : 300 - edge])
     assert (actual[:, 300 - edge :] > 1).all()  # no share of attention is
+
+
+@pytest.mark.parametrize("name", ["query", "query-edge"])
+def test_blocks_are_scored_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As each by itself, in a call for those that lie evenly, are equally long and pass equally many pairs."""
+    whole, compressor, calls = view(tokens=100), make_compressor(name), []
+    places = ((3, 15), (15, 27), (27, 39), (40, 52), (53, 65), (65, 76), (76, 87), (87, 98))
+    passed = (4, 4, 4, 4, 4, 4, 8, 8)
+    blocks = [replace(whole, k=whole.k[slice(*each)], passed=count) for each, count in zip(places, passed, strict=True)]
+    blocks.append(replace(whole, k=whole.k[87:98].clone(), passed=8))
+    alone = [compressor.score(each) for each in blocks]
+
+    def counted(query: Tensor, k: Tensor, *others: Any) -> Tensor:
+        calls.append(len(k))
+        monkeypatch.undo()
+        received = attention_received(query, k, *others)
+        monkeypatch.setattr(selection, "attention_received", counted)
+        return received
+
+    monkeypatch.setattr(selection, "attention_received", counted)
+    together = compressor.score_all(blocks)
+    assert calls == [3, 2, 1, 2, 1]
+    assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("name", ["query", "query-edge"])

@@ -57,6 +57,11 @@ def test_attention_received_of_a_larger_whole(rows: int, softcap: float | None, 
     lse = logits.logsumexp(-1).float()
     parts = [attention_received(query, part, 0.7, softcap, lse, triton=triton) for part in k.split([101, 150, 49])]
     torch.testing.assert_close(torch.cat(parts, 1), wanted.float(), rtol=1e-5, atol=1e-8)
+    blocks = k[9:].unflatten(0, (3, 97))  # in one call
+    together = attention_received(query, blocks, 0.7, softcap, lse, triton=triton)
+    torch.testing.assert_close(together.transpose(0, 1).flatten(1), wanted[:, 9:].float(), rtol=1e-5, atol=1e-8)
+    alone = [attention_received(query, block, 0.7, softcap, triton=triton) for block in blocks]
+    assert torch.equal(attention_received(query, blocks, 0.7, softcap, triton=triton), torch.stack(alone))
 
 
 @given(st.lists(st.lists(st.floats(-9, 9, width=32), min_size=9, max_size=9), min_size=1, max_size=3))

@@ -72,6 +72,10 @@ class Compressor(Checked, ABC):
     def score(self, view: BlockView) -> Tensor:
         """Scores (kv_heads, tokens), fp32, on the device of ``view.k``, not pooled; higher means: pass it on."""
 
+    def score_all(self, views: Sequence[BlockView]) -> list[Tensor]:
+        """:meth:`score` of several blocks of one layer, in the order of the text; override it to launch less."""
+        return [self.score(view) for view in views]
+
     @abstractmethod
     def flops(self, model: ModelShape, query: int) -> int:
         """FLOPs to score one token in one layer, for all KV heads, with ``query`` query rows."""

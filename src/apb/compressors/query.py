@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -26,9 +27,20 @@ class Query(Compressor):
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
+        return self.score_all([view])[0]
+
+    def score_all(self, views: Sequence[BlockView]) -> list[Tensor]:
+        """See :meth:`Compressor.score_all`."""
+        return [scores for run in _runs(views) for scores in self.score_run(run)]
+
+    def score_run(self, run: Sequence[BlockView]) -> Tensor:
+        """Scores (blocks, kv_heads, tokens) of blocks that differ in nothing but their place."""
         from ..kernels.selection import attention_received
 
-        return attention_received(view.query, view.k, view.scale, view.softcap)
+        first = run[0]
+        step = run[1].k.storage_offset() - first.k.storage_offset() if len(run) > 1 else 0
+        keys = first.k.as_strided((len(run), *first.k.shape), (step, *first.k.stride()))
+        return attention_received(first.query, keys, first.scale, first.softcap)
 
     def flops(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops`: the product of all query rows with the token's key."""
@@ -43,3 +55,21 @@ class Query(Compressor):
     def flops_to_compare(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops_to_compare`: that product once more."""
         return self.flops(model, query)
+
+
+def _runs(views: Sequence[BlockView]) -> Iterator[list[BlockView]]:
+    """Blocks in runs: of one length, passing equally many pairs, at equal distances in one tensor."""
+    run: list[BlockView] = []
+    for view in views:
+        if run:
+            last = run[-1]
+            alike = (last.k.shape, last.k.stride(), last.passed) == (view.k.shape, view.k.stride(), view.passed)
+            shared = last.k.untyped_storage().data_ptr() == view.k.untyped_storage().data_ptr()
+            step = view.k.storage_offset() - last.k.storage_offset()
+            even = len(run) == 1 or step == last.k.storage_offset() - run[-2].k.storage_offset()
+            if not (alike and shared and even and step > 0):
+                yield run
+                run = []
+        run.append(view)
+    if run:
+        yield run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -25,10 +26,10 @@ class QueryEdge(Query):
 
     longest_edge: int = option(32, "Tokens at a block's end that query-edge passes on first, at most.", least=0)
 
-    def score(self, view: BlockView) -> Tensor:
-        """As :meth:`Query.score`, and 2 for the edge: a quarter of the passed pairs, up to ``longest_edge`` tokens."""
-        scores = super().score(view)
-        scores[:, scores.shape[1] - self.edge(view.passed) :] = 2.0  # above every share of attention
+    def score_run(self, run: Sequence[BlockView]) -> Tensor:
+        """As :meth:`Query.score_run`, and 2 for edges: a quarter of the passed pairs, up to ``longest_edge`` tokens."""
+        scores = super().score_run(run)
+        scores[..., scores.shape[-1] - self.edge(run[0].passed) :] = 2.0  # above every share of attention
         return scores
 
     def edge(self, passed: int) -> int:

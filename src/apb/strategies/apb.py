@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class APB(Strategy):
 
     def visible(self, layer: AttentionInput) -> Visible:
         """See :meth:`Strategy.visible`: the anchor, pairs that earlier blocks pass on, and the block itself."""
-        anchor, offers = self.plan.anchor_length, list(self._offers(layer))
+        anchor, offers = self.plan.anchor_length, self._offers(layer)
         empty = torch.empty(layer.k.shape[1], 0, dtype=torch.int64, device=layer.k.device)
         positions = torch.cat([empty, *(rows + span.start for span, rows, _ in offers)], 1)
         scores = [each for _, _, each in offers if each is not None]
@@ -152,53 +153,71 @@ class APB(Strategy):
         if self.anchor:
             row = len(self.anchor)
             packed[0, :row], packed[1, :row] = layer.k[self.anchor.rows], layer.v[self.anchor.rows]
-        for span, chosen, scores in self._offers(layer):
-            if self.on_selection is not None:
+        offers = self._offers(layer)
+        if self.on_selection is not None:
+            for span, chosen, _ in offers:
                 self.on_selection(layer.index, span.block, chosen + span.start)
-            place = slice(row, row + chosen.shape[1])
+        if offers:
             with timed("selection"):
-                pack(layer.k[span.rows], layer.v[span.rows], chosen, packed[:, place])
-            if scores is not None:
-                messages[1][0, :, place, 0] = scores
-            row = place.stop
+                rows = torch.cat([chosen + span.row for span, chosen, _ in offers], 1)
+                pack(layer.k, layer.v, rows, packed[:, row : row + rows.shape[1]])
+                scores = [each for _, _, each in offers if each is not None]
+                if scores:
+                    messages[1][0, :, row : row + rows.shape[1], 0] = torch.cat(scores, 1)
         return [self.group.all_gather(each) for each in messages]
 
-    def _offers(self, layer: AttentionInput) -> Iterator[tuple[Span, Tensor, Tensor | None]]:
+    def _offers(self, layer: AttentionInput) -> list[tuple[Span, Tensor, Tensor | None]]:
         """This rank's blocks that pass pairs on: the rows of these (kv_heads, count), ascending, and their scores.
 
         Rows are counted from the block's first. Scores are None unless pairs compete.
         """
         # Of the first round also where this rank has no block in it.
         measure = None if self._budget is None else self._measure(layer)
-        for span in self.blocks:
-            block, count = self.plan.block(span.block), self.plan.passed(span.block)
-            if not count:
-                continue
-            view = BlockView(
-                layer=layer.index,
-                block=block,
-                k=layer.k[span.rows],
-                v=layer.v[span.rows],
-                q=layer.q[span.rows],
-                query=layer.q[self.itinerary.query.rows],
-                scale=layer.scale,
-                passed=count,
-                softcap=layer.softcap,
-                lse=measure,
-                before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
-            )
-            pooled = self.compressor.pooled
-            with timed("scoring"):
-                scores = self.compressor.score(view)
-            with timed("selection"):
-                chosen = choose(scores, count, self.plan.selectable(block), pooled=pooled)
-            if self._budget is None:
-                yield span, chosen, None
-                continue
-            with timed("scoring"):
-                compared = self.compressor.compare(view, scores)
-                competing = (pool(compared) if pooled else compared).gather(1, chosen)
-            yield span, chosen, competing
+        spans = [span for span in self.blocks if self.plan.passed(span.block)]
+        views = [self._view(layer, span, measure) for span in spans]
+        with timed("scoring"):
+            scores = self.compressor.score_all(views)
+        with timed("selection"):
+            chosen = self._choose(views, scores)
+        if self._budget is None:
+            return [(span, rows, None) for span, rows in zip(spans, chosen, strict=True)]
+        found: list[tuple[Span, Tensor, Tensor | None]] = []
+        with timed("scoring"):
+            for span, view, own, rows in zip(spans, views, scores, chosen, strict=True):
+                compared = self.compressor.compare(view, own)
+                competing = (pool(compared) if self.compressor.pooled else compared).gather(1, rows)
+                found.append((span, rows, competing))
+        return found
+
+    def _view(self, layer: AttentionInput, span: Span, measure: Tensor | None) -> BlockView:
+        """A block as the compressor sees it."""
+        return BlockView(
+            layer=layer.index,
+            block=self.plan.block(span.block),
+            k=layer.k[span.rows],
+            v=layer.v[span.rows],
+            q=layer.q[span.rows],
+            query=layer.q[self.itinerary.query.rows],
+            scale=layer.scale,
+            passed=self.plan.passed(span.block),
+            softcap=layer.softcap,
+            lse=measure,
+            before_rope=None if layer.before_rope is None else layer.before_rope[span.rows],
+        )
+
+    def _choose(self, views: Sequence[BlockView], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The rows (kv_heads, count) of each block with the best scores; of blocks of one shape in one call."""
+
+        def shape(pair: tuple[BlockView, Tensor]) -> tuple[int, int, int]:
+            view, own = pair
+            return own.shape[1], view.passed, self.plan.selectable(view.block)
+
+        found: list[Tensor] = []
+        for (_, count, selectable), pairs in groupby(zip(views, scores, strict=True), key=shape):
+            alike = [own for _, own in pairs]
+            together = choose(torch.cat(alike), count, selectable, pooled=self.compressor.pooled)
+            found += together.split(len(alike[0]))
+        return found
 
     def _measure(self, layer: AttentionInput) -> Tensor:
         """Log-sum-exps (heads, rows) of the query's rows over all that is read in the first round, and the query."""

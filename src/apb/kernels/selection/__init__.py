@@ -39,7 +39,8 @@ def attention_received(
 
     Args:
         query: (rows, heads, head_dim), at least one row.
-        k: (tokens, kv_heads, head_dim) of the same dtype, any strides.
+        k: (tokens, kv_heads, head_dim) of the same dtype, any strides; or (blocks, tokens, kv_heads, head_dim), several
+            blocks of keys, each for itself, in as many launches as one.
         scale: factor on q.k.
         softcap: as in :func:`apb.attention`.
         lse: (heads, rows) fp32, log-sum-exps of each row's logits over other keys, which take the place of those over
@@ -47,10 +48,12 @@ def attention_received(
         triton: as for :func:`choose`. The kernels keep logits in fp32 and never materialize their matrix.
 
     Returns:
-        (kv_heads, tokens) fp32; each KV head's row sums to 1, unless ``lse`` is given.
+        (kv_heads, tokens) fp32, or (blocks, kv_heads, tokens); each KV head's row sums to 1, unless ``lse`` is given.
     """
     rows, heads, head_dim = query.shape
-    tokens, kv_heads, _ = k.shape
+    tokens, kv_heads, _ = k.shape[-3:]
+    if k.dim() == 4 and not _by_triton(k, head_dim, triton):
+        return torch.stack([attention_received(query, each, scale, softcap, lse, triton=triton) for each in k])
     group = heads // kv_heads
     if lse is not None:  # (kv_heads, rows * group): the order of rows below, and in the kernels
         lse = lse.unflatten(0, (kv_heads, group)).transpose(1, 2).flatten(1)
@@ -70,27 +73,28 @@ def attention_received(
         return total / (rows * group)
     from . import portable
 
-    query, k = (x if x.stride(2) == 1 else x.contiguous() for x in (query, k))
+    query, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, k))
+    blocks = 1 if k.dim() == 3 else len(k)
     padded = max(16, 1 << (head_dim - 1).bit_length())
     width = padded * k.element_size()
     block_m, block_n = (64, 128) if width <= 256 else (32, 64) if width <= 512 else (16, 32)
     packed = min(max(16, 1 << (rows * group - 1).bit_length()), block_m)
     splits = 1 if lse is not None else min(_SPLITS, -(-tokens // block_n))
-    received = query.new_empty(kv_heads, tokens, dtype=torch.float32)
+    received = query.new_empty(*k.shape[:-3], kv_heads, tokens, dtype=torch.float32)
     log2e = 1 / math.log(2)
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
-    strides = (*query.stride()[:2], *k.stride()[:2])
+    strides = (*query.stride()[:2], 0 if k.dim() == 3 else k.stride(0), *k.stride()[-3:-1])
     sizes = {"GROUP": group, "D": head_dim, "BD": padded, "BM": packed, "BN": block_n, "CAPPED": softcap is not None}
     with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
         if lse is not None:
-            sums = lse * log2e
+            sums = (lse * log2e).expand(blocks, -1, -1).contiguous()
         else:
-            sums = query.new_empty(splits, kv_heads, rows * group, dtype=torch.float32)
-            portable.sum_exponentials[(splits, kv_heads, -(-rows * group // packed))](
-                query, k, sums, rows, tokens, *strides, *factors, **sizes, num_warps=4, num_stages=2
+            sums = query.new_empty(splits, blocks * kv_heads, rows * group, dtype=torch.float32)
+            portable.sum_exponentials[(splits, blocks * kv_heads, -(-rows * group // packed))](
+                query, k, sums, rows, tokens, kv_heads, *strides, *factors, **sizes, num_warps=4, num_stages=2
             )
-        portable.attention_received[(-(-tokens // block_n), kv_heads)](
-            query, k, sums, received, rows, tokens, splits, *strides, *factors, **sizes,
+        portable.attention_received[(-(-tokens // block_n), blocks * kv_heads)](
+            query, k, sums, received, rows, tokens, kv_heads, splits, *strides, *factors, **sizes,
             BS=max(2, 1 << (splits - 1).bit_length()), num_warps=4, num_stages=2,
         )  # fmt: skip
     return received

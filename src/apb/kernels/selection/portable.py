@@ -35,17 +35,18 @@ def _logits(query, keys, scale, cap, CAPPED: tl.constexpr):
     return s * scale
 
 
-@triton.jit(do_not_specialize=["rows", "tokens"])
+@triton.jit(do_not_specialize=["rows", "tokens", "kv_heads"])
 def sum_exponentials(
-    q, k, sums, rows, tokens, q_row, q_head, k_row, k_head, scale, cap,
+    q, k, sums, rows, tokens, kv_heads, q_row, q_head, k_block, k_row, k_head, scale, cap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """log2-sum-exp2 of the logits of a tile of rows over one split of one KV head's keys."""
+    """log2-sum-exp2 of the logits of a tile of rows over one split of one KV head's keys in one block."""
     split, splits = tl.program_id(0), tl.num_programs(0)
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    column, columns = tl.program_id(1), tl.num_programs(1)  # a KV head of a block
+    block, kv_head = column // kv_heads, column % kv_heads
     packed = tl.program_id(2) * BM + tl.arange(0, BM)
     query = _queries(q, packed, rows, kv_head, q_row, q_head, GROUP, D, BD)
-    k += kv_head.to(tl.int64) * k_head
+    k += block.to(tl.int64) * k_block + kv_head.to(tl.int64) * k_head
     share = tl.cdiv(tl.cdiv(tokens, BN), splits)
     m = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
@@ -56,29 +57,31 @@ def sum_exponentials(
         new = tl.maximum(m, tl.max(s, 1))  # finite: every tile has a key
         total = total * tl.exp2(m - new) + tl.sum(tl.exp2(s - new[:, None]), 1)
         m = new
-    at = (split * kv_heads + kv_head).to(tl.int64) * (rows * GROUP) + packed
+    at = (split * columns + column).to(tl.int64) * (rows * GROUP) + packed
     # The last splits may have no tile.
     some = total > 0.0
     found = tl.where(some, m + tl.log2(tl.where(some, total, 1.0)), float("-inf"))
     tl.store(sums + at, found, mask=packed < rows * GROUP)
 
 
-@triton.jit(do_not_specialize=["rows", "tokens", "splits"])
+@triton.jit(do_not_specialize=["rows", "tokens", "kv_heads", "splits"])
 def attention_received(
-    q, k, sums, received, rows, tokens, splits, q_row, q_head, k_row, k_head, scale, cap,
+    q, k, sums, received, rows, tokens, kv_heads, splits, q_row, q_head, k_block, k_row, k_head, scale, cap,
     GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
     CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Attention that one tile of keys of one KV head receives, averaged over all rows."""
-    kv_head, kv_heads = tl.program_id(1), tl.num_programs(1)
+    """Attention that one tile of keys of one KV head in one block receives, averaged over all rows."""
+    column, columns = tl.program_id(1), tl.num_programs(1)
+    block, kv_head = column // kv_heads, column % kv_heads
     token = tl.program_id(0) * BN + tl.arange(0, BN)
     split = tl.arange(0, BS)
-    keys = _keys(k + kv_head.to(tl.int64) * k_head, token, tokens, k_row, D, BD)
+    k += block.to(tl.int64) * k_block + kv_head.to(tl.int64) * k_head
+    keys = _keys(k, token, tokens, k_row, D, BD)
     total = tl.zeros([BN], tl.float32)
     for first in range(0, rows * GROUP, BM):
         packed = first + tl.arange(0, BM)
         there = packed < rows * GROUP
-        at = (split * kv_heads + kv_head).to(tl.int64)[:, None] * (rows * GROUP) + packed[None, :]
+        at = (split * columns + column).to(tl.int64)[:, None] * (rows * GROUP) + packed[None, :]
         each = tl.load(sums + at, mask=(split < splits)[:, None] & there[None, :], other=float("-inf"))
         top = tl.max(each, 0)
         top = tl.where(there, top, 0.0)
@@ -87,7 +90,7 @@ def attention_received(
         lse = tl.where(there, top + tl.log2(tl.where(there, each, 1.0)), float("inf"))
         s = _logits(_queries(q, packed, rows, kv_head, q_row, q_head, GROUP, D, BD), keys, scale, cap, CAPPED)
         total += tl.sum(tl.exp2(s - lse[:, None]), 0)
-    at = kv_head.to(tl.int64) * tokens + token
+    at = column.to(tl.int64) * tokens + token
     tl.store(received + at, total / (rows * GROUP), mask=token < tokens)
 
 
