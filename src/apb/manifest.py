@@ -9,8 +9,8 @@ from typing import Any
 from .errors import InputError
 
 MANIFEST = "document.json"
-FORMAT = 2
-_READ = (1, FORMAT)  # before 2 every layer had every token
+FORMAT = 3
+_READ = (1, 2, FORMAT)  # before 2 every layer had every token, before 3 shards were hashed in one piece
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

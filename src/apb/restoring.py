@@ -99,7 +99,7 @@ def load(engine: Engine, folder: Path, verify: bool) -> tuple[Asking, State]:
         """Each process its share, its own shard if any."""
         with _damage(folder):
             for number in range(everyone.rank, len(files), everyone.size):
-                if hash_of(files[number]) != manifest["shards"][number]["sha256"]:
+                if hash_of(files[number], manifest["format"]) != manifest["shards"][number]["sha256"]:
                     raise damaged(folder, f"{files[number].name} is not what was written")
 
     def fetch() -> tuple[Asking, State]:
