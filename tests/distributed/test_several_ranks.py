@@ -15,8 +15,8 @@ from apb.distributed.launch import launch
 from apb.errors import DoesNotFit, InputError, RankError
 from apb.hf.counting import model_shape
 from apb.planning.cost import predict
-from apb.planning.shape import ModelShape
 from apb.planning.plan import Plan
+from apb.planning.shape import ModelShape
 from cases import CASES, check
 from chosen import attended, chosen
 from rank_work import DECODED, EXACT_ANSWER, LONG, SIZES, Record, cases, peculiar
