@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 # Before torch and transformers are imported, and for the processes that tests start: no test may reach the network, and
 # threads must not fight for the cores.
@@ -43,28 +41,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("triton") and find_spec("triton") is None:
         # The tests' extra brings it on Linux alone: there is no Triton for other systems.
         pytest.skip("triton is not installed")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def ranks_start_at_once() -> Iterator[None]:
-    """Ranks that tests start are forked from a process that has imported torch and transformers, which would take each
-    of them seconds. Commands that run in a process of their own start ranks as users do; so do tests on GPUs."""
-    if torch.cuda.is_available():
-        yield
-        return
-    from torch.distributed.launcher import api
-
-    config = api.LaunchConfig
-
-    def forking(**given: Any) -> api.LaunchConfig:
-        return config(**given | {"start_method": "forkserver"})
-
-    multiprocessing.set_forkserver_preload(
-        ["torch.distributed.elastic.multiprocessing.errors", "transformers.modeling_utils"]
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "LaunchConfig", forking)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,6 @@ import torch
 import families
 import rank_work
 import ropes
-from apb.distributed.launch import launch
 from apb.errors import DoesNotFit, InputError, RankError
 from apb.hf.counting import model_shape
 from apb.planning.cost import predict
@@ -19,6 +18,7 @@ from apb.planning.plan import Plan
 from apb.planning.shape import ModelShape
 from cases import CASES, check
 from chosen import attended, chosen
+from forked import launch
 from rank_work import DECODED, EXACT_ANSWER, LONG, SIZES, Record, cases, peculiar
 
 # All ranks' work is done before the first test, which is charged for it.
