@@ -114,8 +114,8 @@ def cases(size: int) -> list[str]:
 
 
 def peculiar(size: int) -> list[tuple[str, str]]:
-    """Of the peculiar layers: everything on most ranks, on two of every model a third of its readings."""
-    return {2: families.CASES[::3], 4: families.CASES}.get(size, [])
+    """Of the peculiar layers: everything on two ranks, on most ranks a third of every model's readings."""
+    return {2: families.CASES, 4: families.CASES[::3]}.get(size, [])
 
 
 def everything(folder: str) -> None:
