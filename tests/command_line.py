@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import runpy
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,3 +56,15 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
 
     yield call
     logging.disable(logging.NOTSET)
+
+
+def script(path: Path, *arguments: object) -> object:
+    """Run a script in this process; what it exits with, which is a sentence or a status other than 0 if it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        patch.syspath_prepend(path.parent)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as end:
+            return end.code
+    return None

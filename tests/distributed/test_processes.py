@@ -27,6 +27,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from apb.distributed import launch
+from command_line import Cli
 
 TEXT = "The lighthouse keeper of Orrin was called Maud. " * 12
 ANSWER = ["--max-new-tokens", "12", "--json", "--temperature", "1", "--seed", "5"]
@@ -43,32 +44,33 @@ def arguments(checkpoint: Path, tmp_path: Path) -> list[str]:
     return ["apb.cli.main", "generate", *(str(part) for name, value in given.items() for part in (f"--{name}", value))]
 
 
-def answer(*command: str) -> dict[str, object]:
+def answer(*command: str) -> Any:
     done = subprocess.run([sys.executable, "-m", *command], capture_output=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
 
-def test_ranks_do_not_change_the_answer(arguments: list[str]) -> None:
+def test_ranks_do_not_change_the_answer(arguments: list[str], cli: Cli) -> None:
     """One rank, two of our own, and two of torchrun's give the same tokens; stdout holds one JSON object each time."""
-    one = answer(*arguments, *ANSWER)
+    one = cli(*arguments[1:], *ANSWER).json
     two = answer(*arguments, *ANSWER, "--ranks", "2")
     torchrun = answer("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", *arguments, *ANSWER)
     assert one["token_ids"] == two["token_ids"] == torchrun["token_ids"]
-    assert [report["plan"]["ranks"] for report in (one, two, torchrun)] == [1, 2, 2]  # type: ignore[index]
+    assert [report["plan"]["ranks"] for report in (one, two, torchrun)] == [1, 2, 2]
 
 
-def test_scores_that_are_not_finite_are_said_once(arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+def test_scores_that_are_not_finite_are_said_once(
+    arguments: list[str], cli: Cli, checkpoint: Path, tmp_path: Path
+) -> None:
     """On two ranks in the words of one: the sentence alone, without an answer, status 1."""
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
     broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     given = [str(broken) if part == str(checkpoint) else part for part in arguments]
-    command = [sys.executable, "-m", *given, "--max-new-tokens", "2", "--ranks", "2"]
-    done = subprocess.run(command, capture_output=True, timeout=100, check=False, text=True)
-    assert (done.returncode, done.stdout) == (1, "")
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("apb: ")]
+    done = cli(*given[1:], "--max-new-tokens", 2, "--ranks", 2)
+    assert (done.status, done.out) == (1, "")
+    (said,) = [line for line in done.err.splitlines() if line.startswith("apb: ")]
     assert said.startswith("apb: The model's scores for the next token, 0 tokens into the answer, are NaN")
     assert said.endswith("or other weights.")
 
@@ -229,7 +231,7 @@ def servers(arguments: list[str], count: int, *more: str) -> Iterator[list[Servi
             end(each.process, each.started)
 
 
-def test_serving_on_two_ranks(arguments: list[str], tmp_path: Path) -> None:
+def test_serving_on_two_ranks(arguments: list[str], cli: Cli, tmp_path: Path) -> None:
     """The answers of `apb generate`, one after the other and at once, also after clients have gone away.
 
     If a rank is killed only the request in flight fails; all ranks are started again and answer, by what they have
@@ -240,7 +242,7 @@ def test_serving_on_two_ranks(arguments: list[str], tmp_path: Path) -> None:
     with servers(arguments, 1, "--ranks", "2", *folder) as (server,):
         line = server.serving()
         assert re.search(r"at http://127\.0\.0\.1:(\d+)/v1, 2 ranks$", line), line
-        one = answer(*arguments, "--max-new-tokens", "12", "--json")
+        one = cli(*arguments[1:], "--max-new-tokens", 12, "--json").json
         ask = partial(server.ask, TEXT, max_tokens=12)
         assert ask().choices[0].message.content == one["text"]
         assert ask(temperature=1e-40).choices[0].message.content == one["text"]

@@ -9,8 +9,8 @@ import torch
 
 import propagated
 import propagation_work
-from apb.distributed.launch import launch
 from families import PROMPT
+from forked import launch
 from propagated import KEEP, Outcome
 from propagation_work import SIZES, cases, readings
 

@@ -10,9 +10,9 @@ import torch
 
 import store_work
 from apb.distributed.collectives import Group
-from apb.distributed.launch import launch
 from apb.errors import RankError
 from command_line import Cli
+from forked import launch
 from store_work import ASKED, DAMAGE
 
 # All ranks' work is done before the first test, which is charged for it.

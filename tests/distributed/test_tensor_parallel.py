@@ -12,9 +12,9 @@ import torch
 import apb
 import families
 import tensor_work
-from apb.distributed.launch import launch
 from apb.distributed.mesh import Mesh
 from apb.hf.tensor_parallel import check_shards
+from forked import launch
 
 
 @pytest.fixture(scope="module")

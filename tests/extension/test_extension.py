@@ -14,7 +14,6 @@ from torch import Tensor
 
 import apb
 from apb.distributed.collectives import Group
-from apb.distributed.launch import launch
 from apb.evaluation.fidelity import measure
 from apb.evaluation.settings import Setting
 from apb.hf.counting import model_shape
@@ -25,6 +24,7 @@ from extension import work
 from extension.neighbours import Neighbours
 from extension.stride import Stride
 from extension.work import ANSWER, DECODING, METHOD, PASSING, PROMPT, STRIDE
+from forked import launch
 
 pytestmark = pytest.mark.timeout(300)
 START, STOP = len(PROMPT.prefix), len(PROMPT.prefix) + len(PROMPT.document)

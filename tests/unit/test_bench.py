@@ -31,6 +31,12 @@ from models import tiny_model
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
+def rates():
+    """What this machine reaches: measured once, which takes seconds."""
+    return ceilings.measure_ceilings(CPU, torch.float32, Group())
+
+
 @pytest.mark.parametrize(("name", "parameters"), [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-14b", 14_770_033_664)])
 def test_shapes_have_the_published_number_of_parameters(name, parameters):
     """The configurations in the package are those models', weight for weight."""
@@ -59,10 +65,9 @@ def test_unknown_shape_is_refused():
         shape_config("gpt-9")
 
 
-def test_rows_hold_baseline_ratio_and_floor():
+def test_rows_hold_baseline_ratio_and_floor(rates):
     """The first strategy is the baseline of each length; ratios and shares follow from the seconds of the same run."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
     assert rates.linear > 0
     assert rates.attention > 0
     assert rates.link == 0
@@ -102,10 +107,9 @@ def test_predictions_are_of_the_kernel_that_runs(monkeypatch):
     assert asked == ["reference"]
 
 
-def test_what_takes_too_long_or_too_much_is_left_out(monkeypatch):
+def test_what_takes_too_long_or_too_much_is_left_out(rates, monkeypatch):
     """A row says why there are no figures; short of time, fewer repeats are counted and no parts."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
     run = partial(bench_prefill, model, model_shape(model.config), rates, ["full"], [300], 50)
     (row,) = run(max_seconds=1e-12)
     assert (row.seconds, row.all_seconds, row.parts, row.speedup) == (None, [], None, None)
@@ -192,10 +196,9 @@ def test_decode_frees_sessions_before_it_makes_others(monkeypatch):
     assert len(caches) == 6
 
 
-def test_a_prompt_without_document_is_refused():
+def test_a_prompt_without_document_is_refused(rates):
     """The length counts the query too."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
-    rates = ceilings.measure_ceilings(CPU, torch.float32, Group())
     with pytest.raises(InputError, match="leaves no document"):
         list(bench_prefill(model, model_shape(model.config), rates, ["full"], [33], 1))
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from apb.hf.shrinking import shrink
 from apb.hf.supported import check_supported
 from apb.layers import shards
 from apb.layers.base import AttentionInput
+from command_line import Cli
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
@@ -105,15 +104,13 @@ def test_the_table_is_true(family: str) -> None:
     assert table.rows((ROOT / "docs" / "models.md").read_text())[family] == table.row(family)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(cli: Cli, tmp_path: Path) -> None:
     """Two ranks agree; a refused model ends with status 2 and one sentence."""
-    command = [sys.executable, "-m", "apb.cli.main", "check", "--json"]
-    done = subprocess.run([*command, "--ranks", "2"], capture_output=True, text=True, check=True)
-    card = json.loads(done.stdout)
+    card = cli("check", "--json", "--ranks", 2).json
     assert card["supported"]
     assert card["ranks"] == 2
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    done = subprocess.run([*command, "--model", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "'mamba'" in json.loads(done.stdout)["refused"]
-    assert len(done.stderr.splitlines()) == 1
+    done = cli("check", "--json", "--model", tmp_path)
+    assert done.status == 2
+    assert "'mamba'" in json.loads(done.out)["refused"]
+    assert len(done.err.splitlines()) == 1

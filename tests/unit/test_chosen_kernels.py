@@ -59,10 +59,13 @@ def pages_or_clusters(page_size: int | None) -> KeyIndex:
 
 @pytest.mark.triton
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim", "dtype"),
-    [(4, 2, 16, torch.float32), (8, 1, 64, torch.float16), (3, 3, 20, torch.float32)],
+    ("heads", "kv_heads", "head_dim", "dtype", "page_size", "together"),
+    [
+        *((4, 2, 16, torch.float32, *way) for way in ((5, False), (16, True), (None, False), (None, True))),
+        *((8, 1, 64, torch.float16, *way) for way in ((16, True), (None, False))),
+        *((3, 3, 20, torch.float32, *way) for way in ((5, False), (None, True))),
+    ],
 )
-@pytest.mark.parametrize(("page_size", "together"), [(5, False), (16, True), (None, False), (None, True)])
 def test_attention_over_what_torch_chooses(
     monkeypatch: pytest.MonkeyPatch,
     heads: int,

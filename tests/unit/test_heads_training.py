@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import apb
+import forked
 import oracle
 from apb.cli.main import app, run
 from apb.distributed.collectives import Group
+from apb.distributed.launch import launch
 from apb.evaluation.tasks import generate
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.loading import load_tokenizer, shipped_model
@@ -344,23 +345,33 @@ def here(
     logging.disable(logging.NOTSET)
 
 
-def test_killed_resumed_and_shared_out(arguments: list[str], here: Here, tmp_path: Path) -> None:
-    """A run that is killed goes on to the very same weights; two ranks of torchrun come to those of one, nearly."""
+def trains(*command: str) -> None:
+    """A command line in a process of its own."""
+    sys.argv = list(command)
+    assert run(app) == 0
+
+
+def test_killed_resumed_and_shared_out(
+    arguments: list[str], here: Here, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is killed goes on to the very same weights; two ranks come to those of one, nearly."""
     whole, killed, shared = (tmp_path / f"{name}.safetensors" for name in ("whole", "killed", "shared"))
     status, err = here(*arguments, "--out", str(whole))
     assert (status, err.count("\n")) == (0, 5)
 
     checkpoint = tmp_path / "killed.safetensors.checkpoint"
-    command = [sys.executable, "-m", *arguments, "--out", str(killed), "--checkpoint-every", "5"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    command = (*arguments, "--out", str(killed), "--checkpoint-every", "5")
+    process = forked.context().Process(target=trains, args=command)
+    process.start()
     try:
         until = time.monotonic() + 100
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < until:
+        while not checkpoint.exists() and process.is_alive() and time.monotonic() < until:
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        process.kill()
+        process.join()
+    capfd.readouterr()
+    assert process.exitcode == -signal.SIGKILL
     assert not killed.exists()
     step = torch.load(checkpoint, weights_only=True)["step"]
     assert 0 < step < 80
@@ -373,10 +384,8 @@ def test_killed_resumed_and_shared_out(arguments: list[str], here: Here, tmp_pat
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], value) for name, value in expected.items())
 
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run([*ranks, *arguments, "--out", str(shared)], capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stderr.decode().count("step 100 of 100") == 1
+    launch(trains, 2, *arguments, "--out", str(shared))
+    assert capfd.readouterr().err.count("step 100 of 100") == 1
     for name, value in load_file(shared).items():
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-4)
     first = train.first_weights(HeadShape(3, 4, 2, 16), Settings(hidden=16), torch.device("cpu"))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import hashlib
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,6 +21,7 @@ from test_document import PROMPT, QUESTIONS, engine_of, llama, read
 from torch import Tensor
 
 import apb
+import forked
 from apb import store
 from apb.decoding import Pages, Squeezed
 from apb.decoding.cluster_index import ClusterIndex
@@ -271,31 +271,29 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         document.save(tmp_path / "file")
 
 
-WRITER = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2:]
-from test_document import QUESTIONS, engine_of, llama, read
-document = read(engine_of(llama(), "full"))
-document.save(Path(sys.argv[1]))
-print("ready", flush=True)
-while True:
-    document.ask(QUESTIONS[0], keep=True, max_new_tokens=2)
-    document.save(Path(sys.argv[1]))
-"""
+def write_on(folder: Path, ready: Connection) -> None:
+    """A process that writes until it is killed."""
+    torch.set_num_threads(1)
+    document = read(engine_of(llama(), "full"))
+    document.save(folder)
+    ready.send("ready")
+    while True:
+        document.ask(QUESTIONS[0], keep=True, max_new_tokens=2)
+        document.save(folder)
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
     """At whatever moment: the folder holds a document that is whole, and says what reading it anew says."""
-    engine, draw = engine_of(llama(), "full"), Random(0)
-    paths = [path for path in sys.path if path]
+    engine, draw, context = engine_of(llama(), "full"), Random(0), forked.context()
     for number in range(3):
         folder = tmp_path / str(number)
-        with subprocess.Popen([sys.executable, "-c", WRITER, folder, *paths], stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            writer.stdout.readline()
-            time.sleep(draw.random() / 4)
-            writer.kill()
+        reading, writing = context.Pipe(duplex=False)
+        writer = context.Process(target=write_on, args=(folder, writing))
+        writer.start()
+        assert reading.recv() == "ready"
+        time.sleep(draw.random() / 4)
+        writer.kill()
+        writer.join()
         document = engine.load(folder)
         kept = document.token_ids[len(PROMPT.prefix) + len(PROMPT.document) :]
         prompt = apb.Prompt.from_tokens(PROMPT.prefix, PROMPT.document, [*kept, *document.state.unread, *QUESTIONS[1]])
