@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -201,25 +200,6 @@ def test_what_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(apb.InputError, match=sentence) as caught:
         engine.load(tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value)
-
-
-def test_shards_are_hashed_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many there are; documents of before are compared as a whole."""
-    path, engine = tmp_path / "file", engine_of(llama(), "full")
-    for size in (0, 1, 96, 97, 1000):
-        data = Random(size).randbytes(size)
-        path.write_bytes(data)
-        pieces = [hashlib.sha256(data[start : start + 96]).digest() for start in range(0, size, 96)]
-        with monkeypatch.context() as patch:
-            patch.setattr(store, "_PIECE", 96)
-            patch.setattr(store, "_READ", 60)
-            assert store.hash_of(path) == hashlib.sha256(b"".join(pieces)).hexdigest()
-    read(engine).save(tmp_path / "a")
-    hashed_whole(tmp_path / "a")
-    engine.load(tmp_path / "a")
-    flip(tmp_path / "a")
-    with pytest.raises(apb.InputError, match="is not what was written"):
-        engine.load(tmp_path / "a")
 
 
 def test_shards_are_hashed_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
