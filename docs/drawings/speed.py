@@ -6,6 +6,7 @@ Writes docs/images/speed-light.svg and speed-dark.svg. A test checks that the fi
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,40 @@ def seconds_of(file: str, strategy: str) -> float:
     return next(row["seconds"] for row in rows if (row["strategy"], row["length"]) == (strategy, TOKENS))
 
 
+def of_vllm(workers: int, store: bool) -> float:
+    """Seconds to vLLM's first token, the median, by itself or from what apb has stored."""
+    parts = json.loads((RESULTS / "vllm_hand_over_h200.json").read_text())["parts"]
+    wanted = ("answer", TOKENS, workers, store)
+    names = ("part", "length", "tensor_parallel", "store")
+    (row,) = (part for part in parts if tuple(part.get(name) for name in names) == wanted)
+    return statistics.median(row["first_token_s"])
+
+
 def figures() -> list[tuple[str, list[tuple[str, float, str]]]]:
     """Groups of bars: (title, [(label, seconds, colour's name)])."""
     (kept,) = json.loads((RESULTS / "follow_up_h200.json").read_text())["rows"]
-    reading: list[tuple[str, float, str]] = [
+    one: list[tuple[str, float, str]] = [
+        ("vLLM 0.26, to its first token", of_vllm(1, store=False), "faint"),
         ("full attention", seconds_of("prefill_bf16_h200.json", "full"), "faint"),
-        ("full attention, --quantization fp8", seconds_of("prefill_fp8_h200.json", "full"), "faint"),
         ("apb", seconds_of("prefill_bf16_h200.json", "apb"), "own"),
         ("apb, --quantization fp8", seconds_of("prefill_fp8_h200.json", "apb"), "own"),
     ]
+    two: list[tuple[str, float, str]] = [
+        ("vLLM 0.26, tensor parallel", of_vllm(2, store=False), "faint"),
+        ("ring attention", seconds_of("prefill_two_merged_h200.json", "ring"), "faint"),
+        ("star, 8 blocks", seconds_of("prefill_two_h200.json", "star"), "faint"),
+        ("apb", seconds_of("prefill_two_merged_h200.json", "apb"), "own"),
+    ]
     asking: list[tuple[str, float, str]] = [
+        ("vLLM 0.26, from apb's store", of_vllm(1, store=True), "question"),
         ("from disk (files in the page cache)", kept["disk"]["page_cache"]["first_token_s"], "question"),
         ("from host memory", kept["host"]["first_token_s"], "question"),
         ("from the GPU", kept["device"]["first_token_s"], "question"),
     ]
     return [
-        (f"Seconds to read {TOKENS:,} tokens", reading),
-        ("Seconds to the first token of the next question about them", asking),
+        (f"Seconds to read {TOKENS:,} tokens, one H200", one),
+        ("on two", two),
+        ("Seconds to the first token of the next question about them, one H200", asking),
     ]
 
 
@@ -57,8 +75,10 @@ def drawing(colours: Colours) -> str:
             parts.append(words(LEFT + length + 8, y + 13, f"{seconds:.2f}", colours.text))
             y += ROW
         y += 24
-    parts.append(words(0, y - 4, "Llama-3.1-8B's shape, random weights, bf16, one H200", colours.faint, size=12))
-    return picture(parts, LEFT + WIDTH + 60, y + 8, "Seconds of full attention, of apb, and of a further question.")
+    parts.append(words(0, y - 4, "Llama-3.1-8B's shape, random weights, bf16", colours.faint, size=12))
+    return picture(
+        parts, LEFT + WIDTH + 60, y + 8, "Seconds of vLLM, of full attention, of apb, and of a further question."
+    )
 
 
 if __name__ == "__main__":
