@@ -97,7 +97,7 @@ def test_python_snippets(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.M
     assert ran >= 5
 
 
-@pytest.mark.parametrize("name", ["method", "speed"])
+@pytest.mark.parametrize("name", ["badges", "method", "speed"])
 def test_drawings_are_those_of_their_scripts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/images/NAME-*.svg; `python docs/drawings/NAME.py` writes them."""
     monkeypatch.syspath_prepend(ROOT / "docs/drawings")
