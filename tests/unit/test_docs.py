@@ -106,6 +106,13 @@ def test_drawings_are_those_of_their_scripts(name: str, monkeypatch: pytest.Monk
         assert (ROOT / f"docs/images/{name}-{theme.name}.svg").read_text() == script["drawing"](theme)
 
 
+def test_what_badges_say_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text for those who do not see README's badges."""
+    monkeypatch.syspath_prepend(ROOT / "docs/drawings")
+    facts = runpy.run_path(str(ROOT / "docs/drawings/badges.py"))["facts"]()
+    assert f'alt="{"; ".join(" ".join(each) for each in facts)}"' in (ROOT / "README.md").read_text()
+
+
 def test_plots_are_those_of_their_results() -> None:
     """docs/images/plan.svg, bench-*.svg and eval-*.svg; `python docs/drawings/reports.py` writes them."""
     matplotlib = pytest.importorskip("matplotlib", reason="needs apb-llm[report]")

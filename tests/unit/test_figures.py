@@ -54,8 +54,8 @@ def test_what_the_picture_says_in_words() -> None:
     near, far = row["device"]["first_token_s"], row["disk"]["page_cache"]["first_token_s"]
     said = (
         f"vLLM reads them in {alone[0]:.1f} seconds, full attention in {full:.1f}, apb in {apb:.1f}, in fp8 in "
-        f"{fp8:.1f}; on two vLLM in {alone[1]:.1f}, ring attention in {ring:.1f}, Star in {star:.1f}, apb in {both:.1f}; "
-        "the next question about them takes"
+        f"{fp8:.1f}; on two vLLM in {alone[1]:.1f}, ring attention in {ring:.1f}, Star in {star:.1f}, "
+        f"apb in {both:.1f}; the next question about them takes"
     )
     assert f"{said} {near:.2f} to {far:.2f} seconds" in page("README.md")
     assert f"vLLM answers from what it has read in {stored[0]:.1f} on one" in page("README.md")
