@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -151,7 +151,8 @@ def main() -> None:
     ]
     session = engine.prefill(prompt, max_new_tokens=given.tokens)
     state = State.of_session(session, prompt, (), "")
-    tokens = engine.generate(prompt, max_new_tokens=given.tokens).token_ids
+    document = Document(engine, OfTokens(prompt.prefix, prompt.document), state)
+    tokens = document.ask(prompt.query, max_new_tokens=given.tokens).token_ids
     rows = [timed(engine, method, prompt, state, tokens) for method in methods]
     for row, fidelity in zip(rows, measure(engine, prompt, methods, given.tokens), strict=True):
         row |= {"mass": statistics.fmean(fidelity.mass), "mass_min": fidelity.mass_min, "kl": fidelity.kl}
@@ -179,8 +180,7 @@ def timed(engine: apb.Engine, method: Decoding, prompt: apb.Prompt, state: State
     method.build(cache)
     built = time.perf_counter() - start
     with closing(Setting(Full(), decoding=method).engine(engine)) as own:
-        held = State(**{**vars(state), "cache": cache})
-        document = Document(own, OfTokens(prompt.prefix, prompt.document), held)
+        document = Document(own, OfTokens(prompt.prefix, prompt.document), replace(state, cache=cache))
         session = document.prefill(prompt.query, max_new_tokens=len(tokens))
         steps = []
         for token in tokens:
