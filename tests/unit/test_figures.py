@@ -325,6 +325,17 @@ def test_decode_methods() -> None:
         assert f"| {said}{made}".replace("%", " %") in text
 
 
+def test_an_index_from_a_library() -> None:
+    """The table of docs/decoding.md: mass, time of a token, time to build."""
+    rows, text = result("index_library_cpu.json")["rows"], page("docs/decoding.md")
+    for number in range(4):
+        kind = rows[number::4]
+        told = " | ".join(f"{row['mass']:.3f}, {row['step_s'] * 1e3:.0f} ms" for row in kind)
+        assert f"| {told} | {kind[2]['build_s']:.1f} s |" in text
+    clusters, lists = rows[1::4], rows[3::4]
+    assert all(clusters[2]["mass"] > row["mass"] and clusters[2]["step_s"] < row["step_s"] for row in lists[:2])
+
+
 def test_how_many_families_are_read() -> None:
     """The README's count is that of docs/models.md, of the families of the transformers that the page was made with."""
     told = re.search(r"(\d+) of transformers' (\d+) causal decoders", page("README.md"))
