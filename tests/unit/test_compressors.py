@@ -16,6 +16,7 @@ from torch import Tensor
 
 import apb
 from apb.compressors import COMPRESSORS, BlockView, Head, make_compressor
+from apb.compressors.query import Query
 from apb.compressors.retaining import Retaining
 from apb.hf.heads import HeadShape, load_heads
 from apb.hf.random_weights import shape_config
@@ -102,6 +103,18 @@ def test_blocks_are_scored_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -
     together = compressor.score_all(blocks)
     assert calls == [3, 2, 1, 2, 1]
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_a_childs_own_scores_are_those_of_all_blocks() -> None:
+    """Whatever its parent computes for several blocks at once."""
+
+    class Twice(Query):
+        def score(self, seen: BlockView) -> Tensor:
+            return 2 * super().score(seen)
+
+    blocks = [view(seed=1), view(seed=2)]
+    for block, scores in zip(blocks, Twice().score_all(blocks), strict=True):
+        assert torch.equal(scores, 2 * make_compressor("query").score(block))
 
 
 @pytest.mark.parametrize("name", ["query", "query-edge"])

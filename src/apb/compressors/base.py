@@ -68,12 +68,21 @@ class Compressor(Checked, ABC):
     pooled: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # What a parent computes for several blocks at once is not what a child's own scores are.
+        if "score" in vars(cls) and "score_all" not in vars(cls):
+            cls.score_all = Compressor.score_all  # type: ignore[method-assign]
+
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:
         """Scores (kv_heads, tokens), fp32, on the device of ``view.k``, not pooled; higher means: pass it on."""
 
     def score_all(self, views: Sequence[BlockView]) -> list[Tensor]:
-        """:meth:`score` of several blocks of one layer, in the order of the text; override it to launch less."""
+        """:meth:`score` of several blocks of one layer, (kv_heads, tokens) fp32 each, in the order of the text.
+
+        A subclass may override it beside :meth:`score`, to launch less.
+        """
         return [self.score(view) for view in views]
 
     @abstractmethod

@@ -27,7 +27,7 @@ class Query(Compressor):
 
     def score(self, view: BlockView) -> Tensor:
         """See :meth:`Compressor.score`."""
-        return self.score_all([view])[0]
+        return self.score_run([view])[0]
 
     def score_all(self, views: Sequence[BlockView]) -> list[Tensor]:
         """See :meth:`Compressor.score_all`."""
