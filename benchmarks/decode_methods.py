@@ -64,17 +64,25 @@ def main() -> None:
                 first = (turn + step) % len(measured)  # none always follows the same one
                 for each in measured[first:] + measured[:first]:
                     each.step(token, timed=step > 0)
-    report: dict[str, Any] = {
+    rows = [each.row() for each in measured]
+    tell(given, heading(engine, prompt, state) | {"answers": item.answers, "rows": rows})
+
+
+def heading(engine: apb.Engine, prompt: apb.Prompt, state: State) -> dict[str, Any]:
+    """What made the figures of one text: command, machine, and what was read, in seconds."""
+    return {
         "command": f"python {' '.join(sys.argv)}",
         "threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
         "fingerprint": fingerprint(engine.device, engine.dtype),
-        "task": given.task,
         "prompt_tokens": len(prompt),
         "prefill_s": state.prefill_s,
-        "answers": item.answers,
-        "rows": [each.row() for each in measured],
     }
+
+
+def tell(given: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Print a report, with the kind of question, and write it to ``--out`` if that is given."""
+    report["task"] = given.task
     print(json.dumps(report, indent=1))
     if given.out:
         given.out.write_text(json.dumps(report, indent=1) + "\n")

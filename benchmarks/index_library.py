@@ -13,11 +13,8 @@ taken. All methods read the tokens of one exact greedy answer over one text: att
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from decode_methods import heading, tell
 from torch import Tensor
 
 import apb
@@ -37,7 +35,6 @@ from apb.document import Document
 from apb.evaluation import synthetic
 from apb.evaluation.decode_fidelity import measure, named
 from apb.evaluation.settings import Setting
-from apb.hardware import fingerprint
 from apb.hf.loading import shipped_model
 from apb.kernels.chosen import within
 from apb.methods import Full, option
@@ -157,20 +154,7 @@ def main() -> None:
     for row, fidelity in zip(rows, measure(engine, prompt, methods, given.tokens), strict=True):
         row |= {"mass": statistics.fmean(fidelity.mass), "mass_min": fidelity.mass_min, "kl": fidelity.kl}
         row |= {"share": fidelity.share, "agreement": fidelity.agreement, "steps": fidelity.tokens}
-    report = {
-        "command": f"python {' '.join(sys.argv)}",
-        "faiss": faiss.__version__,
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "load": os.getloadavg()[0],
-        "fingerprint": fingerprint(engine.device, engine.dtype),
-        "task": given.task,
-        "prompt_tokens": len(prompt),
-        "prefill_s": state.prefill_s,
-        "rows": rows,
-    }
-    print(json.dumps(report, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(report, indent=1) + "\n")
+    tell(given, heading(engine, prompt, state) | {"faiss": faiss.__version__, "rows": rows})
 
 
 def timed(engine: apb.Engine, method: Decoding, prompt: apb.Prompt, state: State, tokens: list[int]) -> dict[str, Any]:
