@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -29,7 +31,7 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     compiled = []
 
     def compile_(function, **options):
-        assert options == {"dynamic": True}
+        assert options == ({} if function.__name__ == "apply_rotary_pos_emb" else {"dynamic": True})
 
         def run(*args, **kwargs):
             compiled.append(function.__qualname__)
@@ -59,6 +61,32 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert not any("forward" in vars(module) for module in model.modules())
     assert type(model.lm_head) is nn.Linear
+
+
+def test_one_rope_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph has numbers of rows alone as variables, and what it returns is what is not compiled returns."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        given = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        graphs.append([size for x in given if isinstance(x, torch.Tensor) for size in x.shape])
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=backend, **how))
+    original = modeling_llama.apply_rotary_pos_emb
+    undo = fusing.fuse_parts(tiny_model("llama", heads=4, kv_heads=2, head_dim=16))
+    try:
+        for rows in (40, 4, 16, 333):  # as many as heads, as wide as a head
+            q, k = (torch.randn(1, rows, heads, 16).transpose(1, 2) for heads in (4, 2))
+            angles = torch.randn(1, rows, 16)
+            rotated = modeling_llama.apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
+            for actual, expected in zip(rotated, original(q, k, angles.cos(), angles.sin()), strict=True):
+                torch.testing.assert_close(actual, expected)
+    finally:
+        undo()
+    (sizes,) = graphs
+    assert sorted(size for size in sizes if isinstance(size, int)) == sorted([1, 4, 16, 1, 2, 16, 1, 16, 1, 16])
 
 
 @pytest.mark.triton

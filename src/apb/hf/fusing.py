@@ -61,7 +61,7 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
     sources = {sys.modules[name] for name in {type(module).__module__ for module in attending} - hidden}
     rotations = [(source, vars(source)[_ROPE]) for source in sources if _ROPE in vars(source)]
     for source, original in rotations:
-        _set(source, torch.compile(original, dynamic=True))
+        _set(source, _of_any_length(torch.compile(original)))
 
     def undo() -> None:
         for layer in linear:
@@ -84,6 +84,25 @@ class _Linear(nn.Linear):
 
             return matvec.linear(input, weight, self.bias)
         return super().forward(input)
+
+
+def _of_any_length(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled RoPE, one graph of which serves any number of rows.
+
+    Rows are the second last dimension of the sines, its last tensor. With every size a variable, as ``dynamic`` makes
+    them, the kernel would compute where each element is, and take seven times as long as a copy.
+    """
+
+    def rotate(*args: Any, **kwargs: Any) -> Any:
+        tensors = [each for each in args if isinstance(each, Tensor)]
+        for each in tensors:
+            # Second last in q and k as well, in most models.
+            found = [dim for dim in (-2, *range(each.dim())) if each.shape[dim] == tensors[-1].shape[-2] > 1]
+            if found:
+                torch._dynamo.maybe_mark_dynamic(each, found[0] % each.dim())
+        return compiled(*args, **kwargs)
+
+    return rotate
 
 
 def _set(source: ModuleType, rotate: Callable[..., Any]) -> None:
