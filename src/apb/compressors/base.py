@@ -71,8 +71,9 @@ class Compressor(Checked, ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # What a parent computes for several blocks at once is not what a child's own scores are.
-        if "score" in vars(cls) and "score_all" not in vars(cls):
-            cls.score_all = Compressor.score_all  # type: ignore[method-assign]
+        for each, every in (("score", "score_all"), ("compare", "compare_all")):
+            if each in vars(cls) and every not in vars(cls):
+                setattr(cls, every, getattr(Compressor, every))
 
     @abstractmethod
     def score(self, view: BlockView) -> Tensor:
@@ -92,6 +93,10 @@ class Compressor(Checked, ABC):
     def compare(self, view: BlockView, scores: Tensor) -> Tensor:
         """Scores like those of :meth:`score`, which are given, but comparable with those of other blocks."""
         return scores
+
+    def compare_all(self, views: Sequence[BlockView], scores: Sequence[Tensor]) -> list[Tensor]:
+        """:meth:`compare` of several blocks, as :meth:`score_all` scores them."""
+        return [self.compare(view, own) for view, own in zip(views, scores, strict=True)]
 
     def flops_to_compare(self, model: ModelShape, query: int) -> int:
         """FLOPs of :meth:`compare`, as :meth:`flops` counts them."""

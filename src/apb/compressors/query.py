@@ -35,12 +35,7 @@ class Query(Compressor):
 
     def score_run(self, run: Sequence[BlockView]) -> Tensor:
         """Scores (blocks, kv_heads, tokens) of blocks that differ in nothing but their place."""
-        from ..kernels.selection import attention_received
-
-        first = run[0]
-        step = run[1].k.storage_offset() - first.k.storage_offset() if len(run) > 1 else 0
-        keys = first.k.as_strided((len(run), *first.k.shape), (step, *first.k.stride()))
-        return attention_received(first.query, keys, first.scale, first.softcap)
+        return _received(run, None)
 
     def flops(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops`: the product of all query rows with the token's key."""
@@ -48,13 +43,25 @@ class Query(Compressor):
 
     def compare(self, view: BlockView, scores: Tensor) -> Tensor:
         """See :meth:`Compressor.compare`: shares of the rows' attention to the whole text instead of the block."""
-        from ..kernels.selection import attention_received
+        return _received([view], view.lse)[0]
 
-        return attention_received(view.query, view.k, view.scale, view.softcap, view.lse)
+    def compare_all(self, views: Sequence[BlockView], scores: Sequence[Tensor]) -> list[Tensor]:
+        """See :meth:`Compressor.compare_all`."""
+        return [each for run in _runs(views) for each in _received(run, run[0].lse)]
 
     def flops_to_compare(self, model: ModelShape, query: int) -> int:
         """See :meth:`Compressor.flops_to_compare`: that product once more."""
         return self.flops(model, query)
+
+
+def _received(run: Sequence[BlockView], lse: Tensor | None) -> Tensor:
+    """The attention (blocks, kv_heads, tokens) that the keys of a run of blocks receive from the query's rows."""
+    from ..kernels.selection import attention_received
+
+    first = run[0]
+    step = run[1].k.storage_offset() - first.k.storage_offset() if len(run) > 1 else 0
+    keys = first.k.as_strided((len(run), *first.k.shape), (step, *first.k.stride()))
+    return attention_received(first.query, keys, first.scale, first.softcap, lse)
 
 
 def _runs(views: Sequence[BlockView]) -> Iterator[list[BlockView]]:

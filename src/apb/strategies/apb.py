@@ -45,9 +45,9 @@ class APB(Strategy):
         self._known: dict[int, list[Tensor]] = {}
         # Log-sum-exps of the query's rows in every layer, of the first round: the scores of all rounds share a measure.
         self._measures: dict[int, Tensor] = {}
-        super().__init__(plan, group, compressor, backend)
         self._contexts = plan.contexts()
         self._budget = plan.competing
+        super().__init__(plan, group, compressor, backend)
 
     def begin(self, itinerary: Itinerary) -> None:
         """See :meth:`Strategy.begin`."""
@@ -64,6 +64,7 @@ class APB(Strategy):
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
         self._width = max(filled)
+        self._contest = self._contest_of(itinerary)
 
     def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
@@ -122,7 +123,8 @@ class APB(Strategy):
         positions = torch.cat([empty, *(rows + span.start for span, rows, _ in offers)], 1)
         scores = [each for _, _, each in offers if each is not None]
         # As gathered pairs are: the anchor's before the blocks'.
-        chosen, _ = self._compete(F.pad(torch.cat(scores, 1), (anchor, 0))) if scores else ({}, None)
+        columns = self._compete(F.pad(torch.cat(scores, 1), (anchor, 0))) if scores else ()
+        chosen = dict(zip(self._contest.blocks, columns, strict=False))
 
         def seen(block: int, kv_head: int) -> Tensor:
             if block in chosen:
@@ -181,13 +183,13 @@ class APB(Strategy):
             chosen = self._choose(views, scores)
         if self._budget is None:
             return [(span, rows, None) for span, rows in zip(spans, chosen, strict=True)]
-        found: list[tuple[Span, Tensor, Tensor | None]] = []
         with timed("scoring"):
-            for span, view, own, rows in zip(spans, views, scores, chosen, strict=True):
-                compared = self.compressor.compare(view, own)
-                competing = (pool(compared) if self.compressor.pooled else compared).gather(1, rows)
-                found.append((span, rows, competing))
-        return found
+            compared = self.compressor.compare_all(views, scores)
+            competing = [
+                (pool(each) if self.compressor.pooled else each).gather(1, rows)
+                for each, rows in zip(compared, chosen, strict=True)
+            ]
+        return list(zip(spans, chosen, competing, strict=True))
 
     def _view(self, layer: AttentionInput, span: Span, measure: Tensor | None) -> BlockView:
         """A block as the compressor sees it."""
@@ -242,44 +244,57 @@ class APB(Strategy):
 
     def _limited(self, layer: AttentionInput, pairs: Tensor, scores: Tensor) -> Passed:
         """The same where pairs compete: a prefix as long as all that was offered fits, then copies of the best."""
-        anchor = self.plan.anchor_length
+        anchor, contest = self.plan.anchor_length, self._contest
         keys, values = pairs.transpose(1, 2)
+        sources, parts = [(keys, values)], {span.block: _prefix(self._contexts[span.block]) for span in self.blocks}
         with timed("selection"):
-            chosen, contest = self._compete(scores[0, :, :, 0])
-            size = sum(columns.shape[1] for columns in chosen.values())
-            best = pairs.new_empty(2, pairs.shape[1], size, pairs.shape[3]).transpose(1, 2)
-            parts, row = {}, 0
-            for span in self.blocks:
-                parts[span.block] = _prefix(self._contexts[span.block])
-                if span.block in chosen:
-                    columns = chosen[span.block]
-                    count = columns.shape[1]
-                    pack(keys, values, columns, best[:, row : row + count])
-                    parts[span.block] = (*_prefix(anchor), Part(1, row, count, causal=False))
-                    row += count
+            columns = self._compete(scores[0, :, :, 0])
+            seeing = [block for block in contest.blocks if block in parts]
+            if seeing:
+                # (kv_heads, blocks * budget): block by block, as they are packed.
+                chosen = columns[: len(seeing)].transpose(0, 1).flatten(1).contiguous()
+                best = pairs.new_empty(2, pairs.shape[1], chosen.shape[1], pairs.shape[3]).transpose(1, 2)
+                pack(keys, values, chosen, best)
+                sources.append((best[0], best[1]))
+                for number, block in enumerate(seeing):
+                    first = number * contest.budget
+                    parts[block] = (*_prefix(anchor), Part(1, first, contest.budget, causal=False))
             if not self.itinerary.last:
-                self._known[layer.index] = [contest.kept(pairs), contest.kept(scores)]
-        return Passed([(keys, values), (best[0], best[1])] if chosen else [(keys, values)], parts)
+                kept = columns[-1] if contest.blocks else None
+                self._known[layer.index] = [_kept(each, anchor, kept) for each in (pairs, scores)]
+        return Passed(sources, parts)
 
-    def _compete(self, scores: Tensor) -> tuple[dict[int, Tensor], Contest]:
-        """By block of this rank the columns (kv_heads, budget) of the pairs that it sees, and the state after all.
+    def _compete(self, scores: Tensor) -> Tensor:
+        """By block of the contest the columns (kv_heads, budget) of the pairs that it sees, of ``scores`` (kv_heads,
+        pairs): the anchor's, which are not read, those of earlier rounds, and those offered in this one."""
+        anchor = self.plan.anchor_length
+        if not self._contest.blocks:
+            return torch.empty(0, len(scores), 0, dtype=torch.int64, device=scores.device)
+        return self._contest.columns(scores[:, anchor:]) + anchor
 
-        Blocks that see all columns before their own are left out. ``scores`` (kv_heads, pairs): the anchor's, which
-        are not read, those of earlier rounds, and those offered in this one.
-        """
-        assert self._budget is not None
-        last = max((span.block for span in self.blocks), default=-1)
-        mine = {span.block for span in self.blocks}
-        start = scores.shape[1] - sum(self._offering.values())
-        contest, chosen = Contest(scores, self._budget, range(self.plan.anchor_length, start)), {}
+    def _contest_of(self, itinerary: Itinerary) -> Contest:
+        """Of this rank's blocks in a round those that see the best pairs, and before another round, what is kept."""
+        budget, mine = self._budget or 0, {span.block for span in itinerary.blocks}
+        end = sum(self.plan.passed(block.index) for block in self.plan.all_blocks() if block.round < itinerary.round)
+        end, edge = min(end, budget), 0
+        found = []
         for block, count in self._offering.items():
-            if contest.dropped and block in mine:
-                chosen[block] = contest.columns
-            if self.itinerary.last and block >= last:
-                break
-            contest.add(range(start, start + count), self.compressor.edge(min(count, self._budget)))
-            start += count
-        return chosen, contest
+            found.append((block, end, edge))
+            end, edge = end + count, self.compressor.edge(min(count, budget))
+        found = [each for each in found if each[0] in mine]
+        if not itinerary.last:
+            found.append((-1, end, edge))
+        found = [each for each in found if each[1] > budget]
+        blocks, ends, edges = zip(*found, strict=True) if found else ((), (), ())
+        return Contest(blocks, ends, edges, budget)
+
+
+def _kept(each: Tensor, first: int, columns: Tensor | None) -> Tensor:
+    """Of (n, kv_heads, pairs, width) the pairs before ``first`` and the columns (kv_heads, budget); None: all."""
+    if columns is None:
+        return each
+    chosen = each.gather(2, columns[None, :, :, None].expand(len(each), -1, -1, each.shape[3]))
+    return torch.cat([each[:, :, :first], chosen], 2)
 
 
 def _prefix(pairs: int) -> tuple[Part, ...]:

@@ -2,54 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from ..kernels.selection import choose
 
 
+@dataclass(frozen=True)
 class Contest:
-    """The best of the pairs that were offered so far, per KV head, which the next block sees.
+    """The blocks of a round that cannot see all pairs that stand before their own, and how many these are.
 
-    Blocks offer one after the other, and what loses once cannot win later, so a block costs one choice among ``budget``
-    pairs and its own, whatever its number. The exception is an edge, whose pairs are seen by the block after theirs
-    whatever their scores: of the others the best ``budget`` less the edge are always there.
+    The best of them are chosen for every block apart, as if it were alone: for all blocks at once, in one launch. Of
+    the block directly before, an edge is seen whatever its scores.
 
     Attributes:
-        columns: (kv_heads, pairs) int64, columns of the scores, ascending.
-        scores: (kv_heads, pairs) fp32, their scores.
-        dropped: True once not all that was offered is there.
+        blocks: indexes of the blocks; after the last one may come -1, which stands for the next round's first block.
+        ends: for each the number of columns of pairs before its own, more than the budget.
+        edges: for each the number of pairs that come first, the last of those columns.
+        budget: pairs that a block sees of them.
     """
 
-    def __init__(self, scores: Tensor, budget: int, known: range) -> None:
-        """``scores`` (kv_heads, columns) of all pairs; those in the columns ``known`` are there already."""
-        self._all, self._budget, self._first = scores, budget, known.start
-        self.columns, self.scores = self._of(known)
-        self.dropped = False
+    blocks: tuple[int, ...]
+    ends: tuple[int, ...]
+    edges: tuple[int, ...]
+    budget: int
 
-    def add(self, offers: range, edge: int) -> None:
-        """Let the pairs in the next columns compete; the last ``edge`` of them come before all others this once."""
-        columns, scores = (
-            torch.cat(both, 1) for both in zip((self.columns, self.scores), self._of(offers), strict=True)
-        )
-        if columns.shape[1] > self._budget:
-            order = scores
-            if edge:
-                order = scores.clone()
-                order[:, -edge:] = torch.inf
-            best = choose(order, self._budget, order.shape[1], pooled=False)
-            columns, scores = columns.gather(1, best), scores.gather(1, best)
-            self.dropped = True
-        self.columns, self.scores = columns, scores
-
-    def kept(self, each: Tensor) -> Tensor:
-        """Of (n, kv_heads, columns, width) the columns before all that compete, and those that are there."""
-        if not self.dropped:
-            return each
-        chosen = each.gather(2, self.columns[None, :, :, None].expand(len(each), -1, -1, each.shape[3]))
-        return torch.cat([each[:, :, : self._first], chosen], 2)
-
-    def _of(self, columns: range) -> tuple[Tensor, Tensor]:
-        """Columns and their scores, (kv_heads, columns) each."""
-        every = torch.arange(columns.start, columns.stop, device=self._all.device)
-        return every.expand(len(self._all), -1), self._all[:, columns.start : columns.stop]
+    def columns(self, scores: Tensor) -> Tensor:
+        """Of pairs' scores (kv_heads, columns) fp32 the best columns (blocks, kv_heads, budget) int64, ascending."""
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        ends, edges = torch.tensor([self.ends, self.edges], device=scores.device)[:, :, None, None]
+        # Columns of later blocks rank below all others, and of equal ones the first is taken.
+        order = torch.where(columns < ends, torch.inf, -torch.inf)
+        order = torch.where(columns < ends - edges, scores, order)
+        chosen = choose(order.flatten(0, 1), self.budget, scores.shape[1], pooled=False)
+        return chosen.unflatten(0, (len(self.blocks), -1))
