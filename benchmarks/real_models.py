@@ -22,25 +22,28 @@ from candidates import Observers
 
 from apb import Propagation
 from apb.compressors import Compressor
+from apb.decoding import Pages, Squeezed
 from apb.evaluation.settings import Setting
 
 SEED = 200
-SETS = ("main", "ablations", "minference", "follow-ups", "bound", "propagation")
+SETS = ("main", "ablations", "minference", "follow-ups", "bound", "propagation", "decode")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
 """The length of block at which compressors, passing lengths and anchor lengths are compared."""
-BUDGETS = (512, 1024, 2048)
-"""Bounds on what such a block sees of the pairs of others."""
 FOLLOWED = 2048
-"""The length of block at which questions are asked after reading."""
+"""The length of block at which questions are asked after reading, and of default plans."""
+BOUND = 32
+"""A block sees pairs of others for one of so many tokens of the text: of 131,072 tokens the best 4,096."""
 EVERY_ROW = Observers(observers=1 << 20)
 """Each key is scored by all rows of its block, as if the text were repeated (KVzip, arXiv 2505.23416, without reading
 it twice)."""
-PROPAGATED = (0.1, 0.2, 0.4)
-"""Shares of the rows that go on from a middle layer."""
-DEPTHS = ((1, 3), (1, 2), (2, 3))
+PROPAGATED = 0.2
+"""Share of the rows that go on from a middle layer."""
+DEPTHS = ((1, 2), (7, 12))
 """Shares of the model's layers after which only they do."""
+ATTENDED = (0.05, 0.1, 0.25)
+"""Shares of the keys that a new token attends to."""
 TIMED_TASK = "multikey"
 TIMED = 3
 # Readings that a process answers side by side: a unit is short, and the processes finish together.
@@ -77,9 +80,7 @@ def ablations(length: int, heads: str | None) -> list[Setting]:
 
 def bound(length: int) -> list[Setting]:
     """A block sees all pairs that others pass on, an eighth of their tokens, or the best so many of them."""
-    budgets = [size for size in BUDGETS if size < length // 8]
-    found = [cut("apb", length, ABLATED)]
-    return found + [cut("apb", length, ABLATED, passing_budget=size) for size in budgets]
+    return [cut("apb", length, FOLLOWED), cut("apb", length, FOLLOWED, passing_budget=length // BOUND)]
 
 
 def follow_ups(length: int, heads: str | None) -> list[Setting]:
@@ -102,14 +103,16 @@ def follow_ups(length: int, heads: str | None) -> list[Setting]:
 
 
 def propagations(length: int, layers: int) -> list[Setting]:
-    """Which share of the rows goes on above which layer, for exact attention and for blocks, beside all rows."""
-    found = []
-    for setting in (Setting.of("full", question_first=True), cut("apb", length, FOLLOWED)):
-        found.append(setting)
-        for part, whole in DEPTHS:
-            layer = layers * part // whole
-            found += [replace(setting, propagation=Propagation(layer, keep)) for keep in PROPAGATED]
-    return found
+    """From which layer only a share of the rows goes on, beside all rows."""
+    whole = cut("apb", length, FOLLOWED)
+    depths = [layers * part // parts for part, parts in DEPTHS]
+    return [whole, *(replace(whole, propagation=Propagation(layer, PROPAGATED)) for layer in depths)]
+
+
+def decodings() -> list[Setting]:
+    """Every key attended to by new tokens, or a share of them, after the same exact reading."""
+    shares = [kind(share) for kind in (Pages, Squeezed) for share in ATTENDED]
+    return [Setting.of("full"), *(replace(Setting.of("full"), decoding=each) for each in shares)]
 
 
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
@@ -129,12 +132,14 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "follow-ups": follow_ups(length, arguments.heads),
                 "bound": bound(length),
                 "propagation": propagations(length, layers),
+                "decode": decodings(),
             }
             for first in range(0, arguments.samples, arguments.shard):
                 count = min(arguments.shard, arguments.samples - first)
                 for task in tasks:
-                    for start in range(0, len(sets[name]), SIDE_BY_SIDE):
-                        chosen = tuple(sets[name][start : start + SIDE_BY_SIDE])
+                    beside = len(sets[name]) if name == "decode" else SIDE_BY_SIDE  # which share a reading
+                    for start in range(0, len(sets[name]), beside):
+                        chosen = tuple(sets[name][start : start + beside])
                         yield Unit(task, length, chosen, SEED, first, count)
 
 

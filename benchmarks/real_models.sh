@@ -34,7 +34,11 @@ answer qwen2.5-coder-1.5b 16384 ablations
 for name in qwen2.5-coder-1.5b qwen2.5-coder-0.5b gemma3-270m; do answer $name 16384 minference; done
 answer smollm2-135m 8192 minference
 for name in qwen2.5-coder-1.5b qwen2.5-coder-0.5b; do answer $name 16384 follow-ups; done
-for length in 32768 16384; do answer qwen2.5-coder-1.5b $length bound; done
+for length in 16384 32768; do
+    for set in bound propagation decode; do
+        for name in qwen2.5-coder-1.5b qwen2.5-coder-0.5b; do answer $name $length $set; done
+    done
+done
 
 for records in "$out"/real_*.jsonl; do
     [ -f "$records" ] && gzip --no-name --force --best --keep "$records"
