@@ -21,6 +21,7 @@ from apb.kernels.scattered import scattered_window
 from apb.kernels.segment import Segment
 from apb.kernels.selection import attention_received
 from apb.planning.cost import predict
+from apb.strategies.propagation import best_rows
 from families import ANSWER, PROMPT
 from propagated import KEEP, LAYER
 
@@ -36,6 +37,16 @@ def test_against_the_oracle(name: str, reading: str) -> None:
     assert outcome.lengths == (len(PROMPT), len(positions))
     assert outcome.keys is not None and outcome.keys.shape[1] == len(positions)
     torch.testing.assert_close(outcome.logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("count", "reach"), [(2000, 63), (1016, 63), (1000, 62), (40, 2), (16, 1), (7, 0), (1, 0)])
+def test_the_text_around_a_place_goes_on_with_it(count: int, reach: int) -> None:
+    """As far as a code is long, or where few tokens go on, so that there are eight places."""
+    scores = torch.linspace(0.2, 0.1, 10_000)
+    scores[[300, 9_990]] = torch.tensor([1.0, 2.0])
+    around = [*range(300 - reach, 301 + reach), *range(9_990 - reach, min(9_991 + reach, 10_000))]
+    rest = [place for place in range(10_000) if place not in around][: max(count - len(around), 0)]
+    assert best_rows(scores, count).tolist() == sorted([*around[-count:], *rest])
 
 
 @pytest.mark.parametrize("reading", propagated.READINGS)

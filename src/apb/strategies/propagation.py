@@ -18,8 +18,11 @@ from ..planning.plan import Plan
 from ..timing import timed
 from . import Strategy, make_strategy
 
-# Neighbours that a token's score counts for: max-pooled over the document, so that blocks and ranks do not matter.
-_POOLED = 7
+# Tokens over which scores are max-pooled: those around a name or a code that the answer will copy. Until the answer has
+# begun nothing looks at more than its beginning. Over the document, so that blocks and ranks do not matter.
+_WIDEST = 127
+# Of what goes on at least so many places of that width: a short text has room for fewer tokens around each.
+_PLACES = 8
 
 
 class Propagating:
@@ -184,7 +187,8 @@ def attention_to_document(strategy: Strategy, layer: AttentionInput) -> Tensor:
 
 def best_rows(scores: Tensor, count: int) -> Tensor:
     """Indices (count,) of the best pooled scores (document,), ascending."""
-    pooled = F.max_pool1d(scores[None], _POOLED, 1, _POOLED // 2)[0]
+    width = min(count // _PLACES | 1, _WIDEST)
+    pooled = F.max_pool1d(scores[None], width, 1, width // 2)[0]
     # Stable: of equal scores, which pooling makes, the earlier token's counts.
     return pooled.sort(descending=True, stable=True).indices[:count].sort().values
 
