@@ -37,7 +37,10 @@ def rates():
     return ceilings.measure_ceilings(CPU, torch.float32, Group())
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-14b", 14_770_033_664)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-14b", 14_770_033_664), ("qwen3.5-9b", 8_953_803_264)],
+)
 def test_shapes_have_the_published_number_of_parameters(name, parameters):
     """The configurations in the package are those models', weight for weight."""
     assert model_shape(shape_config(name)).parameters == parameters
