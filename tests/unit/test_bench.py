@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import families
+import hybrids
 from apb import InputError, attention
 from apb.benchmarks import ceilings, decode, prefill
 from apb.benchmarks.attention import Shape, _in_turns, bench_attention
@@ -90,6 +91,15 @@ def test_rows_hold_baseline_ratio_and_floor(rates):
             assert row.parts["communication"] < row.parts["attention"]
         assert full.parts["scoring"] == full.parts["selection"] == 0 < min(apb.parts["scoring"], apb.parts["selection"])
     assert model.config._attn_implementation == "eager"  # given back
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "minimax"])
+def test_recurrent_layers_are_a_part(family, rates):
+    """Whole, whatever their modules are called: parts are not nested, and sum to the prefill's time."""
+    model = hybrids.make(family)
+    for row in bench_prefill(model, model_shape(model.config), rates, ["full", "apb"], [200], 1, blocks=3):
+        assert row.parts["recurrent"] > row.parts["qkv"] > 0
+        assert min(row.parts.values()) >= 0
 
 
 def test_predictions_are_of_the_kernel_that_runs(monkeypatch):
