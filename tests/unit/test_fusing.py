@@ -10,6 +10,7 @@ from transformers.models.llama import modeling_llama
 
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
+from hybrids import make
 from models import tiny_model
 
 
@@ -59,6 +60,18 @@ def test_parts_run_compiled_and_come_back(monkeypatch):
     assert modeling_llama.apply_rotary_pos_emb is rotate
     assert not any("forward" in vars(module) for module in model.modules())
     assert type(model.lm_head) is nn.Linear
+
+
+def test_gated_norms_are_compiled_too(monkeypatch):
+    """Those of recurrent layers, in fp32 between many passes: one graph for all layers."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    model = make("qwen3_5_text")
+    undo = fusing.fuse_parts(model)
+    gated = [module for module in model.modules() if type(module).__name__ == "Qwen3_5RMSNormGated"]
+    assert len(gated) == 2
+    assert len({vars(module)["forward"].func for module in gated}) == 1
+    undo()
+    assert not any("forward" in vars(module) for module in gated)
 
 
 @pytest.mark.triton

@@ -46,9 +46,9 @@ class Ceilings:
 # all-gather between two devices over NVLink, a large copy (bytes read and written).
 KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9, memory=4.2e12)}
 # Numbers read and written in a recurrent layer for a row, over those that its linear maps write: counted in
-# transformers' gated delta nets (Qwen3.5, OLMo-Hybrid) on the kernels of flash-linear-attention. A quarter is the
-# convolution, a third the recurrence, the rest the gated norm in fp32.
-MOVED_IN_RECURRENCE = 17
+# transformers' gated delta nets (Qwen3.5, OLMo-Hybrid) on the kernels of flash-linear-attention. Two fifths are the
+# convolution, with copies before and after it, half is the recurrence, the rest the gated norm, in one pass.
+MOVED_IN_RECURRENCE = 10
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ def _moved(model: ModelShape) -> int:
 
 
 def _moved_in_recurrence(model: ModelShape) -> int:
-    """The same inside the recurrent layers, whose code is transformers' own: nothing in it is fused."""
+    """The same inside the recurrent layers, whose code is transformers' own: of it the gated norm alone is fused."""
     return 0 if model.recurrent is None else MOVED_IN_RECURRENCE * model.recurrent.written
 
 
