@@ -69,8 +69,9 @@ Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under e
 prefix, blocks and question in order, and the anchor begins its own. A rank hands it on to the one that holds the next
 rows, so that in these layers ranks work one after the other; every rank has the state after the question. Rows that
 begin from a state are read one by one in Mamba 1 (Jamba) and lightning attention (MiniMax), whose code in transformers
-takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs. Of a
-multimodal checkpoint the text decoder alone is loaded.
+takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs.
+transformers reads gated delta nets by the kernels of flash-linear-attention where these are installed (`fla-core`
+suffices), and else by slow functions of its own. Of a multimodal checkpoint the text decoder alone is loaded.
 
 Attention that a family's own code computes by matrix products (GPT-J, GPT-Neo, Falcon, XGLM ...) is followed from the
 product of queries and keys to that with the values, and computed as everywhere; where something is added to the scores

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import families
+import hybrids
 from apb import InputError, attention
 from apb.benchmarks import ceilings, decode, prefill
 from apb.benchmarks.attention import Shape, _in_turns, bench_attention
@@ -37,7 +38,10 @@ def rates():
     return ceilings.measure_ceilings(CPU, torch.float32, Group())
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-14b", 14_770_033_664)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-3.1-8b", 8_030_261_248), ("qwen2.5-14b", 14_770_033_664), ("qwen3.5-9b", 8_953_803_264)],
+)
 def test_shapes_have_the_published_number_of_parameters(name, parameters):
     """The configurations in the package are those models', weight for weight."""
     assert model_shape(shape_config(name)).parameters == parameters
@@ -87,6 +91,15 @@ def test_rows_hold_baseline_ratio_and_floor(rates):
             assert row.parts["communication"] < row.parts["attention"]
         assert full.parts["scoring"] == full.parts["selection"] == 0 < min(apb.parts["scoring"], apb.parts["selection"])
     assert model.config._attn_implementation == "eager"  # given back
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "minimax"])
+def test_recurrent_layers_are_a_part(family, rates):
+    """Whole, whatever their modules are called: parts are not nested, and sum to the prefill's time."""
+    model = hybrids.make(family)
+    for row in bench_prefill(model, model_shape(model.config), rates, ["full", "apb"], [200], 1, blocks=3):
+        assert row.parts["recurrent"] > row.parts["qkv"] > 0
+        assert min(row.parts.values()) >= 0
 
 
 def test_predictions_are_of_the_kernel_that_runs(monkeypatch):

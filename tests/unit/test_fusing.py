@@ -12,6 +12,7 @@ from transformers.models.llama import modeling_llama
 
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
+from hybrids import make
 from models import tiny_model
 
 
@@ -87,6 +88,18 @@ def test_one_rope_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
         undo()
     (sizes,) = graphs
     assert sorted(size for size in sizes if isinstance(size, int)) == sorted([1, 4, 16, 1, 2, 16, 1, 16, 1, 16])
+
+
+def test_gated_norms_are_compiled_too(monkeypatch):
+    """Those of recurrent layers, in fp32 between many passes: one graph for all layers."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    model = make("qwen3_5_text")
+    undo = fusing.fuse_parts(model)
+    gated = [module for module in model.modules() if type(module).__name__ == "Qwen3_5RMSNormGated"]
+    assert len(gated) == 2
+    assert len({vars(module)["forward"].func for module in gated}) == 1
+    undo()
+    assert not any("forward" in vars(module) for module in gated)
 
 
 @pytest.mark.triton

@@ -3,18 +3,26 @@ whichever ranks and rounds the rows are in."""
 
 from __future__ import annotations
 
+import inspect
+import sys
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 import apb
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.hf import verifying
 from apb.hf.counting import model_shape
-from apb.planning.cost import Ceilings, predict
+from apb.planning.cost import MOVED_IN_RECURRENCE, Ceilings, predict
+from apb.planning.memory import ALIVE_IN_RECURRENCE
 from apb.planning.plan import Plan
 from families import ANSWER, PROMPT
 from hybrids import FAMILIES, make, says
@@ -175,8 +183,64 @@ def test_transformers_goes_on() -> None:
         read(Group(), "minimax")
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_pieces(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run is read some rows at a time, by the state between them, wherever a piece ends."""
+    monkeypatch.setattr("apb.hf.recurrent.CPU_ROWS", 7)
+    engine = engine_of(family, strategy="full")
+    session = engine.prefill(PROMPT)
+    same(session.logits, says(family, PROMPT.token_ids)[0][0])
+    states = {layer: list(state.tensors().values()) for layer, state in session.cache.states.items()}
+    check_cache(family, PROMPT, {}, states)
+    engine.close()
+
+
+def test_kernels_of_other_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Those that transformers calls once they are installed read with the state before them, and never without numbers.
+
+    Sizes are counted and a small copy is compared by transformers' own functions: such kernels run on GPUs alone.
+    """
+    own = inspect.unwrap(modeling_qwen3_5.torch_chunk_gated_delta_rule)
+    calls: list[tuple[int, bool]] = []
+
+    def chunk_gated_delta_rule(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        initial_state: Tensor | None = None,
+        output_final_state: bool = False,
+        use_qk_l2norm_in_kernel: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        assert not q.is_meta, "no kernel without numbers"
+        calls.append((q.shape[1], initial_state is not None))
+        rest = initial_state, output_final_state, use_qk_l2norm_in_kernel
+        return own(q, k, v, g, beta, 64, *rest)  # type: ignore[no-any-return]
+
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["fla.ops.gated_delta_rule"].chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
+    installed = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla")(own)
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", installed)
+    monkeypatch.setattr("apb.hf.counting._SHAPES", {})
+    monkeypatch.setattr("apb.hf.verifying._verified", set())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = make("qwen3_5_text")
+    assert model_shape(model.config).recurrent is not None
+    verifying.verify(model.config)
+    assert verifying._verified
+    assert not calls
+    monkeypatch.setattr("apb.hf.recurrent.CPU_ROWS", 64)
+    engine = apb.Engine.from_model(model, strategy="full")
+    same(engine.prefill(PROMPT).logits, says("qwen3_5_text", PROMPT.token_ids)[0][0])
+    engine.close()
+    assert [carries for _, carries in calls[: len(calls) // 2]] == [False, *[True] * (len(calls) // 2 - 1)]
+    assert sum(rows for rows, _ in calls) == 2 * len(PROMPT)
+
+
 def test_waiting_and_states_are_predicted() -> None:
-    """A rank waits for the linear maps of the others' rows in recurrent layers; two states lie in its memory."""
+    """A rank waits for the others' rows in recurrent layers; what these hold and two states lie in its memory."""
     plan, shape = Plan.build(3, 100, 6, ranks=2, strategy="ring"), model_shape(make("qwen3_5_text").config)
     assert shape.attention_layers == 1
     cost = predict(plan, shape, element_bytes=4)
@@ -187,12 +251,26 @@ def test_waiting_and_states_are_predicted() -> None:
         for each in getattr(layer, "linear_attn", torch.nn.Identity()).modules()
         if isinstance(each, torch.nn.Linear)
     )
-    rows = plan.rows_by_rank()
-    for rank, other in zip(cost.ranks, reversed(rows), strict=True):
+    written = sum(
+        each.out_features
+        for layer in layers
+        for each in getattr(layer, "linear_attn", torch.nn.Identity()).modules()
+        if isinstance(each, torch.nn.Linear)
+    )
+    rows, moved = plan.rows_by_rank(), 4 * MOVED_IN_RECURRENCE * written
+    attention_alone = predict(plan, replace(shape, recurrent=None), element_bytes=4)
+    for rank, other, mine, alone in zip(cost.ranks, reversed(rows), rows, attention_alone.ranks, strict=True):
         assert rank.waiting_flops == 2 * weights * other
+        assert rank.waiting_bytes == moved * other
+        assert rank.moved_bytes == alone.moved_bytes + moved * (mine + plan.query)
+        assert rank.activation_bytes >= mine * ALIVE_IN_RECURRENCE * written // 2 * 4
+        assert (alone.waiting_bytes, alone.waiting_flops) == (0, 0)
         assert rank.state_bytes == 2 * shape.recurrent.state_bytes(4)
         assert rank.peak_bytes == rank.weight_bytes + rank.cache_bytes + rank.activation_bytes + rank.state_bytes
     slow, none = Ceilings(1e9, 1e9, 1e9), Plan.build(3, 100, 6)
+    copying = Ceilings(1e9, 1e9, 1e9, memory=1e9)
+    of_bytes = cost.ranks[0].seconds(copying) - cost.ranks[0].seconds(slow)
+    assert of_bytes == pytest.approx((cost.ranks[0].moved_bytes + cost.ranks[0].waiting_bytes) / 1e9)
     assert cost.ranks[0].seconds(slow) > cost.ranks[0].linear_flops / 1e9 + cost.ranks[0].waiting_flops / 1e9
     assert predict(none, shape).ranks[0].waiting_flops == 0
 

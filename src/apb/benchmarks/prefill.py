@@ -20,6 +20,7 @@ from ..engine import Engine
 from ..errors import DoesNotFit, InputError
 from ..hardware import peak_bytes
 from ..hf.config import softcap, vocabulary
+from ..hf.recurrent import recurrent_modules
 from ..kernels.attention import choose
 from ..planning.cost import Ceilings, predict
 from ..planning.methods import make_method
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 QUERY_TOKENS = 32
 # The columns of the paper's tables 14 and 16, in the order of a layer.
 PARTS = ("qkv", "scoring", "selection", "communication", "attention", "output", "mlp")
+# The part of models with such layers alone: the whole layer, its linear maps included.
+RECURRENT = "recurrent"
 # Names of the output projection in the model families.
 OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo")
 
@@ -202,7 +205,8 @@ def _parts(engine: Engine, prompt: Prompt) -> dict[str, float]:
     with clocked(engine.device) as clock, _clocked_modules(engine.model, clock):
         total = engine.prefill(prompt).timing["prefill_s"]
         seconds = clock.seconds()
-    return {name: seconds.get(name, 0.0) for name in PARTS} | {"other": total - sum(seconds.values())}
+    names = (*PARTS, RECURRENT) if RECURRENT in seconds else PARTS
+    return {name: seconds.get(name, 0.0) for name in names} | {"other": total - sum(seconds.values())}
 
 
 @contextmanager
@@ -221,10 +225,11 @@ def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
 
         handles.extend((module.register_forward_pre_hook(before), module.register_forward_hook(after)))
 
+    recurrent = set(recurrent_modules(model))
     whole = ""  # path prefix of the module last timed as a whole; its children come right after it
     for path, module in model.named_modules():
         kind = type(module).__name__
-        if hasattr(module, "layer_idx") and kind.endswith("Attention"):
+        if hasattr(module, "layer_idx") and kind.endswith("Attention") and module not in recurrent:
             for name, child in module.named_children():
                 if isinstance(child, nn.Linear):
                     watch(child, "output" if name in OUTPUT_NAMES else "qkv")

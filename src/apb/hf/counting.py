@@ -108,6 +108,10 @@ def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
         parameters=sum(_multiplied(part, text) for module in modules for part in module.modules()),
         narrow=sum(part.numel() for part in parts) - wide,
         wide=wide,
+        layers=len(modules),
+        written=sum(
+            part.out_features for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear)
+        ),
     )
 
 

@@ -49,7 +49,7 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
         plain = kind.__module__.startswith("torch.") or "forward" in vars(module)  # fused already; another library's
         # Messages inside, and functions of its own on every layer, for each of which a graph would be compiled.
         plain = plain or any(isinstance(weight, DTensor) for weight in module.parameters())
-        if (kind.__name__.endswith("Norm") or is_dense_mlp(module)) and not plain:
+        if (kind.__name__.endswith(("Norm", "NormGated")) or is_dense_mlp(module)) and not plain:
             compiled.setdefault(kind, torch.compile(kind.forward, dynamic=True))
             module.forward = partial(compiled[kind], module)
             changed.append(module)

@@ -14,7 +14,9 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from ..errors import InputError
 from ..layers.recurrent import Recur, RecurrentInput, State
+from ..planning.memory import CPU_ROWS, GPU_ROWS
 from .forwards import replace_forwards
+from .reference import without_kernels
 
 # Mixers of most families name their cache so; the others are known by their class.
 _ARGUMENT = "cache_params"
@@ -22,6 +24,8 @@ _OTHERS = ("ShortConv", "LightningAttention")
 # Mamba-1: transformers' scan of several rows begins at zero whatever the state, that of one row does not.
 _ROW_BY_ROW = ("MambaMixer",)
 _MAMBA_2 = ("Zamba2MambaMixer",)
+# Lightning attention: so are several rows from a state, by its own code.
+_AT_ONCE = ("LightningAttention",)
 _CONV, _RECURRENT, _LIGHTNING = "convolution", "recurrence", "lightning"
 
 
@@ -135,7 +139,7 @@ def state_of(module: nn.Module, text: Any) -> LayerState:
     weight = next(module.parameters())
     row = torch.empty(1, 1, text.hidden_size, dtype=weight.dtype, device=weight.device)
     cache = {_cache_argument(parameters): _Single(state, int(module.layer_idx))}  # type: ignore[arg-type]
-    with torch.no_grad():
+    with torch.no_grad(), without_kernels(module):
         module.forward(**dict.fromkeys(needed) | {next(iter(parameters)): row} | cache)
     return state
 
@@ -164,6 +168,7 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
     cache_name = _cache_argument(parameters)
     name = type(module).__name__
     one_by_one = name.endswith(_ROW_BY_ROW) and name not in _MAMBA_2
+    in_pieces = not one_by_one and not name.endswith(_AT_ONCE)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         reader = recur()
@@ -180,6 +185,10 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
         def read_on(rows: Tensor, state: LayerState) -> Tensor:
             if one_by_one and rows.shape[1] > 1 and state.tensors():
                 return torch.cat([read(row, state) for row in rows.split(1, 1)], 1)
+            # What a layer holds for a row is several times as wide as the row: as with MLPs, a part of them at a time.
+            most = CPU_ROWS if rows.device.type == "cpu" else GPU_ROWS
+            if in_pieces and rows.shape[1] > most:
+                return torch.cat([read(piece, state) for piece in rows.split(most, 1)], 1)
             return read(rows, state)
 
         out = reader(RecurrentInput(index, given[rows_name], lambda: LayerState(states), read_on))

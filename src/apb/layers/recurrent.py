@@ -90,7 +90,7 @@ class RecurrentLayers:
         for each in sent:
             each.wait()
         before[layer.index] = state.copy()
-        out[:, self._query] = layer.read(layer.hidden[:, self._query], state)
+        out[:, self._query] = self._read(layer, self._query, state)
         states[layer.index] = state
         return out
 
@@ -105,7 +105,7 @@ class RecurrentLayers:
                 state = self._like(layer, state)
                 with timed("communication"):
                     _unpack(self._group.receive(_pack(state), runs[place - 1].rank), state)
-            out[:, run.rows] = layer.read(layer.hidden[:, run.rows], state)
+            out[:, run.rows] = self._read(layer, run.rows, state)
             if place + 1 < len(runs):
                 sent.append(self._group.send(_pack(state), runs[place + 1].rank))
         return state
@@ -118,6 +118,11 @@ class RecurrentLayers:
         with timed("communication"):
             _unpack(self._group.broadcast(_pack(state), source), state)
         return state
+
+    @staticmethod
+    def _read(layer: RecurrentInput, rows: slice, state: State) -> Tensor:
+        with timed("recurrent"):
+            return layer.read(layer.hidden[:, rows], state)
 
     @staticmethod
     def _like(layer: RecurrentInput, state: State) -> State:

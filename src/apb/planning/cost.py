@@ -45,6 +45,10 @@ class Ceilings:
 # Measured with bf16 and random data: large matrix products, causal attention of 32K rows through cuDNN, a 256 MB
 # all-gather between two devices over NVLink, a large copy (bytes read and written).
 KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9, memory=4.2e12)}
+# Numbers read and written in a recurrent layer for a row, over those that its linear maps write: counted in
+# transformers' gated delta nets (Qwen3.5, OLMo-Hybrid) on the kernels of flash-linear-attention. Two fifths are the
+# convolution, with copies before and after it, half is the recurrence, the rest the gated norm, in one pass.
+MOVED_IN_RECURRENCE = 10
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,11 @@ class RankCost:
     """The cost of one rank's prefill.
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
-    between linear maps and attention. ``waiting_flops`` are those of other ranks in recurrent layers, which this rank
-    waits for: a state runs through the ranks' rows one after the other. What such layers compute beside linear maps is
-    not counted. ``state_bytes`` are two states of them, before and after the query. If the layers of a rank are on
-    several GPUs, bytes of weights, cache and activations are those of the GPU that holds most.
+    between linear maps and attention. ``waiting_flops`` and ``waiting_bytes`` are those of other ranks in recurrent
+    layers, which this rank waits for: a state runs through the ranks' rows one after the other. The FLOPs of such
+    layers beside linear maps, about a hundredth of those, are not counted. ``state_bytes`` are two states of them,
+    before and after the query. If the layers of a rank are on several GPUs, bytes of weights, cache and activations are
+    those of the GPU that holds most.
     """
 
     linear_flops: int
@@ -68,6 +73,7 @@ class RankCost:
     cache_bytes: int
     activation_bytes: int
     waiting_flops: int = 0
+    waiting_bytes: int = 0
     state_bytes: int = 0
 
     @property
@@ -84,7 +90,8 @@ class RankCost:
         """Time at the ceilings; ``hidden``: communication overlaps with attention, else precedes it."""
         attention = (self.attention_flops + self.scoring_flops) / ceilings.attention
         sending = self.sending_seconds(ceilings)
-        others = (self.linear_flops + self.waiting_flops) / ceilings.linear + self.moved_bytes / ceilings.memory
+        others = (self.linear_flops + self.waiting_flops) / ceilings.linear
+        others += (self.moved_bytes + self.waiting_bytes) / ceilings.memory
         return others + (max(attention, sending) if hidden else attention + sending)
 
     def sending_seconds(self, ceilings: Ceilings) -> float:
@@ -236,6 +243,7 @@ def _rank(
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
     recurrent = model.recurrent
+    waiting = 0 if recurrent is None else rows_of_others(plan, rank)
     scoring = 0
     if compressor is not None:
         scoring = compressor.flops(model, plan.query)
@@ -246,23 +254,30 @@ def _rank(
         scoring_flops=scoring * full_layers * scored,
         sent_bytes=sending.total,
         network_bytes=sending.leaving,
-        moved_bytes=rows * model.layers * _moved(model) * element_bytes,
+        moved_bytes=rows * (_moved(model) + _moved_in_recurrence(model)) * element_bytes,
         weight_bytes=parameters * element_bytes,
         cache_bytes=kept * layers * model.layer_cache_row * element_bytes,
         activation_bytes=widest * element_bytes,
-        waiting_flops=0 if recurrent is None else 2 * recurrent.parameters * rows_of_others(plan, rank),
+        waiting_flops=0 if recurrent is None else 2 * recurrent.parameters * waiting,
+        waiting_bytes=waiting * _moved_in_recurrence(model) * element_bytes,
         state_bytes=0 if recurrent is None else 2 * recurrent.state_bytes(element_bytes),
     )
 
 
 def _moved(model: ModelShape) -> int:
-    """Memory traffic of a row in a layer, in numbers, beside linear maps and attention, fused as far as possible.
+    """Memory traffic of a row in all layers, in numbers, beside linear maps and attention, fused as far as possible.
 
     Two norms and two residual additions, a pass over q and k for RoPE, gate and up to their product, a copy of the
     MLP's chunks, keys and values into the cache.
     """
     rotated = 2 * (model.heads + model.kv_heads) * model.head_dim
-    return 12 * model.hidden + rotated + 3 * model.intermediate + 2 * model.pair_width
+    everywhere = 12 * model.hidden + 3 * model.intermediate
+    return model.layers * everywhere + model.attention_layers * (rotated + 2 * model.pair_width)
+
+
+def _moved_in_recurrence(model: ModelShape) -> int:
+    """The same inside the recurrent layers, whose code is transformers' own: of it the gated norm alone is fused."""
+    return 0 if model.recurrent is None else MOVED_IN_RECURRENCE * model.recurrent.written
 
 
 def _window_pairs(plan: Plan, rank: int, window: int, chunked: bool = False) -> int:

@@ -2,8 +2,8 @@
 
 In numbers (elements of the model's dtype). The peak is in one of two places: attention, when q, k, v, the residual
 stream and its normed copy are alive with the partial results that the strategy merges; or the MLP, which works on
-chunks of rows, in its last chunk or when its chunks are concatenated. tests/distributed/test_several_ranks.py counts
-live tensors.
+chunks of rows, in its last chunk or when its chunks are concatenated; or a recurrent layer, which does so too.
+tests/distributed/test_several_ranks.py counts live tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from .shape import ModelShape
 # fills the device.
 CPU_ROWS = 2048
 GPU_ROWS = 16384
+# Numbers alive in a recurrent layer for a row, over those that its linear maps write: counted in transformers' gated
+# delta nets (Qwen3.5: 3.6, OLMo-Hybrid: 2.8) where the kernels of flash-linear-attention hold most.
+ALIVE_IN_RECURRENCE = 4
 
 
 def activations(plan: Plan, rank: int, round: int, model: ModelShape, gathered: int) -> int:
@@ -33,4 +36,8 @@ def activations(plan: Plan, rank: int, round: int, model: ModelShape, gathered: 
     chunk = min(rows, GPU_ROWS)
     widest_chunk = (rows - chunk) * model.hidden + chunk * 3 * model.intermediate
     mlp = 3 * stream + max(2 * stream, widest_chunk) + rows * model.expert_row
-    return always + max(attention, mlp)
+    if model.recurrent is None:
+        return always + max(attention, mlp)
+    # Its input, the normed copy, its output, and the pieces that this is put together from.
+    recurrent = 4 * stream + chunk * ALIVE_IN_RECURRENCE * model.recurrent.written // model.recurrent.layers
+    return always + max(attention, mlp, recurrent)

@@ -13,11 +13,15 @@ class Recurrent:
     Attributes:
         parameters: weights that each row of a pass is multiplied by in them.
         narrow, wide: numbers of a state of all of them, in the model's dtype and in fp32.
+        layers: how many there are, all alike.
+        written: numbers that the linear maps of all of them write for a row.
     """
 
     parameters: int
     narrow: int
     wide: int
+    layers: int
+    written: int
 
     def state_bytes(self, element_bytes: int) -> int:
         """Bytes of a state of all layers."""
