@@ -88,13 +88,14 @@ def test_nothing_is_read_back() -> None:
     k, v, query = (heads_first(rows, heads, 128, torch.bfloat16) for rows, heads in ((2000, 8), (2000, 8), (20, 32)))
     message = torch.empty(2, 8, 250, 128, dtype=torch.bfloat16, device="cuda")
     lse = torch.full((32, 20), 9.0, device="cuda")
+    contest = Contest((3, 4), (150, 250), (0, 32), 100)
+    contest.columns(torch.rand(8, 250, device="cuda"))  # what the first layer copies, all others read
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
             chosen = choose(attention_received(query, k, 0.09), 250, 2000, pooled=True)
             pack(k, v, chosen, message.transpose(1, 2))
-            contest = Contest(attention_received(query, k, 0.09, lse=lse).gather(1, chosen), 200, range(150))
-            contest.add(range(150, 250), 32)
-            assert contest.columns.shape == (8, 200)
+            columns = contest.columns(attention_received(query, k, 0.09, lse=lse).gather(1, chosen))
+            assert columns.shape == (2, 8, 100)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.selection import choose
 
 
-@dataclass(frozen=True)
+@dataclass
 class Contest:
     """The blocks of a round that cannot see all pairs that stand before their own, and how many these are.
 
@@ -28,11 +28,15 @@ class Contest:
     ends: tuple[int, ...]
     edges: tuple[int, ...]
     budget: int
+    # (2, blocks, 1, 1): what every layer reads, on its device, so that none waits for a copy.
+    _limits: Tensor | None = field(default=None, init=False)
 
     def columns(self, scores: Tensor) -> Tensor:
         """Of pairs' scores (kv_heads, columns) fp32 the best columns (blocks, kv_heads, budget) int64, ascending."""
+        if self._limits is None or self._limits.device != scores.device:
+            self._limits = torch.tensor([self.ends, self.edges], device=scores.device)[:, :, None, None]
+        ends, edges = self._limits
         columns = torch.arange(scores.shape[1], device=scores.device)
-        ends, edges = torch.tensor([self.ends, self.edges], device=scores.device)[:, :, None, None]
         # Columns of later blocks rank below all others, and of equal ones the first is taken.
         order = torch.where(columns < ends, torch.inf, -torch.inf)
         order = torch.where(columns < ends - edges, scores, order)
