@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,23 +53,19 @@ def fuse_parts(model: PreTrainedModel) -> Callable[[], None]:
             compiled.setdefault(kind, torch.compile(kind.forward, dynamic=True))
             module.forward = partial(compiled[kind], module)
             changed.append(module)
-    # Attention looks the rotary embedding up by name in its own module, so other models of the family in this process
-    # call the compiled one too, with the same result.
     attending = [module for module in model.modules() if hasattr(module, "layer_idx")]
     # Not where attention is followed step by step (see products), which what is compiled would hide.
     hidden = {type(module).__module__ for module in attending if "forward" in vars(module)}
     sources = {sys.modules[name] for name in {type(module).__module__ for module in attending} - hidden}
-    rotations = [(source, vars(source)[_ROPE]) for source in sources if _ROPE in vars(source)]
-    for source, original in rotations:
-        _set(source, _of_any_length(torch.compile(original)))
+    rotations = [_Rotation.of(source) for source in sources if _ROPE in vars(source)]
 
     def undo() -> None:
         for layer in linear:
             layer.__class__ = nn.Linear
         for module in changed:
             vars(module).pop("forward", None)
-        for source, original in rotations:
-            _set(source, original)
+        for rotation in rotations:
+            rotation.release()
 
     return undo
 
@@ -105,5 +101,30 @@ def _of_any_length(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return rotate
 
 
-def _set(source: ModuleType, rotate: Callable[..., Any]) -> None:
-    setattr(source, _ROPE, rotate)
+class _Rotation:
+    """The compiled RoPE of a family, as long as any of its models in this process is fused.
+
+    Attention looks the function up by name in its own module, so all models of the family call it.
+    """
+
+    _known: ClassVar[dict[ModuleType, _Rotation]] = {}
+
+    def __init__(self, source: ModuleType) -> None:
+        self._source, self._original, self._users = source, vars(source)[_ROPE], 0
+        setattr(source, _ROPE, _of_any_length(torch.compile(self._original)))
+
+    @classmethod
+    def of(cls, source: ModuleType) -> _Rotation:
+        """That of a family's module; each user must :meth:`release` it once."""
+        if source not in cls._known:
+            cls._known[source] = cls(source)
+        found = cls._known[source]
+        found._users += 1
+        return found
+
+    def release(self) -> None:
+        """Restore the family's own function, once no model needs the compiled one."""
+        self._users -= 1
+        if not self._users:
+            setattr(self._source, _ROPE, self._original)
+            del self._known[self._source]
