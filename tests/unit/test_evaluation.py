@@ -329,7 +329,7 @@ def test_decode_methods_of_a_command(cli: Cli, checkpoint: Path, tmp_path: Path)
     assert [each["decode"] for each in cells] == ["exact", "pages", "pages"]
     assert cells[0]["share"] == 1 > cells[2]["share"] > cells[1]["share"]
     records = list(read_records(tmp_path / "a.jsonl"))
-    names = ["full", *(f"full, decode pages{share}, page size 8" for share in ("", ", share 0.3"))]
+    names = ["full", *(f"full, decode pages{share}, page size 8" for share in (", share 0.1", ", share 0.3"))]
     assert [each.reading_name.replace("page size 8, share 0.3", "share 0.3, page size 8") for each in records] == names
     cli(*given, "--decode", "squeezed", "--page-size", 8).refused("'squeezed' has no option 'page_size'")
     cli(*given, "--share", 0.3).refused("'exact' has no option 'share'")

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from apb.evaluation.statistics import bootstrap
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
 
@@ -114,30 +116,35 @@ def test_second_requests() -> None:
 def test_two_gpus() -> None:
     """The table of docs/benchmarks.md, what README says of it, and decode on GPUs that share the weights."""
     text, readme = page("docs/benchmarks.md"), page("README.md")
-    found = {name: {} for name in ("full", "ring", "ulysses", "star", "apb")}
-    for row in result("prefill_two_h200.json")["rows"]:
-        found[row["strategy"]][row["length"]] = row
     for length in (32_768, 65_536, 131_072):
-        seconds = {name: rows[length]["seconds"] for name, rows in found.items()}
-        told = [f"{each:.2f}" for each in seconds.values()]
-        told += [f"{seconds[name] / seconds['apb']:.2f}x" for name in ("full", "ring")]
-        assert f"| {length:,} | {' | '.join(told)} |" in text
-    worst = min(row["prediction_error"] for rows in found.values() for row in rows.values())
-    assert f"up to {-worst:.0%} too optimistic".replace("%", " %") in text
+        full, ring, star, apb = (
+            prefill("prefill_bounded_two_h200.json", name, length) for name in ("full", "ring", "star", "apb")
+        )
+        told = [f"{row['seconds']:.2f}" for row in (full, ring, star, apb)]
+        told += [f"{row['seconds'] / apb['seconds']:.2f}x" for row in (full, ring, star)]
+        assert f"| {length:,} | {' | '.join(told)} | {apb['predicted_seconds']:.2f} |" in text
     for length in (32_768, 65_536, 131_072):
         full, ring, apb = (prefill("prefill_two_merged_h200.json", name, length) for name in ("full", "ring", "apb"))
         told = [f"{row['seconds']:.2f}" for row in (full, ring, apb)]
         told += [f"{row['seconds'] / apb['seconds']:.2f}x" for row in (full, ring)]
         assert f"| {length:,} | {' | '.join(told)} | {apb['predicted_seconds']:.2f} |" in text
-    star = found["star"][131_072]["seconds"]
-    every, some = result("prefill_million_two_h200.json")["rows"]
+    ulysses, earlier, star = (
+        prefill("prefill_two_h200.json", name, 131_072)["seconds"] for name in ("ulysses", "ring", "star")
+    )
+    assert f"{ulysses:.2f} and {earlier:.2f} s for 131,072" in text
+    half, some_of_half, every, some = (row for row in result("prefill_long_two_h200.json")["rows"][2:])
     said = f"in {apb['seconds']:.1f} seconds, ring attention in {ring['seconds']:.1f}, Star in {star:.1f}"
-    assert f"{said}, and a million in {every['seconds']:.0f}" in readme
-    assert f"`apb` {every['seconds']:.1f} s, the plan {every['predicted_seconds']:.1f}" in text
-    assert f"{some['seconds']:.1f} s, the plan {some['predicted_seconds']:.1f}" in text
-    assert f"{every['peak_bytes'] / 2**30:.0f} and {some['peak_bytes'] / 2**30:.0f} GiB a GPU" in text
+    assert f"{said}; a million in {every['seconds']:.0f}" in readme
+    said = f"`apb` {half['seconds']:.2f} s (the plan: {half['predicted_seconds']:.2f}) and {every['seconds']:.1f} s "
+    assert f"{said}({every['predicted_seconds']:.1f})" in text
+    said = f"{some_of_half['seconds']:.2f} s ({some_of_half['predicted_seconds']:.2f}) and {some['seconds']:.1f} s "
+    assert f"{said}({some['predicted_seconds']:.1f})" in text
+    assert f"{half['peak_bytes'] / 2**30:.0f} and {every['peak_bytes'] / 2**30:.0f} GiB a GPU" in text
+    wider = result("prefill_million_two_h200.json")["rows"][0]
+    assert f"took {wider['seconds']:.1f} s, the plan {wider['predicted_seconds']:.1f}" in text
     layer = prefill("full_layer_h200.json", "full", 524_288)["seconds"]
-    assert f"takes one GPU {layer:.2f} s" in text and f"32 of them {32 * layer:.0f} s" in text
+    assert f"takes one GPU {layer:.2f} s" in text
+    assert f"so 32 of them {32 * layer:.0f} s, {32 * layer / half['seconds']:.0f} times as long" in text
     assert f"480 s, {480 / every['seconds']:.0f} times as long" in text
     plain, graph = result("decode_tensor_parallel_h200.json")["rows"]
     share = f"{graph['of_limit']:.0%}".replace("%", " %")
@@ -161,7 +168,13 @@ def test_pages_on_a_gpu() -> None:
     assert all(row["graph"] and row["same_tokens"] and row["length"] == 524_288 for row in (pages, squeezed))
     assert f"524,288 tokens: {pages['seconds'] * 1e3:.2f} ms by `pages`" in text
     assert f"{squeezed['seconds'] * 1e3:.2f} by `squeezed`" in text
-    assert f"takes at least {pages['limit_seconds'] * 1e3:.2f}:" in text
+    whole = result("decode_exact_512k_h200.json")["rows"][1]["seconds"]
+    times = [f"{whole / row['seconds']:.2f}x" for row in (pages, squeezed)]
+    assert f"{whole * 1e3:.2f} by exact decode in a later run" in text and f": {times[0]} and {times[1]}." in text
+    streamed, retrieval = (
+        result(f"decode_{name}_h200.json")["rows"][0]["seconds"] * 1e3 for name in ("streamed", "retrieval")
+    )
+    assert f"{streamed:.0f} ms a token by `streamed`" in text and f"{retrieval:.0f} by `retrieval`" in text
     built = f"{squeezed['index_seconds']:.2f} s of {squeezed['read_seconds']:.0f} s"
     assert (
         f"the clusters {built}, {squeezed['index_seconds'] / squeezed['read_seconds']:.0%}".replace("%", " %") in text
@@ -176,25 +189,30 @@ def test_pages_on_a_gpu() -> None:
         assert f"| {short} | {long} |" in text
 
 
+def test_one_gpu() -> None:
+    """The table of docs/benchmarks.md, and the plan without a budget."""
+    text = page("docs/benchmarks.md")
+    for length in (32_768, 65_536, 131_072):
+        full, apb = (prefill("prefill_bounded_h200.json", name, length) for name in ("full", "apb"))
+        told = f"{full['seconds']:.2f} | {apb['seconds']:.2f} | {full['seconds'] / apb['seconds']:.2f}x"
+        assert f"| {length:,} | {told} | {apb['predicted_seconds']:.2f} |" in text
+    free = prefill("prefill_unbounded_h200.json", "apb", 131_072)["seconds"]
+    assert f"`apb` took {free:.2f} s for 131,072 tokens" in text and f": {full['seconds'] / free:.2f}x." in text
+
+
 def test_what_propagation_saves() -> None:
-    """The table of docs/propagation.md."""
+    """The table of docs/propagation.md, and the runs without a budget."""
     text = page("docs/propagation.md")
-    one, two = (result(f"propagation_{name}h200.json")["rows"] for name in ("", "two_"))
-    for name, strategy, rows in (("one H200", "full", one), ("one H200", "apb", one), ("two", "apb", two)):
-        cells = []
-        for length in (32_768, 131_072):
-            every, some = (row for row in rows if (row["strategy"], row["length"]) == (strategy, length))
-            cells.append(f"{every['seconds']:.2f}, {some['seconds']:.2f}")
-            if strategy == "apb":
-                cells[-1] += f" ({some['seconds'] / every['seconds']:.2f} of it)"
-        assert f"| `{strategy}`, {name}: all rows, 20 % | {' | '.join(cells)} |" in text
-    errors = [row["prediction_error"] for row in one if row["strategy"] == "apb" and row["propagation"]]
-    errors.append(min(row["prediction_error"] for row in two))
-    told = [f"{-error:.0%}".replace("%", " %") for error in errors]
-    assert (
-        f"The plan says {told[0]} less than that for 128K tokens on one GPU, {told[1]} for 32K, and up to {told[2]}"
-        in text
-    )
+    cells: dict[int, str] = {}
+    for name, lengths in (
+        ("propagation_bounded", (32_768, 65_536, 131_072)),
+        ("prefill_long_two", (131_072, 524_288, 1_048_576)),
+    ):
+        for length in lengths:
+            every, some = (row for row in result(f"{name}_h200.json")["rows"] if row["length"] == length)
+            told = f"{every['seconds']:.2f} | {some['seconds']:.2f} | {some['seconds'] / every['seconds']:.2f}"
+            cells[length] = f"{cells.get(length, '')} {told} | {some['predicted_seconds']:.2f} |"
+    assert all(f"{told}" in text and f"| {length:,} |" in text for length, told in cells.items())
     for name in ("", "two_"):
         every, some = (row for row in result(f"propagation_dealt_{name}h200.json")["rows"] if row["length"] == 131_072)
         said = f"{every['seconds']:.2f} s with all rows and" if not name else f"{every['seconds']:.2f} s and"
@@ -204,24 +222,106 @@ def test_what_propagation_saves() -> None:
     assert f"{less:.2f} ms over the smaller cache instead of {whole:.2f}" in text and f"({whole / less:.2f}x;" in text
 
 
-def test_what_propagation_costs() -> None:
-    """The second table of docs/propagation.md, and what it says of codes."""
-    with gzip.open(RESULTS / "propagation_qwen.jsonl.gz", "rt") as file:
-        records = [json.loads(line) for line in file]
-    report, text = (RESULTS / "propagation_qwen.md").read_text(), page("docs/propagation.md")
-    table = text.split("20 %, 2/3 of the depth |")[1].split("So it is")[0]
-    told = re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", table)
-    assert len(told) == 9 and all(each[:-1] + "," in report for each in told)
-    scores: dict[tuple[str, ...], dict[str | None, float]] = {}
-    for each in records:
+def paired(rows: list[dict[str, Any]], setting: str, otherwise: Any) -> dict[tuple[str, ...], dict[Any, float]]:
+    """Scores by sample, and by what a setting was; ``otherwise`` where none was asked for."""
+    scores: dict[tuple[str, ...], dict[Any, float]] = {}
+    for each in rows:
         name = (each["model"], str(each["length"]), each["task"], each["sample"])
-        scores.setdefault(name, {})[each["asked"].get("propagate")] = each["score"]
+        scores.setdefault(name, {})[each["asked"].get(setting, otherwise)] = each["score"]
+    return scores
+
+
+def spread(values: list[float]) -> str:
+    """A mean difference with its interval, over all samples."""
+    low, high = bootstrap(values)
+    return f"{fmean(values):+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    """The records of a file of `apb eval`."""
+    with gzip.open(RESULTS / name, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_what_plans_cost() -> None:
+    """The tables of docs/propagation.md and docs/compressors.md, and README's sentence: of each model and length as in
+    the report, and of all."""
+    report, readme = (RESULTS / "plans_qwen.md").read_text(), page("README.md")
+    found = records("plans_qwen.jsonl.gz")
+    bounded = paired([each for each in found if "propagate" not in each["asked"]], "passing_budget", None)
+    lost = spread([score - by[None] for by in bounded.values() for asked, score in by.items() if asked])
+    some = paired([each for each in found if "passing_budget" not in each["asked"]], "propagate", None)
+    depths = {"1.5b": ("0.2@14", "0.2@16"), "0.5b": ("0.2@12", "0.2@14")}
+    middle, later = (
+        spread([by[depths[key[0][14:18]][which]] - by[None] for key, by in some.items()]) for which in (0, 1)
+    )
+    assert len(bounded) == len(some) == 456
+    text = page("docs/propagation.md").split("## What it is worth")[1].split("## Whether")[0]
+    all_rows = fmean(by[None] for by in some.values())
+    assert f"| all 456 | {all_rows:.1f} | {middle} | {later} |" in text
+    assert f"{middle.replace(' (', ' points (')[:-1]}; 456 samples)" in readme
+    table = page("docs/compressors.md").split("| one for 32 tokens |")[1]
+    assert f"| all 456 | {all_rows:.1f} | {lost} |" in table and f"block sees {lost[:-1]}; 456)" in readme
+    for part in (text.split("| all 456")[0], table.split("| all 456")[0]):
+        told = re.findall(r"[+-]\d+\.\d \([+-]\d+\.\d to [+-]\d+\.\d\)", part)
+        assert len(told) in (4, 8) and all(each[:-1] + "," in report for each in told)
+
+
+def test_what_attending_to_less_costs() -> None:
+    """The table of docs/decoding.md, and README's sentence."""
+    text, lines = page("docs/decoding.md"), (ROOT / "docs/decoding.md").read_text().splitlines()
+    for number, name in enumerate(("qwen", "needle")):
+        found = records(f"decode_shares_{name}.jsonl.gz")
+        for each in found:
+            asked = each["asked"]
+            asked["method"] = (asked["decode"], asked.get("share", 0.1)) if "decode" in asked else None
+        scores = paired(found, "method", None)
+        assert len(scores) == 228
+        for method in ("pages", "squeezed"):
+            for share in (0.05, 0.1, 0.25):
+                begin = f"| `{method}`, {share:.0%} |".replace("%", " %")
+                line = next(line for line in lines if line.startswith(begin))
+                told = [float(cell.split("(")[0]) for cell in line.split("|")[2:6]][2 * number :][:2]
+                means = [
+                    fmean(by[method, share] - by[None] for key, by in scores.items() if key[1] == length)
+                    for length in ("16384", "32768")
+                ]
+                assert told == pytest.approx(means, abs=0.051)
+        if name == "qwen":
+            pages, squeezed = (
+                spread([by[method, 0.25] - by[None] for by in scores.values()]) for method in ("pages", "squeezed")
+            )
+            assert f"(over both lengths `pages` {pages}, `squeezed` {squeezed})" in text
+            assert f"while the answer is written: {pages[:-1]}; 228)." in page("README.md")
+
+
+def test_what_fp8_costs() -> None:
+    """The sentences of docs/plan.md and README."""
+    of_bf16 = [
+        each for each in records("plans_qwen.jsonl.gz") if "1.5b" in each["model"] and "propagate" not in each["asked"]
+    ]
+    score = {
+        (each["length"], each["task"], each["sample"]): each["score"]
+        for each in of_bf16
+        if "passing_budget" not in each["asked"]
+    }
+    found = [each for each in records("float8_qwen.jsonl.gz") if "passing_budget" not in each["asked"]]
+    gained = [each["score"] - score[each["length"], each["task"], each["sample"]] for each in found]
+    assert len(gained) == 228
+    told = spread(gained)[:-1]
+    assert f"difference {told}; 228 samples" in page("docs/plan.md")
+    assert f"fp8 {told}; 228, the 1.5B alone)" in page("README.md")
+
+
+def test_what_narrow_pooling_lost() -> None:
+    """What docs/propagation.md says of codes."""
+    text = page("docs/propagation.md")
     codes: dict[bool, list[float]] = {True: [], False: []}
-    for (_, _, task, _), found in scores.items():
-        (lost,) = (found[None] - score for asked, score in found.items() if asked in ("0.2@12", "0.2@14"))
+    for (_, _, task, _), by in paired(records("propagation_qwen.jsonl.gz"), "propagate", None).items():
+        (lost,) = (by[None] - score for asked, score in by.items() if asked in ("0.2@12", "0.2@14"))
         codes[task in ("single_code", "multikey_codes", "kv_retrieval")].append(lost)
     of_codes, of_others = codes[True], codes[False]
-    assert f"{len(of_codes)} samples) lose {fmean(of_codes):.1f} points" in text
+    assert f"{len(of_codes)} samples) lost {fmean(of_codes):.1f} points" in text
     assert f"({len(of_others)} samples) {fmean(of_others):.1f} (" in text
 
 

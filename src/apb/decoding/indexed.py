@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # a decode method can be named without torch
 class Indexed(Decoding):
     """A token attends to a share of the keys. A subclass says what the index is and how it chooses."""
 
-    share: float = option(0.1, "Share of the keys that a new token attends to, above 0 and at most 1.", kind=float)
+    share: float = option(0.25, "Share of the keys that a new token attends to, above 0 and at most 1.", kind=float)
 
     def __post_init__(self) -> None:
         super().__post_init__()
