@@ -46,6 +46,13 @@ class Asking(ABC):
         """The tokens of a question about the document, and of what closes the turn."""
 
     @abstractmethod
+    def anew(self, prefix: tuple[int, ...], document: tuple[int, ...], question: Question) -> Prompt:
+        """The prompt by which a document of these tokens is read for a question.
+
+        ``prefix`` is what stands before a document that was given as tokens; a text's is its template's.
+        """
+
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """What a loaded document needs of it to be asked again, as JSON's own values."""
 
@@ -79,6 +86,10 @@ class OfTokens(Asking):
             raise InputError("The query is empty; give the question to ask of the document.")
         return query
 
+    def anew(self, prefix: tuple[int, ...], document: tuple[int, ...], question: Question) -> Prompt:
+        """See :meth:`Asking.anew`."""
+        return Prompt.from_tokens(prefix, document, self.query(question))
+
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`Asking.to_dict`."""
         return {}
@@ -106,6 +117,10 @@ class OfText(Asking):
     def query(self, question: Question) -> tuple[int, ...]:
         """See :meth:`Asking.query`: the tokens that stand behind the document in its prompt with this question."""
         return self._prompt(self._end, _text(question)).query
+
+    def anew(self, prefix: tuple[int, ...], document: tuple[int, ...], question: Question) -> Prompt:
+        """See :meth:`Asking.anew`: what stands around the document is the same around its end."""
+        return replace(self._prompt(self._end, _text(question)), document=document)
 
     def to_dict(self) -> dict[str, Any]:
         """See :meth:`Asking.to_dict`: the text's end, and the source of the chat template that was asked for."""
@@ -144,6 +159,12 @@ class OfText(Asking):
 
     def _prompt(self, document: str, query: str) -> Prompt:
         return Prompt.for_model(self.tokenizer, document, query, self.system, chat_template=self.chat_template)
+
+
+def check_reread(reread: str) -> None:
+    """InputError for another value than "never" or "auto" of what says when a text is read anew."""
+    if reread not in ("never", "auto"):
+        raise InputError(f"reread is never or auto, not {reread!r}.")
 
 
 def _text(question: Question) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .answering import whole
-from .asking import ANOTHER, NONE, THIS, Asking, Question
+from .asking import ANOTHER, NONE, THIS, Asking, Question, check_reread
 from .errors import InputError
 from .generation import Generation, Sampling
 from .hf.attach import CLOSED
@@ -197,30 +197,50 @@ class Document:
         return self._after(tokens, max_new_tokens)
 
     def ask(
-        self, query: Question, *, keep: bool = False, cancelled: Callable[[], bool] | None = None, **sampling: Any
+        self,
+        query: Question,
+        *,
+        keep: bool = False,
+        reread: str = "never",
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
     ) -> Generation:
         """Answer a question; ``sampling`` as in :class:`apb.generation.Sampling`.
 
         Args:
             query: as in :meth:`prefill`.
             keep: keep question and answer, so that the next question is a further turn of the conversation.
+            reread: "auto": read the text anew for this question, by the engine's strategy, where it was read for
+                another one and not exactly, which costs accuracy (docs/documents.md); the document stays as it is.
             cancelled: rank 0's is called before every token; :class:`apb.Cancelled` is raised once it returns True.
             sampling: see above.
         """
-        return whole(self._stream(query, Sampling(**sampling), keep, cancelled))
+        return whole(self._stream(query, Sampling(**sampling), keep, reread, cancelled))
 
     def stream(
-        self, query: Question, *, keep: bool = False, cancelled: Callable[[], bool] | None = None, **sampling: Any
+        self,
+        query: Question,
+        *,
+        keep: bool = False,
+        reread: str = "never",
+        cancelled: Callable[[], bool] | None = None,
+        **sampling: Any,
     ) -> Generator[str, None, Generation]:
         """As :meth:`ask`, but yield the answer's text in pieces; the generator's return value is the answer."""
         self._engine.needed_tokenizer()
-        return self._stream(query, Sampling(**sampling), keep, cancelled)
+        return self._stream(query, Sampling(**sampling), keep, reread, cancelled)
 
     def _stream(
-        self, query: Question, sampling: Sampling, keep: bool, cancelled: Callable[[], bool] | None
+        self, query: Question, sampling: Sampling, keep: bool, reread: str, cancelled: Callable[[], bool] | None
     ) -> Generator[str, None, Generation]:
+        check_reread(reread)
+        if keep and reread != "never":
+            raise InputError("A turn is kept over what was read; leave reread out, or do not keep it.")
         seen = self.read_for_as_seen_from(query)
-        session = self.prefill(query, max_new_tokens=sampling.max_new_tokens)
+        if reread == "auto" and seen == ANOTHER and not self.exact and not self.state.kept:
+            session, seen = self._anew(query, sampling.max_new_tokens), THIS
+        else:
+            session = self.prefill(query, max_new_tokens=sampling.max_new_tokens)
         answer = yield from self._engine.answering.stream(session, sampling, cancelled)
         answer.read_for = seen
         if keep:
@@ -228,6 +248,16 @@ class Document:
             state.kept, state.unread = tuple(session.token_ids[self.plan.query_start :]), (answer.token_ids[-1],)
             state.cache = session.cache
         return answer
+
+    def _anew(self, query: Question, max_new_tokens: int) -> Session:
+        """The session of the text and a question, read in memory of its own."""
+        state = self.state
+        # The question that it was read for may stand in front.
+        first = len(state.query) if self.plan.method.question_first else 0
+        prompt = self._asking.anew(state.prefix[: len(state.prefix) - first], state.document, query)
+        self._end_session()
+        self._session = self._engine.prefill(prompt, max_new_tokens=max_new_tokens)
+        return self._session
 
     def _check_here(self) -> None:
         if not self.state.here:

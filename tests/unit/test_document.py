@@ -306,6 +306,40 @@ def test_what_cannot_be_read_or_asked() -> None:
         document.prefill(QUESTIONS[0])
 
 
+@pytest.mark.parametrize("as_text", [False, True])
+@pytest.mark.parametrize("question_first", [False, True])
+def test_a_text_is_read_anew_where_that_is_asked_for(as_text: bool, question_first: bool, tmp_path: Path) -> None:
+    """Read for another question and not exactly, it is answered as by an engine that reads it for this one, and stays
+    as it was. Otherwise nothing is read anew."""
+    options: dict[str, Any] = {"blocks": 4, "passing_length": 3, "question_first": question_first}
+    if as_text:
+        model = without_eos(tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=258))
+        tokenizer = byte_tokenizer(TEMPLATE)
+        engine = apb.Engine.from_model(model, tokenizer, strategy="apb", **options)
+        text = "The keeper of Orrin was called Maud. " * 80  # longer than what is kept of it
+        first, other = "Who?", "Where was it, and when?"
+        document, wanted = engine.read(text, question=first), apb.Prompt.from_chat(tokenizer, text, other)
+    else:
+        engine = engine_of(llama(), "apb", question_first=question_first)
+        first, other = PROMPT.query, QUESTIONS[3]
+        document, wanted = read(engine, question=first), with_query(other)
+    before = document.ask(other, max_new_tokens=9)
+    assert before.read_for == "another question"
+    anew = engine.generate(wanted, max_new_tokens=9)
+    document.save(tmp_path / "a")
+    for each in (document, document, engine.load(tmp_path / "a")):
+        answer = each.ask(other, reread="auto", max_new_tokens=9)
+        assert (answer.token_ids, answer.plan, answer.read_for) == (anew.token_ids, anew.plan, "this question")
+    assert document.ask(other, max_new_tokens=9).token_ids == before.token_ids
+    assert document.ask(first, reread="auto", max_new_tokens=9).read_for == "this question"
+    none = engine.read(text) if as_text else read(engine)
+    assert none.ask(other, reread="auto", max_new_tokens=1).read_for == "no question"
+    with pytest.raises(apb.InputError, match="never or auto"):
+        document.ask(other, reread="always")
+    with pytest.raises(apb.InputError, match="A turn is kept"):
+        document.ask(other, reread="auto", keep=True)
+
+
 def test_several_typical_questions_and_streams() -> None:
     """Read for several, a document is read for each of them, joined; streamed pieces are the answer's text."""
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16, vocab=258)

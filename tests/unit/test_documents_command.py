@@ -60,12 +60,15 @@ def test_what_is_there(cli: Cli, checkpoint: Path, stored: Path) -> None:
 def test_questions_it_is_read_for(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     given: Any = ("read", "--document", tmp_path / "text.txt", "--model", checkpoint, "--device", "cpu", "--json")
-    one = cli(*given, "--out", tmp_path / "one", "--question", "Who?").json
+    one = cli(*given, "--out", tmp_path / "one", "--question", "Who?", "--blocks", 4).json
     assert one["read_for"] == ["Who?"]
     two = cli(*given, "--out", tmp_path / "two", "--question", "Who?", "--question", "Where?").json
     assert two["read_for"] == ["Who?", "Where?"]
-    answer = cli("ask", tmp_path / "one", "--query", "Who?", "--device", "cpu", "--max-new-tokens", 1, "--json").json
-    assert answer["read_for"] == "this question"
+    asked: Any = ("ask", tmp_path / "one", "--device", "cpu", "--max-new-tokens", 1, "--json", "--query")
+    assert cli(*asked, "Who?").json["read_for"] == "this question"
+    assert cli(*asked, "Where?").json["read_for"] == "another question"
+    assert cli(*asked, "Where?", "--reread", "auto").json["read_for"] == "this question"
+    cli(*asked, "Where?", "--reread", "always").refused("never or auto")
 
 
 def test_what_is_refused(cli: Cli, stored: Path, tmp_path: Path) -> None:

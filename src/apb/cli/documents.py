@@ -43,6 +43,7 @@ class Asking:
     strategy: str
     decoding: dict[str, Any]
     sampling: dict[str, Any]
+    reread: str
     as_json: bool
 
 
@@ -118,6 +119,10 @@ def ask(
     ranks: options.Ranks,
     decode: options.Decoding,
     sampling: options.Sampling,
+    reread: Annotated[
+        str,
+        typer.Option(help="auto: read the text anew for a question where it was read for another one, not exactly."),
+    ] = "never",
     verify: Annotated[bool, typer.Option(help="Compare the checksums of the files.")] = True,
     as_json: options.AsJson = False,
 ) -> None:
@@ -130,6 +135,7 @@ def ask(
     if model.dtype is None:
         model = replace(model, dtype=manifest["dtype"])
 
+    from ..asking import check_reread
     from ..decoding import make_decoding
     from ..distributed import launch
     from ..generation import Sampling
@@ -137,11 +143,12 @@ def ask(
 
     Sampling(**values(sampling))
     make_decoding(decode.decoding, decode.options)
+    check_reread(reread)
     place = check(model, ranks)
     if query is None and place.processes > 1:
         raise InputError("Questions are read from standard input on one rank only; give them with --query.")
     how = manifest["strategy"], values(decode), values(sampling)
-    request = Asking(str(store), query or [], verify, place.loading, *how, as_json)
+    request = Asking(str(store), query or [], verify, place.loading, *how, reread, as_json)
     launch.run(_ask, place.processes, request)
 
 
@@ -157,7 +164,8 @@ def _ask(request: Asking) -> None:
     document = engine.load(request.store, verify=request.verify)
     answers = []
     for query in request.queries or _typed():
-        answers.append(printed(document.stream(query, **request.sampling), prints and not request.as_json))
+        text = document.stream(query, reread=request.reread, **request.sampling)
+        answers.append(printed(text, prints and not request.as_json))
         if prints and not request.as_json:
             print(flush=True)
             answer = answers[-1]
