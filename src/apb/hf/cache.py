@@ -261,7 +261,7 @@ class ShardCache(Cache):
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
                 layer.arrive()
-                k, v = (x.data_ptr() - layer.away * x[0, 0, 0].nbytes for x in (layer.keys, layer.values))
+                k, v = (x.data_ptr() - layer.away * x.shape[3] * x.itemsize for x in (layer.keys, layer.values))
                 places.append((k, v, layer.keys.shape[2]))
             else:
                 places.append((0, 0, 0))
