@@ -20,7 +20,8 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from apb.kernels import decode
+from apb.kernels import chosen, decode
+from apb.kernels.chosen import attending
 from apb.kernels.fused import HOPPER, Config, hopper
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -102,21 +103,31 @@ def _spills(line: str) -> bool:
     return re.search(r"\b(?:LDL|STL)\b", line) is not None
 
 
-def compile_decode(kernel: Any, head_dim: int) -> Any:
+def compile_decode(kernel: Any, head_dim: int, stages: int = decode._STAGES, **more: int) -> Any:
     """A kernel of decode, for a row of 32 heads over 8 KV heads in bf16, with the arguments of its launch."""
     constants = {"H": 32, "GROUP": 4, "D": head_dim, "BD": 1 << (head_dim - 1).bit_length(), "BM": 16, "BN": 64}
-    constants |= {"CAUSAL": False, "CAPPED": False}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v"), "*bf16") | {"table": "*i64"}
+    constants |= {"CAUSAL": False, "CAPPED": False, **more}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("q", "k", "v"), "*bf16")
+    types |= dict.fromkeys(("table", "storages"), "*i64") | dict.fromkeys(("counts", "spans"), "*i32")
     types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"length": "*i32", "scale": "fp32", "cap": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
-    unknown = ("rows", "sessions", "splits", "layer", "scale", "cap", *constants)  # all others are multiples of 16
+    unknown = (
+        "rows",
+        "sessions",
+        "splits",
+        "programs",
+        "layer",
+        "scale",
+        "cap",
+        *constants,
+    )  # all others are multiples of 16
     source = ASTSource(
         kernel,
         {name: types[name] for name in kernel.arg_names},
         {(at,): constants[name] for at, name in enumerate(kernel.arg_names) if name in constants},
         {(at,): [["tt.divisibility", 16]] for at, name in enumerate(kernel.arg_names) if name not in unknown},
     )
-    return triton.compile(source, target=TARGET, options={"num_warps": 4, "num_stages": decode._STAGES})
+    return triton.compile(source, target=TARGET, options={"num_warps": 4, "num_stages": stages})
 
 
 def accesses(kernel: Any) -> dict[str, int]:
@@ -137,7 +148,16 @@ def main() -> None:
         name: {head_dim: accesses(compile_decode(kernel, head_dim)) for head_dim in (64, 128)}
         for name, kernel in (("plain", decode._split), ("cached", decode._split_cached))
     }
-    json.dump({"hopper": reports, "decode": decoding}, sys.stdout)
+    listed = {
+        f"{page or 'keys'}, {'far' if far else 'near'}": accesses(
+            compile_decode(
+                attending.attend, 128, chosen._LISTED_STAGES, KV=8, BK=8, CHUNKS=chosen.CHUNKS, PAGE=page, FAR=far
+            )
+        )
+        for page in (0, 16)
+        for far in (False, True)
+    }
+    json.dump({"hopper": reports, "decode": decoding, "listed": listed}, sys.stdout)
 
 
 if __name__ == "__main__":

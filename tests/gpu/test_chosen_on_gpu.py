@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 
 from apb import Engine, Prompt, Segment
-from apb.decoding import EXACT, Decoding, Indexed, Pages, Squeezed
+from apb.decoding import EXACT, Decoding, Indexed, Pages, Retrieval, Squeezed
 from apb.decoding.cluster_index import ClusterIndex
 from apb.decoding.page_index import PageIndex
 from apb.hf.cache import ShardCache
+from apb.hf.pinned import HostMemory
 from apb.kernels import chosen, kmeans, reference
 from models import tiny_model, without_eos
 
 pytestmark = pytest.mark.gpu
 
-METHODS = [Pages(0.2), Squeezed(0.2)]
+SELECTORS = [Pages(0.2), Squeezed(0.2)]
+METHODS = [*SELECTORS, *(Retrieval(0.2, each.name) for each in SELECTORS)]
+NAMES = [" ".join([each.name, *([each.selector] if isinstance(each, Retrieval) else [])]) for each in METHODS]
 # Scores this near may change places: several times what the order of sums does to those of the model below.
 CLOSE = 3e-4
 
@@ -80,7 +84,7 @@ def compared(session: Any, wanted: Any, passes: list[list[int]], gaps: list[floa
     return count
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_graphs_attend_to_what_torch_does(method: Indexed, gaps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """In fp32, over one index: on several lengths by one engine, after a return to fewer tokens, after the cache has
     grown, with several tokens read at once in between. The shares are those of ordinary passes.
@@ -113,7 +117,7 @@ def test_graphs_attend_to_what_torch_does(method: Indexed, gaps: list[float], mo
     ours.close()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_questions_of_a_document(method: Decoding) -> None:
     """Two questions after another document's, by the graphs of the first: the tokens of ordinary passes."""
     ours, plain = engine(method), engine(method, graphs=False)
@@ -129,7 +133,7 @@ def test_questions_of_a_document(method: Decoding) -> None:
     ours.close()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_everything_is_exact(method: Indexed) -> None:
     """With a share of 1, by graphs."""
     ours, exact = engine(replace(method, share=1.0)), engine(EXACT)
@@ -141,15 +145,54 @@ def test_everything_is_exact(method: Indexed) -> None:
         assert sessions[0].captured and sessions[0].share == 1.0
 
 
+@pytest.mark.parametrize("here", SELECTORS, ids=lambda method: method.name)
+def test_host_memory_is_read_in_place(here: Indexed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the graphs of several sessions in turns: the logits that the selector gives over keys on the device. After a
+    return to fewer tokens than are away, with several tokens read at once in between, when the cache has grown, and of
+    a document that comes from a disk."""
+    monkeypatch.setattr(ShardCache, "growth", 3)
+    ours, near_ones = (engine(each, allow_extrapolation=True) for each in (Retrieval(0.2, here.name), here))
+    asked, tokens = [prompt(length) for length in (3003, 40, 9000)], [(7 * i) % 97 for i in range(12)]
+    pairs = [[each.prefill(one, max_new_tokens=8) for each in (ours, near_ones)] for one in asked]
+    firsts = [session.logits for session, _ in pairs]
+
+    def compare() -> None:
+        for token in tokens:
+            for session, wanted in pairs:
+                assert near(session.extend([token]), wanted.extend([token]), 1e-3)
+                assert session.captured and wanted.captured
+                assert session.share == pytest.approx(wanted.share, abs=1e-3)
+
+    compare()
+    for (session, wanted), one, first in zip(pairs, asked, firsts, strict=True):
+        far, back = session.cache.far(0), min(len(one) - 1, 500)
+        assert (far is None) == (len(one) < 64)
+        assert far is None or (len(far[0]) == len(one) - 64 and all(x.is_pinned() for x in far))
+        for each in (session, wanted):
+            each.rewind(len(one) - back, first)
+        assert near(session.extend(tokens), wanted.extend(tokens), 1e-3)
+    compare()
+    text, told = list(prompt(2500).document), []
+    for each in (ours, near_ones):
+        each.read(tokens=text).save(tmp_path / each.reading.decoding.name)
+        document = each.load(tmp_path / each.reading.decoding.name)
+        told.append([document.ask(question, max_new_tokens=16).token_ids for question in ([5, 6, 7], [9] * 150, [8])])
+        assert document.state.cache.offloaded == (each is ours)
+    assert told[0] == told[1]
+    ours.close()
+    near_ones.close()
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["near", "far"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (8, 1, 64), (6, 3, 80)])
 @pytest.mark.parametrize(("page_size", "together"), [(16, False), (None, True)])
 def test_a_graph_serves_every_index(
-    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int | None, together: bool
+    heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, page_size: int | None, together: bool, far: bool
 ) -> None:
     """Captured once over no key, replayed over indexes of many sizes: within 1e-3 of fp32 attention over the keys that
     the kernels say they chose; these are as many as torch chooses, but for scores that its other sums bring past the
-    threshold. A replay repeats itself to the bit."""
+    threshold. A replay repeats itself to the bit. Four of five keys may be in host memory."""
     torch.manual_seed(0)
     scale = head_dim**-0.5
     q = (2 * torch.randn(1, heads, head_dim, device="cuda")).to(dtype)
@@ -160,8 +203,9 @@ def test_a_graph_serves_every_index(
 
     def step() -> tuple[Tensor, Tensor]:
         return chosen.attention(
-            q, storages, table, counts, 0, kv_heads, scale, length, page_size=page_size, together=together, partial=True
-        )
+            q, storages, table, counts, 0, kv_heads, scale, length, page_size=page_size, together=together, far=far,
+            partial=True,
+        )  # fmt: skip
 
     scratch = torch.zeros(0, dtype=torch.int32, device="cuda")
     table.copy_(torch.tensor([chosen.row(None, 0, scratch)]))
@@ -179,13 +223,24 @@ def test_a_graph_serves_every_index(
         budget = indexed // 10 * (kv_heads if together else 1)
         scratch = torch.full((chosen.scratch_size(heads, stored),), -1, dtype=torch.int32, device="cuda")
         storages.copy_(torch.tensor([[k.data_ptr(), v.data_ptr(), room]]))
-        table.copy_(torch.tensor([chosen.row(stored, budget, scratch)]))
+        away = None
+        if far:
+            memory = HostMemory(2 * kv_heads * (first := held * 4 // 5) * head_dim, dtype, [k.device])
+            pinned = memory.numbers.view(2, kv_heads, first, head_dim)
+            kept = k.clone(), v.clone()
+            for into, x in zip(pinned, (k, v), strict=True):
+                into.copy_(x[:, :first])
+                x[:, :first] = torch.nan
+            away = pinned[0].transpose(0, 1), pinned[1].transpose(0, 1)
+        table.copy_(torch.tensor([chosen.row(stored, budget, scratch, away)]))
         length.fill_(held)
         graph.replay()
         taken = counts.sum(1) * (page_size or 1)
-        first = out.clone(), lse.clone()
+        before = out.clone(), lse.clone()
         graph.replay()
-        assert torch.equal(out, first[0]) and torch.equal(lse, first[1])
+        assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
+        if far:
+            k, v = kept
         if stored is None:
             seen = torch.ones(kv_heads, held, dtype=torch.bool, device="cuda")
         else:

@@ -37,6 +37,17 @@ class Layer:
             index.extend(k[:, :keys])
         return Layer(k, v, index, length, budget)
 
+    def places(self, away: int) -> tuple[tuple[int, int, int], tuple[Tensor, Tensor] | None, list[Tensor]]:
+        """The layer's place in the table of storages, what of it is far, and the tensors that hold it, if the first
+        keys are elsewhere than the others, in a storage with room behind them. Not-a-number where nothing is."""
+        if not away:
+            return (self.k.data_ptr(), self.v.data_ptr(), self.k.shape[1]), None, [self.k, self.v]
+        far = [torch.cat([x[:, :away], torch.full_like(x[:, :3], math.nan)], 1) for x in (self.k, self.v)]
+        near = [x[:, away:].clone() for x in (self.k, self.v)]
+        k, v = (x.data_ptr() - away * x[0, 0].nbytes for x in near)
+        far_k, far_v = (x[:, :away].transpose(0, 1) for x in far)
+        return (k, v, near[0].shape[1]), (far_k, far_v), [*far, *near]
+
     def expected(self, q: Tensor, together: bool) -> tuple[Tensor, Tensor, Tensor]:
         """out (heads, head_dim), lse (heads,) in fp64, and the keys seen, bool (kv_heads, length)."""
         seen = torch.ones(len(self.k), self.length, dtype=torch.bool)
@@ -58,6 +69,7 @@ def pages_or_clusters(page_size: int | None) -> KeyIndex:
 
 
 @pytest.mark.triton
+@pytest.mark.parametrize("away", [(0,) * 5, (136, 3, 337, 126, 97)], ids=["near", "far"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "dtype", "page_size", "together"),
     [
@@ -74,9 +86,11 @@ def test_attention_over_what_torch_chooses(
     dtype: torch.dtype,
     page_size: int | None,
     together: bool,
+    away: tuple[int, ...],
 ) -> None:
     """In layers of other sizes, budgets and parts that no index covers, by one table; one has an index of no key, one
-    dropped keys after it was made. What is chosen is counted."""
+    dropped keys after it was made. Their first keys may be elsewhere, fewer or more than an index covers. What is
+    chosen is counted."""
     monkeypatch.setattr(chosen, "_processors", lambda device: 3)
     monkeypatch.setattr(chosen, "CHUNKS", 4)
     torch.manual_seed(0)
@@ -90,17 +104,19 @@ def test_attention_over_what_torch_chooses(
         for name, part in layer.index.tensors().items():
             if part.is_floating_point():
                 setattr(layer.index, name, getattr(layer.index, name).to(dtype))
-    storages = torch.tensor([[x.k.data_ptr(), x.v.data_ptr(), x.k.shape[1]] for x in layers])
+    places, fars, kept = zip(*(x.places(first) for x, first in zip(layers, away, strict=True)), strict=True)
+    storages = torch.tensor(places)
     stored = [x.index.stored() for x in layers]
     room = max(chosen.scratch_size(heads, x) for x in stored)
     scratch = torch.full((room,), -7, dtype=torch.int32)
-    table = torch.tensor([chosen.row(x, layer.budget, scratch) for x, layer in zip(stored, layers, strict=True)])
+    parts = zip(stored, layers, fars, strict=True)
+    table = torch.tensor([chosen.row(x, layer.budget, scratch, far) for x, layer, far in parts])
     counts = torch.full((len(layers), kv_heads, chosen.CHUNKS), -1, dtype=torch.int32)
     for number, layer in enumerate(layers):
         length = torch.tensor([layer.length], dtype=torch.int32)
         out, lse = chosen.attention(
             q, storages, table, counts[number], number, kv_heads, SCALE, length,
-            page_size=page_size, together=together, partial=number == 2,
+            page_size=page_size, together=together, far=any(away), partial=number == 2,
         )  # fmt: skip
         wanted, wanted_lse, seen = layer.expected(q, together)
         tolerance = 2e-3 if dtype == torch.float16 else 1e-5
@@ -109,6 +125,7 @@ def test_attention_over_what_torch_chooses(
         torch.testing.assert_close(lse[:, 0].double(), wanted_lse, rtol=tolerance, atol=tolerance)
         taken = counts[number].sum(1) * (page_size or 1)
         assert taken.tolist() == seen[:, : layer.index.covered].sum(1).tolist()
+    assert len(kept) == len(layers)  # the table knows them by address alone
 
 
 def test_the_best_that_fit() -> None:

@@ -347,6 +347,16 @@ def test_decode_by_the_table_reads_as_wide(compiled: dict[str, Any]) -> None:
 
 
 @pytest.mark.triton
+def test_host_memory_is_read_as_wide(compiled: dict[str, Any]) -> None:
+    """Where each key's address is one of two, they go to shared memory 16 bytes at a time as well: what is read beside
+    them are two addresses and two numbers of the table's row."""
+    for kind in ("16", "keys"):
+        near, far = (compiled["listed"][f"{kind}, {place}"] for place in ("near", "far"))
+        assert near["0x10"] > 0
+        assert far == {**near, "b64": near["b64"] + 4}
+
+
+@pytest.mark.triton
 def test_hopper_kernel_compiles(compiled: dict[str, Any]) -> None:
     """Every configuration compiles for sm_90 to warpgroup products; in the loops the softmax of a tile stands where the
     product of the tile before with its values is under way: that is what makes it fast. No spills at head dim 128,

@@ -16,6 +16,7 @@ from apb.decoding import Decoding, Dense, Indexed, Pages, Retrieval, Squeezed, S
 from apb.decoding.base import RECENT
 from apb.decoding.streaming import Streaming, _Buffer
 from apb.hf.offloading import check
+from apb.hf.pinned import HostMemory
 from families import PECULIAR, make
 
 PREFIX, QUERY, ANSWER = [1, 2], [5, 6, 7], [12, 70, 33, 33, 1]
@@ -150,6 +151,14 @@ def test_little_that_has_come_since_stays() -> None:
     document.ask([9] * 150, keep=True, max_new_tokens=6)
     document.ask(QUESTIONS[3], max_new_tokens=2)
     assert document.state.cache.layers[0].far.tokens > before.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_host_memory_begins_with_a_page(dtype: torch.dtype) -> None:
+    """Rows of GPUs' usual sizes then begin where their reads do."""
+    for count in (1, 5, 3 << 20):
+        numbers = HostMemory(count, dtype, []).numbers
+        assert numbers.shape == (count,) and numbers.data_ptr() % 4096 == 0
 
 
 def test_a_selector_is_checked() -> None:

@@ -9,6 +9,7 @@ import gc
 import math
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +21,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import apb
 import families
-from apb.decoding import Decoding, Pages, Squeezed
+from apb.decoding import Decoding, Indexed, Pages, Retrieval, Squeezed, Streamed
 from apb.hf.cache import ShardCache
 from apb.hf.shard_layer import Arrival
 from apb.kernels import chosen
@@ -40,8 +41,8 @@ def prompt(document: int, seed: int = 37) -> apb.Prompt:
     return apb.Prompt.from_tokens([1, 2], [(seed * i * i + 11 * i) % 97 for i in range(document)], [5, 6, 7])
 
 
-def engine(**options: Any) -> apb.Engine:
-    model = tiny_model("llama", heads=2, kv_heads=1, head_dim=16, layers=2)
+def engine(kv_heads: int = 1, **options: Any) -> apb.Engine:
+    model = tiny_model("llama", heads=2, kv_heads=kv_heads, head_dim=16, layers=2)
     return apb.Engine.from_model(without_eos(model), **{**BLOCKS, **options})
 
 
@@ -302,6 +303,58 @@ def test_chosen_keys(captures: list[torch.device], monkeypatch: pytest.MonkeyPat
     del session, index, each
     gc.collect()
     assert not any(part() for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("method", "here"),
+    [(Retrieval(0.3), Pages(0.3)), (Retrieval(0.3, "squeezed"), Squeezed(0.3)), (Retrieval(1.0), None)],
+    ids=["pages", "squeezed", "all"],
+)
+def test_keys_in_host_memory(
+    captures: list[torch.device], monkeypatch: pytest.MonkeyPatch, method: Decoding, here: Indexed | None
+) -> None:
+    """One capture serves sessions with other keys there, read in place: the logits of the selector's ordinary passes
+    over keys on the device, with a budget of everything exact ones. After a return to fewer tokens than are there, with
+    several tokens read at once in between, and when the rest has grown."""
+    monkeypatch.setattr(ShardCache, "growth", 2)
+    monkeypatch.setattr(chosen, "CHUNKS", 2)
+    ours, alone = engine(2, decoding=method), engine(2, decoding=here or "exact", backend="torch")
+    for asked in (prompt(118, 29), prompt(20)):
+        session, wanted = (each.prefill(asked, max_new_tokens=8) for each in (ours, alone))
+        first = session.logits
+        for back in (9, min(len(asked), 90)):
+            assert close_to(read(session), read(wanted))
+            assert session.captured and session.share == wanted.share
+            for each in (session, wanted):
+                each.rewind(len(asked) - back, first)
+            several = [(7 * i) % 97 for i in range(back)]
+            assert close_to(session.extend(several), wanted.extend(several))
+        far = session.cache.far(0)
+        assert (far is None) == (len(asked) < 64)
+        assert far is None or (len(far[0]) == len(asked) - 90 and not far[0].transpose(0, 1).is_contiguous())
+        assert close_to(read(session), read(wanted)) and session.captured
+    assert len(captures) == 1
+
+
+def test_what_is_in_host_memory_may_need_passes() -> None:
+    """Of methods that have no kernels for it, and where rows are not read 16 bytes at a time."""
+
+    def why_not(decoding: Decoding, head_dim: int) -> str:
+        model = without_eos(tiny_model("llama", heads=2, kv_heads=1, head_dim=head_dim, layers=2))
+        made = apb.Engine.from_model(model, decoding=Retrieval(), **BLOCKS)
+        session = made.prefill(prompt(90))
+        session.extend([3])
+        assert session.cache.offloaded
+        gpu = replace(session.cache.layout, device=torch.device("cuda"))
+        with patch.object(session.cache, "layout", gpu):
+            found = step.Stepper(made._decoder.attachment, decoding, made.group, graphs=True).why_not(session.cache)
+        made.close()
+        assert found is not None
+        return found
+
+    assert why_not(Pages(), 16) == "keys and values are in host memory"
+    assert "'streamed' has no kernels" in why_not(Streamed(), 16)
+    assert why_not(Retrieval(), 18) == "keys and values in host memory are read 16 bytes at a time"
 
 
 @pytest.mark.parametrize("growth", [2, 256])

@@ -102,9 +102,11 @@ class StoredReader(ABC):
 
     Attributes:
         batched: True if it attends for several sessions at once, each of them to a shard of its own.
+        far: True if it also reads what is in host memory.
     """
 
     batched: ClassVar[bool] = False
+    far: bool = False
 
     def begin(self, reader: Any, lengths: Sequence[int]) -> None:  # noqa: B027
         """Write to the device's memory what the next step needs of a shard besides its keys. Nothing, by default.

@@ -17,7 +17,7 @@ class Held:
     """One layer's keys and values, each (tokens, kv_heads, head_dim).
 
     Attributes:
-        far: those of the first tokens, in host memory; None if there are none.
+        far: those of the first tokens, in host memory, as :func:`in_place` gives them; None if there are none.
         k, v: those of the tokens after them, on the device.
     """
 
@@ -44,30 +44,46 @@ class Held:
         k, v = self.k[near], self.v[near]
         if self.far is None or start >= self.away:
             return k, v
-        far_k, far_v = (x[start : min(stop, self.away)].to(k.device) for x in self.far)
+        far_k, far_v = (x[start : min(stop, self.away)] for x in self.far)
         return torch.cat([far_k, k]), torch.cat([as_wide(far_v, v), v])
 
     def chosen(self, picked: Tensor) -> list[Pair]:
         """By KV head keys and values (chosen, 1, head_dim) of the tokens that bool (kv_heads, first tokens) picks."""
-        near = picked[:, self.away :]
-        pairs = []
-        for head in range(len(picked)):
-            index = near[head].nonzero().squeeze(1)
-            pairs.append((self.k[index, head : head + 1], self.v[index, head : head + 1]))
+        near = _rows((self.k, self.v), picked[:, self.away :])
         if self.far is None:
-            return pairs
-        fetched = self._fetched(picked[:, : self.away])
-        return [(torch.cat([far[0], k]), torch.cat([far[1], v])) for far, (k, v) in zip(fetched, pairs, strict=True)]
+            return near
+        far = _rows(self.far, picked[:, : self.away])
+        return [
+            (torch.cat([far_k, k]), torch.cat([as_wide(far_v, v), v]))
+            for (far_k, far_v), (k, v) in zip(far, near, strict=True)
+        ]
 
-    def _fetched(self, picked: Tensor) -> list[Pair]:
-        """Those of :meth:`chosen` that are in host memory: gathered there, and brought to the device in one piece."""
-        assert self.far is not None
-        indices = [head.nonzero().squeeze(1) for head in picked.cpu()]
-        counts = [len(index) for index in indices]
-        pinned, parts = self.k.is_cuda, []
-        for x, like in zip(self.far, (self.k, self.v), strict=True):
-            rows = torch.empty(sum(counts), x.shape[2], dtype=x.dtype, pin_memory=pinned)
-            for head, part in enumerate(rows.split(counts)):
-                torch.index_select(x[:, head], 0, indices[head], out=part)
-            parts.append(as_wide(rows.unsqueeze(1).to(like.device, non_blocking=True), like).split(counts))
-        return list(zip(*parts, strict=True))
+
+def in_place(far: Pair | None, device: torch.device) -> Pair | None:
+    """Keys and values in host memory as the device reads them there: tensors of a GPU, if they are pinned for one."""
+    if far is None or device.type != "cuda":
+        return far
+    k, v = (torch.as_tensor(_Pinned(x), device=device).view(x.dtype) for x in far)
+    return k, v
+
+
+class _Pinned:
+    """A tensor of pinned host memory for torch to take as one of a GPU, without a copy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        size = x.element_size()
+        self.__cuda_array_interface__ = {
+            "shape": tuple(x.shape),
+            "strides": tuple(size * stride for stride in x.stride()),
+            "typestr": f"<i{size}",  # as numpy has no bf16
+            "data": (x.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _rows(pair: Pair, picked: Tensor) -> list[Pair]:
+    """By KV head the rows (chosen, 1, head_dim) of the tokens that bool (kv_heads, tokens) picks."""
+    k, v = pair
+    indices = [(head, each.nonzero().squeeze(1)) for head, each in enumerate(picked)]
+    return [(k[index, head : head + 1], v[index, head : head + 1]) for head, index in indices]

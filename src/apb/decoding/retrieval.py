@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..errors import InputError
 from ..planning.options import option
-from .base import RECENT, Reader, Shard
+from .base import RECENT, Reader, Shard, StoredReader
 from .indexed import Indexed
 from .pages import Pages
 from .squeezed import Squeezed
@@ -59,6 +59,13 @@ class Retrieval(Indexed):
         """See :meth:`Decoding.build`: the index is made while the keys are on the device, before they move."""
         super().build(cache)
         cache.move_away(RECENT)
+
+    def stored_reader(self) -> StoredReader | None:
+        """See :meth:`Decoding.stored_reader`: the selector's, which reads chosen keys where they are."""
+        stored = self._selector.stored_reader()
+        if stored is not None:
+            stored.far = True
+        return stored
 
     @property
     def _selector(self) -> Indexed:

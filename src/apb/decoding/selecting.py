@@ -18,7 +18,7 @@ from ..kernels import chosen
 from ..kernels.attention import Segment, attention
 from ..timing import timed
 from .base import RECENT, Reader, Shard
-from .held import Held
+from .held import Held, in_place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,7 +115,7 @@ class SelectingReader(Reader):
 
     def attend(self, layer: AttentionInput, rows: NewRows) -> tuple[Tensor, Tensor]:
         """See :meth:`Reader.attend`: every row chooses for itself, as if it had been read alone."""
-        count, held = layer.q.shape[0], Held(self.cache.far(layer.kept), layer.k, layer.v)
+        count, held = layer.q.shape[0], self._of(layer.kept, layer.k, layer.v)
         own = rows.holds_own(count)
         if layer.kept not in self._ready:
             self._ready.add(layer.kept)
@@ -133,7 +133,7 @@ class SelectingReader(Reader):
         for layer in cache.indices:
             if layer not in self._ready and layer not in cache.windows and not cache.expands:
                 self._ready.add(layer)
-                self.build(layer, Held(cache.far(layer), *cache.near(layer)))
+                self.build(layer, self._of(layer, *cache.near(layer)))
 
     def stored(self, layer: int, keys: int) -> tuple[chosen.Index | None, int]:
         """What kernels read of a layer's index, and the keys that may be chosen of each KV head, of so many held."""
@@ -152,6 +152,10 @@ class SelectingReader(Reader):
         index.forget(stop)  # an earlier, longer question may have covered more
         if index.covered < stop:
             index.extend(held.between(index.covered, stop)[0].transpose(0, 1))
+
+    def _of(self, layer: int, k: Tensor, v: Tensor) -> Held:
+        """The layer's keys and values, of which these are on the device."""
+        return Held(in_place(self.cache.far(layer), k.device), k, v)
 
     def _row(self, layer: AttentionInput, held: Held) -> tuple[Tensor, Tensor]:
         """One row that sees all of a shard: out (1, heads, head_dim) and lse (heads, 1)."""

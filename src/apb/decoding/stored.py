@@ -26,6 +26,7 @@ class SelectingStoredReader(StoredReader):
         self._together = together
         self._heads = 0  # most query heads of a layer, known once layers were attended
         self._layers: list[tuple[chosen.Index | None, int]] = []
+        self._away: list[tuple[Tensor, Tensor] | None] = []  # what is in host memory, by layer
         self._kv_heads: list[int] = []
         self._rows: list[list[int]] = []  # what the table has
         self._read = self._held = 0
@@ -36,6 +37,7 @@ class SelectingStoredReader(StoredReader):
         if not self._kv_heads:
             self._make_tables(reader, len(lengths))
         self._layers = [reader.stored(layer, keys) for layer, keys in enumerate(lengths)]
+        self._away = [reader.cache.far(layer) if self.far else None for layer in range(len(lengths))]
         covered = [0 if index is None else index.covered for index, _ in self._layers]
         self._held = sum(keys * heads for keys, heads in zip(lengths, self._kv_heads, strict=True))
         self._read = self._held - sum(keys * heads for keys, heads in zip(covered, self._kv_heads, strict=True))
@@ -57,6 +59,7 @@ class SelectingStoredReader(StoredReader):
             shard.length,
             page_size=self._page_size,
             together=self._together,
+            far=self.far,
             partial=shard.several,
         )
 
@@ -64,6 +67,7 @@ class SelectingStoredReader(StoredReader):
         """See :meth:`StoredReader.end`."""
         reader.count(self._counts.sum() * (self._page_size or 1) + self._read, self._held)
         self._layers.clear()  # indexes end with their sessions; what is queued on this stream still finds them
+        self._away.clear()
 
     def _make_tables(self, reader: SelectingReader, layers: int) -> None:
         """Graphs read these, so they stay where they are; what they point to may move."""
@@ -79,8 +83,8 @@ class SelectingStoredReader(StoredReader):
         if room > len(self._scratch):
             self._scratch = self._scratch.new_empty(room)
         rows = [
-            chosen.row(index, budget * heads if self._together else budget, self._scratch)
-            for (index, budget), heads in zip(self._layers, self._kv_heads, strict=True)
+            chosen.row(index, budget * heads if self._together else budget, self._scratch, far)
+            for (index, budget), heads, far in zip(self._layers, self._kv_heads, self._away, strict=True)
         ]
         if rows != self._rows:
             self._table.copy_(torch.tensor(rows))

@@ -253,12 +253,16 @@ class ShardCache(Cache):
             layer.keys = layer.values = layer.arriving = layer.far = None
 
     def addresses(self) -> list[tuple[int, int, int]]:
-        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none."""
+        """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none.
+
+        Behind tokens in host memory they are where the layer's first token would be.
+        """
         places = []
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
                 layer.arrive()
-                places.append((layer.keys.data_ptr(), layer.values.data_ptr(), layer.keys.shape[2]))
+                k, v = (x.data_ptr() - layer.away * x.shape[3] * x.itemsize for x in (layer.keys, layer.values))
+                places.append((k, v, layer.keys.shape[2]))
             else:
                 places.append((0, 0, 0))
         return places

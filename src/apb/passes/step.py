@@ -45,6 +45,7 @@ class Stepper:
         self._decoding = decoding
         stored = decoding.stored_reader()
         self._steppable = stored is not None
+        self._far = stored is not None and stored.far
         self._batched = stored is not None and stored.batched
         self._group = group
         self._graphs = graphs
@@ -72,10 +73,12 @@ class Stepper:
             return f"layers have {', '.join(sorted(attachment.peculiar))}"
         if attachment.length_dependent:
             return f"RoPE of type {' and '.join(attachment.length_dependent)} depends on the length"
-        if cache.offloaded:
+        head_dims = [heads[1] for heads in layout.heads if heads is not None]
+        if cache.offloaded and not self._far:
             return "keys and values are in host memory"
-        head_dim = max(heads[1] for heads in layout.heads if heads is not None)
-        return fused.why_not(layout.device, layout.dtype, head_dim)
+        if self._far and any(head_dim * layout.dtype.itemsize % 16 for head_dim in head_dims):
+            return "keys and values in host memory are read 16 bytes at a time"
+        return fused.why_not(layout.device, layout.dtype, max(head_dims))
 
     @property
     def batched(self) -> bool:

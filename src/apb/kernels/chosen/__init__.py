@@ -22,7 +22,7 @@ __all__ = ["CHUNKS", "COLUMNS", "Index", "attention", "places", "row", "scratch_
 CHUNKS = 64
 """Parts of a KV head's keys in which chosen ones are listed, and counted, apart."""
 
-COLUMNS = 9
+COLUMNS = 13
 """Numbers in a row of the table of indexes."""
 
 # Units, or keys, that a program handles at a time where it works number by number.
@@ -51,22 +51,30 @@ class Index:
     covered: int
 
 
-def row(index: Index | None, budget: int, scratch: Tensor) -> list[int]:
+def row(index: Index | None, budget: int, scratch: Tensor, far: tuple[Tensor, Tensor] | None = None) -> list[int]:
     """A layer's row of the table for :func:`attention`: COLUMNS int64.
 
     Args:
         index: None if there is none, and all keys are attended to.
         budget: keys that may be chosen, at least 0: of each KV head, or of all together.
         scratch: :func:`scratch_size` int32, which all layers may share.
+        far: keys and values (tokens, kv_heads, head_dim) of the first tokens, if they are not in the storages but in
+            pinned host memory, which kernels read in place. Head by head, they are contiguous.
     """
+    away = [0] * 4
+    if far is not None:
+        k, v = far
+        assert k.stride() == v.stride() and k.stride()[::2] == (k.shape[2], 1)
+        away = [k.data_ptr(), v.data_ptr(), k.stride(1) // k.shape[2], len(k)]
+        assert all(address % 16 == 0 for address in away[:2])
     if index is None:
-        return [0] * (COLUMNS - 1) + [scratch.data_ptr()]
+        return [*[0] * 8, scratch.data_ptr(), *away]
     units, apart = index.first.shape[1], index.first.stride(0) // index.first.shape[2]
     assert index.second.stride(0) == (apart if index.second.dim() == 2 else index.first.stride(0))
     labels = (0, 0) if index.labels is None else (index.labels.data_ptr(), index.labels.stride(0))
     at = [index.first.data_ptr(), index.second.data_ptr(), apart, *labels]
     assert all(address % 16 == 0 for address in (at[0], at[1], at[3], scratch.data_ptr()))
-    return [*at, units, index.covered, budget, scratch.data_ptr()]
+    return [*at, units, index.covered, budget, scratch.data_ptr(), *away]
 
 
 def scratch_size(heads: int, index: Index | None) -> int:
@@ -90,6 +98,7 @@ def attention(
     *,
     page_size: int | None,
     together: bool,
+    far: bool = False,
     partial: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """A single row over those of the first ``length`` keys of a layer that its index chooses or does not cover.
@@ -104,6 +113,8 @@ def attention(
         kv_heads: heads of the keys and values.
         page_size: keys of a page; None if the index is of clusters.
         together: KV heads share one budget.
+        far: the table says which of the first keys are in host memory; a storage's addresses are then where its first
+            key would be if they were there.
         partial: as in :func:`apb.kernels.decode.attention`.
 
     Returns:
@@ -153,7 +164,7 @@ def attention(
         attending.attend[(programs,)](
             q, storages, table, layer, counts, spans, parts, lses, length, q.stride(1), programs,
             scale / math.log(2), **sizes, **row, **kind, BN=32 if wide else 64,
-            BK=max(2, 1 << (kv_heads - 1).bit_length()), CHUNKS=CHUNKS, num_warps=4, num_stages=_LISTED_STAGES,
+            BK=max(2, 1 << (kv_heads - 1).bit_length()), CHUNKS=CHUNKS, FAR=far, num_warps=4, num_stages=_LISTED_STAGES,
         )  # fmt: skip
         attending.merge[(heads,)](
             parts, lses, spans, out, lse, out.stride(1), lse.stride(0), KV=kv_heads, GROUP=group, D=head_dim, BD=width,

@@ -7,7 +7,7 @@ import triton.language as tl
 
 from ..decode import absorb, settled, storage
 from . import COLUMNS
-from .choosing import covered_of, list_of, room_of
+from .choosing import covered_of, far_of, list_of, room_of
 
 _COLUMNS = tl.constexpr(COLUMNS)
 
@@ -16,7 +16,7 @@ _COLUMNS = tl.constexpr(COLUMNS)
 def attend(
     q, storages, table, layer, counts, spans, parts, sums, length, q_head, programs, scale,
     H: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr, FAR: tl.constexpr,
 ):  # fmt: skip
     """One run of one KV head's chosen keys, for all heads of its group.
 
@@ -51,6 +51,10 @@ def attend(
     k, v, capacity = storage(storages, layer, q.dtype.element_ty)
     k += kv_head.to(tl.int64) * capacity * D
     v += kv_head.to(tl.int64) * capacity * D
+    if FAR:
+        far_k, far_v, far_capacity, away = far_of(row, q.dtype.element_ty)
+        far_k += kv_head.to(tl.int64) * far_capacity * D
+        far_v += kv_head.to(tl.int64) * far_capacity * D
     cols, dims, group = tl.arange(0, BN), tl.arange(0, BD), tl.arange(0, BM)
     head = kv_head * GROUP + group
     here = (group < GROUP)[:, None] & (dims < D)[None, :]
@@ -67,9 +71,13 @@ def attend(
         inner = key - tl.max(tl.where(begun, begins[None, :], 0), 1)
         entry = tl.load(listed + chunk * room + inner // WIDTH, mask=key < chosen, other=0)
         token = tl.where(key < chosen, entry * WIDTH + inner % WIDTH, covered + key - chosen).to(tl.int64)
-        x = tl.load(k + token[None, :] * D + dims[:, None], mask=(dims < D)[:, None] & there[None, :], other=0.0)
+        keys, values = k, v
+        if FAR:
+            keys = tl.where(token < away, far_k, k)[None, :]
+            values = tl.where(token < away, far_v, v)[:, None]
+        x = tl.load(keys + token[None, :] * D + dims[:, None], mask=(dims < D)[:, None] & there[None, :], other=0.0)
         s = tl.dot(query, x, input_precision="ieee")
-        x = tl.load(v + token[:, None] * D + dims[None, :], mask=(dims < D)[None, :] & there[:, None], other=0.0)
+        x = tl.load(values + token[:, None] * D + dims[None, :], mask=(dims < D)[None, :] & there[:, None], other=0.0)
         acc, total, m = absorb(acc, total, m, s, there[None, :], x, scale)
     out, lse = settled(acc, total, m)
     at = program * GROUP + group

@@ -46,6 +46,12 @@ def list_of(row, H: tl.constexpr, KV: tl.constexpr):
 
 
 @triton.jit
+def far_of(row, dtype: tl.constexpr):
+    """Pointers to keys and values in host memory, how many tokens apart heads are there, and how many tokens are."""
+    return _address(row, 9, dtype), _address(row, 10, dtype), tl.load(row + 11), tl.load(row + 12)
+
+
+@triton.jit
 def room_of(row, CHUNKS: tl.constexpr, PAGE: tl.constexpr):
     """Entries of the list for each chunk."""
     return tl.cdiv(covered_of(row) if PAGE == 0 else units_of(row), CHUNKS)
