@@ -18,6 +18,7 @@ import torch
 from hypothesis import settings
 
 from command_line import cli
+from interpreting import prepare_once
 
 __all__ = ["cli"]
 
@@ -41,6 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("triton") and find_spec("triton") is None:
         # The tests' extra brings it on Linux alone: there is no Triton for other systems.
         pytest.skip("triton is not installed")
+    prepare_once()
 
 
 @pytest.fixture(scope="session")

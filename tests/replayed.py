@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from interpreting import prepare_once
+
 
 class Graph(TorchDispatchMode):
     """Stands in for torch.cuda.CUDAGraph. Until it is replayed, what was captured holds not-a-number."""
@@ -79,6 +81,7 @@ def standing_in() -> Iterator[None]:
         if find_spec("triton"):
             from triton.runtime.interpreter import GridExecutor
 
+            prepare_once()
             launch = GridExecutor.__call__
 
             def launch_or_note(executor: Any, *args: Any, **kwargs: Any) -> None:
