@@ -77,7 +77,7 @@ def test_scores_that_are_not_finite_are_said_once(
 
 def test_torchrun_refuses_once(arguments: list[str]) -> None:
     """What all ranks find wrong one of them says; what only another one can see, that one says."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     wrong = [*torchrun, *arguments, "--blocks", "0"]
     done = subprocess.run(wrong, capture_output=True, timeout=100, check=False, text=True)
     assert done.returncode != 0
