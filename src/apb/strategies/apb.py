@@ -21,7 +21,7 @@ from ..planning.itinerary import Itinerary, Span
 from ..planning.plan import Plan
 from ..timing import timed
 from .base import Strategy, Visible, blocks_visible
-from .contest import Contest
+from .contest import Contest, kept
 
 
 @dataclass(frozen=True)
@@ -260,8 +260,8 @@ class APB(Strategy):
                     first = number * contest.budget
                     parts[block] = (*_prefix(anchor), Part(1, first, contest.budget, causal=False))
             if not self.itinerary.last:
-                kept = columns[-1] if contest.blocks else None
-                self._known[layer.index] = [_kept(each, anchor, kept) for each in (pairs, scores)]
+                last = columns[-1] if contest.blocks else None
+                self._known[layer.index] = [kept(each, anchor, last) for each in (pairs, scores)]
         return Passed(sources, parts)
 
     def _compete(self, scores: Tensor) -> Tensor:
@@ -287,14 +287,6 @@ class APB(Strategy):
         found = [each for each in found if each[1] > budget]
         blocks, ends, edges = zip(*found, strict=True) if found else ((), (), ())
         return Contest(blocks, ends, edges, budget)
-
-
-def _kept(each: Tensor, first: int, columns: Tensor | None) -> Tensor:
-    """Of (n, kv_heads, pairs, width) the pairs before ``first`` and the columns (kv_heads, budget); None: all."""
-    if columns is None:
-        return each
-    chosen = each.gather(2, columns[None, :, :, None].expand(len(each), -1, -1, each.shape[3]))
-    return torch.cat([each[:, :, :first], chosen], 2)
 
 
 def _prefix(pairs: int) -> tuple[Part, ...]:

@@ -42,3 +42,11 @@ class Contest:
         order = torch.where(columns < ends - edges, scores, order)
         chosen = choose(order.flatten(0, 1), self.budget, scores.shape[1], pooled=False)
         return chosen.unflatten(0, (len(self.blocks), -1))
+
+
+def kept(each: Tensor, first: int, columns: Tensor | None) -> Tensor:
+    """Of (n, kv_heads, pairs, width) the pairs before ``first`` and the columns (kv_heads, budget); None: all."""
+    if columns is None:
+        return each
+    chosen = each.gather(2, columns[None, :, :, None].expand(len(each), -1, -1, each.shape[3]))
+    return torch.cat([each[:, :, :first], chosen], 2)
