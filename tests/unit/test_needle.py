@@ -45,9 +45,9 @@ def test_full_is_transformers_own_generation(needle):
 
 @pytest.mark.parametrize("task", ["single", "multikey", "multiquery", "headings", "variable_tracking"])
 def test_apb_answers_what_full_answers(needle, task):
-    """Two samples of every kind: right with full attention; in eight short blocks at most a needle is lost."""
+    """Three samples of every kind: right with full attention; in eight short blocks at most a needle or two is lost."""
     engine = Engine.from_model(*needle)
-    full, apb = evaluate(engine, [task], [LENGTH], [Setting.of("full"), Setting.of("apb", blocks=8)], count=2, seed=5)
+    full, apb = evaluate(engine, [task], [LENGTH], [Setting.of("full"), Setting.of("apb", blocks=8)], count=3, seed=5)
     assert full.score == 100.0
     assert apb.score > 80.0
     engine.close()
@@ -61,7 +61,7 @@ def test_what_passing_is_for(needle):
         Setting.of("apb", blocks=8, passing_length=0),
         Setting.of("star", blocks=8, anchor_length=0),
     ]
-    passed, nothing, alone = evaluate(engine, ["headings"], [LENGTH + NEEDLE_BUDGET], chosen, count=5, seed=6)
+    passed, nothing, alone = evaluate(engine, ["headings"], [LENGTH + NEEDLE_BUDGET], chosen, count=8, seed=6)
     engine.close()
     assert passed.score == 100.0
     assert nothing.score < 90.0
