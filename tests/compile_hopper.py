@@ -111,16 +111,8 @@ def compile_decode(kernel: Any, head_dim: int, stages: int = decode._STAGES, **m
     types |= dict.fromkeys(("table", "storages"), "*i64") | dict.fromkeys(("counts", "spans"), "*i32")
     types |= dict.fromkeys(("parts", "sums"), "*fp32") | {"length": "*i32", "scale": "fp32", "cap": "fp32"}
     types |= dict.fromkeys(constants, "constexpr")
-    unknown = (
-        "rows",
-        "sessions",
-        "splits",
-        "programs",
-        "layer",
-        "scale",
-        "cap",
-        *constants,
-    )  # all others are multiples of 16
+    # All others are multiples of 16.
+    unknown = ("rows", "sessions", "splits", "programs", "layer", "scale", "cap", *constants)
     source = ASTSource(
         kernel,
         {name: types[name] for name in kernel.arg_names},

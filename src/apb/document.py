@@ -251,6 +251,7 @@ class Document:
 
     def _anew(self, query: Question, max_new_tokens: int) -> Session:
         """The session of the text and a question, read in memory of its own."""
+        self._check_here()
         state = self.state
         # The question that it was read for may stand in front.
         first = len(state.query) if self.plan.method.question_first else 0

@@ -64,7 +64,7 @@ class APB(Strategy):
             self._pieces.append((rank, filled[rank], filled[rank] + count))
             filled[rank] += count
         self._width = max(filled)
-        self._contest = self._contest_of(itinerary)
+        self._contest = None if self._budget is None else self._contest_of(itinerary, self._budget)
 
     def attend_document(self, layer: AttentionInput, out: Tensor) -> None:
         """See :meth:`Strategy.attend_document`."""
@@ -123,8 +123,10 @@ class APB(Strategy):
         positions = torch.cat([empty, *(rows + span.start for span, rows, _ in offers)], 1)
         scores = [each for _, _, each in offers if each is not None]
         # As gathered pairs are: the anchor's before the blocks'.
-        columns = self._compete(F.pad(torch.cat(scores, 1), (anchor, 0))) if scores else ()
-        chosen = dict(zip(self._contest.blocks, columns, strict=False))
+        chosen: dict[int, Tensor] = {}
+        if self._contest and scores:
+            columns = self._compete(self._contest, F.pad(torch.cat(scores, 1), (anchor, 0)))
+            chosen = dict(zip(self._contest.blocks, columns, strict=True))
 
         def seen(block: int, kv_head: int) -> Tensor:
             if block in chosen:
@@ -184,12 +186,18 @@ class APB(Strategy):
         if self._budget is None:
             return [(span, rows, None) for span, rows in zip(spans, chosen, strict=True)]
         with timed("scoring"):
-            compared = self.compressor.compare_all(views, scores)
-            competing = [
-                (pool(each) if self.compressor.pooled else each).gather(1, rows)
-                for each, rows in zip(compared, chosen, strict=True)
-            ]
+            competing = self._competing(self.compressor.compare_all(views, scores), chosen)
         return list(zip(spans, chosen, competing, strict=True))
+
+    def _competing(self, compared: Sequence[Tensor], chosen: Sequence[Tensor]) -> list[Tensor]:
+        """The comparable scores (kv_heads, count) of each block's chosen rows; of blocks of one shape in one call."""
+        found: list[Tensor] = []
+        for _, pairs in groupby(zip(compared, chosen, strict=True), key=lambda pair: [x.shape for x in pair]):
+            scores, rows = zip(*pairs, strict=True)
+            together = torch.cat(scores)
+            together = pool(together) if self.compressor.pooled else together
+            found += together.gather(1, torch.cat(rows)).split(len(rows[0]))
+        return found
 
     def _view(self, layer: AttentionInput, span: Span, measure: Tensor | None) -> BlockView:
         """A block as the compressor sees it."""
@@ -245,10 +253,11 @@ class APB(Strategy):
     def _limited(self, layer: AttentionInput, pairs: Tensor, scores: Tensor) -> Passed:
         """The same where pairs compete: a prefix as long as all that was offered fits, then copies of the best."""
         anchor, contest = self.plan.anchor_length, self._contest
+        assert contest is not None
         keys, values = pairs.transpose(1, 2)
         sources, parts = [(keys, values)], {span.block: _prefix(self._contexts[span.block]) for span in self.blocks}
         with timed("selection"):
-            columns = self._compete(scores[0, :, :, 0])
+            columns = self._compete(contest, scores[0, :, :, 0])
             seeing = [block for block in contest.blocks if block in parts]
             if seeing:
                 # (kv_heads, blocks * budget): block by block, as they are packed.
@@ -264,17 +273,15 @@ class APB(Strategy):
                 self._known[layer.index] = [kept(each, anchor, last) for each in (pairs, scores)]
         return Passed(sources, parts)
 
-    def _compete(self, scores: Tensor) -> Tensor:
-        """By block of the contest the columns (kv_heads, budget) of the pairs that it sees, of ``scores`` (kv_heads,
+    def _compete(self, contest: Contest, scores: Tensor) -> Tensor:
+        """By block of a contest the columns (kv_heads, budget) of the pairs that it sees, of ``scores`` (kv_heads,
         pairs): the anchor's, which are not read, those of earlier rounds, and those offered in this one."""
         anchor = self.plan.anchor_length
-        if not self._contest.blocks:
-            return torch.empty(0, len(scores), 0, dtype=torch.int64, device=scores.device)
-        return self._contest.columns(scores[:, anchor:]) + anchor
+        return contest.columns(scores[:, anchor:]) + anchor
 
-    def _contest_of(self, itinerary: Itinerary) -> Contest:
+    def _contest_of(self, itinerary: Itinerary, budget: int) -> Contest:
         """Of this rank's blocks in a round those that see the best pairs, and before another round, what is kept."""
-        budget, mine = self._budget or 0, {span.block for span in itinerary.blocks}
+        mine = {span.block for span in itinerary.blocks}
         end = sum(self.plan.passed(block.index) for block in self.plan.all_blocks() if block.round < itinerary.round)
         end, edge = min(end, budget), 0
         found = []

@@ -33,6 +33,8 @@ class Contest:
 
     def columns(self, scores: Tensor) -> Tensor:
         """Of pairs' scores (kv_heads, columns) fp32 the best columns (blocks, kv_heads, budget) int64, ascending."""
+        if not self.blocks:
+            return torch.empty(0, len(scores), self.budget, dtype=torch.int64, device=scores.device)
         if self._limits is None or self._limits.device != scores.device:
             self._limits = torch.tensor([self.ends, self.edges], device=scores.device)[:, :, None, None]
         ends, edges = self._limits
