@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from apb.decoding import Pages, Squeezed
 from apb.evaluation.settings import Setting
 
 SEED = 200
-SETS = ("main", "ablations", "minference", "follow-ups", "bound", "propagation", "decode")
+SETS = ("main", "ablations", "minference", "follow-ups", "bound", "propagation", "depths", "decode")
 BLOCKS = (512, 1024, 2048, 4096)
 """Lengths of blocks, in tokens."""
 ABLATED = 1024
@@ -38,10 +38,10 @@ BOUND = 32
 EVERY_ROW = Observers(observers=1 << 20)
 """Each key is scored by all rows of its block, as if the text were repeated (KVzip, arXiv 2505.23416, without reading
 it twice)."""
-PROPAGATED = 0.2
-"""Share of the rows that go on from a middle layer."""
-DEPTHS = ((1, 2), (7, 12))
-"""Shares of the model's layers after which only they do."""
+PROPAGATED = (0.05, 0.1, 0.2, 0.4)
+"""Shares of the rows that go on from a layer."""
+DEPTHS = ((1, 3), (1, 2), (7, 12), (3, 4))
+"""Shares of the model's layers after which only they do, from the next layer on that sees the whole text."""
 ATTENDED = (0.05, 0.1, 0.25)
 """Shares of the keys that a new token attends to."""
 TIMED_TASK = "multikey"
@@ -102,11 +102,22 @@ def follow_ups(length: int, heads: str | None) -> list[Setting]:
     return found
 
 
-def propagations(length: int, layers: int) -> list[Setting]:
-    """From which layer only a share of the rows goes on, beside all rows."""
+def propagations(length: int) -> list[Setting]:
+    """The default's share and layer of propagation, beside all rows."""
     whole = cut("apb", length, FOLLOWED)
-    depths = [layers * part // parts for part, parts in DEPTHS]
-    return [whole, *(replace(whole, propagation=Propagation(layer, PROPAGATED)) for layer in depths)]
+    return [whole, replace(whole, propagation=Propagation())]
+
+
+def depths(length: int, reach: Sequence[int | None]) -> list[Setting]:
+    """From which layer on how many of the rows go on, beside all rows: of ``apb``, and, from the middle on, of full
+    attention with the question in front. ``reach``: see :meth:`apb.Propagation.settled`."""
+    blocks, full = cut("apb", length, FOLLOWED), Setting.of("full", question_first=True)
+    seeing = [index for index, window in enumerate(reach[:-1]) if window is None or window >= length]
+    after = [len(reach) * part // parts for part, parts in DEPTHS]
+    layers = sorted({next((layer for layer in seeing if layer >= least), seeing[-1]) for least in after})
+    found = [blocks, *(replace(blocks, propagation=Propagation(at, share)) for at in layers for share in PROPAGATED)]
+    middle = Propagation().settled(reach, length).layer
+    return [*found, full, *(replace(full, propagation=Propagation(middle, share)) for share in PROPAGATED[1:3])]
 
 
 def decodings() -> list[Setting]:
@@ -118,10 +129,11 @@ def decodings() -> list[Setting]:
 def units(arguments: argparse.Namespace) -> Iterator[Unit]:
     """All samples: of one set of readings and one length after the other, so that what is there can be reported."""
     from apb.evaluation.tasks import TASKS
-    from apb.hf.config import layer_count
+    from apb.hf.counting import model_shape
     from apb.hf.loading import load_config
 
-    layers = layer_count(load_config(arguments.model))
+    shape = model_shape(load_config(arguments.model))
+    reach = shape.reach or (None,) * shape.layers
     tasks = arguments.task or [task for task in TASKS if task != "qa"]
     for name in arguments.set:
         for length in arguments.length:
@@ -131,7 +143,8 @@ def units(arguments: argparse.Namespace) -> Iterator[Unit]:
                 "minference": [Setting.of("minference")],
                 "follow-ups": follow_ups(length, arguments.heads),
                 "bound": bound(length),
-                "propagation": propagations(length, layers),
+                "propagation": propagations(length),
+                "depths": depths(length, reach),
                 "decode": decodings(),
             }
             for first in range(0, arguments.samples, arguments.shard):

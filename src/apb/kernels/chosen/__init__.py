@@ -27,6 +27,10 @@ COLUMNS = 13
 
 # Units, or keys, that a program handles at a time where it works number by number.
 _TILE = 1024
+# Of keys whose cluster must be looked up there are many more than units: more are on their way at a time.
+_KEYS_TILE, _KEYS_WARPS = 2048, 8
+# KV heads that share a budget count into so many histograms, whose sums count: in one they wait for each other.
+_COPIES = 4
 _STAGES = 3
 # One more for what is loaded from the list, and one for the wait between: as many keys are on their way as in decode.
 _LISTED_STAGES = 5
@@ -131,15 +135,16 @@ def attention(
     # As many programs as fit at a time, so that all end together; for each KV head at least one.
     splits = max(2 * processors // kv_heads, 1)
     programs = max(2 * processors, 2 * kv_heads)
-    problems = 1 if together else kv_heads
-    tiles, tile = 2 * problems * choosing.BINS // _TILE, _TILE
+    copies = min(_COPIES, kv_heads) if together else 1
+    counters = copies if together else kv_heads
+    tiles, tile = 2 * counters * choosing.BINS // _TILE, _TILE
     wide = width * q.element_size() > 256
     sizes = {"H": heads, "KV": kv_heads}
     row = {"GROUP": group, "D": head_dim, "BD": width, "BM": max(16, 1 << (group - 1).bit_length())}
     kind = {"PAGE": page_size or 0}
-    choice = {**kind, "TOGETHER": together}
+    choice = {**kind, "COPIES": copies, "TOGETHER": together}
     sums = q.new_empty(splits, heads, dtype=torch.float32)
-    histograms = q.new_empty(2, problems, choosing.BINS, dtype=torch.int32)
+    histograms = q.new_empty(2, counters, choosing.BINS, dtype=torch.int32)
     spans = q.new_empty(2, kv_heads, dtype=torch.int32)
     parts = q.new_empty(programs, group, head_dim, dtype=torch.float32)
     lses = q.new_empty(programs, group, dtype=torch.float32)
@@ -159,8 +164,9 @@ def attention(
         )  # fmt: skip
         choosing.refine[(splits, kv_heads)](table, layer, histograms, **sizes, **choice, BU=_TILE, num_warps=4)
         choosing.pick[(CHUNKS, kv_heads)](
-            table, layer, histograms, counts, **sizes, **choice, BT=_TILE, CHUNKS=CHUNKS, num_warps=4
-        )
+            table, layer, histograms, counts, **sizes, **choice, BT=_TILE if page_size else _KEYS_TILE, CHUNKS=CHUNKS,
+            num_warps=4 if page_size else _KEYS_WARPS,
+        )  # fmt: skip
         attending.attend[(programs,)](
             q, storages, table, layer, counts, spans, parts, lses, length, q.stride(1), programs,
             scale / math.log(2), **sizes, **row, **kind, BN=32 if wide else 64,

@@ -30,7 +30,8 @@ def attend(
     rest = tl.load(length) - covered
     kv, chunks = tl.arange(0, BK), tl.arange(0, CHUNKS)
     each = tl.load(counts + kv[:, None] * CHUNKS + chunks[None, :], mask=(kv < KV)[:, None], other=0)
-    tiles = tl.where(kv < KV, tl.cdiv(tl.sum(each, 1) * WIDTH + rest, BN), 0)
+    rest_tiles = tl.cdiv(rest, BN)
+    tiles = tl.where(kv < KV, tl.sum(tl.cdiv(each * WIDTH, BN), 1) + rest_tiles, 0)
     every = tl.maximum(tl.sum(tiles, 0), 1)
     shares = (tiles * (programs - KV) + every - 1) // every  # rounded up: KV more at most
     starts = tl.cumsum(shares, 0) - shares
@@ -43,9 +44,10 @@ def attend(
     mine_tiles = tl.sum(tl.where(mine, tiles, 0), 0)
     run = tl.cdiv(mine_tiles, tl.maximum(tl.sum(tl.where(mine, shares, 0), 0), 1))
 
-    count = tl.load(counts + kv_head * CHUNKS + chunks)
-    begins = (tl.cumsum(count, 0) - count) * WIDTH
-    chosen = tl.sum(count, 0) * WIDTH
+    # A tile is of one chunk, or of the keys that no index covers.
+    count = tl.load(counts + kv_head * CHUNKS + chunks) * WIDTH
+    ends = tl.cumsum(tl.cdiv(count, BN), 0)
+    listed_tiles = mine_tiles - rest_tiles
     room = room_of(row, CHUNKS, PAGE)
     listed = list_of(row, H, KV) + (kv_head * CHUNKS).to(tl.int64) * room
     k, v, capacity = storage(storages, layer, q.dtype.element_ty)
@@ -63,14 +65,14 @@ def attend(
     total = tl.zeros([BM], tl.float32)
     m = tl.full([BM], float("-inf"), tl.float32)
     for tile in range(place * run, tl.minimum((place + 1) * run, mine_tiles)):
-        key = tile * BN + cols
-        there = key < chosen + rest
-        # The chunk in whose list an entry is: the last that begins at or before it.
-        begun = begins[None, :] <= key[:, None]
-        chunk = tl.sum(begun.to(tl.int32), 1) - 1
-        inner = key - tl.max(tl.where(begun, begins[None, :], 0), 1)
-        entry = tl.load(listed + chunk * room + inner // WIDTH, mask=key < chosen, other=0)
-        token = tl.where(key < chosen, entry * WIDTH + inner % WIDTH, covered + key - chosen).to(tl.int64)
+        chunk = tl.sum((ends <= tile).to(tl.int32), 0)  # CHUNKS for the rest
+        mine_chunk = chunks == chunk
+        inner = (tile - tl.sum(tl.where(mine_chunk, ends - tl.cdiv(count, BN), 0), 0)) * BN + cols
+        inside = inner < tl.sum(tl.where(mine_chunk, count, 0), 0)
+        entry = tl.load(listed + chunk * room + inner // WIDTH, mask=inside, other=0)
+        beyond = (tile - listed_tiles) * BN + cols
+        there = inside | (beyond >= 0) & (beyond < rest)
+        token = tl.where(beyond >= 0, covered + beyond, entry * WIDTH + inner % WIDTH).to(tl.int64)
         keys, values = k, v
         if FAR:
             keys = tl.where(token < away, far_k, k)[None, :]

@@ -116,7 +116,7 @@ def promise(
 def place(
     table, layer, sums, histograms, parts,
     H: tl.constexpr, KV: tl.constexpr, GROUP: tl.constexpr, BG: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
-    PAGE: tl.constexpr, TOGETHER: tl.constexpr,
+    PAGE: tl.constexpr, COPIES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Places of a run of one KV head's units (:func:`apb.kernels.chosen.rule.places`), and the keys at each place.
 
@@ -147,36 +147,36 @@ def place(
         bits = tl.maximum(0.0 - score, 0.0).to(tl.float32).to(tl.int32, bitcast=True) >> _DROPPED
         found = tl.where(score == score, tl.minimum(tl.maximum(bits - _FIRST, 0), _LAST), _LAST)
         tl.store(_places(row, kv_head, H) + unit, found, mask=there)
-        problem = 0 if TOGETHER else kv_head
-        tl.atomic_add(histograms + problem * _BINS + (found >> _DIGITS), size, mask=there, sem="relaxed")
+        counter = kv_head % COPIES if TOGETHER else kv_head
+        tl.atomic_add(histograms + counter * _BINS + (found >> _DIGITS), size, mask=there, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer"])
 def refine(
     table, layer, histograms,
-    H: tl.constexpr, KV: tl.constexpr, BU: tl.constexpr, PAGE: tl.constexpr, TOGETHER: tl.constexpr,
+    H: tl.constexpr, KV: tl.constexpr, BU: tl.constexpr, PAGE: tl.constexpr, COPIES: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Where the budget ends, by the upper half of places; keys there are counted by the lower half."""
     kv_head = tl.program_id(1)
     problem = 0 if TOGETHER else kv_head
-    problems = 1 if TOGETHER else KV
     row = table + layer * _COLUMNS
     units = units_of(row)
-    upper, _ = _fitting(histograms + problem * _BINS, _number(row, 7))
+    upper, _ = _fitting(histograms + problem * _BINS, _number(row, 7), COPIES)
+    lower = histograms + ((COPIES if TOGETHER else KV) + (kv_head % COPIES if TOGETHER else kv_head)) * _BINS
     for tile in range(tl.program_id(0), tl.cdiv(units, BU), tl.num_programs(0)):
         unit = tile * BU + tl.arange(0, BU)
         there = unit < units
         found = tl.load(_places(row, kv_head, H) + unit, mask=there, other=0)
-        at = (problems + problem) * _BINS + (found & (_BINS - 1))
         size = _sizes(row, kv_head, unit, there, PAGE)
-        tl.atomic_add(histograms + at, size, mask=there & (found >> _DIGITS == upper), sem="relaxed")
+        tl.atomic_add(lower + (found & (_BINS - 1)), size, mask=there & (found >> _DIGITS == upper), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["layer"])
 def pick(
     table, layer, histograms, counts,
     H: tl.constexpr, KV: tl.constexpr, BT: tl.constexpr, CHUNKS: tl.constexpr, PAGE: tl.constexpr,
-    TOGETHER: tl.constexpr,
+    COPIES: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """List what is chosen in one of the CHUNKS of a KV head: pages, or keys whose cluster is chosen; count them.
 
@@ -184,11 +184,11 @@ def pick(
     """
     chunk, kv_head = tl.program_id(0), tl.program_id(1)
     problem = 0 if TOGETHER else kv_head
-    problems = 1 if TOGETHER else KV
+    counters = COPIES if TOGETHER else KV
     row = table + layer * _COLUMNS
     budget = _number(row, 7)
-    upper, before = _fitting(histograms + problem * _BINS, budget)
-    lower, more = _fitting(histograms + (problems + problem) * _BINS, budget - before)
+    upper, before = _fitting(histograms + problem * _BINS, budget, COPIES)
+    lower, more = _fitting(histograms + (counters + problem) * _BINS, budget - before, COPIES)
     end = upper * _BINS + lower
     end = tl.where(before + more == 0, end + 1, end)  # at least the very best
     every = covered_of(row) if PAGE == 0 else units_of(row)
@@ -226,8 +226,11 @@ def _sizes(row, kv_head, unit, there, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _fitting(histogram, budget):
-    """How many of a histogram's first bins fit into a budget together, and the sum of these."""
-    total = tl.cumsum(tl.load(histogram + tl.arange(0, _BINS)), 0)
+def _fitting(histogram, budget, COPIES: tl.constexpr):
+    """How many of the first bins of a histogram, or of the sum of some, fit into a budget together, and their sum."""
+    bins = tl.load(histogram + tl.arange(0, _BINS))
+    for copy in tl.static_range(1, COPIES):
+        bins += tl.load(histogram + copy * _BINS + tl.arange(0, _BINS))
+    total = tl.cumsum(bins, 0)
     fits = total <= budget
     return tl.sum(fits.to(tl.int32), 0), tl.max(tl.where(fits, total, 0), 0)
