@@ -42,13 +42,14 @@ class Ceilings:
         return Ceilings(self.linear, self.attention, math.inf, network=math.inf)
 
 
-# Measured with bf16 and random data: large matrix products, causal attention of 32K rows through cuDNN, a 256 MB
-# all-gather between two devices over NVLink, a large copy (bytes read and written).
-KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=769e12, attention=617e12, link=226e9, memory=4.2e12)}
-# Numbers read and written in a recurrent layer for a row, over those that its linear maps write: counted in
-# transformers' gated delta nets (Qwen3.5, OLMo-Hybrid) on the kernels of flash-linear-attention. Two fifths are the
-# convolution, with copies before and after it, half is the recurrence, the rest the gated norm, in one pass.
-MOVED_IN_RECURRENCE = 10
+# Medians of what runs of `apb bench prefill` measured on 16 days or machines, in bf16 with random data, sustained: a
+# large matrix product, causal attention of 32K rows, an all-gather between two devices over NVLink, a large copy (bytes
+# read and written).
+KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=665e12, attention=631e12, link=228e9, memory=4.2e12)}
+# What recurrent layers take beside their linear maps, as numbers read and written for a row, over those that the maps
+# write: measured in transformers' gated delta nets (Qwen3.5's shape) on an H200, with the kernels of
+# flash-linear-attention, which take a quarter of it; most are the convolution and copies, transformers' own.
+MOVED_IN_RECURRENCE = 43
 
 
 @dataclass(frozen=True)
