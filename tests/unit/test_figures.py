@@ -13,6 +13,10 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from apb.evaluation.statistics import bootstrap
+from apb.hf.counting import model_shape
+from apb.hf.random_weights import shape_config
+from apb.planning.cost import Ceilings, predict
+from apb.planning.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -170,11 +174,16 @@ def test_pages_on_a_gpu() -> None:
     assert f"{squeezed['seconds'] * 1e3:.2f} by `squeezed`" in text
     whole = result("decode_exact_512k_h200.json")["rows"][1]["seconds"]
     times = [f"{whole / row['seconds']:.2f}x" for row in (pages, squeezed)]
-    assert f"{whole * 1e3:.2f} by exact decode in a later run" in text and f": {times[0]} and {times[1]}." in text
-    streamed, retrieval = (
-        result(f"decode_{name}_h200.json")["rows"][0]["seconds"] * 1e3 for name in ("streamed", "retrieval")
+    assert f"{whole * 1e3:.2f} by exact decode in an earlier run" in text and f": {times[0]} and {times[1]}." in text
+    streamed = result("decode_streamed_h200.json")["rows"][0]["seconds"] * 1e3
+    tenth, few = (result(f"decode_{name}_h200.json")["rows"][1] for name in ("retrieval", "retrieval_03"))
+    assert all(row["graph"] and row["same_tokens"] for row in (tenth, few)) and few["share"] < 0.031
+    fast = [row["seconds"] * 1e3 for row in (tenth, few)]
+    assert f"{streamed:.0f} ms a token by `streamed`" in text and f"{fast[0]:.1f} by `retrieval`" in text
+    assert (
+        f"and {fast[1]:.1f} with 3 %" in text and f"{streamed / fast[0]:.1f}x and {streamed / fast[1]:.0f}x as" in text
     )
-    assert f"{streamed:.0f} ms a token by `streamed`" in text and f"{retrieval:.0f} by `retrieval`" in text
+    assert f"pinned host memory took {few['index_seconds']:.1f} s" in text
     built = f"{squeezed['index_seconds']:.2f} s of {squeezed['read_seconds']:.0f} s"
     assert (
         f"the clusters {built}, {squeezed['index_seconds'] / squeezed['read_seconds']:.0%}".replace("%", " %") in text
@@ -200,13 +209,42 @@ def test_one_gpu() -> None:
     assert f"`apb` took {free:.2f} s for 131,072 tokens" in text and f": {full['seconds'] / free:.2f}x." in text
 
 
+def test_a_hybrid() -> None:
+    """The table of docs/benchmarks.md, and what the plan says now."""
+    text, said, planned = page("docs/benchmarks.md"), [], []
+    model = model_shape(shape_config("qwen3.5-9b"))
+    for number, name in (("one GPU", "prefill_hybrid"), ("two", "prefill_hybrid_two")):
+        found = result(f"{name}_h200.json")
+        rates = Ceilings(**{each: found["ceilings"][each] for each in ("linear", "attention", "link", "memory")})
+        for row in found["rows"]:
+            parts = [row["parts"][each] for each in ("attention", "recurrent", "communication", "mlp")]
+            told = " | ".join(f"{each:.2f}" for each in (row["seconds"], *parts))
+            assert f"| `{row['strategy']}`, {number} | {told} | {row['peak_bytes'] / 2**30:.1f} |" in text
+            said.append(f"{row['predicted_seconds']:.2f}")
+            plan = row["plan"]
+            blocks = {"blocks": plan["blocks"]} if row["strategy"] == "apb" else {}
+            plan = Plan.build(
+                1,
+                plan["document_tokens"],
+                plan["query_tokens"],
+                ranks=plan["ranks"],
+                strategy=row["strategy"],
+                **blocks,
+            )
+            planned.append(predict(plan, model).seconds(rates, hidden=True))
+            assert planned[-1] == pytest.approx(row["seconds"], rel=0.1)
+    assert f"({', '.join(said[:3])} and {said[3]} s)" in text
+    assert f"the plan says {', '.join(f'{each:.2f}' for each in planned[:3])} and {planned[3]:.2f} s" in text
+
+
 def test_what_propagation_saves() -> None:
     """The table of docs/propagation.md, and the runs without a budget."""
     text = page("docs/propagation.md")
     cells: dict[int, str] = {}
     for name, lengths in (
         ("propagation_bounded", (32_768, 65_536, 131_072)),
-        ("prefill_long_two", (131_072, 524_288, 1_048_576)),
+        ("propagation_bounded_two", (32_768, 65_536, 131_072)),
+        ("prefill_long_two", (524_288, 1_048_576)),
     ):
         for length in lengths:
             every, some = (row for row in result(f"{name}_h200.json")["rows"] if row["length"] == length)
@@ -267,6 +305,46 @@ def test_what_plans_cost() -> None:
         assert len(told) in (4, 8) and all(each[:-1] + "," in report for each in told)
 
 
+def test_which_rows_can_stay_behind() -> None:
+    """The table of docs/propagation.md of depths and shares, and what it says of each model."""
+    depths = {
+        "1.5b": {9: "1/3 of the depth", 14: "1/2 (the default)", 16: "7/12", 21: "3/4"},
+        "0.5b": {8: "1/3 of the depth", 12: "1/2 (the default)", 14: "7/12", 18: "3/4"},
+    }
+    text, every = page("docs/propagation.md"), records("propagation_depths.jsonl.gz")
+    cells: dict[tuple[str, str], list[float]] = {}
+    smaller: dict[tuple[str, str], list[float]] = {}
+    few: dict[str, list[float]] = {}
+    scores = paired([each for each in every if each["strategy"] == "apb"], "propagate", None)
+    for (model, *_), by in scores.items():
+        for asked in filter(None, by):
+            share, layer = asked.split("@")
+            if model.startswith("needle"):
+                few.setdefault(asked, []).append(by[asked] - by[None])
+                continue
+            at = depths[model[14:18]][int(layer)], share
+            cells.setdefault(at, []).append(by[asked] - by[None])
+            if "0.5b" in model:
+                smaller.setdefault(at, []).append(by[asked] - by[None])
+    for depth in depths["1.5b"].values():
+        told = " | ".join(spread(cells[depth, share]) for share in ("0.05", "0.1", "0.2", "0.4"))
+        assert f"| {depth} | {told} |" in text
+    of_two = [by[None] for (model, *_), by in scores.items() if not model.startswith("needle")]
+    assert f"{len(of_two)} in all, {fmean(of_two):.1f} points with all rows" in text
+    near, later = (spread(smaller[depth, "0.2"]) for depth in ("1/2 (the default)", "7/12"))
+    assert f"({near} with 20 %; from 7/12 on {later})" in text
+    assert f"differs by {spread(few['0.2@3'])} with 20 % from layer 3 on ({len(few['0.2@3'])} samples)" in text
+    assert not any(few["0.05@4"])
+    full = [each for each in every if each["strategy"] == "full" and "needle" not in each["model"]]
+    of_full = paired(full, "propagate", None)
+    tenth, fifth = (
+        spread([score - by[None] for by in of_full.values() for asked, score in by.items() if asked and share in asked])
+        for share in ("0.1@", "0.2@")
+    )
+    assert f"{fmean(by[None] for by in of_full.values()):.1f} points, loses nothing from the middle on: {tenth}" in text
+    assert f"{fifth} with 20 %." in text
+
+
 def test_what_attending_to_less_costs() -> None:
     """The table of docs/decoding.md, and README's sentence."""
     text, lines = page("docs/decoding.md"), (ROOT / "docs/decoding.md").read_text().splitlines()
@@ -309,7 +387,19 @@ def test_what_fp8_costs() -> None:
     gained = [each["score"] - score[each["length"], each["task"], each["sample"]] for each in found]
     assert len(gained) == 228
     told = spread(gained)[:-1]
-    assert f"difference {told}; 228 samples" in page("docs/plan.md")
+    text = page("docs/plan.md")
+    assert f"difference {told}; 228 samples" in text
+    needle: dict[str, list[float]] = {}
+    for each in records("float8_needle.jsonl.gz"):
+        if "passing_budget" not in each["asked"]:
+            needle.setdefault(f"{each['task']} {each['sample']}", []).append(each["score"])
+    told_needle = spread([rounded - exact for exact, rounded in needle.values()])[:-1]
+    assert f"{told_needle}; {len(needle)} samples at 16K" in text
+    far = result("float8_logits_h200.json")
+    assert f"After {far['prompts']} prompts" in text and f"{far['same_token']:.0%}".replace("%", " %") in text
+    assert f"by {far['mean_difference']:.2f} in the mean and by {far['largest_difference']:.1f} at most" in text
+    assert f"spread by {far['spread']:.1f};" in text and f"distribution by {far['nats']:.3f} nats" in text
+    assert f"{far['nats_most']:.3f} at most" in text
     assert f"fp8 {told}; 228, the 1.5B alone)" in page("README.md")
 
 
