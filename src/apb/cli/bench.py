@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from ..errors import InputError, at_least
 from . import options
 from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
 from .groups import expanded, values
+
+if TYPE_CHECKING:
+    from .checks import Place
 
 app = typer.Typer(help="Measure speed, compared with a baseline of the same run and the floor.")
 
@@ -150,9 +153,19 @@ def decode(
     for count in sessions or ():
         at_least("sessions", count, 1)
     how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
-    compressor = Reading.of(**how).compressor
+    reading = Reading.of(**how, allow_extrapolation=True)
     asked = {"tokens": tokens, "sessions": sessions or [1], **how}
-    _launch("decode", common, options.Ranks(ranks, tensor_parallel), asked, compressor, out, as_json)
+
+    def fits(place: Place) -> None:
+        from ..benchmarks.decode import check_room
+        from ..hardware import Hardware
+
+        hardware = Hardware.of(place.device, place.dtype, place.processes)
+        for length in common.length:
+            shared = place.ranks, place.tensor_parallel
+            check_room(reading, place.config, hardware, length, max(asked["sessions"]), tokens, *shared)
+
+    _launch("decode", common, options.Ranks(ranks, tensor_parallel), asked, reading.compressor, out, as_json, fits)
 
 
 def _launch(
@@ -163,6 +176,7 @@ def _launch(
     compressor: Compressor,
     out: Path | None,
     as_json: bool,
+    fits: Callable[[Place], None] = lambda place: None,
 ) -> None:
     from ..benchmarks.prefill import QUERY_TOKENS
     from ..distributed import launch
@@ -174,6 +188,7 @@ def _launch(
         options.check_out(out)
     # The strategies' requirements are not checked here: those that cannot read the model are skipped with a note.
     place = check(common.subject, ranks, compressors=[compressor])
+    fits(place)
     request = Request(
         what=what,
         subject=replace(common.subject, device=place.device.type),
@@ -238,10 +253,11 @@ def run(request: Request) -> None:
     from ..benchmarks.decode import bench_decode
     from ..benchmarks.prefill import bench_prefill
     from ..distributed import launch
+    from ..distributed.agreeing import together
     from ..distributed.mesh import Mesh
     from ..hardware import fingerprint
     from ..hf import counting, float8, loading
-    from ..hf.random_weights import random_model
+    from ..hf.random_weights import check_room, random_model
     from ..hf.tensor_parallel import share
     from ..hf.windows import layer_count
     from .quiet import quiet_libraries
@@ -255,6 +271,8 @@ def run(request: Request) -> None:
     group = mesh.everyone
     config = subject.config()
     if subject.random_weights:
+        # All look before one takes: what a rank has made is no longer free for the others.
+        together(group, device, lambda: check_room(config, dtype, device, group.size))
         model = random_model(config, dtype, device)
         model = float8.round_layers(model) if rounded else model
         if mesh.devices is not None:
