@@ -139,7 +139,7 @@ class Reading:
         split: tuple[tuple[int, int], ...] = (),
         asked: bool = True,
     ) -> Plan:
-        """As :meth:`plan`, for (prefix, document, query) tokens as they are arranged; ``asked`` as in :meth:`choose`."""
+        """As :meth:`plan`, of an arranged prompt's (prefix, document, query) tokens; ``asked``: as in `choose`."""
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit
 

@@ -168,6 +168,9 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         ask(document=tmp_path / "empty.txt").refused("document is empty")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     ask(document=tmp_path / "latin.txt").refused("latin.txt", "UTF-8", "byte 2")
+    (tmp_path / "binary").write_bytes(b"\x7fELF\0\0 words")
+    ask(document=tmp_path / "binary").refused("binary", "NUL bytes", "no text")
+    ask(document="").refused("empty name", "- for standard input")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +192,7 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         (["--blocks", "4", "--passing-length", "-1"], ["Passing length", "-1"]),
         (["--ranks", "0"], ["Ranks", "at least 1", "0"]),
         (["--ranks", "9999"], ["9999 ranks", "at most"]),
-        (["--max-new-tokens", "0"], ["ax_new_tokens", "at least 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens must", "at least 1"]),
         (
             ["--max-new-tokens", "4000"],
             [f"{583 + 4000} positions", f"{583 + 4000 - 4096} more", "--allow-extrapolation"],
@@ -197,8 +200,8 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
         (["--seed", "-9223372036854775809"], ["seed", "-2**63"]),
-        (["--top-k", "0"], ["op_k", "at least 1"]),
-        (["--top-p", "2"], ["top_p", "2.0"]),
+        (["--top-k", "0"], ["--top-k must", "at least 1"]),
+        (["--top-p", "2"], ["--top-p must", "2.0"]),
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),
         (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
         (["--device", "meta"], ["'meta'", "cpu or cuda"]),
@@ -543,6 +546,7 @@ def test_doctor_of_a_model(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypat
     assert tokens > 100_000 and "2 ranks" in read["longest document"]["why"]
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert not rows("model", "--model", tmp_path)["model"]["usable"]
+    cli("doctor", "--model", tmp_path / "nowhere").refused("does not exist")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 200_000}))
     small = rows("model", "--model", checkpoint)["weights"]
     assert not small["usable"] and "--tensor-parallel" in small["why"]
@@ -634,6 +638,8 @@ def test_demo(cli: Cli, document: Path, tmp_path: Path, monkeypatch: pytest.Monk
     own = cli("demo", "--document", document, "--query", "Who?")
     assert own.status == 0 and "document.txt, " in own.out and "The document says" not in own.out
     cli("demo", "--document", document).refused("--query")
+    for place, reason in ((tmp_path, "it is a folder"), (tmp_path / "no" / "demo.json", "there is no folder")):
+        cli("demo", "--out", place).refused("cannot be written", reason)
 
 
 def test_interrupted_within_an_import(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def demo(
     """
     if (document is None) != (query is None):
         raise InputError("--document and --query go together: give both, or neither.")
+    if out is not None:
+        options.check_out(out)
     text = None if document is None else read_document(document)
 
     from ..engine import Engine

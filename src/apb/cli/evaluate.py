@@ -183,7 +183,7 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
 
     if common.ask_after not in (None, *ASK_AFTER):
         raise InputError(f"--ask-after takes {', '.join(ASK_AFTER)}, not {common.ask_after!r}.")
-    limits = {"samples": samples["count"], "length": samples.get("limit"), "max_new_tokens": common.max_new_tokens}
+    limits = {"samples": samples["count"], "length": samples.get("limit"), "--max-new-tokens": common.max_new_tokens}
     for name, number in limits.items():
         if number is not None:
             at_least(name, number, 1)

@@ -26,7 +26,12 @@ def _group() -> None:
 
 @app.command()
 def needle(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the log and the final model.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for checkpoints, the log and the final model.", metavar="PATH", callback=options.folder_named
+        ),
+    ],
     minutes: Annotated[float, typer.Option(help="Time to train; all schedules are shares of it.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     init: Annotated[Path | None, typer.Option(help="Folder of a saved model to go on from.")] = None,
@@ -43,11 +48,10 @@ def needle(
     from ..training.needle.train import train_needle
 
     check_seed(seed)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {str(out)!r} cannot be made: {error.strerror}.") from error
-    train_needle(out, 60 * minutes, pick_device(device).type, seed, init)
+    folder = Path(out)
+    options.check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_needle(folder, 60 * minutes, pick_device(device).type, seed, init)
 
 
 @dataclass(frozen=True)
