@@ -103,7 +103,8 @@ def kinds(value: Any) -> Any:
 @pytest.mark.parametrize("strategy", ["apb", "full"])
 def test_generate_json(ask: Cli, strategy: str) -> None:
     """--json prints one object with exactly the promised fields, of the promised types."""
-    report = ask("--json", "--strategy", strategy, "--blocks", 4, "--max-new-tokens", 7).json
+    cut = () if strategy == "full" else ("--blocks", 4)
+    report = ask("--json", "--strategy", strategy, *cut, "--max-new-tokens", 7).json
     assert kinds(report) == FIELDS
     assert (report["strategy"], report["exact"]) == (strategy, strategy == "full")
     plan = {"blocks": 4, "ranks": 1, "rounds": 1, "anchor_length": 36, "passing_length": 18}
@@ -198,8 +199,10 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
             [f"{583 + 4000} positions", f"{583 + 4000 - 4096} more", "--allow-extrapolation"],
         ),
         (["--temperature", "-1"], ["temperature", "-1"]),
-        (["--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
-        (["--seed", "-9223372036854775809"], ["seed", "-2**63"]),
+        (["--top-p", "0.5"], ["--top-p goes with", "--temperature above 0"]),
+        (["--approximate"], ["--approximate goes with --strategy auto", "apb"]),
+        (["--temperature", "1", "--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
+        (["--temperature", "1", "--seed", "-9223372036854775809"], ["seed", "-2**63"]),
         (["--top-k", "0"], ["--top-k must", "at least 1"]),
         (["--top-p", "2"], ["--top-p must", "2.0"]),
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),

@@ -97,7 +97,7 @@ def test_a_document_is_asked_from_anywhere(cli: Cli, checkpoint: Path, tmp_path:
     (tmp_path / "model").rename(tmp_path / "other")
     cli(*asked).refused("does not exist", "the document in '../a' names it", "--model PATH")
     assert cli(*asked, "--model", "../other").status == 0
-    cli(*asked[:-1], 99_999_999, "--model", "../other").refused("or the answer", "of apb generate, read, ask")
+    cli(*asked[:-1], 99_999_999, "--model", "../other").refused("or the answer", "of generate, read, ask")
 
 
 @pytest.mark.parametrize(

@@ -99,9 +99,11 @@ def prefill(
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
     from ..compressors import make_compressor
     from ..planning.methods import make_method
+    from .checks import check_used
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]
+    check_used(names, chosen, rounds, compared=True)
     for name in names:
         make_method(name, chosen.method, compared=True)
     compressor = make_compressor(chosen.compressor, chosen.scoring)
@@ -148,10 +150,12 @@ def decode(
 ) -> None:
     """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
     from ..reading import Reading
+    from .checks import check_used
 
     at_least("tokens", tokens, 1)
     for count in sessions or ():
         at_least("sessions", count, 1)
+    check_used([strategy], chosen)
     how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
     reading = Reading.of(**how, allow_extrapolation=True)
     asked = {"tokens": tokens, "sessions": sessions or [1], **how}

@@ -288,3 +288,8 @@ class Sampling:
             at_least("--top-k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p must be above 0 and at most 1, not {self.top_p}.")
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise InputError(
+                    f"--{name.replace('_', '-')} goes with a --temperature above 0: give one, or leave it out."
+                )

@@ -194,7 +194,7 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
         raise InputError(
             f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
             f"{total - limit} more than the model's {limit}; shorten the document or the answer, or allow "
-            "extrapolation (--allow-extrapolation of apb generate, read, ask, serve; allow_extrapolation=True in Python)."
+            "extrapolation (--allow-extrapolation of generate, read, ask and serve, allow_extrapolation in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
     if text.model_type in RECURRENT_FAMILIES and tensor > 1:
