@@ -6,6 +6,7 @@ Most commands run in this process; a real one costs seconds of imports, and is s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 
 import apb
 from apb.cli import demo
+from apb.cli.quiet import silence
 from apb.hf import hub
 from apb.planning.methods import METHODS
 from command_line import Cli, Outcome
@@ -660,6 +663,34 @@ def test_interrupted_within_an_import(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
+    (tmp_path / "swallows.py").rename(tmp_path / "typer.py")  # among the first imports of the commands themselves
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r}); from apb.cli.start import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
+
+
+def test_a_full_disk() -> None:
+    """What cannot be written for lack of room is a sentence, and a failure."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "apb.cli.main", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    said = b"apb: The output cannot be written: No space left on device; make room, or write elsewhere.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_libraries_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also those that are imported later: what torchao says while transformers imports it, if it is installed."""
+    try:
+        silence()
+        logging.getLogger("torchao").error("Failed to load _C.so")
+        for module in ("torch.utils._pytree", "torchao.quantization"):
+            warnings.warn_explicit("KernelPreference is registered", UserWarning, "_pytree.py", 1, module=module)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_reader_that_goes_away(checkpoint: Path, document: Path) -> None:

@@ -253,6 +253,10 @@ def attention(
 
 def run(request: Request) -> None:
     """One rank's part; rank 0 prints."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..benchmarks.ceilings import copy_bandwidth, measure_ceilings
     from ..benchmarks.decode import bench_decode
     from ..benchmarks.prefill import bench_prefill
@@ -264,9 +268,7 @@ def run(request: Request) -> None:
     from ..hf.random_weights import check_room, random_model
     from ..hf.tensor_parallel import share
     from ..hf.windows import layer_count
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     subject = request.subject
     device = launch.local_device(loading.pick_device(subject.device))
     dtype = loading.pick_dtype(subject.dtype, device)

@@ -102,13 +102,15 @@ def read(
 
 def _read(request: Reading) -> None:
     """One rank's part of reading; rank 0 prints."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..engine import Engine
     from ..manifest import manifest_of
     from .progress import Bar
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     one = request.questions[0] if len(request.questions) == 1 else None
@@ -191,11 +193,13 @@ def _of_store(model: StoredModel, store: Path, manifest: dict[str, Any]) -> Stor
 
 def _ask(request: Asking) -> None:
     """One rank's part of the answers; rank 0 prints."""
-    from ..distributed import launch
-    from ..engine import Engine
     from .quiet import quiet_libraries
 
     quiet_libraries()
+
+    from ..distributed import launch
+    from ..engine import Engine
+
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     document = engine.load(request.store, verify=request.verify)

@@ -85,12 +85,14 @@ def read_document(path: str) -> str:
 
 def answer(request: Request) -> None:
     """One rank's part of an answer; rank 0 prints."""
-    from ..distributed import launch
-    from ..engine import Engine
-    from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
+
+    from ..distributed import launch
+    from ..engine import Engine
+    from .progress import Bar
+
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     with Bar("Reading", "token", shown=prints) as progress:

@@ -204,13 +204,15 @@ def _run(
 
 def work(served: Served, pipe: Connection | None) -> None:
     """One rank's part; ``pipe`` is rank 0's to the HTTP server."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..engine import Engine
     from ..serving.alive import SignsOfLife
     from ..serving.desk import Desk
     from ..serving.worker import Worker
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     engine = Engine.from_pretrained(**served.loading, **served.reading)
     worker = Worker(engine, served.places)
     signs = SignsOfLife() if engine.mesh.everyone.size > 1 else None

@@ -93,13 +93,15 @@ def heads(
     """Train retaining heads for a model (Locret's recipe). A run that is killed resumes when started again."""
     from dataclasses import asdict
 
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..hf import loading, supported
     from ..training.heads.data import Samples
     from ..training.heads.train import Settings, check_positions, positions
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     at_least("checkpoint every", checkpoint_every, 1)
     if out.suffix != ".safetensors":
         raise InputError(f"The heads are written as safetensors, and {str(out)!r} does not end in .safetensors.")
@@ -127,13 +129,15 @@ def heads(
 
 def train_heads(request: HeadsRequest) -> None:
     """One rank's part; rank 0 reports."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..hf import loading
     from ..training.heads.data import Samples
     from ..training.heads.train import HeadTrainer, Settings
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     device = launch.local_device(loading.pick_device(request.device))
     group = launch.join(device)
     model = loading.load_model(request.model, loading.pick_dtype(request.dtype, device), device)
