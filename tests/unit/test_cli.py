@@ -641,6 +641,11 @@ def test_demo(cli: Cli, document: Path, tmp_path: Path, monkeypatch: pytest.Monk
     written = json.loads((tmp_path / "demo.json").read_text())
     assert done.status == 0 and f"The document says {written['expected']}: apb's answer is right." in done.out
     assert [result["strategy"] for result in written["results"]] == ["apb", "full"]
+    full, fast = demo.bars(*written["results"])
+    assert f"{full}\n{fast}\n" in done.out
+    assert full.endswith(" s   exact") and fast.endswith(" blocks, the same answer")
+    other = {**written["results"][0], "text": " another"}
+    assert demo.bars(other, written["results"][1])[1].endswith(f"answers {written['expected']!r}")
     own = cli("demo", "--document", document, "--query", "Who?")
     assert own.status == 0 and "document.txt, " in own.out and "The document says" not in own.out
     cli("demo", "--document", document).refused("--query")
