@@ -41,6 +41,7 @@ _SHOWN = 40
 
 def manifest_of(folder: Path) -> dict[str, Any]:
     """The manifest of a document; InputError if there is none that this version can read."""
+    _check_no_file(folder)
     try:
         found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except OSError as error:
@@ -66,6 +67,11 @@ def manifest_of(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _check_no_file(folder: Path) -> None:
+    if folder.is_file():
+        raise InputError(f"{str(folder)!r} is a file; name a document's folder, or a folder of such folders.")
+
+
 def _check(folder: Path, part: dict[str, Any], fields: Mapping[str, Any]) -> None:
     """InputError if a field of a manifest, or of a part of one, has another type."""
     for name, kind in fields.items():
@@ -82,8 +88,7 @@ def documents(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, manifest) of the document in a folder, or of those in the folders in it."""
     if (folder / MANIFEST).is_file():
         return [(folder, manifest_of(folder))]
-    if folder.is_file():
-        raise InputError(f"{str(folder)!r} is a file; name a document's folder, or a folder of such folders.")
+    _check_no_file(folder)
     if not folder.is_dir():
         raise InputError(f"The folder {str(folder)!r} does not exist.")
     return [(path.parent, manifest_of(path.parent)) for path in sorted(folder.glob(f"*/{MANIFEST}"))]

@@ -98,6 +98,8 @@ def test_a_document_is_asked_from_anywhere(cli: Cli, checkpoint: Path, tmp_path:
     cli(*asked).refused("does not exist", "the document in '../a' names it", "--model PATH")
     assert cli(*asked, "--model", "../other").status == 0
     cli(*asked[:-1], 99_999_999, "--model", "../other").refused("or the answer", "of generate, read, ask")
+    longest: Any = (*asked[:-1], 10**12, "--allow-extrapolation", "--model", "../other")
+    cli(*longest).refused("new tokens alone", "shorter answer")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,8 @@ def test_what_is_refused(cli: Cli, stored: Path, tmp_path: Path) -> None:
     """One sentence, status 2."""
     cli("ask", tmp_path / "nowhere", "--query", "Who?").refused("There is no document")
     cli("documents", tmp_path / "nowhere").refused("does not exist")
-    cli("documents", tmp_path / "text.txt").refused("is a file", "name a document's folder")
+    for command in (["documents"], ["ask", "--query", "Who?"]):
+        cli(*command, tmp_path / "text.txt").refused("is a file", "name a document's folder")
     (tmp_path / "empty").mkdir()
     cli("documents", tmp_path / "empty").refused("There is no document")
     cli("ask", stored, "--query", "Who?", "--dtype", "bfloat16", "--device", "cpu").refused("float32", "bfloat16")
