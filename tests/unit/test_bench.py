@@ -20,7 +20,7 @@ from apb.benchmarks.attention import Shape, _in_turns, bench_attention
 from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
-from apb.cli import bench
+from apb.cli import bench_ranks
 from apb.decoding import Pages, Squeezed
 from apb.distributed.collectives import Group
 from apb.hardware import Hardware
@@ -306,7 +306,7 @@ def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch, 
     for path in tmp_path.glob("*.svg"):
         path.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench._draw(json.loads(out.read_text()), out)
+    bench_ranks.draw(json.loads(out.read_text()), out)
     assert "no plots" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.svg"))
     cli(*command, "--out", tmp_path / "no" / "figures.json").refused("figures.json", "no folder")

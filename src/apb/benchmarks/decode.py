@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..decoding.base import LayerIndex
 from ..distributed.mesh import Mesh
 from ..distributed.one_shot import QuickGroup, quick
 from ..engine import Engine
 from ..errors import DoesNotFit
-from ..hardware import Hardware, Stopwatch, peak_bytes
+from ..hardware import Hardware, Stopwatch, free_memory, peak_bytes
 from ..hf.config import tied_embeddings
 from ..planning.shape import ModelShape
 from ..reading import Reading
@@ -117,10 +119,12 @@ def check_room(
     room = WARM_UP + tokens
     plan = reading.plan_of(prompt_lengths(reading, length), ranks, config, hardware, room, tensor)
     _, cache, free = reading.demand(plan, config, hardware, room, tensor)
+    if reading.decoding.offloads:
+        free = free_memory(torch.device("cpu"), ranks * tensor)
     if sessions * cache > free:
         raise DoesNotFit(
             f"The caches of {sessions:,} sessions of {length:,} tokens take {sessions * cache / 2**30:.1f} GiB a rank, "
-            f"and {free / 2**30:.1f} GiB are there beside the weights; what fits is {free // cache:,} sessions."
+            f"and {free / 2**30:.1f} GiB are there for them; what fits is {free // cache:,} sessions."
         )
 
 
