@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
     "needle.md": "models/needle/README.md",
     "examples.md": "examples/README.md",
     "tour.md": "examples/tour.ipynb",
@@ -36,12 +37,15 @@ def on_files(files: Files, config: Any) -> Files:
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, place, content=notebook(text) if source.endswith(".ipynb") else text))
     files.append(File.generated(config, COMMANDS, content=command_line()))
-    for file in list(files.documentation_pages()):
+    pages = list(files.documentation_pages())
+    for file in pages:
         for link in _LINK.finditer(file.content_string):
             target = _target(file.src_uri, link[0])
             place = _place(target)
             if place == "files/" + target and (ROOT / target).is_file() and files.get_file_from_path(place) is None:
                 files.append(File.generated(config, place, content=(ROOT / target).read_bytes()))
+                if target.endswith(".md"):  # a page as well, with links of its own
+                    pages.append(files.get_file_from_path(place))
     return files
 
 
@@ -70,7 +74,8 @@ def _formula(formula: re.Match[str]) -> str:
 
 def _target(source: str, link: str) -> str:
     """What a page's link means, as a path in the repository."""
-    home = posixpath.dirname(PAGES.get(source, "docs/" + source))
+    path = source.removeprefix("files/") if source.startswith("files/") else "docs/" + source
+    home = posixpath.dirname(PAGES.get(source, path))
     return posixpath.normpath(posixpath.join(home, link))
 
 

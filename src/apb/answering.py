@@ -80,12 +80,13 @@ class Answering:
         every = self.everyone.all_gather(figures).wait()
         prefill_s, decode_s, peak, _ = every.amax(0).tolist()
         share = float(every[:, 3].mean())
+        decoded_exactly = session.decoding.exact or share >= 1
         return Generation(
             text=text,
             token_ids=token_ids,
             finish_reason="stop" if ended else "length",
             strategy=session.plan.strategy,
-            exact=session.plan.exact,
+            exact=session.plan.exact and decoded_exactly,
             plan=session.plan.to_dict(),
             timing={
                 "prefill_s": prefill_s,
@@ -94,11 +95,7 @@ class Answering:
             },
             memory={"peak_bytes": int(peak)},
             fingerprint=fingerprint(device, self.model.dtype) | self._quantized(),
-            decode={
-                "method": session.decoding.name,
-                "exact": session.decoding.exact or share >= 1,
-                "share": share,
-            },
+            decode={"method": session.decoding.name, "exact": decoded_exactly, "share": share},
             prompt_tokens=session.plan.total,
             propagation=session.plan.propagated(),
             choice=session.plan.reason,

@@ -111,6 +111,8 @@ class OfText(Asking):
     def first(self, question: Question | None, questions: Sequence[str]) -> tuple[Prompt, tuple[Question, ...]]:
         """See :meth:`Asking.first`."""
         asked = tuple(questions) or (() if question is None else (question,))
+        if not all(_text(each).strip() for each in asked):
+            raise InputError("A question that the document is read for is empty; give one, or none.")
         prompt = self._prompt(self.text, "\n".join(map(_text, asked)) or NEUTRAL)
         return replace(prompt, asked=bool(asked)), asked
 

@@ -125,10 +125,11 @@ class Scored:
 class Generation:
     """An answer and how it came about; :meth:`to_dict` is what ``apb generate --json`` prints.
 
-    ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill was that of full attention;
-    ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys that a token
-    attended to; ``propagation`` is set if not all of the document's rows went through all layers: {"layer", "rows",
-    "share"}, the last layer that read them all, and how many went on; ``prompt_tokens`` is the number of tokens read;
+    ``token_ids`` are all generated tokens, EOS included; ``exact`` is True if prefill and decode were those of full
+    attention; ``decode`` is how the tokens were generated: {"method", "exact", "share"}, the share of the kept keys
+    that a token attended to; ``propagation`` is set if not all of the document's rows went through all layers:
+    {"layer", "rows", "share"}, the last layer that read them all, and how many went on; ``prompt_tokens`` is the number
+    of tokens read;
     ``choice`` is the reason for the choice of the strategy "auto"; ``read_for`` says for which question a
     :class:`apb.Document` was read; ``scored`` are the tokens' log-probabilities, where they were asked for; ``notes``
     are sentences for the user.

@@ -50,6 +50,13 @@ class Hardware:
         return cls(memory, dtype.itemsize, KNOWN_CEILINGS.get(device_name(device)))
 
 
+def free_memory(device: torch.device, ranks: int) -> int:
+    """Bytes that each rank can still take: of its GPU, or its share of what is free on the host."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // ranks
+
+
 def fingerprint(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     """Versions, device and dtype, without which two results cannot be compared."""
     return {

@@ -19,6 +19,7 @@ from .hf import fusing, loading, offloading, placement, shares, supported, verif
 from .hf.attach import CLOSED, Attachment
 from .hf.cache import ShardCache
 from .hf.config import softcap
+from .hf.counting import model_shape
 from .hf.heads import HeadShape, load_heads
 from .hf.modules import attention_modules
 from .hf.tensor_parallel import splits_heads
@@ -26,6 +27,7 @@ from .kernels.attention import choose
 from .passes import prefill
 from .passes.prefill import Look, Progress
 from .passes.tokens import Decoder
+from .planning.fitting import check_answer
 from .planning.plan import Plan
 from .prompt import Prompt, check_tokens
 from .reading import Reading
@@ -109,20 +111,20 @@ class Prefiller:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError if it cannot be read."""
+        arranged = self.reading.arranged(prompt)
+        lengths = len(arranged.prefix), len(arranged.document), len(arranged.query)
+        plan = self.plan_of(lengths, max_new_tokens, prompt.asked)
+        check_tokens(prompt.token_ids, self._attachment.vocabulary)
+        return plan
+
+    def plan_of(self, lengths: tuple[int, int, int], max_new_tokens: int = 1, asked: bool = True) -> Plan:
+        """As :meth:`plan`, for the (prefix, document, query) tokens of a prompt as it is arranged for reading."""
         if self._closed:  # another engine may still hold the model
             raise RuntimeError(CLOSED)
         at_least("max_new_tokens", max_new_tokens, 0)
-        plan = self.reading.plan(
-            prompt,
-            self.group.size,
-            self.model.config,
-            self._hardware,
-            max_new_tokens,
-            self.mesh.tensor.size,
-            self._split,
-        )
-        check_tokens(prompt.token_ids, self._attachment.vocabulary)
-        return plan
+        tensor, split = self.mesh.tensor.size, self._split
+        place = self.group.size, self.model.config, self._hardware
+        return self.reading.plan_of(lengths, *place, max_new_tokens, tensor, split, asked)
 
     def demand(self, plan: Plan, max_new_tokens: int) -> tuple[int, int, int]:
         """Bytes beside the weights on the fullest rank: a plan's peak, its cache with the answer, and what is there."""
@@ -223,7 +225,10 @@ class Prefiller:
         """InputError if tokens that a plan ends with are not the model's, or do not fit with an answer."""
         at_least("max_new_tokens", max_new_tokens, 0)
         allowed = self.reading.allow_extrapolation
-        loading.check_fit(self.model.config, plan, max_new_tokens, allowed, self.mesh.tensor.size)
+        tensor = self.mesh.tensor.size
+        loading.check_fit(self.model.config, plan, max_new_tokens, allowed, tensor)
+        shape = replace(model_shape(self.model.config).shared(tensor), split=self._split)
+        check_answer(plan.total, shape, self._hardware, max_new_tokens)
         check_tokens(token_ids, self._attachment.vocabulary)
 
     def turns_otherwise(self, start: int, total: int) -> bool:

@@ -124,13 +124,27 @@ class Reading:
             tensor: processes that share the weights of a rank.
             split: what each GPU of a rank holds, as in :class:`apb.planning.shape.ModelShape`.
         """
+        prompt = self.arranged(prompt)
+        lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
+        return self.plan_of(lengths, ranks, config, hardware, new_tokens, tensor, split, prompt.asked)
+
+    def plan_of(
+        self,
+        lengths: tuple[int, int, int],
+        ranks: int,
+        config: Any,
+        hardware: Hardware,
+        new_tokens: int,
+        tensor: int = 1,
+        split: tuple[tuple[int, int], ...] = (),
+        asked: bool = True,
+    ) -> Plan:
+        """As :meth:`plan`, of an arranged prompt's (prefix, document, query) tokens; ``asked``: as in `choose`."""
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit
 
-        prompt = self.arranged(prompt)
-        lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
         shape = replace(model_shape(config).shared(tensor), split=split)
-        plan = self.choose(lengths, ranks, shape, hardware, prompt.asked)
+        plan = self.choose(lengths, ranks, shape, hardware, asked)
         check_fit(config, plan, new_tokens, self.allow_extrapolation, tensor)
         check_memory(plan, shape, hardware, new_tokens, self.compressor)
         return plan

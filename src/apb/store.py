@@ -150,7 +150,7 @@ def _manifest(engine: Engine, model: str, asking: Asking, state: State, shards: 
         "format": FORMAT,
         "apb": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": {"name": str(engine.model.name_or_path), "fingerprint": model},
+        "model": {"name": _findable(str(engine.model.name_or_path)), "fingerprint": model},
         "dtype": str(engine.dtype).removeprefix("torch."),
         "tokens": len(state.token_ids),
         "tokens_sha256": tokens_hash(state.token_ids),
@@ -167,6 +167,11 @@ def _manifest(engine: Engine, model: str, asking: Asking, state: State, shards: 
         "asking": asking.to_dict(),
         "shards": [{"file": path.name, "bytes": path.stat().st_size, "sha256": hash_of(path)} for path in shards],
     }
+
+
+def _findable(model: str) -> str:
+    """A model's name as it can be found from any folder; ids of the hub stay as they are."""
+    return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 
 def tokens_hash(token_ids: Sequence[int]) -> str:

@@ -20,10 +20,11 @@ from apb.benchmarks.attention import Shape, _in_turns, bench_attention
 from apb.benchmarks.attention_kernels import KERNELS
 from apb.benchmarks.decode import bench_decode
 from apb.benchmarks.prefill import bench_prefill
-from apb.cli import bench
+from apb.cli import bench_ranks
 from apb.decoding import Pages, Squeezed
 from apb.distributed.collectives import Group
 from apb.hardware import Hardware
+from apb.hf import random_weights
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import random_model, shape_config
 from apb.planning.cost import Ceilings
@@ -305,7 +306,7 @@ def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch, 
     for path in tmp_path.glob("*.svg"):
         path.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    bench._draw(json.loads(out.read_text()), out)
+    bench_ranks.draw(json.loads(out.read_text()), out)
     assert "no plots" in capfd.readouterr().err
     assert not list(tmp_path.glob("*.svg"))
     cli(*command, "--out", tmp_path / "no" / "figures.json").refused("figures.json", "no folder")
@@ -321,6 +322,10 @@ def test_a_bench_draws_what_it_measured(cli, checkpoint, tmp_path, monkeypatch, 
         (["prefill", "--length", "200", "--baseline-backend", "magic"], ["'magic'", "torch"]),
         (["prefill", "--length", "200", "--compressor", "magic"], ["'magic'", "query"]),
         (["prefill", "--length", "32"], ["Length", "at least 33"]),
+        (["decode", "--length", "999999999"], ["999,999,999 tokens", "GiB", "what fits is"]),
+        (["decode", "--length", "200", "--sessions", "100000000"], ["100,000,000 sessions", "what fits is"]),
+        (["decode", "--length", "200", "--random-weights", "llama-3.1-8b", "--layers", "33"], ["32 layers", "no more"]),
+        (["prefill", "--length", "200", "--random-weights", "llama-3.1-70b"], ["random weights take", "--layers"]),
         (["decode", "--length", "200", "--out", "."], ["folder", "name a file"]),
         (["attention", "--shape", "4/2,64,40,9,7", "--out", "no/figures.json"], ["figures.json", "no folder"]),
     ],
@@ -331,4 +336,5 @@ def test_benches_that_cannot_be_run(cli, monkeypatch, tmp_path, arguments, fragm
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ceilings, "measure_ceilings", None)
     monkeypatch.setattr(ceilings, "copy_bandwidth", None)
+    monkeypatch.setattr(random_weights, "free_memory", lambda device, ranks: 2**30)
     cli("bench", *arguments, "--device", "cpu").refused(*fragments)

@@ -6,6 +6,7 @@ Most commands run in this process; a real one costs seconds of imports, and is s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from safetensors.torch import save_file
 
 import apb
 from apb.cli import demo
+from apb.cli.quiet import silence
 from apb.hf import hub
 from apb.planning.methods import METHODS
 from command_line import Cli, Outcome
@@ -103,7 +106,8 @@ def kinds(value: Any) -> Any:
 @pytest.mark.parametrize("strategy", ["apb", "full"])
 def test_generate_json(ask: Cli, strategy: str) -> None:
     """--json prints one object with exactly the promised fields, of the promised types."""
-    report = ask("--json", "--strategy", strategy, "--blocks", 4, "--max-new-tokens", 7).json
+    cut = () if strategy == "full" else ("--blocks", 4)
+    report = ask("--json", "--strategy", strategy, *cut, "--max-new-tokens", 7).json
     assert kinds(report) == FIELDS
     assert (report["strategy"], report["exact"]) == (strategy, strategy == "full")
     plan = {"blocks": 4, "ranks": 1, "rounds": 1, "anchor_length": 36, "passing_length": 18}
@@ -168,6 +172,9 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         ask(document=tmp_path / "empty.txt").refused("document is empty")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     ask(document=tmp_path / "latin.txt").refused("latin.txt", "UTF-8", "byte 2")
+    (tmp_path / "binary").write_bytes(b"\x7fELF\0\0 words")
+    ask(document=tmp_path / "binary").refused("binary", "NUL bytes", "no text")
+    ask(document="").refused("empty name", "- for standard input")
 
 
 @pytest.mark.parametrize(
@@ -189,16 +196,18 @@ def test_documents_that_cannot_be_read(ask: Cli, tmp_path: Path) -> None:
         (["--blocks", "4", "--passing-length", "-1"], ["Passing length", "-1"]),
         (["--ranks", "0"], ["Ranks", "at least 1", "0"]),
         (["--ranks", "9999"], ["9999 ranks", "at most"]),
-        (["--max-new-tokens", "0"], ["ax_new_tokens", "at least 1"]),
+        (["--max-new-tokens", "0"], ["--max-new-tokens must", "at least 1"]),
         (
             ["--max-new-tokens", "4000"],
             [f"{583 + 4000} positions", f"{583 + 4000 - 4096} more", "--allow-extrapolation"],
         ),
         (["--temperature", "-1"], ["temperature", "-1"]),
-        (["--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
-        (["--seed", "-9223372036854775809"], ["seed", "-2**63"]),
-        (["--top-k", "0"], ["op_k", "at least 1"]),
-        (["--top-p", "2"], ["top_p", "2.0"]),
+        (["--top-p", "0.5"], ["--top-p goes with", "--temperature above 0"]),
+        (["--approximate"], ["--approximate goes with --strategy auto", "apb"]),
+        (["--temperature", "1", "--seed", str(2**64)], ["seed", "2**64 - 1", str(2**64)]),
+        (["--temperature", "1", "--seed", "-9223372036854775809"], ["seed", "-2**63"]),
+        (["--top-k", "0"], ["--top-k must", "at least 1"]),
+        (["--top-p", "2"], ["--top-p must", "2.0"]),
         (["--dtype", "float12"], ["'float12'", "bfloat16"]),
         (["--device", "tpu"], ["'tpu'", "cpu or cuda"]),
         (["--device", "meta"], ["'meta'", "cpu or cuda"]),
@@ -543,6 +552,7 @@ def test_doctor_of_a_model(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypat
     assert tokens > 100_000 and "2 ranks" in read["longest document"]["why"]
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     assert not rows("model", "--model", tmp_path)["model"]["usable"]
+    cli("doctor", "--model", tmp_path / "nowhere").refused("does not exist")
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"total": 200_000}))
     small = rows("model", "--model", checkpoint)["weights"]
     assert not small["usable"] and "--tensor-parallel" in small["why"]
@@ -631,9 +641,16 @@ def test_demo(cli: Cli, document: Path, tmp_path: Path, monkeypatch: pytest.Monk
     written = json.loads((tmp_path / "demo.json").read_text())
     assert done.status == 0 and f"The document says {written['expected']}: apb's answer is right." in done.out
     assert [result["strategy"] for result in written["results"]] == ["apb", "full"]
+    full, fast = demo.bars(*written["results"])
+    assert f"{full}\n{fast}\n" in done.out
+    assert full.endswith(" s   exact") and fast.endswith(" blocks, the same answer")
+    other = {**written["results"][0], "text": " another"}
+    assert demo.bars(other, written["results"][1])[1].endswith(f"answers {written['expected']!r}")
     own = cli("demo", "--document", document, "--query", "Who?")
     assert own.status == 0 and "document.txt, " in own.out and "The document says" not in own.out
     cli("demo", "--document", document).refused("--query")
+    for place, reason in ((tmp_path, "it is a folder"), (tmp_path / "no" / "demo.json", "there is no folder")):
+        cli("demo", "--out", place).refused("cannot be written", reason)
 
 
 def test_interrupted_within_an_import(tmp_path: Path) -> None:
@@ -651,6 +668,34 @@ def test_interrupted_within_an_import(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
+    (tmp_path / "swallows.py").rename(tmp_path / "typer.py")  # among the first imports of the commands themselves
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"sys.path.insert(0, {str(tmp_path)!r}); from apb.cli.start import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (130, b"apb: interrupted\n")
+
+
+def test_a_full_disk() -> None:
+    """What cannot be written for lack of room is a sentence, and a failure."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "apb.cli.main", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60, check=False)
+    said = b"apb: The output cannot be written: No space left on device; make room, or write elsewhere.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_libraries_are_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """Also those that are imported later: what torchao says while transformers imports it, if it is installed."""
+    try:
+        silence()
+        logging.getLogger("torchao").error("Failed to load _C.so")
+        for module in ("torch.utils._pytree", "torchao.quantization"):
+            warnings.warn_explicit("KernelPreference is registered", UserWarning, "_pytree.py", 1, module=module)
+    finally:
+        logging.disable(logging.NOTSET)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_reader_that_goes_away(checkpoint: Path, document: Path) -> None:

@@ -16,6 +16,7 @@ import typer
 import apb
 from apb.benchmarks import ceilings
 from apb.cli import options, serve
+from apb.cli.checks import check_used
 from apb.cli.groups import Derived, expanded, values
 from apb.cli.main import app
 from apb.compressors import COMPRESSORS, Compressor, QueryEdge
@@ -172,6 +173,30 @@ def test_limits_are_said_before_a_weight_is_read(
     done = call(command, *given)
     done.refused()
     assert any(done.err.endswith(f"{words}\n") for words in sentence.split("|")), done.err
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each != "plan"])  # which is of all strategies
+def test_options_that_would_do_nothing(call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Refused if none of the strategies that were named has them."""
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    full, star = ("--strategy", "full"), ("--strategy", "star")
+    call(command, *full, "--blocks", 4).refused("--blocks is an option of apb and star, not of full;")
+    call(command, *full, "--compressor", "random").refused("--compressor is an option of apb, not of full")
+    call(command, *star, "--longest-edge", 3).refused("--longest-edge is an option of apb, not of star")
+    call(command, *star, "--vertical-size", 10).refused("--vertical-size is an option of minference, not of star")
+    if "rounds" in parameters(command):
+        call(command, *full, "--rounds", 2).refused("--rounds is an option of apb and star, not of full")
+
+
+def test_options_of_one_of_several() -> None:
+    """An option serves the strategies that have it; star's anchor is its own where sizes are given to all."""
+    asked = options.Options(method={"blocks": 4}, scoring={})
+    check_used(["full", "star"], asked, rounds=2)
+    check_used(["auto"], asked)
+    anchor = options.Options(method={"anchor_length": 4}, scoring={})
+    check_used(["full", "star"], anchor)
+    with pytest.raises(InputError, match="--anchor-length is an option of apb, not of full or star"):
+        check_used(["full", "star"], anchor, compared=True)
 
 
 @pytest.mark.parametrize("command", ["generate", "serve", "explain", "eval synthetic", "eval fidelity", "bench decode"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,61 @@ def test_questions_it_is_read_for(cli: Cli, checkpoint: Path, tmp_path: Path) ->
     cli(*asked, "Where?", "--reread", "always").refused("never or auto")
 
 
+def test_places_that_cannot_be_written(cli: Cli, tmp_path: Path) -> None:
+    """Refused before the text is read."""
+    (tmp_path / "file").write_text("text")
+    given: Any = ("read", "--document", tmp_path / "nowhere", "--out")
+    cli(*given, "").refused("empty name", "current")
+    cli(*given, tmp_path / "file").refused("is a file", "name a folder")
+    cli(*given, tmp_path / "file" / "a").refused("is a file", "name a folder")
+    cli(*given, tmp_path / "a", "--question", " ").refused("question is empty")
+    cli("train", "needle", "--out", tmp_path / "file").refused("is a file", "name a folder")
+
+
+def test_a_document_is_asked_from_anywhere(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """The model's folder is stored as it can be found from any other; where it has gone, the way out is said."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    shutil.copytree(checkpoint, "model")
+    assert cli("read", "--document", "text.txt", "--out", "a", "--model", "model", "--device", "cpu").status == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    asked: Any = ("ask", "../a", "--query", "Who?", "--device", "cpu", "--max-new-tokens", 1)
+    assert cli(*asked).status == 0
+    (tmp_path / "model").rename(tmp_path / "other")
+    cli(*asked).refused("does not exist", "the document in '../a' names it", "--model PATH")
+    assert cli(*asked, "--model", "../other").status == 0
+    cli(*asked[:-1], 99_999_999, "--model", "../other").refused("or the answer", "of generate, read, ask")
+    longest: Any = (*asked[:-1], 10**12, "--allow-extrapolation", "--model", "../other")
+    cli(*longest).refused("new tokens alone", "shorter answer")
+
+
+@pytest.mark.parametrize(
+    "field",
+    [{"tokens": "x"}, {"sizes": None}, {"sizes": [1, 2]}, {"shards": [None]}, {"model": {"name": 3}}, {"index_s": "1"}],
+    ids=str,
+)
+def test_manifests_that_were_edited(cli: Cli, tmp_path: Path, field: dict[str, Any]) -> None:
+    """A field of another type is named, by every command that reads it."""
+    manifest = {
+        **{"format": 3, "apb": "0", "created": "", "model": {"name": "a", "fingerprint": "b"}, "dtype": "float32"},
+        **{"tokens": 5, "tokens_sha256": "", "strategy": "full", "options": {}, "propagation": None, "exact": True},
+        **{"sizes": [1, 3, 1, 1, 1], "compressor": None, "read_for": [], "prefill_s": 0.5, "index": None},
+        **{"index_s": 0.0, "asking": {}, "shards": [{"file": "shard", "bytes": 9, "sha256": ""}]},
+    }
+    (tmp_path / "document.json").write_text(json.dumps(manifest))
+    assert cli("documents", tmp_path).status == 0
+    (tmp_path / "document.json").write_text(json.dumps(manifest | field))
+    for command in (["documents", tmp_path], ["ask", tmp_path, "--query", "Who?"]):
+        cli(*command).refused("is damaged: document.json has", "read the text again")
+
+
 def test_what_is_refused(cli: Cli, stored: Path, tmp_path: Path) -> None:
     """One sentence, status 2."""
     cli("ask", tmp_path / "nowhere", "--query", "Who?").refused("There is no document")
     cli("documents", tmp_path / "nowhere").refused("does not exist")
+    for command in (["documents"], ["ask", "--query", "Who?"]):
+        cli(*command, tmp_path / "text.txt").refused("is a file", "name a document's folder")
     (tmp_path / "empty").mkdir()
     cli("documents", tmp_path / "empty").refused("There is no document")
     cli("ask", stored, "--query", "Who?", "--dtype", "bfloat16", "--device", "cpu").refused("float32", "bfloat16")

@@ -126,8 +126,10 @@ def test_the_share_changes_the_answer_and_is_told(method: Any) -> None:
     """At 30 % the logits are others, and the answer says what it is."""
     engine = engine_of(replace(method, share=0.3))
     assert not torch.allclose(decoded(engine), decoded(engine_of("exact")), atol=1e-3)
-    told = engine.generate(PROMPT, max_new_tokens=4).decode
-    assert (told["method"], told["exact"]) == (method.name, False)
+    answer = engine.generate(PROMPT, max_new_tokens=4)
+    told = answer.decode
+    assert (told["method"], told["exact"], answer.exact) == (method.name, False, False)
+    assert engine_of(replace(method, share=1.0)).generate(PROMPT, max_new_tokens=4).exact
     assert 0.25 < told["share"] < 0.35
 
 

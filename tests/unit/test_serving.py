@@ -902,7 +902,7 @@ def test_what_cannot_be_served(
     cli("serve", "--port", 70000).refused("A port is a number from 0 to 65535")
     cli("serve", "--port", 0, "--model", checkpoint / "none").refused("does not exist")
     cli("serve", "--port", 0, "--blocks", 0).refused("Blocks must be at least 1")
-    cli("serve", "--port", 0, "--max-new-tokens", 0).refused("ax_new_tokens must be at least 1")
+    cli("serve", "--port", 0, "--max-new-tokens", 0).refused("--max-new-tokens must be at least 1")
     cli("serve", "--port", 0, "--heads", checkpoint / "config.json").refused("config.json")
     (tmp_path / "half.jinja").write_text("{% for message in ")
     cli("serve", "--port", 0, "--model", checkpoint, "--chat-template", tmp_path / "half.jinja").refused("template")

@@ -7,15 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..decoding.base import LayerIndex
 from ..distributed.mesh import Mesh
 from ..distributed.one_shot import QuickGroup, quick
 from ..engine import Engine
-from ..hardware import Stopwatch, peak_bytes
+from ..errors import DoesNotFit
+from ..hardware import Hardware, Stopwatch, free_memory, peak_bytes
 from ..hf.config import tied_embeddings
 from ..planning.shape import ModelShape
+from ..reading import Reading
 from ..session import Session, extend_together
-from .prefill import random_prompt, slowest
+from .prefill import prompt_lengths, random_prompt, slowest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,6 +100,32 @@ def bench_decode(
                 yield from (row for row in measured if row.graph == graphs)
             finally:
                 engine.close()
+
+
+def check_room(
+    reading: Reading,
+    config: Any,
+    hardware: Hardware,
+    length: int,
+    sessions: int,
+    tokens: int,
+    ranks: int,
+    tensor: int,
+) -> None:
+    """DoesNotFit if a rank's memory cannot hold so many sessions of a length, each with its counted tokens.
+
+    ``tensor``: processes that share a rank's weights.
+    """
+    room = WARM_UP + tokens
+    plan = reading.plan_of(prompt_lengths(reading, length), ranks, config, hardware, room, tensor)
+    _, cache, free = reading.demand(plan, config, hardware, room, tensor)
+    if reading.decoding.offloads:
+        free = free_memory(torch.device("cpu"), ranks * tensor)
+    if sessions * cache > free:
+        raise DoesNotFit(
+            f"The caches of {sessions:,} sessions of {length:,} tokens take {sessions * cache / 2**30:.1f} GiB a rank, "
+            f"and {free / 2**30:.1f} GiB are there for them; what fits is {free // cache:,} sessions."
+        )
 
 
 def _rows(

@@ -27,6 +27,7 @@ from ..planning.methods import make_method
 from ..planning.propagation import Propagation
 from ..planning.shape import ModelShape
 from ..prompt import Prompt
+from ..reading import Reading
 from ..timing import Clock, clocked
 from .ceilings import attention_rate
 
@@ -147,13 +148,13 @@ def _measure(
     max_seconds: float,
     baseline: float | None,
 ) -> Row:
-    prompt = random_prompt(engine, length)
     backend = choose(engine.backend, engine.device, engine.dtype, shape.head_dim, softcap(engine.model.config))[0]
-    try:
-        plan = engine.plan(prompt)
+    try:  # before the prompt is made, which takes memory itself
+        plan = engine.plan_of(prompt_lengths(engine.reading, length))
     except DoesNotFit as error:
         (method,) = engine.reading.methods
         return Row(method.name, length, method.exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
+    prompt = random_prompt(engine, length)
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.compressor)
     floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(reached)
     seconds: list[float] = []
@@ -243,12 +244,18 @@ def _clocked_modules(model: PreTrainedModel, clock: Clock) -> Iterator[None]:
             handle.remove()
 
 
-def random_prompt(engine: Engine, length: int) -> Prompt:
-    """A prompt of ``length`` random tokens in all, the same on every rank."""
+def prompt_lengths(reading: Reading, length: int) -> tuple[int, int, int]:
+    """(prefix, document, query) of :func:`random_prompt` as a reading arranges it; InputError if it is too short."""
     if length <= 1 + QUERY_TOKENS:
         raise InputError(
             f"A length of {length} leaves no document beside the {QUERY_TOKENS} query tokens; use a larger one."
         )
+    front = QUERY_TOKENS if reading.methods[0].question_first else 0
+    return 1 + front, length - 1 - QUERY_TOKENS, QUERY_TOKENS
+
+
+def random_prompt(engine: Engine, length: int) -> Prompt:
+    """A prompt of ``length`` random tokens in all, the same on every rank."""
     generator = torch.Generator().manual_seed(length)
     ids = torch.randint(vocabulary(engine.model.config), (length,), generator=generator).tolist()
     return Prompt.from_tokens(ids[:1], ids[1:-QUERY_TOKENS], ids[-QUERY_TOKENS:])

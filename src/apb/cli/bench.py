@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..compressors import Compressor
 from ..errors import InputError, at_least
 from . import options
-from .bench_tables import attention_line, line, print_attention, print_decode, print_prefill
+from .bench_ranks import run
+from .bench_tables import attention_line, print_attention
 from .groups import expanded, values
+
+if TYPE_CHECKING:
+    from .checks import Place
 
 app = typer.Typer(help="Measure speed, compared with a baseline of the same run and the floor.")
 
@@ -96,9 +100,11 @@ def prefill(
     """Prefill by several strategies and lengths: seconds, tokens per second, share of the floor, peak memory."""
     from ..compressors import make_compressor
     from ..planning.methods import make_method
+    from .checks import check_used
 
     at_least("repeat", repeat, 1)
     names = strategy or ["full", "apb"]
+    check_used(names, chosen, rounds, compared=True)
     for name in names:
         make_method(name, chosen.method, compared=True)
     compressor = make_compressor(chosen.compressor, chosen.scoring)
@@ -145,14 +151,26 @@ def decode(
 ) -> None:
     """Decode after long prompts: seconds a token, with and without CUDA graphs, beside the limit of memory."""
     from ..reading import Reading
+    from .checks import check_used
 
     at_least("tokens", tokens, 1)
     for count in sessions or ():
         at_least("sessions", count, 1)
+    check_used([strategy], chosen)
     how = {"strategy": strategy, **values(chosen), **values(decoding), "propagation": propagation}
-    compressor = Reading.of(**how).compressor
+    reading = Reading.of(**how, allow_extrapolation=True)
     asked = {"tokens": tokens, "sessions": sessions or [1], **how}
-    _launch("decode", common, options.Ranks(ranks, tensor_parallel), asked, compressor, out, as_json)
+
+    def fits(place: Place) -> None:
+        from ..benchmarks.decode import check_room
+        from ..hardware import Hardware
+
+        hardware = Hardware.of(place.device, place.dtype, place.processes)
+        for length in common.length:
+            shared = place.ranks, place.tensor_parallel
+            check_room(reading, place.config, hardware, length, max(asked["sessions"]), tokens, *shared)
+
+    _launch("decode", common, options.Ranks(ranks, tensor_parallel), asked, reading.compressor, out, as_json, fits)
 
 
 def _launch(
@@ -163,6 +181,7 @@ def _launch(
     compressor: Compressor,
     out: Path | None,
     as_json: bool,
+    fits: Callable[[Place], None] = lambda place: None,
 ) -> None:
     from ..benchmarks.prefill import QUERY_TOKENS
     from ..distributed import launch
@@ -174,6 +193,7 @@ def _launch(
         options.check_out(out)
     # The strategies' requirements are not checked here: those that cannot read the model are skipped with a note.
     place = check(common.subject, ranks, compressors=[compressor])
+    fits(place)
     request = Request(
         what=what,
         subject=replace(common.subject, device=place.device.type),
@@ -230,80 +250,3 @@ def attention(
         print(json.dumps(report))
     else:
         print_attention(report)
-
-
-def run(request: Request) -> None:
-    """One rank's part; rank 0 prints."""
-    from ..benchmarks.ceilings import copy_bandwidth, measure_ceilings
-    from ..benchmarks.decode import bench_decode
-    from ..benchmarks.prefill import bench_prefill
-    from ..distributed import launch
-    from ..distributed.mesh import Mesh
-    from ..hardware import fingerprint
-    from ..hf import counting, float8, loading
-    from ..hf.random_weights import random_model
-    from ..hf.tensor_parallel import share
-    from ..hf.windows import layer_count
-    from .quiet import quiet_libraries
-
-    quiet_libraries()
-    subject = request.subject
-    device = launch.local_device(loading.pick_device(subject.device))
-    dtype = loading.pick_dtype(subject.dtype, device)
-    rounded = float8.check(subject.quantization, device, dtype, request.tensor_parallel > 1)
-    mesh = Mesh.join(device, request.tensor_parallel)
-    group = mesh.everyone
-    config = subject.config()
-    if subject.random_weights:
-        model = random_model(config, dtype, device)
-        model = float8.round_layers(model) if rounded else model
-        if mesh.devices is not None:
-            model = share(model, mesh.devices)
-    else:
-        model = loading.load_model(subject.name, dtype, device, mesh=mesh.devices, quantization=subject.quantization)
-    shape = counting.model_shape(config).shared(request.tensor_parallel)
-    report: dict[str, Any] = {
-        "command": request.command,
-        "model": subject.random_weights or subject.name,
-        "layers": layer_count(config),
-        "ranks": mesh.sequence.size,
-        "tensor_parallel": request.tensor_parallel,
-        "quantization": subject.quantization,
-        "fingerprint": fingerprint(device, dtype),
-        "rows": [],
-    }
-    measured: Iterator[Any]
-    if request.what == "prefill":
-        ceilings = measure_ceilings(device, dtype, group)
-        report["ceilings"] = asdict(ceilings)
-        measured = bench_prefill(model, shape, ceilings, lengths=request.lengths, mesh=mesh, **request.options)
-    else:
-        report["copy_bandwidth"] = copy_bandwidth(device)
-        bandwidth = report["copy_bandwidth"]
-        measured = bench_decode(model, shape, request.lengths, mesh=mesh, bandwidth=bandwidth, **request.options)
-    for row in measured:
-        report["rows"].append(row.to_dict())
-        if group.rank == 0:
-            print(line(report["rows"][-1]), file=sys.stderr, flush=True)
-            if request.out:
-                Path(request.out).write_text(json.dumps(report, indent=1) + "\n")
-    if group.rank == 0:
-        if request.as_json:
-            print(json.dumps(report))
-        else:
-            (print_prefill if request.what == "prefill" else print_decode)(report)
-        if request.what == "prefill" and request.out:
-            _draw(report, Path(request.out))
-    launch.leave()
-
-
-def _draw(report: dict[str, Any], out: Path) -> None:
-    """Plots beside the file of figures, where they can be drawn."""
-    from ..benchmarks.plots import write_plots
-    from ..benchmarks.results import combine
-
-    try:
-        for _, path in write_plots(combine([(out.name, report)]), out):
-            print(f"apb: wrote {path}", file=sys.stderr)
-    except InputError as error:
-        print(f"apb: no plots: {error}", file=sys.stderr)

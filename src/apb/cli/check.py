@@ -25,11 +25,13 @@ def check(
     """
     import torch
 
-    from ..distributed import launch
-    from ..hf import loading
     from .quiet import quiet_libraries
 
     quiet_libraries()
+
+    from ..distributed import launch
+    from ..hf import loading
+
     name = str(model or loading.shipped_model())
     loading.load_config(name, trust_remote_code)
     launch.run(examine, launch.ranks_to_use(ranks, torch.device("cpu")), name, trust_remote_code, as_json)
@@ -39,12 +41,14 @@ def examine(model: str, trust_remote_code: bool, as_json: bool) -> None:
     """One rank's part of a check; rank 0 prints."""
     import torch
 
-    from ..check import check as check_config
-    from ..distributed import launch
-    from ..hf import loading
     from .quiet import quiet_libraries
 
     quiet_libraries()
+
+    from ..check import check as check_config
+    from ..distributed import launch
+    from ..hf import loading
+
     config = loading.load_config(model, trust_remote_code)
     group = launch.join(torch.device("cpu"))
     card = check_config(config, group)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
 from ..compressors import Compressor
-from ..errors import at_least
-from ..planning.methods import Method
-from ..reading import Reading
+from ..errors import InputError, at_least
+from ..planning.methods import METHODS, Method
+from ..planning.options import options_of
+from ..reading import AUTO, Reading
 from . import options
 from .groups import values
 
@@ -59,6 +61,42 @@ class Place:
         }
 
 
+def check_used(
+    strategies: Sequence[str],
+    asked: options.Options | options.Readings,
+    rounds: int | None = None,
+    compared: bool = False,
+) -> None:
+    """InputError for an option that was given and that none of the strategies named has, so that it would do nothing.
+
+    Nothing is refused under "auto", which may choose any strategy, nor beside an unknown name, which others refuse.
+
+    Args:
+        strategies: their names.
+        asked: the options of strategies and compressors.
+        rounds: as given.
+        compared: as for :func:`apb.planning.methods.make_method`.
+    """
+    if not all(name in METHODS for name in strategies):
+        return
+    owners: dict[str, list[str]] = {}
+    for kind in METHODS.values():
+        own = [name for name, each in options_of(kind).items() if each.metadata["compared"] or not compared]
+        own += ["compressor", *COMPRESSOR_OPTIONS] if kind.passes else []
+        own += ["rounds"] if kind.in_rounds else []
+        for name in own:
+            owners.setdefault(name, []).append(kind.name)
+    given = [*asked.method, *asked.scoring]
+    given += ["compressor"] if asked.compressor else []
+    given += ["rounds"] if rounds is not None and rounds > 1 else []
+    for name in given:
+        if not set(owners[name]) & set(strategies):
+            raise InputError(
+                f"--{name.replace('_', '-')} is an option of {' and '.join(owners[name])}, not of "
+                f"{' or '.join(strategies)}; leave it out, or choose another strategy."
+            )
+
+
 def check(
     model: options.Model,
     ranks: options.Ranks,
@@ -91,6 +129,9 @@ def check(
 
 def check_reading(model: options.Model, ranks: options.Ranks, asked: options.Reading) -> tuple[Place, Reading]:
     """As :func:`check`, for one reading; errors of the reading alone are raised before torch is imported."""
+    check_used([asked.strategy], asked.options, asked.rounds)
+    if asked.approximate and asked.strategy != AUTO:
+        raise InputError(f"--approximate goes with --strategy auto, not with {asked.strategy}; leave it out.")
     reading = Reading.of(**values(asked))
     # "auto" skips methods that cannot read this model.
     return check(model, ranks, () if reading.automatic else reading.methods, [reading.compressor]), reading
@@ -100,6 +141,7 @@ def check_readings(model: options.Model, ranks: options.Ranks, asked: options.Re
     """As :func:`check`, for several readings, each of which must pass."""
     from ..evaluation.settings import settings
 
+    check_used(asked.strategy or ["apb"], asked)
     found = settings(**asked.arguments())
     compressors = {setting.compressor for setting in found if setting.compressor is not None}
     return check(model, ranks, [setting.method for setting in found], compressors), found

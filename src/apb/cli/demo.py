@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,8 @@ DOCUMENT_TOKENS = 33_000
 BLOCKS = 16
 PASSING_LENGTH = 64
 SEED = 2025
+# Characters of the longest bar.
+_WIDTH = 40
 
 
 def demo(
@@ -38,6 +40,8 @@ def demo(
     """
     if (document is None) != (query is None):
         raise InputError("--document and --query go together: give both, or neither.")
+    if out is not None:
+        options.check_out(out)
     text = None if document is None else read_document(document)
 
     from ..engine import Engine
@@ -63,20 +67,30 @@ def demo(
     print(f"Question: {query}", flush=True)
     fast = _answer(apb, prompt)
     exact = _answer(Engine.from_model(apb.model, tokenizer, strategy="full"), prompt)
-    print()
-    for result, note in ((fast, f"{fast.plan['blocks']} blocks, approximate"), (exact, "exact")):
-        seconds = result.timing["prefill_s"]
-        print(f"{result.strategy:>4}: read in {seconds:6.2f} s ({note}), answer:{' ' + result.text.strip()}")
+    print(f"Answer:   {fast.text.strip()}\n")
+    results = [fast.to_dict(), exact.to_dict()]
+    print("\n".join(bars(*results)))
     ratio = exact.timing["prefill_s"] / fast.timing["prefill_s"]
-    print(f"Full attention took {ratio:.1f} times as long to read it.")
     if out is not None:
-        results = [fast.to_dict(), exact.to_dict()]
         report = {"command": options.typed(), "query": query, "expected": expected, "ratio": ratio, "results": results}
         out.write_text(json.dumps(report, indent=1) + "\n")
     if expected is not None:
         right = expected in fast.text
         print(f"The document says {expected}: apb's answer is {'right' if right else 'WRONG'}.")
         raise typer.Exit(not right)
+
+
+def bars(fast: dict[str, Any], exact: dict[str, Any]) -> list[str]:
+    """The time that each of two results took to be read, as a bar and a number: a line each, the exact one first."""
+    same = fast["text"].strip() == exact["text"].strip()
+    other = "the same answer" if same else f"where full attention answers {exact['text'].strip()!r}"
+    notes = {exact["strategy"]: "exact", fast["strategy"]: f"{fast['plan']['blocks']} blocks, {other}"}
+    seconds = {each["strategy"]: each["timing"]["prefill_s"] for each in (exact, fast)}
+    lines = []
+    for name, took in seconds.items():
+        bar = "#" * round(_WIDTH * took / max(seconds.values()))
+        lines.append(f"{name:<4} {bar:<{_WIDTH}} {took:.{1 if took >= 10 else 2}f} s   {notes[name]}")
+    return lines
 
 
 def _answer(engine: Engine, prompt: Prompt) -> Generation:

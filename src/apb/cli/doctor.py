@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import InputError, at_least
+from ..hf.hub import check_there
 from . import options
 from .remedies import extras, of_model
 
@@ -20,6 +21,8 @@ def doctor(
 ) -> None:
     """Show what this machine can run, what is missing for a model, and which command or option mends it."""
     at_least("ranks", ranks, 1)
+    if model is not None:
+        check_there(model)
     report = examine(model, ranks)
     if as_json:
         print(json.dumps(report))

@@ -20,6 +20,20 @@ Store = Annotated[Path, typer.Argument(help="Folder of a document that apb read 
 
 
 @dataclass(frozen=True)
+class StoredModel(options.RemoteModel):
+    """The checkpoint of a stored document."""
+
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint folder, GGUF file or hub id. By default what the document was read by.",
+            callback=options.named,
+        ),
+    ] = None
+    dtype: Annotated[str | None, typer.Option(help="By default what the document was read in.")] = None
+
+
+@dataclass(frozen=True)
 class Reading:
     """Everything a rank needs to read a document and store it; plain values, so that it travels."""
 
@@ -40,8 +54,7 @@ class Asking:
     queries: list[str]
     verify: bool
     loading: dict[str, Any]
-    strategy: str
-    decoding: dict[str, Any]
+    reading: dict[str, Any]
     sampling: dict[str, Any]
     reread: str
     as_json: bool
@@ -51,7 +64,14 @@ class Asking:
 def read(
     *,
     document: options.Document,
-    out: Annotated[Path, typer.Option(help="Folder to write; what is in it already is replaced once this is whole.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder to write; what is in it already is replaced once this is whole.",
+            metavar="PATH",
+            callback=options.folder_named,
+        ),
+    ],
     question: Annotated[
         list[str] | None, typer.Option(help="What it will be asked, if that is known; repeat it for typical questions.")
     ] = None,
@@ -62,6 +82,9 @@ def read(
     as_json: options.AsJson = False,
 ) -> None:
     """Read a document and keep it on disk, to be asked with apb ask."""
+    options.check_folder(Path(out))
+    if any(not each.strip() for each in question or ()):
+        raise InputError("The question is empty; give one, or leave --question out.")
     text = read_document(document)
 
     from .checks import check_reading
@@ -73,19 +96,21 @@ def read(
 
     if checked.propagation is not None and not question:
         raise InputError(NO_QUESTION)
-    request = Reading(text, question or [], chat_template, str(out), place.loading, values(reading), as_json)
+    request = Reading(text, question or [], chat_template, out, place.loading, values(reading), as_json)
     launch.run(_read, place.processes, request)
 
 
 def _read(request: Reading) -> None:
     """One rank's part of reading; rank 0 prints."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..engine import Engine
     from ..manifest import manifest_of
     from .progress import Bar
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     one = request.questions[0] if len(request.questions) == 1 else None
@@ -115,7 +140,7 @@ def ask(
     query: Annotated[
         list[str] | None, typer.Option(help="A question; repeatable. If left out they are read from standard input.")
     ] = None,
-    model: options.RemoteModel,
+    model: StoredModel,
     ranks: options.Ranks,
     decode: options.Decoding,
     sampling: options.Sampling,
@@ -124,16 +149,14 @@ def ask(
         typer.Option(help="auto: read the text anew for a question where it was read for another one, not exactly."),
     ] = "never",
     verify: Annotated[bool, typer.Option(help="Compare the checksums of the files.")] = True,
+    allow_extrapolation: options.AllowExtrapolation = False,
     as_json: options.AsJson = False,
 ) -> None:
     """Ask a document that apb read has kept; each question reads its own rows alone."""
     from ..manifest import manifest_of
 
     manifest = manifest_of(store)
-    if model.model is None:
-        model = replace(model, model=manifest["model"]["name"])
-    if model.dtype is None:
-        model = replace(model, dtype=manifest["dtype"])
+    model = _of_store(model, store, manifest)
 
     from ..asking import check_reread
     from ..decoding import make_decoding
@@ -147,19 +170,37 @@ def ask(
     place = check(model, ranks)
     if query is None and place.processes > 1:
         raise InputError("Questions are read from standard input on one rank only; give them with --query.")
-    how = manifest["strategy"], values(decode), values(sampling)
-    request = Asking(str(store), query or [], verify, place.loading, *how, reread, as_json)
+    how = {"strategy": manifest["strategy"], "allow_extrapolation": allow_extrapolation, **values(decode)}
+    request = Asking(str(store), query or [], verify, place.loading, how, values(sampling), reread, as_json)
     launch.run(_ask, place.processes, request)
+
+
+def _of_store(model: StoredModel, store: Path, manifest: dict[str, Any]) -> StoredModel:
+    """The model that was asked for, else the one that a document was read by; InputError if that is not there."""
+    if model.dtype is None:
+        model = replace(model, dtype=manifest["dtype"])
+    if model.model is not None:
+        return model
+    try:
+        model = replace(model, model=manifest["model"]["name"])
+        model.config()  # a folder that has gone may look like an id of the hub
+    except InputError as error:
+        raise InputError(
+            f"{str(error).rstrip('.')}; the document in {str(store)!r} names it: give its place with --model PATH."
+        ) from error
+    return model
 
 
 def _ask(request: Asking) -> None:
     """One rank's part of the answers; rank 0 prints."""
-    from ..distributed import launch
-    from ..engine import Engine
     from .quiet import quiet_libraries
 
     quiet_libraries()
-    engine = Engine.from_pretrained(**request.loading, strategy=request.strategy, **request.decoding)
+
+    from ..distributed import launch
+    from ..engine import Engine
+
+    engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     document = engine.load(request.store, verify=request.verify)
     answers = []

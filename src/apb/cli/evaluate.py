@@ -183,7 +183,7 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
 
     if common.ask_after not in (None, *ASK_AFTER):
         raise InputError(f"--ask-after takes {', '.join(ASK_AFTER)}, not {common.ask_after!r}.")
-    limits = {"samples": samples["count"], "length": samples.get("limit"), "max_new_tokens": common.max_new_tokens}
+    limits = {"samples": samples["count"], "length": samples.get("limit"), "--max-new-tokens": common.max_new_tokens}
     for name, number in limits.items():
         if number is not None:
             at_least(name, number, 1)
@@ -203,6 +203,10 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
 
 def run(request: Request) -> None:
     """One rank's part of an evaluation; rank 0 writes and prints."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..engine import Engine
     from ..evaluation.items import Skipped
@@ -210,9 +214,7 @@ def run(request: Request) -> None:
     from ..evaluation.records import Store, model_name
     from ..evaluation.runner import Runner
     from .progress import Bar
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     engine = Engine.from_pretrained(**request.loading)
     first = engine.group.rank == 0
     skipped = Skipped()

@@ -34,7 +34,7 @@ def explain(
 ) -> None:
     """Read a document for a question and write a page (HTML) that shows which passages the blocks passed on."""
     text = read_document(document)
-    at_least("max_new_tokens", max_new_tokens, 1)
+    at_least("--max-new-tokens", max_new_tokens, 1)
     options.check_out(out)
     decode = options.Decoding(options={})
     how = options.Reading(strategy=strategy, options=chosen, decode=decode, propagation=propagation)

@@ -66,26 +66,33 @@ def generate(
 
 def read_document(path: str) -> str:
     """The text of a file, or of standard input for ``-``."""
+    if not path:
+        raise InputError("An empty name was given for the document; name a text file, or - for standard input.")
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"The document {path!r} cannot be read: {error.strerror}.") from error
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"The document {path!r} is not UTF-8 text: byte {error.start} cannot be decoded; convert it to UTF-8 first."
         ) from error
+    if "\0" in text:
+        raise InputError(f"The document {path!r} holds NUL bytes, so it is no text; convert it to UTF-8 text first.")
+    return text
 
 
 def answer(request: Request) -> None:
     """One rank's part of an answer; rank 0 prints."""
-    from ..distributed import launch
-    from ..engine import Engine
-    from .progress import Bar
     from .quiet import quiet_libraries
 
     quiet_libraries()
+
+    from ..distributed import launch
+    from ..engine import Engine
+    from .progress import Bar
+
     engine = Engine.from_pretrained(**request.loading, **request.reading)
     prints = engine.mesh.everyone.rank == 0
     with Bar("Reading", "token", shown=prints) as progress:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import signal
 import sys
 import time
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +28,8 @@ from . import (
     serve,
     train,
 )
+from .quiet import silence
+from .start import INTERRUPTED, answer_interrupts, say
 
 app = typer.Typer(
     name="apb",
@@ -72,7 +73,9 @@ app.add_typer(train.app, name="train")
 # typer brings its own copy of click in some versions and uses click in others; this is the class in either.
 UsageError: type[Any] = typer.BadParameter.__mro__[1]
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+# Errors of a full disk, or of one's share of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # An error of all ranks is printed once: seconds in which torchrun ends the others after the first has printed it.
 _GRACE = 5.0
 
@@ -91,8 +94,8 @@ def main() -> None:
 
 def run(command: typer.Typer) -> int:
     """Run a command line and return its exit status."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored, as under nohup
-        signal.signal(signal.SIGINT, _interrupted)
+    answer_interrupts()
+    silence()
     try:
         # Not typer's main(), which swallows Ctrl-C and closed pipes, differently in every version.
         parsed = typer.main.get_command(command)
@@ -105,14 +108,14 @@ def run(command: typer.Typer) -> int:
     except (InputError, NotFinite) as error:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(_GRACE)
-        return _say(str(error), WRONG_INPUT if isinstance(error, InputError) else FAILED)
+        return say(str(error), WRONG_INPUT if isinstance(error, InputError) else FAILED)
     except UsageError as error:
         path = error.ctx.command_path if error.ctx else "apb"
-        return _say(f"{error.format_message().rstrip('.')}; see {path} --help.", WRONG_INPUT)
+        return say(f"{error.format_message().rstrip('.')}; see {path} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
-        return _say("interrupted", INTERRUPTED)
+        return say("interrupted", INTERRUPTED)
     except RankError as error:
-        return _say(str(error), FAILED)
+        return say(str(error), FAILED)
     except BrokenPipeError:
         # The reader of our output has closed the pipe (head, less): this is not an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -120,24 +123,9 @@ def run(command: typer.Typer) -> int:
     except Exception as error:
         if os.environ.get("APB_TRACEBACK"):
             raise
-        return _say(f"{unexpected(error)} (set APB_TRACEBACK=1 to see where)", FAILED)
-
-
-def _interrupted(number: int, frame: FrameType | None) -> None:
-    """Handle Ctrl-C: raise KeyboardInterrupt, but exit at once during an import.
-
-    Libraries mistake an interrupted import for a missing module and go on; nothing has been started by then.
-    """
-    while frame is not None:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os._exit(_say("interrupted", INTERRUPTED))
-        frame = frame.f_back
-    raise KeyboardInterrupt
-
-
-def _say(sentence: str, status: int) -> int:
-    print(f"apb: {sentence}", file=sys.stderr, flush=True)
-    return status
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return say(f"The output cannot be written: {error.strerror}; make room, or write elsewhere.", FAILED)
+        return say(f"{unexpected(error)} (set APB_TRACEBACK=1 to see where)", FAILED)
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from ..compressors import OPTIONS as COMPRESSOR_OPTIONS
 from ..decoding import DECODINGS, make_decodings
 from ..decoding import OPTIONS as DECODING_OPTIONS
 from ..decoding import Decoding as DecodeMethod
-from ..errors import InputError
+from ..errors import InputError, at_least
 from ..planning.methods import METHODS
 from ..planning.methods import OPTIONS as METHOD_OPTIONS
 from ..planning.propagation import Propagation
 from .groups import Derived
 
 
-def _named(name: str | None) -> str | None:
+def named(name: str | None) -> str | None:
     """The name unchanged; InputError if it is empty, as from an unset shell variable."""
     if name is not None and not name.strip():
         raise InputError("An empty name was given for the model; give one, or leave the option out.")
@@ -42,6 +42,22 @@ def check_out(path: Path) -> None:
         raise InputError(f"{str(path)!r} cannot be written: there is no folder {str(path.parent)!r}; make it first.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise InputError(f"{str(path)!r} cannot be written: no permission.")
+
+
+def folder_named(path: str) -> str:
+    """The path unchanged; InputError if it is empty, which would be the current folder."""
+    if not path.strip():
+        raise InputError("An empty name was given for the folder; name it, or give . for the current one.")
+    return path
+
+
+def check_folder(path: Path) -> None:
+    """InputError if files cannot be written to a folder, which may have to be made; checked before anything runs."""
+    there = path if path.exists() else next(each for each in path.absolute().parents if each.exists())
+    if not there.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: {str(there)!r} is a file; name a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{str(path)!r} cannot be written: no permission in {str(there)!r}.")
 
 
 def typed() -> str:
@@ -64,12 +80,12 @@ _DEFAULT_COMPRESSOR = "By default query-edge, with --heads retaining."
 ModelName = Annotated[
     str | None,
     typer.Option(
-        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=_named
+        help="Checkpoint folder, GGUF file or hub id. The small model that ships with apb if left out.", callback=named
     ),
 ]
 RandomWeights = Annotated[
     str | None,
-    typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.", callback=_named),
+    typer.Option(help="A model shape with random weights instead, such as llama-3.1-8b.", callback=named),
 ]
 Dtype = Annotated[
     str | None, typer.Option(help="bfloat16, float16 or float32. By default bfloat16 on a GPU, float32 on the CPU.")
@@ -118,6 +134,9 @@ ChatTemplate = Annotated[
     typer.Option(
         metavar="NAME|FILE", help="One of the tokenizer's chat templates by name, or a file, instead of its own."
     ),
+]
+AllowExtrapolation = Annotated[
+    bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -224,9 +243,7 @@ class Reading:
     approximate: Annotated[
         bool, typer.Option("--approximate", help="Let --strategy auto choose one that is not exact.")
     ] = False
-    allow_extrapolation: Annotated[
-        bool, typer.Option("--allow-extrapolation", help="Go beyond the positions the model was trained for.")
-    ] = False
+    allow_extrapolation: AllowExtrapolation = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,3 +280,16 @@ class Sampling:
         float | None, typer.Option(help="With a temperature: draw from the likeliest tokens that together hold p.")
     ] = None
     seed: Annotated[int | None, typer.Option(help="Of the draws: the same seed gives the same text.")] = None
+
+    def __post_init__(self) -> None:
+        """InputError in the words of the command line for what :class:`apb.generation.Sampling` would refuse in its."""
+        at_least("--max-new-tokens", self.max_new_tokens, 1)
+        if self.top_k is not None:
+            at_least("--top-k", self.top_k, 1)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p must be above 0 and at most 1, not {self.top_p}.")
+        for name in ("top_k", "top_p", "seed"):
+            if getattr(self, name) is not None and not self.temperature:
+                raise InputError(
+                    f"--{name.replace('_', '-')} goes with a --temperature above 0: give one, or leave it out."
+                )

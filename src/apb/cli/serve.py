@@ -92,7 +92,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"A server needs {error.name}, which is not installed; install apb-llm[serve].") from error
-    at_least("max_new_tokens", max_new_tokens, 1)
+    at_least("--max-new-tokens", max_new_tokens, 1)
     if (answer_with is None) != (store is None):
         raise InputError("--answer-with and --store go together: an address, and a folder that both servers see.")
     if store is not None and not store.is_dir():
@@ -204,13 +204,15 @@ def _run(
 
 def work(served: Served, pipe: Connection | None) -> None:
     """One rank's part; ``pipe`` is rank 0's to the HTTP server."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..engine import Engine
     from ..serving.alive import SignsOfLife
     from ..serving.desk import Desk
     from ..serving.worker import Worker
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     engine = Engine.from_pretrained(**served.loading, **served.reading)
     worker = Worker(engine, served.places)
     signs = SignsOfLife() if engine.mesh.everyone.size > 1 else None

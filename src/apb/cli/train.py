@@ -26,7 +26,12 @@ def _group() -> None:
 
 @app.command()
 def needle(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the log and the final model.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            help="Folder for checkpoints, the log and the final model.", metavar="PATH", callback=options.folder_named
+        ),
+    ],
     minutes: Annotated[float, typer.Option(help="Time to train; all schedules are shares of it.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     init: Annotated[Path | None, typer.Option(help="Folder of a saved model to go on from.")] = None,
@@ -43,11 +48,10 @@ def needle(
     from ..training.needle.train import train_needle
 
     check_seed(seed)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"The folder {str(out)!r} cannot be made: {error.strerror}.") from error
-    train_needle(out, 60 * minutes, pick_device(device).type, seed, init)
+    folder = Path(out)
+    options.check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    train_needle(folder, 60 * minutes, pick_device(device).type, seed, init)
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,15 @@ def heads(
     """Train retaining heads for a model (Locret's recipe). A run that is killed resumes when started again."""
     from dataclasses import asdict
 
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..hf import loading, supported
     from ..training.heads.data import Samples
     from ..training.heads.train import Settings, check_positions, positions
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     at_least("checkpoint every", checkpoint_every, 1)
     if out.suffix != ".safetensors":
         raise InputError(f"The heads are written as safetensors, and {str(out)!r} does not end in .safetensors.")
@@ -123,13 +129,15 @@ def heads(
 
 def train_heads(request: HeadsRequest) -> None:
     """One rank's part; rank 0 reports."""
+    from .quiet import quiet_libraries
+
+    quiet_libraries()
+
     from ..distributed import launch
     from ..hf import loading
     from ..training.heads.data import Samples
     from ..training.heads.train import HeadTrainer, Settings
-    from .quiet import quiet_libraries
 
-    quiet_libraries()
     device = launch.local_device(loading.pick_device(request.device))
     group = launch.join(device)
     model = loading.load_model(request.model, loading.pick_dtype(request.dtype, device), device)

@@ -32,7 +32,8 @@ class Record:
         model: the checkpoint's name and a hash of its weights.
         heads: name and hash of the file of trained heads, if they were asked for.
         asked: the options that were given: strategy, blocks, compressor, anchor_length, passing_length, max_new_tokens.
-        strategy, compressor, blocks, anchor_length, passing_length, ranks, exact: the reading, by the plan.
+        strategy, compressor, blocks, anchor_length, passing_length, ranks: the reading, by the plan.
+        exact: as in :class:`apb.Generation`; without an answer, by plan and decode method.
         device, dtype: of the run.
         processes: number of runs that shared the machine; times measure speed only if it is 1.
         prediction, answers, score: the model's answer, the correct ones, and 0 to 100.

@@ -193,7 +193,7 @@ class Runner:
                 score=METRICS[item.metric](result.text, item.answers),
                 seconds=round(seconds, 6),
                 prefill_s=round(result.timing["prefill_s"], 6),
-                exact=plan.exact and result.decode["exact"],
+                exact=result.exact,
                 decode=result.decode,
             )
         if group.rank:

@@ -52,12 +52,13 @@ def check(quantization: Any, device: torch.device, dtype: torch.dtype, shared: b
             f"Unknown quantization {quantization!r}; choose {NAME}, or give a quantization configuration of "
             "transformers to Engine.from_pretrained."
         )
+    # First: on the CPU the dtype is another one without having been asked for.
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
+        raise InputError(f"{NAME} needs a GPU that multiplies in it: NVIDIA's Ada, Hopper or a later one.")
     if dtype != torch.bfloat16:
         raise InputError(f"Layers in {NAME} give their results in bfloat16; leave --dtype out, or set it to bfloat16.")
     if shared:
         raise InputError(f"Ranks that share weights cannot have them in {NAME} yet; leave tensor parallelism out.")
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _CAPABILITY:
-        raise InputError(f"{NAME} needs a GPU that multiplies in it: NVIDIA's Ada, Hopper or a later one.")
     return True
 
 

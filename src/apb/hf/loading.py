@@ -193,8 +193,8 @@ def check_fit(config: Any, plan: Plan, new_tokens: int, allow_extrapolation: boo
     if limit is not None and total > limit and not allow_extrapolation:
         raise InputError(
             f"The prompt and the answer need {total} positions ({plan.total} + {new_tokens} new tokens), "
-            f"{total - limit} more than the model's {limit}; shorten the document, or allow extrapolation "
-            "(--allow-extrapolation of apb generate, allow_extrapolation=True in Python)."
+            f"{total - limit} more than the model's {limit}; shorten the document or the answer, or allow "
+            "extrapolation (--allow-extrapolation of generate, read, ask and serve, allow_extrapolation in Python)."
         )
     plan.method.check_model(query_heads(config) // tensor, plan.ranks)
     if text.model_type in RECURRENT_FAMILIES and tensor > 1:

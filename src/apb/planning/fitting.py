@@ -20,8 +20,7 @@ MOST_RANKS = 64
 
 def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: int, compressor: Scoring) -> None:
     """DoesNotFit, with the numbers and the nearest plan that fits, if a plan is predicted to need too much."""
-    layers, _ = shape.fullest(plan.total + new_tokens)
-    answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
+    answer = check_answer(plan.total, shape, hardware, new_tokens)
     room = hardware.memory - answer
 
     def fits(candidate: Plan) -> bool:
@@ -29,12 +28,6 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
 
     if fits(plan):
         return
-    if answer >= hardware.memory:
-        unit = "GPU" if shape.split else "rank"
-        raise DoesNotFit(
-            f"The cache of {new_tokens:,} new tokens alone takes {_gib(answer)}, and a {unit} has "
-            f"{_gib(hardware.memory)}; ask for a shorter answer."
-        )
     ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
     most = max(ranks, key=lambda rank: rank.peak_bytes)
     where, unit = ("on a rank's fullest GPU", "GPU") if shape.split else ("a rank", "rank")
@@ -44,6 +37,19 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
         f"{_gib(most.cache_bytes + answer)}, activations {_gib(most.activation_bytes)}), "
         f"and a {unit} has {_gib(hardware.memory)}; {_way_out(plan, shape, fits)}."
     )
+
+
+def check_answer(total: int, shape: ModelShape, hardware: Hardware, new_tokens: int) -> int:
+    """Bytes that new tokens after ``total`` others take on a rank; DoesNotFit if it has no more than that in all."""
+    layers, _ = shape.fullest(total + new_tokens)
+    answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
+    if answer >= hardware.memory:
+        unit = "GPU" if shape.split else "rank"
+        raise DoesNotFit(
+            f"The cache of {new_tokens:,} new tokens alone takes {_gib(answer)}, and a {unit} has "
+            f"{_gib(hardware.memory)}; ask for a shorter answer."
+        )
+    return answer
 
 
 def demand(

@@ -97,7 +97,7 @@ class HowToRead(BaseModel):
     """How a request asks to be read, where the operator lets it.
 
     Attributes:
-        exact: with full attention, whatever the server's strategy is.
+        exact: with full attention, whatever the server's strategy is; its decode method stays.
     """
 
     model_config = ConfigDict(extra="forbid")
