@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
+from apb.hf.cache_names import cache_of
 from apb.hf.verifying import small_model
 from families import VOCABULARY
 from models import without_eos
@@ -83,5 +84,5 @@ def says(family: str, token_ids: tuple[int, ...], more: tuple[int, ...] = ()) ->
     model = _made(family)
     with torch.no_grad():
         logits = model(torch.tensor([[*token_ids, *more]])).logits[0, len(token_ids) - 1 :]
-        known = model(torch.tensor([token_ids]), use_cache=True).past_key_values
+        known = cache_of(model(torch.tensor([token_ids]), use_cache=True))
     return logits, known

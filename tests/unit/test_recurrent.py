@@ -20,6 +20,7 @@ import apb
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
 from apb.hf import verifying
+from apb.hf.cache_names import with_cache
 from apb.hf.counting import model_shape
 from apb.planning.cost import MOVED_IN_RECURRENCE, Ceilings, predict
 from apb.planning.memory import ALIVE_IN_RECURRENCE
@@ -178,7 +179,8 @@ def test_transformers_goes_on() -> None:
         assert other is None
         expected, _ = says(family, PROMPT.token_ids, ANSWER[:1])
         with torch.no_grad():
-            same(make(family)(ids[:, -1:], past_key_values=cache).logits[0, -1], expected[1])
+            model = make(family)
+            same(model(ids[:, -1:], **with_cache(model, cache)).logits[0, -1], expected[1])
     with pytest.raises(apb.InputError, match="cache of its own"):
         read(Group(), "minimax")
 
