@@ -1,4 +1,4 @@
-"""What a model's code calls its cache is asked of the code: transformers renamed it in 5.24, checkpoints' code did not."""
+"""What a model's code calls its cache is asked of the code: transformers renamed it in 5.24, other code has not."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Unnamed(LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", [New, Old, Unnamed])
 def test_models_of_either_spelling_are_read(kind: type[LlamaForCausalLM]) -> None:
-    """They give transformers' own logits, after the prompt and after every token; so does the cache that they return."""
+    """They give transformers' own logits, after the prompt and every token; so does the cache that they return."""
     model = kind(make("LlamaForCausalLM", SMALL).config).eval()
     ids = torch.tensor([PROMPT.token_ids + ANSWER])
     with torch.no_grad():

@@ -15,6 +15,7 @@ from .wrappers import is_wrapper
 RECURRENT_FAMILIES = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
     "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba", "zamba2", "kimi_linear", "minimax", "bailing_hybrid",
+    "lara_mini",
 }  # fmt: skip
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
