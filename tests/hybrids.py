@@ -8,10 +8,11 @@ from threading import Lock
 from typing import Any
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
+from apb.hf.cache_names import cache_of
 from apb.hf.verifying import small_model
-from families import VOCABULARY
+from families import VOCABULARY, WINDOW
 from models import without_eos
 
 SMALL = {
@@ -59,7 +60,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lfm2": CONV,
     "lfm2_moe": {**CONV, **EXPERTS, "num_dense_layers": 1},
     "lfm3": CONV,
+    "lara_mini": {
+        **DELTA, **EXPERTS, "sliding_window": WINDOW, "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "sliding_attention", "linear_attention", "full_attention"],
+    },
 }  # fmt: skip
+# The oldest transformers that the suite runs with lacks some.
+FAMILIES = {name: options for name, options in FAMILIES.items() if name in CONFIG_MAPPING}
 
 _ONE_BY_ONE = Lock()  # models made at once by several threads would share the seeded numbers
 
@@ -83,5 +90,5 @@ def says(family: str, token_ids: tuple[int, ...], more: tuple[int, ...] = ()) ->
     model = _made(family)
     with torch.no_grad():
         logits = model(torch.tensor([[*token_ids, *more]])).logits[0, len(token_ids) - 1 :]
-        known = model(torch.tensor([token_ids]), use_cache=True).past_key_values
+        known = cache_of(model(torch.tensor([token_ids]), use_cache=True))
     return logits, known

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 import apb
 import ropes
+from apb.hf.cache_names import with_cache
 from apb.state import SEAM
 from byte_checkpoint import TEMPLATE, byte_tokenizer
 from cases import VOCABULARY, Case
@@ -106,7 +107,7 @@ def over(model: PreTrainedModel, layers: Sequence[Any], stop: int, query: Sequen
         cache.update(keys[None, :, :stop], values[None, :, :stop], number)
     places = torch.arange(stop, stop + len(query))[None]
     with torch.no_grad():
-        return model(torch.tensor([query]), past_key_values=cache, position_ids=places).logits[0, -1]
+        return model(torch.tensor([query]), **with_cache(model, cache), position_ids=places).logits[0, -1]
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "deepseek_v3"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from apb.hf.cache_names import cache_of, with_cache
 from models import FAMILIES, tiny_heads, tiny_model
 from oracle import OracleResult, dense_decode, dense_prefill, pool, select
 
@@ -45,7 +46,7 @@ def pairs_of(cache: DynamicCache) -> tuple[list[Tensor], list[Tensor]]:
     return [layer.keys[0] for layer in cache.layers], [layer.values[0] for layer in cache.layers]
 
 
-def cache_of(keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
+def filled(keys: list[Tensor], values: list[Tensor]) -> DynamicCache:
     cache = DynamicCache()
     for index, (k, v) in enumerate(zip(keys, values, strict=True)):
         cache.update(k[None].clone(), v[None].clone(), index)
@@ -57,14 +58,14 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """transformers' own forward of tokens at positions start.. over past keys and values: logits (tokens, vocab), and
     keys and values of the new tokens alone, per layer (kv_heads, tokens, d)."""
-    cache = cache_of(*past) if past else DynamicCache()
+    cache = filled(*past) if past else DynamicCache()
     positions = torch.arange(start, start + len(tokens))[None]
     with torch.no_grad():
         # an explicit mask: transformers must guess nothing from positions that do not follow the cache's length
         rows, old = len(tokens), cache.get_seq_length()
         hidden = torch.ones(rows, old + rows, dtype=torch.bool).triu(old + 1)
         mask = torch.zeros(rows, old + rows).masked_fill(hidden, -math.inf)[None, None]
-        out = model(torch.tensor([tokens]), attention_mask=mask, position_ids=positions, past_key_values=cache)
+        out = model(torch.tensor([tokens]), attention_mask=mask, position_ids=positions, **with_cache(model, cache))
     keys, values = pairs_of(cache)
     return out.logits[0], [k[:, -rows:] for k in keys], [v[:, -rows:] for v in values]
 
@@ -77,7 +78,7 @@ def full(model: PreTrainedModel, tokens: list[int]) -> tuple[Tensor, list[Tensor
     """transformers' plain forward, left to make its own mask: logits of the last token, keys, values."""
     with torch.no_grad():
         out = model(torch.tensor([tokens]), use_cache=True)
-    return out.logits[0, -1], *pairs_of(out.past_key_values)
+    return out.logits[0, -1], *pairs_of(cache_of(out))
 
 
 def random_scores(model: PreTrainedModel, seed: int = 3) -> Callable[[int, int], Tensor]:
@@ -203,7 +204,7 @@ def eager_with_masks(
     finally:
         for hook in hooks:
             hook.remove()
-    keys, values = pairs_of(out.past_key_values)
+    keys, values = pairs_of(cache_of(out))
     return out.logits[0, -1], [k[:, at:] for k in keys], [v[:, at:] for v in values]
 
 

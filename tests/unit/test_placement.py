@@ -190,7 +190,9 @@ def dispatched() -> PreTrainedModel:
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
     places = placement.balanced(model, 3, torch.float32)
     assert len(places) > 3
-    return dispatch_model(model, dict.fromkeys(places, "cpu"), force_hooks=True, skip_keys="past_key_values")
+    return dispatch_model(
+        model, dict.fromkeys(places, "cpu"), force_hooks=True, skip_keys=model._skip_keys_device_placement
+    )
 
 
 @pytest.mark.parametrize("name", READINGS)

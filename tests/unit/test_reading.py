@@ -10,6 +10,7 @@ import pytest
 from apb import Engine, InputError, Prompt
 from apb.compressors import Query
 from apb.hardware import Hardware
+from apb.hf.cache_names import with_cache
 from apb.planning.cost import Ceilings, predict
 from apb.planning.fitting import check_memory, peak
 from apb.planning.plan import Plan
@@ -103,7 +104,9 @@ def test_a_session_continues_in_transformers():
         cache = session.to_dynamic_cache()
         engine.close()
         ids = torch.tensor([[*prompt.token_ids, first]])
-        generated = model.generate(ids, past_key_values=cache, max_new_tokens=11, do_sample=False, eos_token_id=None)
+        generated = model.generate(
+            ids, **with_cache(model, cache), max_new_tokens=11, do_sample=False, eos_token_id=None
+        )
         assert generated[0, len(prompt) :].tolist() == expected
 
 

@@ -23,6 +23,7 @@ import apb
 import families
 from apb.decoding import Decoding, Indexed, Pages, Retrieval, Squeezed, Streamed
 from apb.hf.cache import ShardCache
+from apb.hf.cache_names import OWN_NAME
 from apb.hf.shard_layer import Arrival
 from apb.kernels import chosen
 from apb.passes import step
@@ -173,7 +174,7 @@ def test_a_model_that_counts_is_read_alone(captures: list[torch.device]) -> None
     ours = engine()
     first = ours.model.model.layers[0].self_attn
     first.register_forward_pre_hook(
-        lambda module, args, options: options["past_key_values"].get_seq_length(0) and None, with_kwargs=True
+        lambda module, args, options: options[OWN_NAME].get_seq_length(0) and None, with_kwargs=True
     )
     asked = [prompt(25), prompt(40)]
     sessions = [ours.prefill(each, max_new_tokens=8) for each in asked]
@@ -214,7 +215,7 @@ def test_models_whose_code_asks_for_the_length(captures: list[torch.device]) -> 
     ours, told = engine(), []
     first = ours.model.model.layers[0].self_attn
     first.register_forward_pre_hook(
-        lambda module, args, options: told.append(options["past_key_values"].get_seq_length(0)), with_kwargs=True
+        lambda module, args, options: told.append(options[OWN_NAME].get_seq_length(0)), with_kwargs=True
     )
     asked = prompt(25)
     session = ours.prefill(asked, max_new_tokens=8)

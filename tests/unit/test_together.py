@@ -13,6 +13,7 @@ import families
 import ropes
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
+from apb.hf.cache_names import OWN_NAME
 from apb.session import Session, extend_together
 from cases import ANSWER, CASES, check, expected, read
 from together import together
@@ -160,7 +161,7 @@ def test_a_model_that_counts_tokens() -> None:
     """What it counts would be wrong for all sessions but one: the pass fails, and later ones are not tried."""
     model = CASES["ring"].model()
     model.model.layers[1].register_forward_pre_hook(
-        lambda module, args, kwargs: kwargs["past_key_values"].get_seq_length() and None, with_kwargs=True
+        lambda module, args, kwargs: kwargs[OWN_NAME].get_seq_length() and None, with_kwargs=True
     )
     engine = CASES["ring"].engine(model)
     sessions = [engine.prefill(CASES["ring"].prompt) for _ in range(2)]

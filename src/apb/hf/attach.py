@@ -21,6 +21,7 @@ from ..layers.base import AttentionInput, as_wide
 from ..layers.recurrent import Recur, RecurrentInput
 from ..layers.routing import Attend
 from .before_rope import BeforeRope
+from .cache_names import with_cache
 from .chunking import chunk_mlps
 from .config import expands, shared_layers
 from .fusing import fuse_parts
@@ -153,12 +154,12 @@ class Attachment:
         """One pass over this rank's rows (1, rows), inside :meth:`running`; logits (vocab,) fp32 of the last row."""
         # By number, models whose upper layers need no rows but the last would leave out the others.
         last: Any = [ids.shape[1] - 1] if ids.shape[1] > 1 and any(x is not None for x in self._shared) else 1
-        output = self._model(ids, positions, past_key_values=cache, use_cache=self._use_cache, logits_to_keep=last)
+        output = self._model(ids, positions, **self._keeping(cache), logits_to_keep=last)
         return output.logits[0, -1].float().contiguous()
 
     def all_logits(self, ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """As :meth:`last_logits`, of every row: logits (rows, vocab) fp32."""
-        output = self._model(ids, positions, past_key_values=cache, use_cache=self._use_cache)
+        output = self._model(ids, positions, **self._keeping(cache))
         return output.logits[0].float().contiguous()
 
     def logits(self, ids: Tensor, positions: Tensor, rows: list[int]) -> Tensor:
@@ -166,6 +167,9 @@ class Attachment:
         # No tensor of rows: the last layer may be on another device than the first.
         output = self._model(ids, positions, use_cache=False, logits_to_keep=rows)
         return output.logits[0].float()
+
+    def _keeping(self, cache: Cache) -> dict[str, Any]:
+        return {**with_cache(self.model, cache), "use_cache": self._use_cache}
 
     def _model(self, ids: Tensor, positions: Tensor, **options: Any) -> Any:
         self._run.positions = positions

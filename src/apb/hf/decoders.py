@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -15,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_MAPPING,
 )
+
+from .cache_names import OWN_NAME, cache_of
 
 # Text models of multimodal families that transformers has no decoder class for; a plain linear map gives their logits.
 _HEADLESS = {
@@ -77,23 +78,22 @@ class TextDecoder(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: Any = 0,
         **options: Any,
     ) -> CausalLMOutputWithPast:
-        """As transformers' own decoders: logits (1, rows, vocabulary) of all rows, of the last or of chosen ones."""
+        """As transformers' own decoders: logits (1, rows, vocabulary) of all rows, of the last or of chosen ones.
+
+        ``options``: what else the text model takes, its cache too.
+        """
         output = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
             **options,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{OWN_NAME: cache_of(output)})
 
 
 @cache

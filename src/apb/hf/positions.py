@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import InputError
+from .cache_names import takes_length
 
 _OWN = "create_position_ids_from_input_ids"
-# What tables of positions, as BART's, are told instead of positions: the length of the cache, here of a shard.
-_COUNTED = "past_key_values_length"
 # RoBERTa's family.
 _BEHIND_PADDING = {
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
@@ -43,15 +42,16 @@ def set_positions(model: nn.Module, positions: Callable[[], Tensor | None]) -> C
 
     shifted, counting = [], []
     for module in model.modules():
-        parameters = inspect.signature(module.forward).parameters
-        if _COUNTED in parameters and "position_ids" not in parameters:
+        # Tables of positions, as BART's, are told the length of the cache, which is a shard here, and maybe positions.
+        counts = takes_length(module.forward)
+        if counts and "position_ids" not in inspect.signature(module.forward).parameters:
             raise InputError(
                 f"{type(module).__name__} counts positions from the length of the cache on, where a rank has a part of "
                 "it: this model cannot be read here."
             )
         if hasattr(module, _OWN) and hasattr(module, "padding_idx"):
             shifted.append(module)
-        elif _COUNTED in parameters and isinstance(module, nn.Embedding):
+        elif counts and isinstance(module, nn.Embedding):
             counting.append(module)
     handles = [module.register_forward_pre_hook(behind_padding, with_kwargs=True) for module in shifted]
     handles += [module.register_forward_pre_hook(from_pass, with_kwargs=True) for module in counting]

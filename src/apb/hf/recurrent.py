@@ -15,12 +15,12 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from ..errors import InputError
 from ..layers.recurrent import Recur, RecurrentInput, State
 from ..planning.memory import CPU_ROWS, GPU_ROWS
+from .cache_names import with_cache
 from .forwards import replace_forwards
 from .reference import without_kernels
 
-# Mixers of most families name their cache so; the others are known by their class.
-_ARGUMENT = "cache_params"
-_OTHERS = ("ShortConv", "LightningAttention")
+# Recurrent modules, by the ends of the names of their classes.
+_KINDS = ("GatedDeltaNet", "DeltaAttention", "Mixer", "MambaLayer", "ShortConv", "LightningAttention")
 # Mamba-1: transformers' scan of several rows begins at zero whatever the state, that of one row does not.
 _ROW_BY_ROW = ("MambaMixer",)
 _MAMBA_2 = ("Zamba2MambaMixer",)
@@ -120,11 +120,9 @@ def states_named(
 
 def recurrent_modules(model: nn.Module) -> list[nn.Module]:
     """The module of every recurrent layer, in order."""
-    return [module for module in model.modules() if hasattr(module, "layer_idx") and _is_recurrent(type(module))]
-
-
-def _is_recurrent(kind: type[nn.Module]) -> bool:
-    return kind.__name__.endswith(_OTHERS) or _ARGUMENT in inspect.signature(kind.forward).parameters
+    return [
+        module for module in model.modules() if hasattr(module, "layer_idx") and type(module).__name__.endswith(_KINDS)
+    ]
 
 
 def state_of(module: nn.Module, text: Any) -> LayerState:
@@ -138,7 +136,7 @@ def state_of(module: nn.Module, text: Any) -> LayerState:
     ]
     weight = next(module.parameters())
     row = torch.empty(1, 1, text.hidden_size, dtype=weight.dtype, device=weight.device)
-    cache = {_cache_argument(parameters): _Single(state, int(module.layer_idx))}  # type: ignore[arg-type]
+    cache = with_cache(module, _Single(state, int(module.layer_idx)))  # type: ignore[arg-type]
     with torch.no_grad(), without_kernels(module):
         module.forward(**dict.fromkeys(needed) | {next(iter(parameters)): row} | cache)
     return state
@@ -157,15 +155,10 @@ def _state_count(text: Any) -> int:
     return int(getattr(text, "number_of_conv_states", None) or 1)
 
 
-def _cache_argument(parameters: Iterable[str]) -> str:
-    return _ARGUMENT if _ARGUMENT in parameters else "past_key_values"
-
-
 def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) -> Callable[..., Any]:
     original = module.forward
     parameters = inspect.signature(original).parameters
     rows_name, index = next(iter(parameters)), int(module.layer_idx)  # type: ignore[arg-type]
-    cache_name = _cache_argument(parameters)
     name = type(module).__name__
     one_by_one = name.endswith(_ROW_BY_ROW) and name not in _MAMBA_2
     in_pieces = not one_by_one and not name.endswith(_AT_ONCE)
@@ -178,7 +171,7 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
         rest: list[Any] = []
 
         def read(rows: Tensor, state: LayerState) -> Tensor:
-            result = original(**given | {rows_name: rows, cache_name: _Single(state, index)})
+            result = original(**given | {rows_name: rows} | with_cache(module, _Single(state, index)))
             out, *rest[:] = result if isinstance(result, tuple) else (result,)
             return out
 

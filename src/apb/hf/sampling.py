@@ -1,7 +1,7 @@
 """A checkpoint's generation configuration, applied by transformers' own processors and criteria.
 
 Only this module calls the private methods by which transformers makes them; their arguments are the same from 5.17 to
-5.23.
+5.24.
 """
 
 from __future__ import annotations

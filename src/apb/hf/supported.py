@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import Any
 
 from ..errors import InputError, first_line
+from .cache_names import cache_name
 from .config import head_dim
 from .decoders import decoder_class
 from .wrappers import is_wrapper
@@ -15,6 +15,7 @@ from .wrappers import is_wrapper
 RECURRENT_FAMILIES = {
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "jamba", "nemotron_h", "granitemoehybrid",
     "falcon_h1", "lfm2", "lfm2_moe", "lfm3", "bamba", "zamba", "zamba2", "kimi_linear", "minimax", "bailing_hybrid",
+    "lara_mini",
 }  # fmt: skip
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
 _RECURRENT = {"linear_attention", "conv", "hybrid", "mamba", "mlp", "moe"}
@@ -50,10 +51,10 @@ def check_supported(config: Any) -> None:
             "generates text alone, or set is_encoder_decoder to false if this is a decoder that was trained alone."
         )
     _check_layers(name, text)
-    if kind is not None and "past_key_values" not in inspect.signature(kind.forward).parameters:
+    if kind is not None and cache_name(getattr(kind, "body", kind).forward) is None:
         raise InputError(
-            f"{name!r} models take no keys and values of earlier tokens in transformers' form (past_key_values), so "
-            "that questions could not be asked of a text that was read."
+            f"{name!r} models take no keys and values of earlier tokens in transformers' form, so that questions could "
+            "not be asked of a text that was read."
         )
     try:
         head_dim(config)

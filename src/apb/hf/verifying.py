@@ -26,6 +26,7 @@ from ..layers.base import AttentionInput, LayerKind
 from ..layers.shards import NewRows, full_partial, merge_over_ranks, window_partial
 from .attach import Attachment
 from .cache import ShardCache
+from .cache_names import cache_of, with_cache
 from .decoders import decoder_class
 from .positions import first_position
 from .reference import without_kernels
@@ -140,8 +141,8 @@ def _theirs(model: PreTrainedModel) -> Tensor:
             # Not all count what is known already (Bamba); the first positions are the model's own, which may be odd.
             told: dict[str, Tensor] = {} if known is None else {"position_ids": positions + first}
             with torch.no_grad():
-                output = model(ids, past_key_values=known, use_cache=True, **told)
-            known = output.past_key_values
+                output = model(ids, **with_cache(model, known), use_cache=True, **told)
+            known = cache_of(output)
             logits.append(output.logits[0].float())
     finally:
         model.set_attn_implementation(attention)

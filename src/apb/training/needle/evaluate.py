@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from ...evaluation.tasks import QUERY_START, TAUGHT, Sample, generate, score
 from ...hardware import fingerprint
+from ...hf.cache_names import cache_of, with_cache
 from .data import BATCH, LENGTHS
 from .model import Network, load
 
@@ -108,7 +109,7 @@ def decode(model: LlamaForCausalLM, prompts: list[Tensor], steps: int) -> list[l
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         out = model.model(ids.to(device), use_cache=True)
-        cache = out.past_key_values
+        cache = cache_of(out)
         last = out.last_hidden_state[torch.arange(len(prompts), device=device), lengths - 1]
         token: Tensor = model.lm_head(last).argmax(-1)
         found = [token]
@@ -117,7 +118,7 @@ def decode(model: LlamaForCausalLM, prompts: list[Tensor], steps: int) -> list[l
             mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
             out = model.model(
                 token[:, None],
-                past_key_values=cache,
+                **with_cache(model.model, cache),
                 attention_mask=mask,
                 position_ids=(lengths + step)[:, None],
                 use_cache=True,
