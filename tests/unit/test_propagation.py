@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from apb.kernels.attention import attention
 from apb.kernels.scattered import scattered_window
 from apb.kernels.segment import Segment
 from apb.kernels.selection import attention_received
-from apb.planning.cost import predict
+from apb.planning.cost import DEALING_SECONDS, Ceilings, predict
 from apb.strategies.propagation import best_rows
 from families import ANSWER, PROMPT
 from propagated import KEEP, LAYER
@@ -215,6 +216,9 @@ def test_costs(reading: str) -> None:
     outside = 2 * shape.hidden * shape.vocabulary
     assert cost.ranks[0].linear_flops == 2 * layer * (2 * rows + 3 * above) + outside
     assert cost.flops < without.flops
+    rates = Ceilings(1e12, 1e12, math.inf)
+    assert cost.seconds(rates) == pytest.approx(DEALING_SECONDS + max(rank.seconds(rates) for rank in cost.ranks))
+    assert cost.floor(rates) < DEALING_SECONDS
 
 
 def test_readings_differ_by_it() -> None:

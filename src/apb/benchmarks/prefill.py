@@ -156,7 +156,7 @@ def _measure(
         return Row(method.name, length, method.exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
     prompt = random_prompt(engine, length)
     cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.compressor)
-    floor, predicted = cost.seconds(ceilings.arithmetic), cost.seconds(reached)
+    floor, predicted = cost.floor(ceilings), cost.seconds(reached)
     seconds: list[float] = []
     parts = None
     note = None
