@@ -648,6 +648,7 @@ def test_demo(cli: Cli, document: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert demo.bars(other, written["results"][1])[1].endswith(f"answers {written['expected']!r}")
     own = cli("demo", "--document", document, "--query", "Who?")
     assert own.status == 0 and "document.txt, " in own.out and "The document says" not in own.out
+    assert "so short a text is not cut, the same answer" in own.out
     cli("demo", "--document", document).refused("--query")
     for place, reason in ((tmp_path, "it is a folder"), (tmp_path / "no" / "demo.json", "there is no folder")):
         cli("demo", "--out", place).refused("cannot be written", reason)
