@@ -1,7 +1,8 @@
 """Check and build a release, and upload it if told so. Run: make release [UPLOAD=yes]
 
 Nothing is built unless all places name the version, the tree is clean, its commit has the tag, and what CI runs passes
-in a fresh clone. The files are built from that clone.
+in a fresh clone. The files are built from that clone, and the wheel must answer in an environment of its own, with what
+the package index has today: CI has the versions of constraints.txt.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> None:
         call("bash", ".ci/run", cwd=clone)
         out = root / "dist" / version
         call(sys.executable, "-m", "build", "--outdir", str(out), str(clone))
+        fresh = Path(folder, "installed")
+        call(sys.executable, "-m", "venv", str(fresh))
+        call(str(fresh / "bin/python"), "-m", "pip", "install", "--quiet", *map(str, out.glob("*.whl")))
+        call(str(fresh / "bin/apb"), "demo")
     files = [str(path) for path in sorted(out.iterdir())]
     call(sys.executable, "-m", "twine", "check", "--strict", *files)
     for path in files:

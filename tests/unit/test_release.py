@@ -78,23 +78,28 @@ def test_what_is_refused(release: Any, repository: Path) -> None:
 def test_what_is_run(
     release: Any, repository: Path, upload: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """CI in a clone, then the build of that clone, then twine's check; an upload only if asked for."""
+    """CI in a clone, then the build of that clone, then the wheel in a fresh environment, then twine's check; an upload
+    only if asked for."""
     git(repository, "tag", "v1.2.0")
     call, seen = release.call, []
 
     def recorded(*command: str, **where: Any) -> None:
-        if command[0] != sys.executable:
+        if command[0] in ("git", "bash"):
             call(*command, **where)
-        elif command[2] == "build":
+        elif "build" in command:
             assert (Path(command[-1]) / "CITATION.cff").read_text() == FILES["CITATION.cff"]
             Path(command[4]).mkdir(parents=True)
             (Path(command[4]) / "apb_llm-1.2.0-py3-none-any.whl").write_bytes(b"0" * 200_000)
-        seen.append(command[:3] if command[0] == sys.executable else command[:2])
+        elif "pip" in command:
+            assert command[3:5] == ("install", "--quiet") and command[5].endswith("/apb_llm-1.2.0-py3-none-any.whl")
+        seen.append((Path(command[0]).name, *command[1:3]) if command[0] not in ("git", "bash") else command[:2])
 
     monkeypatch.setattr(release, "call", recorded)
     release.main(["--upload"] if upload else [], repository)
-    twice = [(sys.executable, "-m", "twine")] * (1 + upload)
-    assert seen == [("git", "clone"), ("bash", ".ci/run"), (sys.executable, "-m", "build"), *twice]
+    python = Path(sys.executable).name
+    twice = [(python, "-m", "twine")] * (1 + upload)
+    fresh = [(python, "-m", "venv"), ("python", "-m", "pip"), ("apb", "demo")]
+    assert seen == [("git", "clone"), ("bash", ".ci/run"), (python, "-m", "build"), *fresh, *twice]
     said = capfd.readouterr()
     assert "the suite" in said.err and "1.2.0-py3-none-any.whl: 0.2 MB" in said.out
     assert ("Nothing was uploaded" in said.out) != upload
