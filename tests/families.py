@@ -17,6 +17,8 @@ from apb.hf.verifying import small_model
 from models import without_eos
 from oracle import masked_prefill
 
+# An older transformers than most tests were written with: where it does otherwise, tests ask less.
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
 VOCABULARY = 503
 WINDOW = 24  # of 110 tokens
 ANSWER = (12, 70, 33)

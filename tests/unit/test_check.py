@@ -16,6 +16,7 @@ from apb.hf.supported import check_supported
 from apb.layers import shards
 from apb.layers.base import AttentionInput
 from command_line import Cli
+from families import OLD
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("table", ROOT / "docs" / "table.py")
@@ -55,7 +56,7 @@ def test_what_cannot_work_is_refused(model_type: str) -> None:
     parts = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
     own = {name: {"model_type": part} for name, part in parts.items()} if model_type == "musicgen" else {}
     card = check(AutoConfig.for_model(model_type, **own))
-    assert card.refused
+    assert card.refused or (model_type == "moshi" and OLD)  # then it is compared, and differs
     assert not card.supported
 
 
