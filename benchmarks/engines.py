@@ -13,7 +13,7 @@ _engine: Engine | None = None
 
 
 def pool(model: str, jobs: int, threads: int = 1, quantization: str | None = None) -> ProcessPoolExecutor:
-    """A pool of ``jobs`` processes with the model loaded in bfloat16; their tasks get it from :func:`engine`."""
+    """A pool of ``jobs`` processes with the model loaded; their tasks get it from :func:`engine`."""
     import torch
 
     context = get_context("spawn")
@@ -33,7 +33,8 @@ def start(
 
     global _engine  # noqa: PLW0603  # one model per process, for all its tasks
     torch.set_num_threads(threads)
-    _engine = Engine.from_pretrained(model, device=device, dtype="bfloat16", fused=fused, quantization=quantization)
+    dtype = "float32" if device == "cpu" else "bfloat16"  # in which most CPUs take many times as long
+    _engine = Engine.from_pretrained(model, device=device, dtype=dtype, fused=fused, quantization=quantization)
 
 
 def engine() -> Engine:

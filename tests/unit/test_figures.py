@@ -372,6 +372,25 @@ def test_what_attending_to_less_costs() -> None:
             assert f"while the answer is written: {pages[:-1]}; 228)." in page("README.md")
 
 
+def test_follow_ups_of_the_shipped_model() -> None:
+    """What docs/documents.md says of it."""
+    text = page("docs/documents.md")
+    scores: dict[tuple[int, str, str], dict[str, float]] = {}
+    for each in records("follow_ups_needle.jsonl.gz"):
+        asked = str(sorted(each["asked"].items()))
+        scores.setdefault((each["length"], each["task"], each["sample"]), {})[asked] = each["score"]
+    (full,) = {asked for by in scores.values() for asked in by if "'full'" in asked}
+    lost: dict[int, dict[str, list[float]]] = {4096: {}, 8192: {}}
+    for (length, *_), by in scores.items():
+        for asked, score in by.items():
+            if full in by:
+                lost[length].setdefault(asked, []).append(score - by[full])
+    assert not any(value for values in lost[4096].values() for value in values)
+    assert all(abs(fmean(values)) < 2.3 for values in lost[8192].values())
+    seen = [sum(length == each for each, *_ in scores) for length in lost]
+    assert f"(up to {seen[0]} samples)" in text and f"(up to {seen[1]}; [answers]" in text
+
+
 def test_what_fp8_costs() -> None:
     """The sentences of docs/plan.md and README."""
     of_bf16 = [
