@@ -111,20 +111,18 @@ class Prefiller:
 
     def plan(self, prompt: Prompt, max_new_tokens: int = 1) -> Plan:
         """The plan by which :meth:`prefill` would read a prompt; InputError if it cannot be read."""
-        arranged = self.reading.arranged(prompt)
-        lengths = len(arranged.prefix), len(arranged.document), len(arranged.query)
-        plan = self.plan_of(lengths, max_new_tokens, prompt.asked)
+        plan = self.plan_of(self.reading.lengths(prompt), max_new_tokens, prompt.asked)
         check_tokens(prompt.token_ids, self._attachment.vocabulary)
         return plan
 
     def plan_of(self, lengths: tuple[int, int, int], max_new_tokens: int = 1, asked: bool = True) -> Plan:
-        """As :meth:`plan`, for the (prefix, document, query) tokens of a prompt as it is arranged for reading."""
+        """As :meth:`plan`, of a prompt of these (prefix, document, query) tokens as it is read."""
         if self._closed:  # another engine may still hold the model
             raise RuntimeError(CLOSED)
         at_least("max_new_tokens", max_new_tokens, 0)
         tensor, split = self.mesh.tensor.size, self._split
         place = self.group.size, self.model.config, self._hardware
-        return self.reading.plan_of(lengths, *place, max_new_tokens, tensor, split, asked)
+        return self.reading.plan(lengths, *place, max_new_tokens, tensor, split, asked)
 
     def demand(self, plan: Plan, max_new_tokens: int) -> tuple[int, int, int]:
         """Bytes beside the weights on the fullest rank: a plan's peak, its cache with the answer, and what is there."""

@@ -103,32 +103,12 @@ class Reading:
         """The prompt as it is read: with the question in front as well, if the strategy says so."""
         return prompt.question_first if self.methods[0].question_first else prompt
 
-    def plan(
-        self,
-        prompt: Prompt,
-        ranks: int,
-        config: Any,
-        hardware: Hardware,
-        new_tokens: int,
-        tensor: int = 1,
-        split: tuple[tuple[int, int], ...] = (),
-    ) -> Plan:
-        """The plan by which a prompt is read; InputError if there is none.
-
-        Args:
-            prompt: the prompt to read.
-            ranks: processes that read it together.
-            config: the model's configuration.
-            hardware: what every rank runs on.
-            new_tokens: room that the answer needs.
-            tensor: processes that share the weights of a rank.
-            split: what each GPU of a rank holds, as in :class:`apb.planning.shape.ModelShape`.
-        """
+    def lengths(self, prompt: Prompt) -> tuple[int, int, int]:
+        """(prefix, document, query) tokens of a prompt as it is read."""
         prompt = self.arranged(prompt)
-        lengths = len(prompt.prefix), len(prompt.document), len(prompt.query)
-        return self.plan_of(lengths, ranks, config, hardware, new_tokens, tensor, split, prompt.asked)
+        return len(prompt.prefix), len(prompt.document), len(prompt.query)
 
-    def plan_of(
+    def plan(
         self,
         lengths: tuple[int, int, int],
         ranks: int,
@@ -139,7 +119,18 @@ class Reading:
         split: tuple[tuple[int, int], ...] = (),
         asked: bool = True,
     ) -> Plan:
-        """As :meth:`plan`, of an arranged prompt's (prefix, document, query) tokens; ``asked``: as in `choose`."""
+        """The plan by which a prompt is read; InputError if there is none.
+
+        Args:
+            lengths: of the prompt, by :meth:`lengths`.
+            ranks: processes that read it together.
+            config: the model's configuration.
+            hardware: what every rank runs on.
+            new_tokens: room that the answer needs.
+            tensor: processes that share the weights of a rank.
+            split: what each GPU of a rank holds, as in :class:`apb.planning.shape.ModelShape`.
+            asked: :attr:`apb.Prompt.asked`.
+        """
         from .hf.counting import model_shape  # transformers: not needed to make a Reading
         from .hf.loading import check_fit
 

@@ -352,6 +352,6 @@ def test_reading_plans_by_the_split() -> None:
     whole = Plan.build(0, 1900, 1, blocks=16, anchor_length=20, passing_length=8)
     need = predict(whole, replace(counting.model_shape(config), split=split)).ranks[0].peak_bytes
     hardware = Hardware(need + 100 * counting.model_shape(config).cache_row, 2, None)
-    assert reading.plan(sizes, 1, config, hardware, 1, 1, split).rounds == 1
+    assert reading.plan(reading.lengths(sizes), 1, config, hardware, 1, 1, split).rounds == 1
     with pytest.raises(DoesNotFit):
-        replace(reading, rounds=1).plan(sizes, 1, config, hardware, 1)
+        replace(reading, rounds=1).plan(reading.lengths(sizes), 1, config, hardware, 1)

@@ -117,7 +117,7 @@ def check_room(
     ``tensor``: processes that share a rank's weights.
     """
     room = WARM_UP + tokens
-    plan = reading.plan_of(prompt_lengths(reading, length), ranks, config, hardware, room, tensor)
+    plan = reading.plan(prompt_lengths(reading, length), ranks, config, hardware, room, tensor)
     _, cache, free = reading.demand(plan, config, hardware, room, tensor)
     if reading.decoding.offloads:
         free = free_memory(torch.device("cpu"), ranks * tensor)

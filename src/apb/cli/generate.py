@@ -151,5 +151,6 @@ def _prompt(text: str, query: str, template: str | None, place: Place, reading: 
     prompt = Prompt.for_model(tokenizer, text, query, chat_template=template)
     split = counting.model_shape(place.config, place.gpus_per_rank).split
     hardware = Hardware.of(place.device, place.dtype, place.processes)
-    reading.plan(prompt, place.ranks, place.config, hardware, new_tokens, place.tensor_parallel, split)
+    shared = place.tensor_parallel, split, prompt.asked
+    reading.plan(reading.lengths(prompt), place.ranks, place.config, hardware, new_tokens, *shared)
     return prompt
