@@ -19,8 +19,8 @@ from apb.distributed import one_shot
 from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
 from apb.distributed.one_shot import OneShot, QuickGroup
+from apb.hf import fusing
 from apb.hf.loading import load_model
-from apb.hf.shares import run_shares
 from apb.hf.tensor_parallel import share
 from apb.passes import step
 from models import tiny_model, without_eos
@@ -121,7 +121,10 @@ def steps(folder: str, size: int) -> None:
             engine.close()
             stack.enter_context(patch.object(step.Stepper, "why_not", lambda *_: None))
             stack.enter_context(standing_in())
-            ways = {name: stack.enter_context(counted(name)) for name in ("several", "gated")} if kernels else {}
+            from apb.kernels import matvec  # needs Triton
+
+            counting = ((matvec, "several"), (matvec, "gated"), (QuickGroup, "row_sum_onto"))
+            ways = {each[1]: stack.enter_context(counted(*each)) for each in counting if kernels}
             begin = stack.enter_context(
                 patch.object(Graph, "capture_begin", autospec=True, side_effect=Graph.capture_begin)
             )
@@ -157,15 +160,12 @@ def one_shot_messages() -> Iterator[None]:
         dist.all_reduce(total, group=dist.distributed_c10d._resolve_process_group(shot._name))
         return total
 
-    def by_row(model: PreTrainedModel, group: Group, fused: bool) -> Any:
-        assert not fused, "there is no GPU"
-        return run_shares(model, group, by_row=True)
-
     def memory(count: int, dtype: torch.dtype, *_: Any) -> tuple[Tensor, None]:
         return torch.zeros(count, dtype=dtype), None
 
     with (
-        patch("apb.hf.attach.run_shares", by_row),
+        patch.object(fusing, "why_not", lambda device: None),
+        patch.object(torch, "compile", lambda function, **_: function),
         patch("apb.hf.attach.quick", quick),
         patch.object(step, "quick", quick),
         patch.object(one_shot, "_symmetric", memory),
@@ -189,16 +189,14 @@ def summing() -> Iterator[list[int]]:
 
 
 @contextmanager
-def counted(name: str) -> Iterator[list[int]]:
-    """One entry for every call of one of the kernels for single rows."""
-    from apb.kernels import matvec
-
+def counted(holder: Any, name: str) -> Iterator[list[int]]:
+    """One entry for every call of a function."""
     calls: list[int] = []
-    kernel = getattr(matvec, name)
+    function = getattr(holder, name)
 
     def called(*args: Any) -> Any:
         calls.append(1)
-        return kernel(*args)
+        return function(*args)
 
-    with patch.object(matvec, name, called):
+    with patch.object(holder, name, called):
         yield calls

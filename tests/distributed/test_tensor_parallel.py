@@ -98,7 +98,7 @@ def test_documents_on_disk(results: list[dict[Any, Any]], folder: Path, family: 
 def test_steps(tmp_path: Path, processes: int) -> None:
     """Single tokens, in passes and in steps with and without graphs, by collectives and by kernels: one process's
     logits, the same everywhere; one capture for sessions of both lengths, but for stretches between the messages of
-    ranks that have no kernels; two sums a layer."""
+    ranks that have no kernels; two sums a layer, added to the row by their messages."""
     model = tensor_work.stepping_model()
     engine = apb.Engine.from_model(model, blocks=5, backend="torch")
     expected = tensor_work.read_steps(engine)
@@ -115,9 +115,11 @@ def test_steps(tmp_path: Path, processes: int) -> None:
         stretches = 1 if kernels or processes == 2 else layers + 1
         assert result["captures", kernels, True] == stretches
         if kernels:
-            several, gated = result["ways", True, False].values()
+            several, gated, onto = result["ways", True, False].values()
             assert several == layers * read
             assert gated >= layers * read
+            # Two sums a layer are part of their messages, but where the code was first seen to add.
+            assert 2 * layers * (read - 1) <= onto <= 2 * layers * read
         rows = [count for count in result["sums", kernels, False] if count == model.config.hidden_size]
         assert len(rows) >= 2 * layers * read
 

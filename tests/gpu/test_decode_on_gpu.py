@@ -106,7 +106,7 @@ def test_one_head_apart() -> None:
 @pytest.mark.parametrize("width", [1, 300, 4096, 5120, 14336])
 @pytest.mark.parametrize("outputs", [1, 1024, 128257])
 def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype) -> None:
-    """Each is its exact value's rounding, but for what a sum in fp32 may be off; compiled, the very same."""
+    """Each is its exact value's rounding, but for what a sum in fp32 may be off."""
     from apb.kernels import matvec
 
     torch.manual_seed(0)
@@ -117,8 +117,6 @@ def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype) -> No
     wanted = torch.cat([x[0, 0].double() @ part.double().T for part in weight.split(4096)]) + bias.double()
     room = 2e-6 * width**0.5 + torch.finfo(dtype).eps / 2 * wanted.abs()
     assert ((out[0, 0].double() - wanted).abs() <= room).all()
-    compiled = torch.compile(lambda x: 2 * matvec.linear(x, weight, bias))
-    assert torch.equal(compiled(x), 2 * out)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 300])

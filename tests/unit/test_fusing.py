@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import linear
+from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
+from apb.hf.recognizing import gate, rotates_halves, row_norm
+from apb.hf.stream import Stream
+from apb.kernels.norm import RowNorm
+from families import PECULIAR, SMALL
+from families import make as make_family
 from hybrids import make
 from models import tiny_model
+
+# How many sums of a single row are part of the products before them, of models of three layers whose code adds what
+# attention and the MLP give to the row, adds one of both, norms or scales what it adds, or adds both at once.
+SUMS = {
+    "llama": (("LlamaForCausalLM", SMALL), 6),
+    "qwen2": (("Qwen2ForCausalLM", SMALL), 6),
+    "phi3": (("Phi3ForCausalLM", SMALL), 6),
+    "qwen3_moe": (PECULIAR["qwen3_moe"], 3),
+    "gemma3_text": (PECULIAR["gemma3_text"], 0),
+    "granite": (("GraniteForCausalLM", {**SMALL, "residual_multiplier": 0.3}), 0),
+    "cohere": (("CohereForCausalLM", SMALL), 0),
+}
 
 
 def test_nothing_is_compiled_on_the_cpu():
@@ -76,7 +96,8 @@ def test_one_rope_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> Non
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **how: compile_(function, backend=backend, **how))
     original = modeling_llama.apply_rotary_pos_emb
-    first, second = (fusing.fuse_parts(tiny_model("llama", heads=4, kv_heads=2, head_dim=16)) for _ in range(2))
+    models = [tiny_model("llama", heads=4, kv_heads=2, head_dim=16) for _ in range(2)]
+    first, second = (fusing.fuse_parts(model, Stream()) for model in models)
     first()  # the other model of the family goes on with it
     assert modeling_llama.apply_rotary_pos_emb is not original
     try:
@@ -97,10 +118,10 @@ def test_gated_norms_are_compiled_too(monkeypatch):
     """Those of recurrent layers, in fp32 between many passes: one graph for all layers."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = make("qwen3_5_text")
-    undo = fusing.fuse_parts(model)
+    undo = fusing.fuse_parts(model, Stream())
     gated = [module for module in model.modules() if type(module).__name__ == "Qwen3_5RMSNormGated"]
     assert len(gated) == 2
-    assert len({vars(module)["forward"].func for module in gated}) == 1
+    assert len({vars(module)["forward"].args[0] for module in gated}) == 1
     undo()
     assert not any("forward" in vars(module) for module in gated)
 
@@ -143,19 +164,25 @@ def test_several_layers_of_one_row(counts: tuple[int, ...], width: int, dtype: t
     for actual, weight, bias in zip(found, weights, biases, strict=True):
         assert torch.equal(actual, matvec.linear(x, weight, bias))
     gate, up = weights[0], weights[1].repeat(counts[0], 1)[: counts[0]]
-    actual = matvec.gated(x, gate, up)
-    wanted = torch.nn.functional.silu(matvec.linear(x, gate, None).float()) * matvec.linear(x, up, None).float()
-    torch.testing.assert_close(actual.float(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    alone = [matvec.linear(x, weight, None) for weight in (gate, up)]
+    gates = {"silu": functional.silu, "gelu_tanh": partial(functional.gelu, approximate="tanh")}
+    assert gates.keys() == {*matvec.ACTIVATIONS}
+    for name, function in gates.items():
+        actual = matvec.gated(x, gate, up, name)
+        wanted = function(alone[0].float()) * alone[1].float()
+        torch.testing.assert_close(actual.float(), wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+    residual = torch.randn(1, 1, counts[0]).to(dtype)
+    assert torch.equal(matvec.linear(x, gate, biases[0], residual=residual), residual + found[0])
 
 
 @pytest.mark.triton
 def test_what_is_done_by_row(monkeypatch):
-    """Single rows without gradients alone, of plain linear layers; compiled parts call the kernel too."""
+    """Single rows without gradients alone, of plain linear layers, in MLPs too."""
     from apb.kernels import matvec
 
     rows = []
-    launch = matvec._launch
-    monkeypatch.setattr(matvec, "_launch", lambda *given: rows.append(len(given[0])) or launch(*given))
+    launch = matvec.linear
+    monkeypatch.setattr(matvec, "linear", lambda x, *rest, **how: rows.append(x.shape[-1]) or launch(x, *rest, **how))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     model = tiny_model("llama", heads=4, kv_heads=2, head_dim=16)
     layers = model.model.layers
@@ -166,20 +193,22 @@ def test_what_is_done_by_row(monkeypatch):
     layers[0].mlp.up_proj.__class__ = Adapted
     hooked = layers[1].mlp.up_proj
     hooked.forward = lambda x: linear(x, hooked.weight)
-    undo = fusing.fuse_parts(model)
+    undo = fusing.fuse_parts(model, Stream())
     one, two = torch.tensor([[3]]), torch.tensor([[3, 4]])
     with torch.no_grad():
         model(two)
         assert len(rows) == 0
         model(one)
-        assert len(rows) == 7 * len(layers) + 1 - 2  # the two that are somebody else's
+        # Projections of q, k and v are one, and gates with what they open another kernel; but two MLPs have a layer
+        # that is somebody else's.
+        assert len(rows) == 2 * len(layers) + 2 + 1
         assert {*rows} == {model.config.hidden_size, layers[0].mlp.down_proj.in_features, 4 * 16}
         undo()
         rows.clear()
         model(one)
         assert len(rows) == 0
     assert type(layers[0].mlp.up_proj) is Adapted and "forward" in vars(hooked)
-    fusing.fuse_parts(model)
+    fusing.fuse_parts(model, Stream())
     model.requires_grad_(True)
     model(one).logits.sum().backward()  # the kernel has no backward pass
     assert len(rows) == 0 and model.lm_head.weight.grad is not None
@@ -191,7 +220,132 @@ def test_a_shard_of_a_layer_is_no_single_row():
     layer = nn.Linear(8, 5, bias=False)
     rows = torch.randn(1, 2, 4)
     layer.weight = nn.Parameter(layer.weight[:, :4].clone())
-    undo = fusing.fuse_parts(nn.ModuleList([layer]))
+    undo = fusing.fuse_parts(nn.ModuleList([layer]), Stream())
     with torch.no_grad():
         torch.testing.assert_close(layer(rows), linear(rows, layer.weight))
     undo()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("family", SUMS)
+def test_a_single_row(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model's logits, whatever its code does with what layers give, from the first row on."""
+    from apb.kernels import matvec
+
+    summed = []
+    launch = matvec.linear
+    monkeypatch.setattr(
+        matvec, "linear", lambda *given, **how: summed.append("residual" in how) or launch(*given, **how)
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    options, sums = SUMS[family]
+    model = make_family(*options)
+    with torch.no_grad():
+        rows = [torch.tensor([[token]]) for token in (3, 4, 3)]
+        expected = [model(row, use_cache=False).logits for row in rows]
+        undo = fusing.fuse_parts(model, Stream())
+        for row, wanted in zip(rows, expected, strict=True):
+            summed.clear()
+            torch.testing.assert_close(model(row, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-5)
+        assert sum(summed) == sums
+        undo()
+        summed.clear()
+        assert torch.equal(model(rows[0], use_cache=False).logits, expected[0]) and not summed
+    assert not any({"forward", "summand"} & {*vars(module)} for module in model.modules())
+
+
+@pytest.mark.triton
+def test_a_product_is_what_the_code_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known to be added to the row that was normed: once it is not, or the row was changed, it is the product."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    norm, layer = modeling_llama.LlamaRMSNorm(16), nn.Linear(16, 16)
+    other = torch.randn(1, 1, 16)
+    undo = fusing.fuse_parts(nn.ModuleList([norm, layer]), Stream())
+
+    def read(use: Any) -> Any:
+        row = torch.linspace(-1, 1, 16).view(1, 1, 16)
+        with torch.no_grad():
+            return use(row, layer(norm(row)))
+
+    def change(row: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+        row += 1
+        return row + product
+
+    uses = {
+        "added": lambda row, product: row + product,
+        "added to": lambda row, product: product + row,
+        "changed": change,
+        "to another": lambda row, product: other + product,
+        "alone": lambda row, product: 2 * product,
+        "of another shape": lambda row, product: torch.cat([row.view(4, 4), product.view(4, 4)]),
+        "by torch": lambda row, product: torch.add(row, product, alpha=2),
+        "told": lambda row, product: torch.tensor([*product.shape, product.size(-1), product.dim(), product.itemsize]),
+    }
+    expected = {}
+    undo()
+    for name, use in uses.items():
+        expected[name] = read(use)
+    for name in uses:
+        undo = fusing.fuse_parts(nn.ModuleList([norm, layer]), Stream())
+        for each in ("added", "added", name, name, "added"):
+            found = read(uses[each])
+            torch.testing.assert_close(found, expected[each], rtol=1e-5, atol=1e-5)
+            assert type(found) is torch.Tensor
+        undo()
+
+
+def test_what_modules_compute_is_found_out() -> None:
+    """By calling them: norms with either kind of factors, gates, RoPE; and what only looks like one is not taken."""
+    model = tiny_model("qwen3", heads=4, kv_heads=2, head_dim=16)
+    norm = model.model.norm
+    assert row_norm(norm) == RowNorm(norm.weight, norm.variance_epsilon, False)
+    gemma = make_family(*PECULIAR["gemma3_text"])
+    assert row_norm(gemma.model.norm) == RowNorm(gemma.model.norm.weight, gemma.model.norm.eps, True)
+    assert gate(model.model.layers[0].mlp) == "silu" and gate(gemma.model.layers[0].mlp) == "gelu_tanh"
+
+    class OtherEps(type(norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0 * self.eps
+
+    class Scaled(type(model.model.layers[0].mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.01 * super().forward(x)
+
+    class Doubled(type(norm)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.variance_epsilon *= 2
+            return super().forward(x)
+
+    assert row_norm(nn.LayerNorm(16)) is None
+    norm.__class__ = OtherEps
+    assert row_norm(norm) is None
+    norm.__class__ = Doubled
+    assert row_norm(norm) is None
+    mlp = model.model.layers[0].mlp
+    mlp.__class__ = Scaled
+    assert gate(mlp) is None
+    assert rotates_halves(modeling_llama.apply_rotary_pos_emb)
+    assert not rotates_halves(modeling_cohere.apply_rotary_pos_emb)
+    assert not rotates_halves(lambda q, k, cos, sin, positions: (q, k))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_norms_and_rope_of_few_rows(dtype: torch.dtype) -> None:
+    """Of widths that are powers of two or not, and of heads in any order, as transformers computes them."""
+    from apb.kernels import few_rows
+
+    torch.manual_seed(0)
+    room = 4 * torch.finfo(dtype).eps
+    for shape in ((1, 1, 2048), (1, 3, 48), (1, 2, 5, 20)):
+        x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+        for offset in (False, True):
+            norm = RowNorm(weight, 1e-5, offset)
+            torch.testing.assert_close(few_rows.rms_norm(x, norm), norm.of(x), rtol=room, atol=room)
+    for rows, width in ((1, 64), (3, 24)):
+        q, k = (torch.randn(1, rows, heads, width).to(dtype).transpose(1, 2) for heads in (6, 2))
+        angles = torch.randn(1, rows, width)
+        sines = angles.cos().to(dtype), angles.sin().to(dtype)
+        wanted = modeling_llama.apply_rotary_pos_emb(*(x.float() for x in (q, k, *sines)))
+        for actual, each in zip(few_rows.rotate_halves(q, k, *sines), wanted, strict=True):
+            torch.testing.assert_close(actual.float(), each, rtol=room, atol=room)

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.norm import RowNorm
+
 # torch 2.13 renamed it and warns about the old name; 2.11 has only the old name.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -129,6 +131,20 @@ class Group:
     def row_sum(self, x: Tensor) -> Tensor:
         """The sum of ``x``, a row of a decode step, over the ranks; ``x`` may be overwritten."""
         return self.sum(x)
+
+    def row_sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        """The sum of ``x`` over the ranks, as :meth:`row_sum`, and of a row that all of them have.
+
+        Args:
+            x: as in :meth:`row_sum`.
+            residual: of its shape and dtype.
+            norm: of the result, as wide as x; None if it is of no use.
+
+        Returns:
+            the sum, in a new tensor.
+            the sum normed, where a kernel gives it along, or None.
+        """
+        return residual + self.row_sum(x), None
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""

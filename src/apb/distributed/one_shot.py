@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..kernels.norm import RowNorm
 from .collectives import Group, Pending
 
 # Bytes of a message at most: as many as the logits of a large vocabulary in 16 bits. Every rank reads all messages
@@ -26,6 +27,8 @@ from .collectives import Group, Pending
 CAPACITY = 1 << 19
 EXCHANGED = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16)
+# How far apart two ways to norm a row may be in 16 bits.
+_ROUNDING = 0.02
 # torch's kernel moves so many bytes at a time.
 _ALIGNMENT = 16
 # How often a program looks for what others send: while it is tried, about a second; then for ever.
@@ -44,6 +47,9 @@ class Kernels(Protocol):
     def all_gather(self, x: Tensor) -> Tensor:
         """All ranks' ``x``, (ranks, *x.shape)."""
 
+    def sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Group.row_sum_onto`."""
+
 
 class Exchange:
     """This package's kernel, for the smaller messages: see :mod:`apb.kernels.exchange`."""
@@ -52,23 +58,36 @@ class Exchange:
         """Every rank makes one; it is not to be trusted before :meth:`trust`."""
         from ..kernels import exchange  # needs Triton
 
-        self._exchange = exchange.exchange
+        self._kernels = exchange
         self._rank = group.rank
-        self._memory, handle = _symmetric(exchange.words_of(EXCHANGED, group.size), torch.long, group, device)
+        # Two areas: programs that have a whole row count messages of their own.
+        words = exchange.words_of(EXCHANGED, group.size)
+        room = words + exchange.words_of(4 * exchange.ROW_WORDS, group.size)
+        self._memory, handle = _symmetric(room, torch.long, group, device)
         self._counted = exchange.counters(EXCHANGED, 1, device)
+        self._counted_rows = exchange.row_counters(1, device)
         # Compiled before any rank waits for another: all by itself, each program gives up at once.
-        alone = torch.tensor([self._memory.data_ptr()] * group.size, device=device)
+        self._place([self._memory.data_ptr()] * group.size, words, device)
         for dtype in _DTYPES:
-            for gather in (False, True):
-                self._exchange(torch.zeros(8, dtype=dtype, device=device), alone, self._counted, group.rank, gather)
+            row = torch.zeros(8, dtype=dtype, device=device)
+            self.sum(row)
+            self.all_gather(row)
+            self.sum_onto(row, row, RowNorm(row, 1.0, False))
         self._memory.zero_()
-        self._counted.zero_()[-1] = _TRIED
-        self._peers = torch.tensor(handle.buffer_ptrs, device=device)
+        for counted in (self._counted, self._counted_rows):
+            counted.zero_()[-1] = _TRIED
+        self._place(handle.buffer_ptrs, words, device)
         torch.cuda.synchronize(device)
+
+    def _place(self, addresses: list[int], words: int, device: torch.device) -> None:
+        """Where every rank's memory is; rows have theirs behind so many words."""
+        self._peers = torch.tensor(addresses, device=device)
+        self._row_peers = self._peers + words * torch.long.itemsize
 
     def trust(self) -> None:
         """From now on others are waited for however long they take."""
-        self._counted[-1] = _TRUSTED
+        for counted in (self._counted, self._counted_rows):
+            counted[-1] = _TRUSTED
 
     def takes(self, x: Tensor, gather: bool) -> bool:
         """See :meth:`Kernels.takes`."""
@@ -77,11 +96,19 @@ class Exchange:
 
     def sum(self, x: Tensor) -> Tensor:
         """See :meth:`Kernels.sum`."""
-        return self._exchange(x.contiguous(), self._peers, self._counted, self._rank, False)
+        return self._kernels.exchange(x.contiguous(), self._peers, self._counted, self._rank, False)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """See :meth:`Kernels.all_gather`."""
-        return self._exchange(x.contiguous(), self._peers, self._counted, self._rank, True)
+        return self._kernels.exchange(x.contiguous(), self._peers, self._counted, self._rank, True)
+
+    def sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Kernels.sum_onto`."""
+        fits = x.numel() * x.element_size() <= 4 * self._kernels.ROW_WORDS
+        if norm is None or not fits or norm.weight.dtype != x.dtype:
+            return residual + self.sum(x), None
+        row = x.contiguous(), residual.contiguous()
+        return self._kernels.sum_onto(*row, norm, self._row_peers, self._counted_rows, self._rank)
 
 
 class OneShot:
@@ -114,6 +141,10 @@ class OneShot:
         room = self._room(self._size * x.numel(), x.dtype).view(self._size, -1)
         torch.where(self._mine, x.reshape(1, -1), self._nothing[x.dtype], out=room)
         return self._summed(room).view(self._size, *x.shape)
+
+    def sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Kernels.sum_onto`."""
+        return residual + self.sum(x), None
 
     def _room(self, count: int, dtype: torch.dtype) -> Tensor:
         return self._buffer.view(dtype)[:count]
@@ -149,6 +180,11 @@ class QuickGroup(Group):
         """See :meth:`Group.row_sum`."""
         kind = self._kind(x, gather=False)
         return self.sum(x) if kind is None else kind.sum(x)
+
+    def row_sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Group.row_sum_onto`."""
+        kind = self._kind(x, gather=False)
+        return (residual + self.sum(x), None) if kind is None else kind.sum_onto(x, residual, norm)
 
     def _kind(self, x: Tensor, gather: bool) -> Kernels | None:
         return next((kind for kind in self.kinds if kind.takes(x, gather)), None)
@@ -251,7 +287,10 @@ def _right(made: Kernels, group: Group, device: torch.device) -> bool:
         for count in (4096, 96, 4096):
             x = (torch.arange(count, device=device) % 61 - 30 + group.rank).to(dtype)  # sums that no dtype rounds
             total, every = group.sum(x.clone()), group.all_gather(x).wait()
+            onto, normed = made.sum_onto(x, x, norm := RowNorm(torch.ones_like(x), 1.0, False))
             found += [torch.equal(made.sum(x), total), torch.equal(made.all_gather(x), every)]
+            found.append(torch.equal(onto, total + x))
+            found.append(normed is None or torch.allclose(normed, norm.of(onto), rtol=_ROUNDING, atol=_ROUNDING))
     return all(found)
 
 

@@ -33,6 +33,7 @@ from .recurrent import recurrent_modules, take_over
 from .rope import length_dependent, pin_length, switches
 from .shares import run_shares
 from .shares import why_not as why_not_shares
+from .stream import Stream
 from .temperature import has_own, warmed, without_own
 from .windows import chunked, layer_count, not_handed_over
 
@@ -111,9 +112,10 @@ class Attachment:
             module.apb = self  # type: ignore[assignment]
         if not model._can_set_attn_implementation():
             self._undo.append(follow_products(self.modules, _attention))
+        stream = Stream() if fused else None
         if tensor.size > 1 and self.left_shared is None:
-            self._undo.append(run_shares(model, quick(tensor, self.devices[0])[0], fused))
-        self._undo += [fuse_parts(model)] if fused else []
+            self._undo.append(run_shares(model, quick(tensor, self.devices[0])[0], stream))
+        self._undo += [] if stream is None else [fuse_parts(model, stream)]
         self._undo += [pin_length(model, lambda: self._run.total), chunk_mlps(model), without_own(self.modules)]
         self._undo.append(take_over(model, lambda: None if self._run.recur is None else self._counted))
         self._users = 0

@@ -1,19 +1,80 @@
-"""Linear layers of a single row that are given the same row, one after the other: one kernel for all of them."""
+"""Linear layers of a single row: those that are given the same row are one kernel, and so is an MLP's gate with what
+it opens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
+from .chunking import is_dense_mlp
+from .recognizing import gate
+
 Forward = Callable[[Tensor], Tensor]
+# A layer's weight and bias.
+Part = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
+
+# Names of layers that are given the same rows, in the order in which attention calls them, and of an MLP's two.
+_ALIKE = ("q_proj", "k_proj", "v_proj")
+_GATE = ("gate_proj", "up_proj")
 
 
 def single(input: Tensor, weight: Tensor) -> bool:
-    """True for one row (..., width), and weights (outputs, width) that the kernels read."""
+    """True for one row (..., width) without gradients, and weights (outputs, width) that the kernels read."""
     # Not a layer's in_features, which under tensor parallelism is the width of the whole layer.
-    return input.numel() == weight.shape[1] and weight.is_contiguous() and input.dtype == weight.dtype
+    one = input.numel() == weight.shape[1] and weight.is_contiguous() and input.dtype == weight.dtype
+    return one and not torch.is_grad_enabled()
+
+
+def given_alike(model: nn.Module, layers: Collection[nn.Module], part: Part) -> list[list[nn.Module]]:
+    """Of some layers of a model those that attention gives the same rows, one after the other, and that one kernel can
+    read.
+    """
+    found = []
+    for module in model.modules():
+        together = [layer for name, layer in module.named_children() if name in _ALIKE and layer in layers]
+        parts = [part(layer) for layer in together]
+        alike = len({(weight.shape[1], weight.dtype, bias is None) for weight, bias in parts}) == 1
+        if len(together) == len(_ALIKE) and alike and all(weight.is_contiguous() for weight, _ in parts):
+            found.append(together)
+    return found
+
+
+def gated_mlps(model: nn.Module, layers: Collection[nn.Module], part: Part) -> dict[nn.Module, str]:
+    """MLPs of three of some layers that do nothing but gate, and their activations."""
+    found, known = {}, dict[Any, str | None]()
+    for module in model.modules():
+        pair = [getattr(module, name, None) for name in (*_GATE, "down_proj")]
+        if not is_dense_mlp(module) or not all(layer in layers for layer in pair):
+            continue
+        plain = [part(layer) for layer in pair[:2] if layer is not None]
+        if all(bias is None and weight.is_contiguous() for weight, bias in plain):
+            kind = type(module), *(type(each) for each in module.children())
+            if kind not in known:
+                known[kind] = gate(module)
+            activation = known[kind]
+            if activation is not None:
+                found[module] = activation
+    return found
+
+
+def of_mlp(module: Any, activation: str, part: Part) -> Forward:
+    """What stands for the forward of an MLP of :func:`gated_mlps`."""
+    inner, down = module.forward, module.down_proj
+    opening, opened = (part(getattr(module, name))[0] for name in _GATE)
+
+    def forward(hidden: Tensor) -> Tensor:
+        if single(hidden, opening):
+            from ..kernels import matvec  # needs Triton, which is there on GPUs
+
+            return down(matvec.gated(hidden, opening, opened, activation))
+        return inner(hidden)
+
+    return forward
 
 
 class SeveralLayers:

@@ -9,31 +9,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from ..distributed.collectives import Group
-from .chunking import is_dense_mlp
+from ..kernels.norm import RowNorm
 from .forwards import replace_forwards
-from .one_row import Forward, SeveralLayers, single
+from .one_row import Forward, SeveralLayers, gated_mlps, given_alike, of_mlp, single
+from .stream import Stream, Summand
 
 # Names in transformers' plans of how a layer's weights are cut: outputs, which stay where they are or are gathered;
 # inputs, whose products are summed; the rows of an embedding; and what changes gradients alone.
 _OUTPUTS, _INPUTS, _TABLE = "colwise", "rowwise", "embedding_rowwise"
 _GATHERED = ("colwise_gather_output", "colwise_rep")
 _GRADIENTS = "replicated_with_grad_allreduce"
-
-# Names of layers that are given the same rows, in the order in which attention calls them, and of an MLP's two.
-_ALIKE = ("q_proj", "k_proj", "v_proj")
-_GATE = ("gate_proj", "up_proj")
-# How far apart two ways to compute the same may be, relative, in 16 bits.
-_ROUNDING = 0.02
 
 
 def why_not(model: PreTrainedModel, size: int) -> str | None:
@@ -55,22 +48,22 @@ def why_not(model: PreTrainedModel, size: int) -> str | None:
     return None
 
 
-def run_shares(model: PreTrainedModel, group: Group, by_row: bool) -> Callable[[], None]:
+def run_shares(model: PreTrainedModel, group: Group, stream: Stream | None) -> Callable[[], None]:
     """Take over a model's shared layers, for passes without gradients; returns a function that undoes it.
 
     Args:
         model: one that has no reason not to, by :func:`why_not`.
         group: the processes that share the weights.
-        by_row: use the kernels for linear layers of a single row.
+        stream: that of the model's single rows, whose linear layers are kernels then; None for ordinary layers.
     """
-    plan = model.tp_plan
+    plan, by_row = model.tp_plan, stream is not None
     names = {module: name for name, module in model.named_modules()}
     shared = [module for module in names if isinstance(getattr(module, "weight", None), DTensor)]
     products: dict[nn.Module, Forward] = {
         module: _of_outputs(*_part(module), by_row) for module in shared if type(module) is nn.Linear
     }
     if by_row:
-        for together in _given_alike(model, shared):
+        for together in given_alike(model, set(shared), _part):
             several = SeveralLayers([_part(module) for module in together])
             products |= {module: several.forward(number) for number, module in enumerate(together)}
 
@@ -79,12 +72,13 @@ def run_shares(model: PreTrainedModel, group: Group, by_row: bool) -> Callable[[
         if style == _TABLE:
             return _of_table(_part(module)[0], group)
         if style == _INPUTS:
-            return _of_inputs(*_part(module), group, by_row)
+            return _of_inputs(*_part(module), group, stream)
         return _gathered(products[module], group) if style in _GATHERED else products[module]
 
     undo = [replace_forwards(shared, made)]
     if by_row:
-        undo.append(replace_forwards(_gated_mlps(model, shared), _of_mlp))
+        mlps = gated_mlps(model, set(shared), _part)
+        undo.append(replace_forwards(list(mlps), lambda module: of_mlp(module, mlps[module], _part)))
 
     def undo_all() -> None:
         for each in reversed(undo):
@@ -122,16 +116,22 @@ def _of_outputs(weight: Tensor, bias: Tensor | None, by_row: bool) -> Forward:
     return forward
 
 
-def _of_inputs(weight: Tensor, bias: Tensor | None, group: Group, by_row: bool) -> Forward:
+def _of_inputs(weight: Tensor, bias: Tensor | None, group: Group, stream: Stream | None) -> Forward:
     """A linear layer of which this process has some of the inputs: the sum over all processes, then the bias."""
-    products = _of_outputs(weight, None, by_row)
+    products = _of_outputs(weight, None, stream is not None)
 
     def forward(input: Tensor) -> Tensor:
         found = products(input)
         total = group.row_sum(found) if input.numel() == input.shape[-1] else group.sum(found)
         return total if bias is None else total + bias
 
-    return forward
+    def onto(input: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
+        return group.row_sum_onto(products(input), residual, norm)
+
+    if stream is None or bias is not None:
+        return forward
+    summand = Summand(stream, weight.shape[0], forward, onto)
+    return lambda input: summand(input) if single(input, weight) else forward(input)
 
 
 def _gathered(products: Forward, group: Group) -> Forward:
@@ -153,51 +153,5 @@ def _of_table(rows: Tensor, group: Group) -> Forward:
         others = (places < 0) | (places >= rows.shape[0])
         found = functional.embedding(places.masked_fill(others, 0), rows).masked_fill(others.unsqueeze(-1), 0)
         return group.row_sum(found) if input.numel() == 1 else group.sum(found)
-
-    return forward
-
-
-def _given_alike(model: PreTrainedModel, shared: list[nn.Module]) -> list[list[nn.Module]]:
-    """Layers that attention gives the same rows, one after the other, and that one kernel can read."""
-    cut = set(shared)
-    found = []
-    for module in model.modules():
-        layers = [layer for name, layer in module.named_children() if name in _ALIKE and layer in cut]
-        parts = [_part(layer) for layer in layers]
-        alike = len({(weight.shape[1], weight.dtype, bias is None) for weight, bias in parts}) == 1
-        if len(layers) == len(_ALIKE) and alike and all(weight.is_contiguous() for weight, _ in parts):
-            found.append(layers)
-    return found
-
-
-def _gated_mlps(model: PreTrainedModel, shared: list[nn.Module]) -> list[nn.Module]:
-    """MLPs of three shared layers that gate by SiLU, and do nothing else, to judge by a row."""
-    cut = set(shared)
-    found = []
-    for module in model.modules():
-        parts = dict(module.named_children())
-        if is_dense_mlp(module) and set(parts) == {*_GATE, "down_proj", "act_fn"}:
-            pair = [parts[name] for name in _GATE]
-            plain = all(layer in cut and _part(layer)[1] is None for layer in pair)
-            if (
-                plain
-                and type(parts["act_fn"]) is type(ACT2FN["silu"])
-                and all(_part(x)[0].is_contiguous() for x in pair)
-            ):
-                found.append(module)
-    return found
-
-
-def _of_mlp(module: Any) -> Forward:
-    """An MLP whose gate, and what it opens, are one kernel for a single row."""
-    inner, down = module.forward, module.down_proj
-    gate, up = (_part(getattr(module, name))[0] for name in _GATE)
-
-    def forward(hidden: Tensor) -> Tensor:
-        if single(hidden, gate):
-            from ..kernels import matvec  # needs Triton, which is there on GPUs
-
-            return down(matvec.gated(hidden, gate, up))
-        return inner(hidden)
 
     return forward

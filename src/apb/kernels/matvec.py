@@ -12,48 +12,39 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor, library
+from torch import Tensor
 
 # Weights in a program's tile, and at most in one row of it: few rows per program keep the most loads in flight.
 _TILE, _WIDEST = 4096, 2048
+# Of :func:`gated`.
+ACTIVATIONS = ("silu", "gelu_tanh")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear`` of a single row, accumulated in fp32.
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """``torch.nn.functional.linear`` of a single row, accumulated in fp32, and its sum with another row.
 
     Args:
         x: (..., width), a single row: all leading dimensions are 1.
         weight: (outputs, width), rows contiguous, in x's dtype: fp32, bf16 or fp16; or float8_e4m3fn with scales.
         bias: (outputs,) or None.
         scale: (outputs,) fp32, factors of the weights' rows, or None.
+        residual: (..., outputs) contiguous in x's dtype, added to the product after its rounding; or None.
 
     Returns:
         (..., outputs) in x's dtype.
     """
-    # Compilers need an opaque operator; without one, going through the dispatcher would only cost time.
-    call = torch.ops.apb.matvec if torch.compiler.is_compiling() else _launch
-    out: Tensor = call(x.reshape(-1), weight, bias, scale)
-    return out.view(*x.shape[:-1], -1)
-
-
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
     outputs = weight.shape[0]
-    out = x.new_empty(outputs)
+    out = x.new_empty(*x.shape[:-1], outputs)
     width, block_n, block_k = _tiles(weight)
+    bias_at, scale_at, residual_at = (out if each is None else each for each in (bias, scale, residual))
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _matvec[(triton.cdiv(outputs, block_n),)](
-            x, weight, out if bias is None else bias, out if scale is None else scale, out, outputs, weight.stride(0),
-            K=width, BN=block_n, BK=block_k, BIAS=bias is not None, SCALED=scale is not None, num_warps=4,
+            x.reshape(-1), weight, bias_at, scale_at, residual_at, out, outputs, weight.stride(0), K=width, BN=block_n,
+            BK=block_k, BIAS=bias is not None, SCALED=scale is not None, ADDED=residual is not None, num_warps=4,
         )  # fmt: skip
     return out
-
-
-_operator = library.custom_op("apb::matvec", _launch, mutates_args=())
-
-
-@_operator.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
-    return x.new_empty(weight.shape[0])
 
 
 def several(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -89,12 +80,13 @@ def several(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     return [each.view(*x.shape[:-1], -1) for each in outs]
 
 
-def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """``silu(linear(x, gate)) * linear(x, up)`` of one row, in one launch, rounded where separate layers round.
 
     Args:
         x: as in :func:`linear`.
         gate, up: (outputs, width) weights.
+        activation: of :data:`ACTIVATIONS`: "silu", or "gelu_tanh", GELU by its approximation with tanh.
 
     Returns:
         (..., outputs) in x's dtype.
@@ -106,8 +98,9 @@ def gated(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     block_n = max(1, block_n // 2)  # two rows of weights for every output
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         _gated[(triton.cdiv(outputs, block_n),)](
-            row, gate, up, out, outputs, gate.stride(0), up.stride(0), K=width, BN=block_n, BK=block_k, num_warps=4
-        )
+            row, gate, up, out, outputs, gate.stride(0), up.stride(0), K=width, BN=block_n, BK=block_k,
+            GELU=activation == "gelu_tanh", num_warps=4,
+        )  # fmt: skip
     return out.view(*x.shape[:-1], -1)
 
 
@@ -120,11 +113,11 @@ def _tiles(weight: Tensor) -> tuple[int, int, int]:
 
 @triton.jit(do_not_specialize=["outputs"])
 def _matvec(
-    x, weight, bias, scale, out, outputs, stride,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+    x, weight, bias, scale, residual, out, outputs, stride,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """BN outputs: their rows of weights times x."""
-    _outputs(tl.program_id(0), x, weight, bias, scale, out, outputs, stride, K, BN, BK, BIAS, SCALED)
+    _outputs(tl.program_id(0), x, weight, bias, scale, residual, out, outputs, stride, K, BN, BK, BIAS, SCALED, ADDED)
 
 
 @triton.jit(do_not_specialize=["outputs0", "outputs1", "outputs2", "begin1", "begin2"])
@@ -136,17 +129,21 @@ def _several(
     """BN outputs of one of three layers: of the second those of programs from ``begin1`` on, then of the third."""
     program = tl.program_id(0)
     if program < begin1:
-        _outputs(program, x, weight0, bias0, out0, out0, outputs0, stride0, K, BN, BK, BIAS, False)
+        _outputs(program, x, weight0, bias0, out0, out0, out0, outputs0, stride0, K, BN, BK, BIAS, False, False)
     elif program < begin2:
-        _outputs(program - begin1, x, weight1, bias1, out1, out1, outputs1, stride1, K, BN, BK, BIAS, False)
+        _outputs(
+            program - begin1, x, weight1, bias1, out1, out1, out1, outputs1, stride1, K, BN, BK, BIAS, False, False
+        )
     else:
-        _outputs(program - begin2, x, weight2, bias2, out2, out2, outputs2, stride2, K, BN, BK, BIAS, False)
+        _outputs(
+            program - begin2, x, weight2, bias2, out2, out2, out2, outputs2, stride2, K, BN, BK, BIAS, False, False
+        )
 
 
 @triton.jit
 def _outputs(
-    block, x, weight, bias, scale, out, outputs, stride,
-    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr,
+    block, x, weight, bias, scale, residual, out, outputs, stride,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BIAS: tl.constexpr, SCALED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
     """A block of a layer's outputs."""
     output = block * BN + tl.arange(0, BN)
@@ -155,12 +152,16 @@ def _outputs(
         total *= tl.load(scale + tl.minimum(output, outputs - 1))
     if BIAS:
         total += tl.load(bias + tl.minimum(output, outputs - 1)).to(tl.float32)
+    if ADDED:
+        total = total.to(out.dtype.element_ty).to(tl.float32)
+        total += tl.load(residual + tl.minimum(output, outputs - 1)).to(tl.float32)
     tl.store(out + output, total.to(out.dtype.element_ty), mask=output < outputs)
 
 
 @triton.jit(do_not_specialize=["outputs"])
 def _gated(
-    x, gate, up, out, outputs, gate_stride, up_stride, K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, gate, up, out, outputs, gate_stride, up_stride,
+    K: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """BN outputs of the gate and of what it opens, multiplied."""
     output = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -170,7 +171,10 @@ def _gated(
     values = _products(x, up, output, outputs, up_stride, K, BN, BK)
     opening = tl.sum(gates, 1).to(dtype).to(tl.float32)
     value = tl.sum(values, 1).to(dtype).to(tl.float32)
-    opened = (opening / (1.0 + tl.exp(-opening))).to(dtype).to(tl.float32)
+    exponent = opening
+    if GELU:  # x / (1 + exp(-2 y)) is x (1 + tanh(y)) / 2
+        exponent = 1.5957691216057308 * (opening + 0.044715 * opening * opening * opening)
+    opened = (opening / (1.0 + tl.exp(-exponent))).to(dtype).to(tl.float32)
     tl.store(out + output, (opened * value).to(dtype), mask=output < outputs)
 
 
