@@ -151,6 +151,18 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 32,
         },
     ),
+    "qwen3_5_text": (  # recurrent layers, whose runs are composed
+        "Qwen3_5ForCausalLM",
+        {
+            **SMALL,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
