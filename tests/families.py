@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import apb
 from apb.distributed.mesh import Mesh
 from apb.hf.config import head_dim
+from apb.hf.modules import attention_modules
 from apb.hf.verifying import small_model
 from models import without_eos
 from oracle import masked_prefill
@@ -226,5 +227,5 @@ def expected(family: str, reading: str) -> Tensor:
 def decode_bytes(model: PreTrainedModel, size: int) -> int:
     """What a rank of ``size`` sends while ANSWER is read: per layer and token an output row and its lse, in fp32."""
     config = model.config
-    row = sum(head_dim(config, layer) + 1 for layer in range(config.num_hidden_layers))
+    row = sum(head_dim(config, module.layer_idx) + 1 for module in attention_modules(model))
     return (size - 1) * len(ANSWER) * row * config.num_attention_heads * 4
