@@ -67,11 +67,15 @@ latents, attends to keys and values expanded from them, and reads in one round, 
 
 Recurrent layers (gated delta nets, Mamba, short convolutions) are exact under every strategy: the state runs through
 prefix, blocks and question in order, and the anchor begins its own. A rank hands it on to the one that holds the next
-rows, so that in these layers ranks work one after the other; every rank has the state after the question. Rows that
-begin from a state are read one by one in Mamba 1 (Jamba) and lightning attention (MiniMax), whose code in transformers
-takes no state with several rows: with more ranks or rounds these are slow. Decode goes without CUDA graphs.
-transformers reads gated delta nets by the kernels of flash-linear-attention where these are installed (`fla-core`
-suffices), and else by slow functions of its own. Of a multimodal checkpoint the text decoder alone is loaded.
+rows, so that in these layers ranks work one after the other; every rank has the state after the question. Only the
+ranks of gated delta nets (Qwen3-Next, Qwen3.5, OLMo-Hybrid, Lara) read at once: what rows do to such a state is affine,
+so that each rank reads its rows without the state before them, by the same code with wider values, and composes what
+the others' rows do to it. That takes more memory, and states are handed on where a rank has over 65,536 rows a round
+(on CPUs 8,192), or a piece of the document fewer than 16. Rows that begin from a state are read one by one in Mamba 1
+(Jamba) and lightning attention (MiniMax), whose code in transformers takes no state with several rows: with more ranks
+or rounds these are slow. Decode goes without CUDA graphs. transformers reads gated delta nets by the kernels of
+flash-linear-attention where these are installed (`fla-core` suffices), and else by slow functions of its own. Of a
+multimodal checkpoint the text decoder alone is loaded.
 
 Attention that a family's own code computes by matrix products (GPT-J, GPT-Neo, Falcon, XGLM ...) is followed from the
 product of queries and keys to that with the values, and computed as everywhere; where something is added to the scores

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import apb
 from apb.distributed.mesh import Mesh
 from apb.hf.config import head_dim
+from apb.hf.modules import attention_modules
 from apb.hf.verifying import small_model
 from models import without_eos
 from oracle import masked_prefill
@@ -151,6 +152,18 @@ PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 32,
         },
     ),
+    "qwen3_5_text": (  # recurrent layers, whose runs are composed
+        "Qwen3_5ForCausalLM",
+        {
+            **SMALL,
+            "head_dim": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",
         {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
@@ -214,5 +227,5 @@ def expected(family: str, reading: str) -> Tensor:
 def decode_bytes(model: PreTrainedModel, size: int) -> int:
     """What a rank of ``size`` sends while ANSWER is read: per layer and token an output row and its lse, in fp32."""
     config = model.config
-    row = sum(head_dim(config, layer) + 1 for layer in range(config.num_hidden_layers))
+    row = sum(head_dim(config, module.layer_idx) + 1 for module in attention_modules(model))
     return (size - 1) * len(ANSWER) * row * config.num_attention_heads * 4

@@ -75,7 +75,13 @@ _ONE_BY_ONE = Lock()  # models made at once by several threads would share the s
 def _made(family: str) -> PreTrainedModel:
     config = AutoConfig.for_model(family, **(SMALL | FAMILIES[family]))
     config._attn_implementation = "eager"
-    return without_eos(small_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config))
+    model = without_eos(small_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config))
+    for module in model.modules():
+        if type(module).__name__.endswith(
+            "GatedDeltaNet"
+        ):  # what fades within a few rows hides what a state gets wrong
+            module.A_log.data.sub_(torch.linspace(0, 9, len(module.A_log)))
+    return model
 
 
 def make(family: str) -> PreTrainedModel:

@@ -13,6 +13,7 @@ import torch
 
 from . import __version__
 from .planning.cost import KNOWN_CEILINGS, Ceilings
+from .planning.runs import CPU_COMPOSED, GPU_COMPOSED
 
 
 def device_name(device: torch.device) -> str:
@@ -26,6 +27,11 @@ def device_name(device: torch.device) -> str:
         return platform.processor() or platform.machine()
 
 
+def most_composed(device: torch.device) -> int:
+    """Rows of a rank that recurrent layers compose on a kind of device, see :func:`apb.planning.runs.composed`."""
+    return CPU_COMPOSED if device.type == "cpu" else GPU_COMPOSED
+
+
 @dataclass(frozen=True)
 class Hardware:
     """The properties of every rank's hardware that plans depend on.
@@ -34,11 +40,13 @@ class Hardware:
         memory: bytes that a rank may use.
         element_bytes: bytes of one number of weights, activations and cache.
         ceilings: rates the device reaches, where they are known.
+        most_composed: rows of a rank that recurrent layers compose, see :func:`apb.planning.runs.composed`.
     """
 
     memory: int
     element_bytes: int
     ceilings: Ceilings | None
+    most_composed: int = GPU_COMPOSED
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype, ranks: int) -> Hardware:
@@ -47,7 +55,7 @@ class Hardware:
             memory = torch.cuda.get_device_properties(device).total_memory
         else:
             memory = psutil.virtual_memory().total // ranks
-        return cls(memory, dtype.itemsize, KNOWN_CEILINGS.get(device_name(device)))
+        return cls(memory, dtype.itemsize, KNOWN_CEILINGS.get(device_name(device)), most_composed(device))
 
 
 def free_memory(device: torch.device, ranks: int) -> int:

@@ -10,8 +10,8 @@ from .compressors import Compressor, make_compressor
 from .decoding import EXACT, Decoding, Dense, make_decoding
 from .decoding import OPTIONS as DECODING_OPTIONS
 from .errors import InputError, at_least
-from .planning.cost import Ceilings, Cost, predict
-from .planning.fitting import check_memory, demand, peak
+from .planning.cost import Ceilings, Cost
+from .planning.fitting import check_memory, demand, peak, predict_on
 from .planning.methods import METHODS, OPTIONS, SHORTEST_WORTH_CUTTING, Full, Method, make_method
 from .planning.plan import Plan
 from .planning.propagation import Propagation
@@ -177,7 +177,7 @@ class Reading:
             except InputError:
                 continue
             plan = in_rounds(planned(method), shape, hardware, self.compressor)
-            costs.append((plan, predict(plan, shape, hardware.element_bytes, self.compressor)))
+            costs.append((plan, predict_on(hardware, plan, shape, self.compressor)))
         return fastest(costs, hardware)
 
 
@@ -215,7 +215,7 @@ def in_rounds(plan: Plan, shape: ModelShape, hardware: Hardware, compressor: Com
         return plan
     for rounds in range(1, plan.blocks // plan.ranks + 1):
         candidate = replace(plan, rounds=rounds)
-        if peak(predict(candidate, shape, hardware.element_bytes, compressor)) <= hardware.memory:
+        if peak(predict_on(hardware, candidate, shape, compressor)) <= hardware.memory:
             return candidate
     return plan
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -18,22 +19,19 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._device = device
+        self._open: list[str] = []  # parts, the innermost last
+        self._since: Any = None  # when that one began, or went on
         self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count the time inside towards a part."""
-        if self._cuda:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            stop.record()
-            self._spans.append((name, start, stop))
-        else:
-            began = time.perf_counter()
-            yield
-            self._add(name, time.perf_counter() - began)
+        """Count the time inside towards a part, but for that inside parts within it."""
+        self._turn()
+        self._open.append(name)
+        yield
+        self._turn()
+        self._open.pop()
 
     def seconds(self) -> dict[str, float]:
         """Seconds by part so far."""
@@ -43,6 +41,17 @@ class Clock:
             self._add(name, start.elapsed_time(stop) / 1e3)
         self._spans.clear()
         return dict(self._seconds)
+
+    def _turn(self) -> None:
+        """Count the time since the last turn towards the innermost part."""
+        now: Any = torch.cuda.Event(enable_timing=True) if self._cuda else time.perf_counter()
+        if self._cuda:
+            now.record()
+        if self._open and self._cuda:
+            self._spans.append((self._open[-1], self._since, now))
+        elif self._open:
+            self._add(self._open[-1], now - self._since)
+        self._since = now
 
     def _add(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
@@ -60,6 +69,6 @@ def clocked(device: torch.device) -> Iterator[Clock]:
 
 
 def timed(name: str) -> AbstractContextManager[None]:
-    """Count the time inside towards a part of the work, inside :func:`clocked`; parts must not be nested."""
+    """Count the time inside towards a part of the work, inside :func:`clocked`; that of a part within it is its own."""
     clock = _clock.get()
     return nullcontext() if clock is None else clock.part(name)

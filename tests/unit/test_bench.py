@@ -8,6 +8,7 @@ import statistics
 import sys
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from apb.hf import random_weights
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import random_model, shape_config
 from apb.planning.cost import Ceilings
+from apb.timing import clocked, timed
 from models import tiny_model
 
 CPU = torch.device("cpu")
@@ -94,9 +96,20 @@ def test_rows_hold_baseline_ratio_and_floor(rates):
     assert model.config._attn_implementation == "eager"  # given back
 
 
+def test_a_part_within_another_is_its_own(monkeypatch):
+    """Of ten seconds the outer part has those outside the two that are inside."""
+    moments = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0])
+    monkeypatch.setattr("apb.timing.time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    with clocked(torch.device("cpu")) as clock, timed("recurrent"):
+        for _ in range(2):
+            with timed("communication"):
+                pass
+    assert clock.seconds() == {"recurrent": 3.0, "communication": 7.0}
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_text", "minimax"])
 def test_recurrent_layers_are_a_part(family, rates):
-    """Whole, whatever their modules are called: parts are not nested, and sum to the prefill's time."""
+    """Whole, whatever their modules are called: parts sum to the prefill's time."""
     model = hybrids.make(family)
     for row in bench_prefill(model, model_shape(model.config), rates, ["full", "apb"], [200], 1, blocks=3):
         assert row.parts["recurrent"] > row.parts["qkv"] > 0

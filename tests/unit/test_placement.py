@@ -67,7 +67,8 @@ def check_places(model: PreTrainedModel, places: dict[str, int], gpus: int) -> N
     assert of_layers == sorted(of_layers)
     assert set(places.values()) == set(range(max(places.values()) + 1)) <= set(range(gpus))
     parts = placement.split(model, attention_modules(model), places)
-    assert sum(layers for layers, _ in parts) == len(of_layers) == model.config.get_text_config().num_hidden_layers
+    assert len(of_layers) == model.config.get_text_config().num_hidden_layers
+    assert sum(layers for layers, _ in parts) == len(attention_modules(model))
     assert sum(weights for _, weights in parts) == sum(parameter.numel() for parameter in model.parameters())
 
 

@@ -18,7 +18,7 @@ from ..distributed.collectives import Group
 from ..distributed.mesh import Mesh
 from ..engine import Engine
 from ..errors import DoesNotFit, InputError
-from ..hardware import peak_bytes
+from ..hardware import most_composed, peak_bytes
 from ..hf.config import softcap, vocabulary
 from ..hf.recurrent import recurrent_modules
 from ..kernels.attention import choose
@@ -155,7 +155,8 @@ def _measure(
         (method,) = engine.reading.methods
         return Row(method.name, length, method.exact, {}, backend, note=f"left out: {str(error).rstrip('.')}")
     prompt = random_prompt(engine, length)
-    cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.compressor)
+    most = most_composed(engine.device)
+    cost = predict(plan, shape, engine.dtype.itemsize, engine.reading.compressor, most_composed=most)
     floor, predicted = cost.floor(ceilings), cost.seconds(reached)
     seconds: list[float] = []
     parts = None

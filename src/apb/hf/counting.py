@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import InputError, first_line
 from ..planning.shape import ModelShape, Recurrent
 from . import placement
+from .composing import composable
 from .config import expands, head_dim, kv_heads, query_heads, shared_layers, value_dim, vocabulary
 from .modules import attention_modules, idle_modules
 from .recurrent import recurrent_modules, state_of
@@ -104,6 +105,9 @@ def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
         return None
     parts = [part for module in modules for part in state_of(module.to(torch.bfloat16), text).tensors().values()]
     wide = sum(part.numel() for part in parts if part.dtype == torch.float32)
+    composables = [
+        runs for module in modules if (runs := composable(module, module.forward, module.forward)) is not None
+    ]
     return Recurrent(
         parameters=sum(_multiplied(part, text) for module in modules for part in module.modules()),
         narrow=sum(part.numel() for part in parts) - wide,
@@ -112,6 +116,8 @@ def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
         written=sum(
             part.out_features for module in modules for part in module.modules() if isinstance(part, torch.nn.Linear)
         ),
+        effect=sum(math.prod(runs.effect) for runs in composables),
+        lookback=composables[0].lookback if composables else 0,
     )
 
 

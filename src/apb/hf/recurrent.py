@@ -16,6 +16,7 @@ from ..errors import InputError
 from ..layers.recurrent import Recur, RecurrentInput, State
 from ..planning.memory import CPU_ROWS, GPU_ROWS
 from .cache_names import with_cache
+from .composing import composable
 from .forwards import replace_forwards
 from .reference import without_kernels
 
@@ -184,7 +185,8 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
                 return torch.cat([read(piece, state) for piece in rows.split(most, 1)], 1)
             return read(rows, state)
 
-        out = reader(RecurrentInput(index, given[rows_name], lambda: LayerState(states), read_on))
+        runs = composable(module, original, read)
+        out = reader(RecurrentInput(index, given[rows_name], lambda: LayerState(states), read_on, runs))
         return (out, *rest) if rest else out
 
     return run

@@ -2,8 +2,9 @@
 
 A layer's state runs through rows in order. There are two sequences of them, the anchor, which begins anew, and the
 document, whose blocks and query carry the state on, from rank to rank and from round to round: the rank that has read a
-run of rows hands the state on to the one that holds the next. All ranks get the state after the last block, and read
-the query's rows from there, as they read further tokens: every rank holds the final state.
+run of rows hands the state on to the one that holds the next; or all read at once, where what the document's runs do to
+the state can be composed. All ranks get the state after the last block, and read the query's rows from there, as they
+read further tokens: every rank holds the final state.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..distributed.collectives import Group, Pending
+from ..hardware import most_composed
 from ..planning.itinerary import Itinerary
-from ..planning.runs import Run, anchor_runs, document_runs
+from ..planning.runs import Run, anchor_runs, composed, document_runs
 from ..timing import timed
+from .composing import Composable, Composition
 
 
 class State(Protocol):
@@ -46,12 +49,14 @@ class RecurrentInput:
         hidden: (1, rows, width) in this rank's row order.
         fresh: makes the state before any row.
         read: reads rows (1, n, width) and carries a state on; the layer's output of these rows.
+        composable: reads runs that are composed; None where they cannot be.
     """
 
     index: int
     hidden: Tensor
     fresh: Callable[[], Any]
     read: Callable[[Tensor, Any], Tensor]
+    composable: Composable | None = None
 
 
 # One recurrent layer's input to its output (1, rows, width).
@@ -66,11 +71,13 @@ def from_the_start(layer: RecurrentInput) -> Tensor:
 class RecurrentLayers:
     """The recurrent layers of one round of a prefill, on one rank."""
 
-    def __init__(self, itinerary: Itinerary, group: Group) -> None:
+    def __init__(self, itinerary: Itinerary, group: Group, device: torch.device) -> None:
         self._group = group
         self._query = itinerary.query.rows
         self._anchors = anchor_runs(itinerary.plan, itinerary.round)
         self._document = document_runs(itinerary.plan, itinerary.round)
+        composes = composed(itinerary.plan, itinerary.round, most_composed(device))
+        self._composition = Composition(self._document, group) if composes else None
 
     def read(self, layer: RecurrentInput, states: dict[int, State], before: dict[int, State]) -> Tensor:
         """Output (1, rows, width) of all rows of this rank; every rank calls it for every layer.
@@ -85,7 +92,11 @@ class RecurrentLayers:
         # Every rank goes through what is sent and received in the same order, so that none waits in a circle.
         for anchor in self._anchors:
             self._walk(layer, anchor, layer.fresh(), out, sent)
-        state = self._walk(layer, self._document, before.get(layer.index) or layer.fresh(), out, sent)
+        state = before.get(layer.index) or layer.fresh()
+        if layer.composable is not None and self._composition is not None:
+            self._composition.read(layer.composable, layer.hidden, state, out)
+        else:
+            state = self._walk(layer, self._document, state, out, sent)
         state = self._share(layer, state, self._document[-1].rank)
         for each in sent:
             each.wait()

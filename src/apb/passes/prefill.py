@@ -113,7 +113,7 @@ def read(
         cache.arrival = partial(_arrival, itinerary, propagating)
         attended = 0
         ids, positions = _rows(itinerary, prompt, device)
-        recurrent = RecurrentLayers(itinerary, group)
+        recurrent = RecurrentLayers(itinerary, group, device)
         recur = partial(recurrent.read, states=cache.states, before=before_query)
         above = _above(attachment, propagating)
         with torch.no_grad(), _running(attachment, strategy, attend, recur, length), above:
@@ -141,7 +141,8 @@ def inspect(
         return out
 
     ids, places = _rows(itinerary, prompt, attachment.devices[0])
-    recur = partial(RecurrentLayers(itinerary, strategy.group).read, states={}, before={})
+    recurrent = RecurrentLayers(itinerary, strategy.group, attachment.devices[0])
+    recur = partial(recurrent.read, states={}, before={})
     with torch.no_grad(), _running(attachment, strategy, attend, recur):
         return attachment.logits(ids, places, itinerary.rows_of(positions))
 

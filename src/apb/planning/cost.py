@@ -14,7 +14,7 @@ from .itinerary import Kind
 from .memory import activations
 from .network import Hosts, Sent
 from .plan import Plan
-from .runs import rows_of_others
+from .runs import GPU_COMPOSED, rows_composed, rows_of_others
 from .shape import ModelShape
 from .traffic import sent
 
@@ -50,6 +50,9 @@ KNOWN_CEILINGS = {"NVIDIA H200": Ceilings(linear=665e12, attention=631e12, link=
 # write: measured in transformers' gated delta nets (Qwen3.5's shape) on an H200, with the kernels of
 # flash-linear-attention, which take a quarter of it; most are the convolution and copies, transformers' own.
 MOVED_IN_RECURRENCE = 43
+# What composing their runs adds to that, an estimate: three quarters of what those kernels take, whose values, outputs
+# and states are twice as wide then, while queries and keys are as they were.
+MOVED_IN_COMPOSITION = 8
 # Seconds that a GPU waits for the host, which learns the rows that go on, deals them and prepares their attention: the
 # median of what eleven prefills with propagation on one and two H200s took beyond the rest, of 32K tokens as of 512K.
 DEALING_SECONDS = 0.05
@@ -61,7 +64,7 @@ class RankCost:
 
     Of ``sent_bytes``, ``network_bytes`` leave the rank's host (see network.py). ``moved_bytes`` are read and written
     between linear maps and attention. ``waiting_flops`` and ``waiting_bytes`` are those of other ranks in recurrent
-    layers, which this rank waits for: a state runs through the ranks' rows one after the other. The FLOPs of such
+    layers, which this rank waits for where a state runs through the ranks' rows one after the other. The FLOPs of such
     layers beside linear maps, about a hundredth of those, are not counted. ``state_bytes`` are two states of them,
     before and after the query. If the layers of a rank are on several GPUs, bytes of weights, cache and activations are
     those of the GPU that holds most.
@@ -169,19 +172,20 @@ def predict(
     element_bytes: int = 2,
     compressor: Scoring | None = None,
     ranks_per_host: int | None = None,
+    most_composed: int = GPU_COMPOSED,
 ) -> Cost:
     """The cost of a plan's prefill, with activations and cache in ``element_bytes`` a number.
 
     Args:
         compressor: scores the tokens that are passed; None leaves its FLOPs out.
         ranks_per_host: number of consecutive ranks that share a host; None: all of them.
+        most_composed: rows of a rank that are composed in recurrent layers, see :func:`apb.planning.runs.composed`.
     """
 
     def cost(part: Plan, shape: ModelShape) -> list[RankCost]:
-        return [
-            _rank(part, rank, shape, element_bytes, compressor, sent(part, rank, shape, element_bytes, ranks_per_host))
-            for rank in range(plan.ranks)
-        ]
+        ranks = range(plan.ranks)
+        sending = [sent(part, rank, shape, element_bytes, ranks_per_host, most_composed) for rank in ranks]
+        return [_rank(part, rank, shape, element_bytes, compressor, sending[rank], most_composed) for rank in ranks]
 
     ranks, dealing = cost(plan, model), 0.0
     if plan.propagation is not None and plan.propagation.layer is not None and plan.going_on < plan.document:
@@ -228,12 +232,18 @@ def _propagated(
 
 
 def _rank(
-    plan: Plan, rank: int, model: ModelShape, element_bytes: int, compressor: Scoring | None, sending: Sent
+    plan: Plan,
+    rank: int,
+    model: ModelShape,
+    element_bytes: int,
+    compressor: Scoring | None,
+    sending: Sent,
+    most_composed: int,
 ) -> RankCost:
     gathered = plan.method.gathered(plan)
     rows = query_pairs = scored = kept = widest = 0
     for round in range(plan.rounds):
-        widest = max(widest, activations(plan, rank, round, model, gathered[round]))
+        widest = max(widest, activations(plan, rank, round, model, gathered[round], most_composed))
         for span in plan.spans(rank, round):
             rows += len(span)
             if span.kind is Kind.BLOCK:
@@ -253,7 +263,10 @@ def _rank(
     layers, parameters = model.fullest(kept + carried)
     widest += carried * layers * model.layer_cache_row
     recurrent = model.recurrent
-    waiting = 0 if recurrent is None else rows_of_others(plan, rank)
+    most_composed = most_composed if recurrent is not None and recurrent.effect else 0
+    waiting = 0 if recurrent is None else rows_of_others(plan, rank, most_composed)
+    composing = sum(rows_composed(plan, rank, round, most_composed) for round in range(plan.rounds))
+    composing *= 0 if recurrent is None else MOVED_IN_COMPOSITION * recurrent.written
     scoring = 0
     if compressor is not None:
         scoring = compressor.flops(model, plan.query)
@@ -264,7 +277,7 @@ def _rank(
         scoring_flops=scoring * full_layers * scored,
         sent_bytes=sending.total,
         network_bytes=sending.leaving,
-        moved_bytes=rows * (_moved(model) + _moved_in_recurrence(model)) * element_bytes,
+        moved_bytes=(rows * (_moved(model) + _moved_in_recurrence(model)) + composing) * element_bytes,
         weight_bytes=parameters * element_bytes,
         cache_bytes=kept * layers * model.layer_cache_row * element_bytes,
         activation_bytes=widest * element_bytes,

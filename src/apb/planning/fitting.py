@@ -24,11 +24,11 @@ def check_memory(plan: Plan, shape: ModelShape, hardware: Hardware, new_tokens: 
     room = hardware.memory - answer
 
     def fits(candidate: Plan) -> bool:
-        return peak(predict(candidate, shape, hardware.element_bytes, compressor)) <= room
+        return peak(predict_on(hardware, candidate, shape, compressor)) <= room
 
     if fits(plan):
         return
-    ranks = predict(plan, shape, hardware.element_bytes, compressor).ranks
+    ranks = predict_on(hardware, plan, shape, compressor).ranks
     most = max(ranks, key=lambda rank: rank.peak_bytes)
     where, unit = ("on a rank's fullest GPU", "GPU") if shape.split else ("a rank", "rank")
     raise DoesNotFit(
@@ -61,9 +61,14 @@ def demand(
     """
     layers, _ = shape.fullest(plan.total + new_tokens)
     answer = new_tokens * layers * shape.layer_cache_row * hardware.element_bytes
-    most = max(predict(plan, shape, hardware.element_bytes, compressor).ranks, key=lambda rank: rank.peak_bytes)
+    most = max(predict_on(hardware, plan, shape, compressor).ranks, key=lambda rank: rank.peak_bytes)
     beside = most.peak_bytes - most.weight_bytes + answer
     return beside, most.cache_bytes + answer, hardware.memory - most.weight_bytes
+
+
+def predict_on(hardware: Hardware, plan: Plan, shape: ModelShape, compressor: Scoring) -> Cost:
+    """The cost of a plan's prefill on the hardware of this run."""
+    return predict(plan, shape, hardware.element_bytes, compressor, most_composed=hardware.most_composed)
 
 
 def peak(cost: Cost) -> int:

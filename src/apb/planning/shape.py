@@ -15,6 +15,8 @@ class Recurrent:
         narrow, wide: numbers of a state of all of them, in the model's dtype and in fp32.
         layers: how many there are, all alike.
         written: numbers that the linear maps of all of them write for a row.
+        effect: numbers (fp32) of what a run of rows does to a state of all of them; 0 if runs cannot be composed.
+        lookback: rows before a run that its first ones depend on beside the state, if runs can be composed.
     """
 
     parameters: int
@@ -22,6 +24,8 @@ class Recurrent:
     wide: int
     layers: int
     written: int
+    effect: int = 0
+    lookback: int = 0
 
     def state_bytes(self, element_bytes: int) -> int:
         """Bytes of a state of all layers."""
