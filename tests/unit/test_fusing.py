@@ -208,10 +208,11 @@ def test_what_is_done_by_row(monkeypatch):
         model(one)
         assert len(rows) == 0
     assert type(layers[0].mlp.up_proj) is Adapted and "forward" in vars(hooked)
-    fusing.fuse_parts(model, Stream())
+    undo = fusing.fuse_parts(model, Stream())
     model.requires_grad_(True)
     model(one).logits.sum().backward()  # the kernel has no backward pass
     assert len(rows) == 0 and model.lm_head.weight.grad is not None
+    undo()
 
 
 @pytest.mark.triton

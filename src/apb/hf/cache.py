@@ -75,6 +75,9 @@ class ShardCache(Cache):
         self.states: dict[int, State] = {}
         # States after fewer tokens, to return to: unlike keys, they cannot be cut.
         self._marks: dict[int, dict[int, State]] = {}
+        # See addresses and make_room, which are called at every decode step; None until they are asked for.
+        self._addresses: list[tuple[int, int, int]] | None = None
+        self._room: int | None = None
         super().__init__(layers=[ShardLayer(self, index) for index in range(layers)])
 
     def expect(self, positions: range) -> None:
@@ -123,10 +126,17 @@ class ShardCache(Cache):
         for layer in self._kept() if self.keeps_new else ():
             layer.make_room(tokens)
 
+    def changed(self) -> None:
+        """Note that a layer's storage is another, or holds more than :meth:`advance` counts."""
+        self._addresses = self._room = None
+
     def make_room(self) -> None:
         """Ensure storage for one more token, if this rank keeps it."""
-        for layer in self._kept() if self.keeps_new else ():
+        if not self.keeps_new or self._room:
+            return
+        for layer in self._kept():
             layer.make_room(1)
+        self._room = min(layer.room for layer in self._kept())
 
     def advance(self) -> None:
         """Count one more token, which was appended if this rank keeps it."""
@@ -134,6 +144,7 @@ class ShardCache(Cache):
             for layer in self._kept():
                 layer.length += 1
                 layer.place((range(self.total, self.total + 1),))
+            self._room = None if self._room is None else self._room - 1
         self.total += 1
 
     def recur(self, layer: RecurrentInput) -> Tensor:
@@ -255,9 +266,12 @@ class ShardCache(Cache):
     def addresses(self) -> list[tuple[int, int, int]]:
         """Every layer's storage: the addresses of keys and of values, and the capacity; zeros if there is none.
 
-        Behind tokens in host memory they are where the layer's first token would be.
+        Behind tokens in host memory they are where the layer's first token would be. It is the same list until one of
+        them changes.
         """
-        places = []
+        if self._addresses is not None:
+            return self._addresses
+        self._addresses = places = []
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
                 layer.arrive()

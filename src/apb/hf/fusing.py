@@ -66,7 +66,8 @@ def fuse_parts(model: PreTrainedModel, stream: Stream) -> Callable[[], None]:
     # Not where attention is followed step by step (see products), which what is compiled would hide.
     hidden = {type(module).__module__ for module in attending if "forward" in vars(module)}
     sources = {sys.modules[name] for name in {type(module).__module__ for module in attending} - hidden}
-    rotations = [_Rotation.of(source) for source in sources if _ROPE in vars(source)]
+    devices = {weight.device.type for weight in model.parameters()}
+    rotations = [_Rotation.of(source, devices) for source in sources if _ROPE in vars(source)]
 
     def undo_all() -> None:
         for each in reversed(undo):
@@ -195,22 +196,24 @@ class _Linear(nn.Linear):
         return super().forward(input)
 
 
-def _of_any_length(original: Callable[..., Any]) -> Callable[..., Any]:
+def _of_any_length(original: Callable[..., Any], devices: set[str]) -> Callable[..., Any]:
     """A compiled RoPE, one graph of which serves any number of rows; of few rows by a kernel, where halves are pairs.
 
-    Rows are the second last dimension of the sines, its last tensor. With every size a variable, as ``dynamic`` makes
-    them, the kernel would compute where each element is, and take seven times as long as a copy.
+    On other devices than of the types ``devices`` it is the original. Rows are the second last dimension of the sines,
+    its last tensor. With every size a variable, as ``dynamic`` makes them, the kernel would compute where each element
+    is, and take seven times as long as a copy.
     """
-
     compiled = torch.compile(original)
     by_halves = rotates_halves(original)
 
     def rotate(*args: Any, **kwargs: Any) -> Any:
-        if by_halves and not kwargs and len(args) == 4 and _few(*args):
+        if by_halves and not kwargs and len(args) == 4 and args[0].device.type in devices and _few(*args):
             from ..kernels import few_rows  # needs Triton
 
             return few_rows.rotate_halves(*args)
         tensors = [each for each in args if isinstance(each, Tensor)]
+        if not {each.device.type for each in tensors} <= devices:
+            return original(*args, **kwargs)
         for each in tensors:
             # Second last in q and k as well, in most models.
             found = [dim for dim in (-2, *range(each.dim())) if each.shape[dim] == tensors[-1].shape[-2] > 1]
@@ -225,6 +228,7 @@ def _few(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> bool:
     """True for few rows as :func:`apb.kernels.few_rows.rotate_halves` takes them."""
     rows, width = q.shape[-2:]
     fits = q.dim() == 4 and len(q) == 1 and cos.shape == (1, rows, width) and k.shape[-2:] == q.shape[-2:]
+    fits = fits and q.dtype == k.dtype == cos.dtype
     near = q.stride(3) == k.stride(3) == 1 and cos.is_contiguous() and sin.is_contiguous()
     return fits and near and rows <= _FEW and not torch.is_grad_enabled()
 
@@ -239,15 +243,17 @@ class _Rotation:
 
     def __init__(self, source: ModuleType) -> None:
         self._source, self._original, self._users = source, vars(source)[_ROPE], 0
-        setattr(source, _ROPE, _of_any_length(self._original))
+        self._devices: set[str] = set()
+        setattr(source, _ROPE, _of_any_length(self._original, self._devices))
 
     @classmethod
-    def of(cls, source: ModuleType) -> _Rotation:
-        """That of a family's module; each user must :meth:`release` it once."""
+    def of(cls, source: ModuleType, devices: set[str]) -> _Rotation:
+        """That of a family's module, for a model on devices of such types; each user must :meth:`release` it once."""
         if source not in cls._known:
             cls._known[source] = cls(source)
         found = cls._known[source]
         found._users += 1
+        found._devices |= devices
         return found
 
     def release(self) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .cache import ShardCache
 
 
+# Attributes of a layer that tell where its tokens are.
+_STORAGE = ("keys", "values", "far", "arriving")
+
+
 @dataclass(frozen=True)
 class Arrival:
     """The rows that a pass adds to a layer of this shard.
@@ -47,14 +51,19 @@ class ShardLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, shard: ShardCache, index: int) -> None:
-        super().__init__()
-        self.index = index
         # Weakly: a cycle would keep gigabytes alive until Python's collector happens to run.
         self._shard: ShardCache = weakref.proxy(shard)
+        super().__init__()
+        self.index = index
         self.length = 0
         self.positions: list[range] = []
         self.arriving: Callable[[], None] | None = None
         self.far: Far | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in _STORAGE:
+            self._shard.changed()
 
     @property
     def away(self) -> int:
@@ -65,6 +74,12 @@ class ShardLayer(CacheLayerMixin):
     def near(self) -> int:
         """Number of tokens in the storage on the device."""
         return self.length - self.away
+
+    @property
+    def room(self) -> int:
+        """Number of tokens for which the storage has room left."""
+        assert self.keys is not None, "the cache has not been written yet"
+        return self.keys.shape[2] - self.near
 
     @property
     def storage(self) -> tuple[Tensor, Tensor]:
@@ -213,6 +228,7 @@ class ShardLayer(CacheLayerMixin):
         self.keys[:, :, near] = keys
         self.values[:, :, near] = values
         self.length += keys.shape[2]
+        self._shard.changed()
 
     def get_seq_length(self) -> int:
         """Tokens of the whole prompt and answer so far, over all ranks: transformers counts positions with it."""

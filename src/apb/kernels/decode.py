@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import on_device_of
 from .merging import launch_merge, padded
 
 LN2 = tl.constexpr(math.log(2))
@@ -112,7 +112,7 @@ def append(k: Tensor, v: Tensor, table: Tensor, layer: int, slot: Tensor) -> Non
     """
     sessions, kv_heads, head_dim = k.shape
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+    with on_device_of(k):
         _append[(kv_heads, sessions)](
             k, v, table, layer, slot, *k.stride()[:2], *v.stride()[:2], D=head_dim, BD=padded(head_dim), num_warps=1
         )
@@ -147,7 +147,7 @@ def _in_parts(
         out, lse = message[..., :-1], message[..., -1].T
     else:
         out, lse = q.new_empty(rows, heads, head_dim), q.new_empty(heads, rows, dtype=torch.float32)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device_of(q):
         split(
             (splits, kv_heads, blocks * caches), parts, sums, H=heads, GROUP=group, D=head_dim, BD=width, BM=packed,
             BN=block_n, num_warps=4, num_stages=_STAGES,

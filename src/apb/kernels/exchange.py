@@ -8,14 +8,13 @@ which was sent after the last reading. (The words are those of NCCL's protocol f
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .few_rows import by_weight
+from .launching import on_device_of
 from .norm import RowNorm
 
 # Words of a program; and of the one program that has a whole row, at most.
@@ -56,11 +55,10 @@ def exchange(x: Tensor, peers: Tensor, counted: Tensor, rank: int, gather: bool)
     if x.data_ptr() % 4:  # in the middle of a word
         x = x.clone()
     out = x.new_empty(size, *x.shape) if gather else torch.empty_like(x)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _exchange[(triton.cdiv(words, _BLOCK),)](
-            x.view(-1).view(torch.int32), out.view(-1).view(torch.int32), peers, counted, words,
-            RANK=rank, SIZE=size, CAPACITY=capacity, PROGRAMS=len(counted) - 1, BLOCK=_BLOCK, GATHER=gather,
-            HALVES=halves, num_warps=4,
+            x, out, peers, counted, words, RANK=rank, SIZE=size, CAPACITY=capacity, PROGRAMS=len(counted) - 1,
+            BLOCK=_BLOCK, GATHER=gather, HALVES=halves, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -86,11 +84,11 @@ def sum_onto(
     assert words <= ROW_WORDS, "more than there is memory for"
     x, residual, weight = (each.clone() if each.data_ptr() % 4 else each for each in (x, residual, norm.weight))
     total, normed = torch.empty_like(x), torch.empty_like(x)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _sum_onto[(1,)](
-            *(each.view(-1).view(torch.int32) for each in (x, residual, weight, total, normed)), peers, counted,
-            norm.eps, W=x.numel(), WORDS=words, RANK=rank, SIZE=len(peers), CAPACITY=ROW_WORDS,
-            BLOCK=triton.next_power_of_2(words), HALVES=halves, OFFSET=norm.offset, num_warps=8,
+            x, residual, weight, total, normed, peers, counted, norm.eps, W=x.numel(), WORDS=words, RANK=rank,
+            SIZE=len(peers), CAPACITY=ROW_WORDS, BLOCK=triton.next_power_of_2(words), HALVES=halves,
+            OFFSET=norm.offset, num_warps=8,
         )  # fmt: skip
     return total, normed
 
@@ -110,7 +108,8 @@ def _exchange(
     x, out, peers, counted, words, RANK: tl.constexpr, SIZE: tl.constexpr, CAPACITY: tl.constexpr,
     PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """One block of words; ``x`` and ``out`` as int32, of which each is two numbers with ``HALVES``."""
+    """One block of words, of which each is two numbers with ``HALVES``."""
+    x, out = _words(x), _words(out)
     program = tl.program_id(0)
     number = tl.load(counted + program) + 1
     patience = tl.load(counted + PROGRAMS)
@@ -137,7 +136,8 @@ def _sum_onto(
     x, residual, weight, total, normed, peers, counted, eps, W: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     SIZE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """A whole row of W numbers in one program, all as int32 as in :func:`_exchange`."""
+    """A whole row of W numbers in one program."""
+    x, residual, weight, total, normed = _words(x), _words(residual), _words(weight), _words(total), _words(normed)
     number = tl.load(counted) + 1
     patience = tl.load(counted + 1)
     at = tl.arange(0, BLOCK)
@@ -161,6 +161,12 @@ def _sum_onto(
     high = by_weight(high * factor, high_weight, OFFSET, dtype).to(tl.float32)
     tl.store(normed + at, _word(low, high, HALVES), mask=there)
     tl.store(counted, number)
+
+
+@triton.jit
+def _words(x):
+    """Numbers as words, of which each is two of 16 bits."""
+    return x.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit

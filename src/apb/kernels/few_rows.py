@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import on_device_of
 from .norm import RowNorm
 
 
@@ -16,7 +15,7 @@ def rms_norm(x: Tensor, norm: RowNorm) -> Tensor:
     """:meth:`RowNorm.of` of rows (..., width), contiguous, in fp32, bf16 or fp16."""
     width = x.shape[-1]
     out = torch.empty_like(x)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _rms_norm[(x.numel() // width,)](
             x, norm.weight, out, norm.eps, W=width, BW=triton.next_power_of_2(width), OFFSET=norm.offset,
             num_warps=8 if width > 1024 else 1,
@@ -36,7 +35,7 @@ def rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
     """
     _, heads, rows, width = q.shape
     outs = q.new_empty(q.shape), k.new_empty(k.shape)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device_of(q):
         _rotate_halves[(heads + k.shape[1], rows)](
             q, k, cos, sin, *outs, *q.stride()[1:3], *k.stride()[1:3], heads, rows,
             W=width, BH=triton.next_power_of_2(width // 2), num_warps=1,

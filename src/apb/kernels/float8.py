@@ -7,12 +7,11 @@ takes the time.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, library
 
 from .fused import why_no_triton
+from .launching import on_device_of
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = torch.finfo(DTYPE).max
@@ -63,7 +62,7 @@ def _product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> T
 
         return matvec.linear(x, weight, bias, scale)
     rounded, by_row = scaled(x)
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         out = torch._scaled_mm(
             rounded,
             weight.t(),

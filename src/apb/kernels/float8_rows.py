@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import on_device_of
+
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`apb.kernels.float8.scaled`; x is on a GPU that has fp8, its rows contiguous or not."""
@@ -15,7 +17,7 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     rounded, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(rows, dtype=torch.float32)
     block = triton.next_power_of_2(width)
     warps = min(16, max(1, block // 512))
-    with torch.cuda.device(x.device):
+    with on_device_of(x):
         _scaled[(rows,)](x, rounded, scale, x.stride(0), rounded.stride(0), WIDTH=width, BLOCK=block, num_warps=warps)
     return rounded, scale
 

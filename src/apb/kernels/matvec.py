@@ -7,12 +7,12 @@ At 4096 x 4096 in bf16 cuBLAS reads 2.5 TB/s of an H200's 4.3, and 1.1 with 1024
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launching import on_device_of
 
 # Weights in a program's tile, and at most in one row of it: few rows per program keep the most loads in flight.
 _TILE, _WIDEST = 4096, 2048
@@ -39,7 +39,7 @@ def linear(
     out = x.new_empty(*x.shape[:-1], outputs)
     width, block_n, block_k = _tiles(weight)
     bias_at, scale_at, residual_at = (out if each is None else each for each in (bias, scale, residual))
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _matvec[(triton.cdiv(outputs, block_n),)](
             x.reshape(-1), weight, bias_at, scale_at, residual_at, out, outputs, weight.stride(0), K=width, BN=block_n,
             BK=block_k, BIAS=bias is not None, SCALED=scale is not None, ADDED=residual is not None, num_warps=4,
@@ -71,7 +71,7 @@ def several(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     blocks = [triton.cdiv(count, block_n) for count in (*counts[:2], third)]
     with_bias = biases[0] is not None
     bias = [each if each is not None else out for each in biases]
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _several[(sum(blocks),)](
             row, weights[0], weights[1], weights[last], bias[0], bias[1], bias[last], outs[0], outs[1], outs[last],
             counts[0], counts[1], third, weights[0].stride(0), weights[1].stride(0), weights[last].stride(0),
@@ -96,7 +96,7 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     out = row.new_empty(outputs)
     width, block_n, block_k = _tiles(gate)
     block_n = max(1, block_n // 2)  # two rows of weights for every output
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device_of(x):
         _gated[(triton.cdiv(outputs, block_n),)](
             row, gate, up, out, outputs, gate.stride(0), up.stride(0), K=width, BN=block_n, BK=block_k,
             GELU=activation == "gelu_tanh", num_warps=4,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launching import on_device_of
 
 # Rows of one head that a program takes where two parts are merged in place.
 _ROWS = 16
@@ -33,7 +33,7 @@ def merge(packed: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
     """Parts (parts, rows, heads, head_dim) and their sums (parts, rows, heads) into out and lse (rows, heads)."""
     count, rows, heads, head_dim = parts.shape
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    with on_device_of(out):
         _merge[(rows, heads)](
             parts, sums, out, lse, count, *parts.stride()[:3], *sums.stride(), *out.stride()[:2], *lse.stride(),
             D=head_dim, BD=padded(head_dim), BS=max(2, 1 << (count - 1).bit_length()), num_warps=4,
@@ -43,7 +43,7 @@ def launch_merge(parts: Tensor, sums: Tensor, out: Tensor, lse: Tensor) -> None:
 def merge_into(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """See :func:`apb.kernels.merge.merge_into`; tensors on an NVIDIA GPU, values of a head beside each other."""
     rows, heads, head_dim = out.shape
-    with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+    with on_device_of(out):
         _merge_pair[(triton.cdiv(rows, _ROWS), heads)](
             out, lse, other, other_lse, rows, *out.stride()[:2], *lse.stride(), *other.stride()[:2],
             *other_lse.stride(), D=head_dim, BD=padded(head_dim), BR=_ROWS, num_warps=4,

@@ -189,9 +189,9 @@ class _Step:
         self, caches: Sequence[ShardCache], readers: Sequence[Reader], tokens: Sequence[int], capture: bool
     ) -> Tensor:
         """See :meth:`Stepper.step`; the caches do not advance."""
-        self._place(caches, tokens)
-        for cache, reader in zip(caches, readers, strict=True):
-            self._stored.begin(reader, [held + cache.keeps_new for held in cache.held])
+        held = self._place(caches, tokens)
+        for cache, reader, lengths in zip(caches, readers, held, strict=True):
+            self._stored.begin(reader, [length + cache.keeps_new for length in lengths])
         if capture and self._replay is None and not self._cache.asked:
             replay = captured(self._run, self._group, self._table.device)
             self._replay = None if self._cache.asked else replay
@@ -200,8 +200,11 @@ class _Step:
             self._stored.end(reader)
         return self._group.broadcast(logits)[: len(caches)]
 
-    def _place(self, caches: Sequence[ShardCache], tokens: Sequence[int]) -> None:
-        """Write the inputs of the next step to the GPU; copies are queued, nothing waits."""
+    def _place(self, caches: Sequence[ShardCache], tokens: Sequence[int]) -> list[list[int]]:
+        """Write the inputs of the next step to the GPU; copies are queued, nothing waits.
+
+        Returns what each cache holds of every layer.
+        """
         layers, unused = len(self._table), self._table.shape[1] - len(caches)
         for cache in caches:
             cache.make_room()
@@ -213,7 +216,9 @@ class _Step:
             self._table.copy_(torch.tensor(list(zip(*places, strict=True))), non_blocking=True)
             self._placed = addresses
         self._cache.total = max(cache.total for cache in caches)
-        rows = [[token, cache.total, *cache.held] for cache, token in zip(caches, tokens, strict=True)]
+        held = [cache.held for cache in caches]
+        rows = [[token, cache.total, *each] for cache, token, each in zip(caches, tokens, held, strict=True)]
         rows += [[0] * len(self._inputs)] * unused
         self._inputs.copy_(torch.tensor(list(zip(*rows, strict=True))), non_blocking=True)
-        self._lengths.copy_(self._inputs[2:]).add_(int(self._keeps_new))
+        torch.add(self._inputs[2:], int(self._keeps_new), out=self._lengths)
+        return held

@@ -6,12 +6,12 @@ So a CUDA graph that was captured once serves every cache and its index, whose a
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from ..launching import on_device_of
 from .rule import places, within
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def attention(
         out, lse = message[..., :-1], message[..., -1].T
     else:
         out, lse = q.new_empty(1, heads, head_dim), q.new_empty(heads, 1, dtype=torch.float32)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device_of(q):
         choosing.promise[(splits, kv_heads)](
             q, table, layer, sums, histograms, q.stride(1), splits, scale, **sizes, **row, **kind,
             BU=32 if page_size or wide else 64, TILES=tiles, TILE=tile, num_warps=4, num_stages=_STAGES,

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..launching import on_device_of
 from ..merge import merge
 from ..segment import Segment
 from .schedule import SOURCES, Part, Task, schedule
@@ -195,7 +195,7 @@ def _launch_hopper(
 
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     plan = schedule(tasks, heads, kv_heads, head_dim * 2, config.block_m, config.block_n, processors, q.device)
-    with torch.cuda.device(q.device):
+    with on_device_of(q):
         hopper.forward[(len(plan.bounds) - 1,)](
             descriptor(q, 64),
             *(descriptor(x, config.block_n) for source in sources for x in source),
@@ -252,7 +252,7 @@ def _launch_portable(
     plan = schedule(tasks, heads, kv_heads, head_dim * q.element_size(), block_m, block_n, 1, q.device)
     q, *pairs = (x if x.stride(2) == 1 else x.contiguous() for x in (q, *(x for source in sources for x in source)))
     used = 1 + max((part.source for task in tasks for part in task.parts), default=0)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with on_device_of(q):
         portable.forward[(len(plan.items),)](
             q,
             *pairs,

@@ -7,13 +7,13 @@ same tokens either way, down to ties. Nothing is read back to the host.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..fused import why_not
+from ..launching import on_device_of
 from ..reference import capped
 
 # Most tokens that a program handles at a time, and its warps: the fastest of those tried on one H200.
@@ -85,7 +85,7 @@ def attention_received(
     factors = (scale * log2e, 1.0) if softcap is None else (softcap * log2e, 2 * scale / softcap * log2e)
     strides = (*query.stride()[:2], 0 if k.dim() == 3 else k.stride(0), *k.stride()[-3:-1])
     sizes = {"GROUP": group, "D": head_dim, "BD": padded, "BM": packed, "BN": block_n, "CAPPED": softcap is not None}
-    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+    with on_device_of(k):
         if lse is not None:
             sums = (lse * log2e).expand(blocks, -1, -1).contiguous()
         else:
@@ -129,7 +129,7 @@ def choose(scores: Tensor, count: int, selectable: int, *, pooled: bool, triton:
     chosen = torch.empty(kv_heads, count, dtype=torch.int64, device=scores.device)
     chunk = min(max(32 * _WARPS, 1 << (selectable - 1).bit_length()), _CHUNK)
     ranks = torch.empty(kv_heads, -(-selectable // chunk) * chunk, dtype=torch.uint32, device=scores.device)
-    with torch.cuda.device(scores.device) if scores.is_cuda else nullcontext():
+    with on_device_of(scores):
         portable.choose[(kv_heads,)](
             scores, ranks, chosen, tokens, first, count, *scores.stride(), POOLED=pooled, CHUNK=chunk, num_warps=_WARPS
         )
@@ -155,7 +155,7 @@ def pack(k: Tensor, v: Tensor, chosen: Tensor, out: Tensor, *, triton: bool | No
     from . import portable
 
     k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (k, v))
-    with torch.cuda.device(k.device) if k.is_cuda else nullcontext():
+    with on_device_of(k):
         portable.pack[(-(-count // _PAIRS), kv_heads)](
             k, v, chosen, out, count, *k.stride()[:2], *v.stride()[:2], *out.stride()[:3], D=head_dim,
             BD=1 << (head_dim - 1).bit_length(), PAIRS=_PAIRS, num_warps=4,
