@@ -165,11 +165,13 @@ def _on_plain(compiled: Callable[..., Any], module: nn.Module, x: Tensor, *args:
 class _Norm:
     """An RMS norm: of few rows by a kernel, of a single row of the residual stream as far as it is known already."""
 
-    def __init__(self, norm: RowNorm, many: Callable[[Tensor], Tensor], stream: Stream) -> None:
+    def __init__(self, norm: RowNorm, many: Callable[..., Tensor], stream: Stream) -> None:
         self._norm, self._many, self._stream = norm, many, stream
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         x, weight = plain(x), self._norm.weight
+        if args or kwargs:  # it was called without any to see what it is
+            return self._many(x, *args, **kwargs)
         few = x.dim() in (3, 4) and x.shape[1] <= _FEW  # (1, rows, width), or (1, rows, heads, width)
         if not few or x.dtype != weight.dtype or not x.is_contiguous() or torch.is_grad_enabled():
             return self._many(x)

@@ -62,17 +62,17 @@ def gated_mlps(model: nn.Module, layers: Collection[nn.Module], part: Part) -> d
     return found
 
 
-def of_mlp(module: Any, activation: str, part: Part) -> Forward:
+def of_mlp(module: Any, activation: str, part: Part) -> Callable[..., Any]:
     """What stands for the forward of an MLP of :func:`gated_mlps`."""
     inner, down = module.forward, module.down_proj
     opening, opened = (part(getattr(module, name))[0] for name in _GATE)
 
-    def forward(hidden: Tensor) -> Tensor:
-        if single(hidden, opening):
-            from ..kernels import matvec  # needs Triton, which is there on GPUs
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not single(hidden, opening):
+            return inner(hidden, *args, **kwargs)
+        from ..kernels import matvec  # needs Triton, which is there on GPUs
 
-            return down(matvec.gated(hidden, opening, opened, activation))
-        return inner(hidden)
+        return down(matvec.gated(hidden, opening, opened, activation))
 
     return forward
 

@@ -19,6 +19,7 @@ from .norm import RowNorm
 
 # Words of a program; and of the one program that has a whole row, at most.
 _BLOCK, ROW_WORDS = 512, 4096
+_ROW_WARPS = 8
 
 
 def words_of(capacity: int, size: int) -> int:
@@ -88,7 +89,7 @@ def sum_onto(
         _sum_onto[(1,)](
             x, residual, weight, total, normed, peers, counted, norm.eps, W=x.numel(), WORDS=words, RANK=rank,
             SIZE=len(peers), CAPACITY=ROW_WORDS, BLOCK=triton.next_power_of_2(words), HALVES=halves,
-            OFFSET=norm.offset, num_warps=8,
+            OFFSET=norm.offset, num_warps=_ROW_WARPS,
         )  # fmt: skip
     return total, normed
 
