@@ -77,9 +77,8 @@ def _made(family: str) -> PreTrainedModel:
     config._attn_implementation = "eager"
     model = without_eos(small_model(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config))
     for module in model.modules():
-        if type(module).__name__.endswith(
-            "GatedDeltaNet"
-        ):  # what fades within a few rows hides what a state gets wrong
+        if type(module).__name__.endswith("GatedDeltaNet"):
+            # What fades within a few rows hides what a state gets wrong.
             module.A_log.data.sub_(torch.linspace(0, 9, len(module.A_log)))
     return model
 
