@@ -61,8 +61,8 @@ class Stepper:
             return "keys and values are expanded from what the cache holds"
         if any(layout.heads[layer] is None for layer in attachment.attending):
             return "some layers keep no keys and values"
-        if len(cache.states) != attachment.recurrent:
-            return "some recurrent layers have read no row"
+        if sum(bool(state.tensors()) for state in cache.states.values()) != attachment.recurrent:
+            return "recurrent layers have read no row"
         if layout.device.type != "cuda":
             return f"device type {layout.device.type} has no graphs"
         if len(attachment.devices) > 1:
