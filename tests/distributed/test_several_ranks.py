@@ -267,7 +267,7 @@ def test_steps_by_graphs(records: Records, size: int) -> None:
 @pytest.mark.triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 def test_states_by_graphs(records: Records) -> None:
-    """As above, of a model with recurrent layers: every rank has the states of ordinary passes, all to the bit alike."""
+    """As above, of a model with recurrent layers: the states of ordinary passes, to the bit alike on all ranks."""
     for rank, record in enumerate(records[2]):
         (wanted, sent_wanted, _), (found, sent, by_graphs) = record.carried
         for x, y, first in zip(found, wanted, records[2][0].carried[1][0], strict=True):

@@ -56,8 +56,8 @@ def engine(kv_heads: int = 1, **options: Any) -> apb.Engine:
 
 
 def hybrid(family: str, **options: Any) -> apb.Engine:
-    """An engine on a model with recurrent layers. Its experts are told no numbers of rows, which are not there yet while
-    what stands in for a graph is made."""
+    """An engine on a model with recurrent layers. Its experts are read by products that take no numbers of rows, which
+    hold nothing yet while a capture is noted."""
     model = hybrids.make(family)
     model.set_experts_implementation("batched_mm")
     return apb.Engine.from_model(model, strategy="full", verify=False, **options)
