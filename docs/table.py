@@ -73,9 +73,10 @@ so that each rank reads its rows without the state before them, by the same code
 the others' rows do to it. That takes more memory, and states are handed on where a rank has over 65,536 rows a round
 (on CPUs 8,192), or a piece of the document fewer than 16. Rows that begin from a state are read one by one in Mamba 1
 (Jamba) and lightning attention (MiniMax), whose code in transformers takes no state with several rows: with more ranks
-or rounds these are slow. Decode goes without CUDA graphs. transformers reads gated delta nets by the kernels of
-flash-linear-attention where these are installed (`fla-core` suffices), and else by slow functions of its own. Of a
-multimodal checkpoint the text decoder alone is loaded.
+or rounds these are slow. Decode is by CUDA graphs, one session at a time, whose states are copied in and back; not
+where other layers have latent attention (Kimi Linear) or windows (Lara), which no graphs read yet. transformers reads
+gated delta nets by the kernels of flash-linear-attention where these are installed (`fla-core` suffices), and else by
+slow functions of its own. Of a multimodal checkpoint the text decoder alone is loaded.
 
 Attention that a family's own code computes by matrix products (GPT-J, GPT-Neo, Falcon, XGLM ...) is followed from the
 product of queries and keys to that with the values, and computed as everywhere; where something is added to the scores

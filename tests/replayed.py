@@ -44,7 +44,7 @@ class Graph(TorchDispatchMode):
                 call()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note an operation that makes a tensor, or that writes into its first; views need no replay."""
+        """Note an operation that makes tensors, or that writes into its first; views need no replay."""
         kwargs = kwargs or {}
         if func.namespace == "c10d":  # sent at once as well: processes that share weights capture at the same time
 
@@ -60,15 +60,31 @@ class Graph(TorchDispatchMode):
             assert func._schema.name.endswith("_"), f"{func} writes elsewhere than into its first tensor"
             self.calls.append(partial(func, *args, **kwargs))
             return args[0]
+        assert not _waits(func, args), f"{func} has the host wait for what is computed"
         result = func(*args, **kwargs)
         if func.is_view or func is torch.ops.aten._unsafe_view.default:
             return result
-        assert isinstance(result, Tensor), f"{func} is not one tensor"
+        made = [result] if isinstance(result, Tensor) else list(result)
+        assert all(isinstance(part, Tensor) for part in made), f"{func} gives more than tensors"
+
+        def make_again() -> None:
+            again = func(*args, **kwargs)
+            for part, value in zip(made, [again] if isinstance(again, Tensor) else again, strict=True):
+                part.copy_(value)
+
         if "empty" not in str(func):  # that is memory that nothing was written to yet
-            self.calls.append(lambda: result.copy_(func(*args, **kwargs)))
-        if result.is_floating_point():
-            result.fill_(math.nan)
+            self.calls.append(make_again)
+        for part in made:
+            if part.is_floating_point():
+                part.fill_(math.nan)
         return result
+
+
+def _waits(func: Any, args: Any) -> bool:
+    """True if an operation has the host wait for the device: of what it gives, the number or the size is computed."""
+    if func is torch.ops.aten.index.Tensor:  # with places, not with a choice, it does not
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags))
 
 
 @contextmanager

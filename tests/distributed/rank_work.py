@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 import apb
 import families
+import hybrids
 import ropes
 from alive import peak_of
 from apb.decoding import Decoding, Dense, Pages, Retrieval, Squeezed, Streamed
@@ -98,6 +99,9 @@ class Record:
     asked: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: logits or tokens of one question each
     stored: dict[str, list[Any]] = field(default_factory=dict)  # by strategy: what a loaded document says
     stepped: list[tuple[Tensor, list[int], list[bool]]] = field(default_factory=list)  # logits, bytes sent, by graphs?
+    carried: list[tuple[list[Tensor], list[int], list[bool]]] = field(
+        default_factory=list
+    )  # logits and states; as above
     chosen: dict[str, Chosen] = field(default_factory=dict)  # by decode method
     indexed: list[bool] = field(default_factory=list)  # is a loaded document's index that of the shard?
     alive: dict[tuple[str, int | None, int | None], int] = field(
@@ -157,6 +161,8 @@ def record(group: Group) -> Record:
     seen.asked = ask(group)
     if group.size in (2, 3) and os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
         seen.stepped = [step_in_turns(group, by_graphs) for by_graphs in (False, True)]
+        if group.size == 2:
+            seen.carried = [carry(group, by_graphs) for by_graphs in (False, True)]
     seen.chosen = choose_keys(group)
     seen.exact = read_exactly(group)
     if group.size > 1:
@@ -499,11 +505,7 @@ def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], lis
     model = without_eos(tiny_model("llama", heads=2, kv_heads=1, head_dim=16, layers=2))
     engine = apb.Engine.from_model(model, blocks=5, mesh=Mesh.of(group))
     prompts = [apb.Prompt.from_tokens([5], [(37 * i + 11) % 97 for i in range(count)], [41, 94]) for count in (90, 31)]
-    with ExitStack() as stack:
-        if by_graphs:
-            stack.enter_context(patch.object(Stepper, "why_not", lambda *_: None))
-            stack.enter_context(standing_in())
-        sent = stack.enter_context(counting())
+    with stepping(by_graphs) as sent:
         first = engine.prefill(prompts[0], max_new_tokens=8 if group.rank == 0 else 1)
         logits, by_graph = [first.extend([3])], [first.captured]
         second = engine.prefill(prompts[1], max_new_tokens=8)
@@ -516,6 +518,35 @@ def step_in_turns(group: Group, by_graphs: bool) -> tuple[Tensor, list[int], lis
             by_graph += [session.captured for session in ordered]
     engine.close()
     return torch.stack(logits), sent, by_graph
+
+
+def carry(group: Group, by_graphs: bool) -> tuple[list[Tensor], list[int], list[bool]]:
+    """As :func:`step_in_turns`, by a model with recurrent layers: logits after each token and both sessions' states."""
+    engine = apb.Engine.from_model(hybrids.make("qwen3_5_text"), strategy="ring", mesh=Mesh.of(group), verify=False)
+    with stepping(by_graphs) as sent:
+        sessions = [
+            engine.prefill(each, max_new_tokens=1 if each is LONG and group.rank == 0 else 8) for each in (LONG, PROMPT)
+        ]
+        logits, by_graph = [], []
+        for token in (3, 4, 5):
+            for session in sessions:
+                logits.append(session.extend([token]))
+                by_graph.append(session.captured)
+    states = [
+        part.clone() for each in sessions for state in each.cache.states.values() for part in state.tensors().values()
+    ]
+    engine.close()
+    return [torch.stack(logits), *states], sent, by_graph
+
+
+@contextmanager
+def stepping(by_graphs: bool) -> Iterator[list[int]]:
+    """Tokens are read by what stands in for graphs, or by ordinary passes; what this rank sends, as of counting."""
+    with ExitStack() as stack:
+        if by_graphs:
+            stack.enter_context(patch.object(Stepper, "why_not", lambda *_: None))
+            stack.enter_context(standing_in())
+        yield stack.enter_context(counting())
 
 
 def stop_on_rank_1() -> None:

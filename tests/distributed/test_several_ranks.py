@@ -264,6 +264,19 @@ def test_steps_by_graphs(records: Records, size: int) -> None:
         assert by_graphs == [rank == 0, *[True] * 7]
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+def test_states_by_graphs(records: Records) -> None:
+    """As above, of a model with recurrent layers: the states of ordinary passes, to the bit alike on all ranks."""
+    for rank, record in enumerate(records[2]):
+        (wanted, sent_wanted, _), (found, sent, by_graphs) = record.carried
+        for x, y, first in zip(found, wanted, records[2][0].carried[1][0], strict=True):
+            assert (x - y).abs().max().item() < 1e-4
+            assert torch.equal(x, first)
+        assert sent == sent_wanted
+        assert by_graphs == [rank == 1, *[True] * 5]
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_collectives(records: Records, size: int) -> None:
     """Each collective gives every rank what its description says, views and empty tensors included."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import hybrids
 from apb import Engine, Prompt, Segment
 from apb.hf.cache import ShardCache
 from apb.kernels import reference
@@ -170,6 +171,51 @@ def test_steps_are_ordinary_passes(made: Graphs) -> None:
     assert outcomes[0][1].shape[1] == len(prompt(1003)) + 45
     for found, wanted in zip(*outcomes, strict=True):
         assert (found - wanted).abs().max().item() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        *((family, False) for family in ("qwen3_5_text", "falcon_h1", "jamba", "nemotron_h", "lfm2", "minimax")),
+        *((family, True) for family in ("qwen3_5_text", "falcon_h1")),
+    ],
+)
+def test_recurrent_layers(family: str, fused: bool, made: Graphs) -> None:
+    """One graph serves sessions that take turns and go back: in fp32 the logits and states of ordinary passes, after
+    several tokens were read at once as well; in bf16 the tokens of steps without graphs."""
+
+    def read(dtype: torch.dtype, **options: Any) -> tuple[list[list[int]], list[Tensor]]:
+        model = hybrids.make(family)
+        model.set_experts_implementation("batched_mm")  # in fp32 the host waits for the others
+        reader = Engine.from_model(
+            model.to("cuda", dtype), strategy="full", verify=False, **{"fused": fused, **options}
+        )
+        sessions = [reader.prefill(each, max_new_tokens=20) for each in (prompt(200), prompt(90, 29))]
+        first, after, logits = sessions[0], sessions[0].logits, []
+        first.rewind(len(prompt(200)), after)  # where it is, so that it can return
+        for turn in range(9):
+            if turn == 5:
+                first.rewind(len(prompt(200)), after)
+                first.extend([5, 6, 7])
+            logits += [session.extend([(41 * turn + number) % 97]) for number, session in enumerate(sessions)]
+            assert [session.captured for session in sessions] == [options.get("graphs", "backend" not in options)] * 2
+        states = [
+            part.clone()
+            for session in sessions
+            for state in session.cache.states.values()
+            for part in state.tensors().values()
+        ]
+        chosen = [answer(session, 8) for session in sessions]
+        reader.close()
+        return chosen, [torch.stack(logits), *states]
+
+    _, found = read(torch.float32)
+    assert len(made) == 1
+    _, wanted = read(torch.float32, fused=False, backend="torch")
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
+    assert read(torch.bfloat16)[0] == read(torch.bfloat16, graphs=False)[0]
+    assert len(made) == 2
 
 
 def test_short_answers_do_not_capture(made: Graphs) -> None:

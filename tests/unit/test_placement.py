@@ -250,9 +250,9 @@ def test_weights_in_the_host_beside_gpus_are_refused() -> None:
 def test_steps_are_no_graphs() -> None:
     """A graph is captured on one device: with several, decode runs ordinary passes."""
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
-    attachment: Any = SimpleNamespace(recurrent=0, expands=False, devices=devices)
+    attachment: Any = SimpleNamespace(recurrent=0, attending={0}, expands=False, devices=devices)
     layout = Layout(keeps_new=True, device=CUDA, dtype=torch.bfloat16, heads=((8, 128),))
-    cache: Any = SimpleNamespace(layout=layout)
+    cache: Any = SimpleNamespace(layout=layout, states={})
     assert Stepper(attachment, Dense(), Group(), graphs=True).why_not(cache) == "layers lie on 2 devices"
 
 

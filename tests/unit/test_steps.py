@@ -21,7 +21,9 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import apb
 import families
+import hybrids
 from apb.decoding import Decoding, Indexed, Pages, Retrieval, Squeezed, Streamed
+from apb.distributed.collectives import Group
 from apb.hf.cache import ShardCache
 from apb.hf.cache_names import OWN_NAME
 from apb.hf.shard_layer import Arrival
@@ -36,6 +38,12 @@ pytestmark = pytest.mark.triton
 
 TOKENS = (3, 60, 41)
 BLOCKS = {"strategy": "apb", "blocks": 3, "anchor_length": 9, "passing_length": 4}
+# Of the families with recurrent layers those that need ordinary passes, whatever their recurrent layers do.
+NOT_STEPPED = {
+    "kimi_linear": "keys and values are expanded from what the cache holds",
+    "lara_mini": "layers have a window",
+}
+WHY_NOT = step.Stepper.why_not
 
 
 def prompt(document: int, seed: int = 37) -> apb.Prompt:
@@ -45,6 +53,19 @@ def prompt(document: int, seed: int = 37) -> apb.Prompt:
 def engine(kv_heads: int = 1, **options: Any) -> apb.Engine:
     model = tiny_model("llama", heads=2, kv_heads=kv_heads, head_dim=16, layers=2)
     return apb.Engine.from_model(without_eos(model), **{**BLOCKS, **options})
+
+
+def hybrid(family: str, **options: Any) -> apb.Engine:
+    """An engine on a model with recurrent layers. Its experts are read by products that take no numbers of rows, which
+    hold nothing yet while a capture is noted."""
+    model = hybrids.make(family)
+    model.set_experts_implementation("batched_mm")
+    return apb.Engine.from_model(model, strategy="full", verify=False, **options)
+
+
+def states_of(session: Session) -> list[Tensor]:
+    """Copies of all that the states of its recurrent layers consist of."""
+    return [part.clone() for _, state in sorted(session.cache.states.items()) for part in state.tensors().values()]
 
 
 def read(session: Session, tokens: tuple[int, ...] = TOKENS) -> Tensor:
@@ -401,3 +422,85 @@ def test_keys_that_are_expanded() -> None:
     session = ours.prefill(families.PROMPT)
     assert "expanded from what the cache holds" in str(ours._decoder.stepper.why_not(session.cache))
     ours.close()
+
+
+@pytest.mark.parametrize("family", hybrids.FAMILIES)
+def test_recurrent_layers(captures: list[torch.device], family: str) -> None:
+    """Two sessions take turns by one graph, and go back: the tokens and states of ordinary passes, by every family that
+    has no other reason to be read by these."""
+
+    def turns(**options: Any) -> tuple[list[list[int]], list[Tensor]]:
+        reader = hybrid(family, **options)
+        sessions = [reader.prefill(each, max_new_tokens=8) for each in (prompt(40), prompt(25, 29))]
+        first, length = sessions[0], len(prompt(40))
+        after = first.logits
+        first.rewind(length, after)  # where it is, so that it can return
+        logits = []
+        for turn in range(4):
+            if turn == 2:
+                first.rewind(length, after)
+                first.extend([5, 6, 7])
+            for each in sessions:
+                logits.append(each.extend([int(each.logits.argmax())]))
+                assert each.captured == (not options)
+        reader.close()
+        return [each.token_ids for each in sessions], [torch.stack(logits), *map(torch.cat, parts_of(sessions))]
+
+    def parts_of(sessions: list[Session]) -> list[list[Tensor]]:
+        return [[part.flatten() for part in states_of(each)] for each in sessions]
+
+    reader = hybrid(family)
+    session = reader.prefill(prompt(25))
+    gpu = replace(session.cache.layout, device=torch.device("cuda"))
+    with patch.object(session.cache, "layout", gpu), patch.object(step.fused, "why_not", lambda *_: None):
+        assert WHY_NOT(reader._decoder.stepper, session.cache) == NOT_STEPPED.get(family)
+        session.cache.states.popitem()
+        assert family in NOT_STEPPED or "read no row" in str(WHY_NOT(reader._decoder.stepper, session.cache))
+    reader.close()
+    if family not in NOT_STEPPED:
+        tokens, found = turns()
+        assert len(captures) == 1
+        tokens_wanted, wanted = turns(backend="torch")
+        assert tokens == tokens_wanted
+        for x, y in zip(found, wanted, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-4)
+
+
+def test_states_without_graphs(captures: list[torch.device]) -> None:
+    """Steps without graphs give what graphs do to the bit; one that fails leaves a session where it was; and what a
+    document has read is nobody else's."""
+    told = []
+    for graphs in (True, False):
+        reader = hybrid("qwen3_5_text", graphs=graphs)
+        document = reader.read(tokens=prompt(40).document)
+        for _ in range(2):
+            session = document.prefill((5, 6), max_new_tokens=8)
+            logits = [session.logits, session.extend([3])]
+            before = states_of(session)
+            with patch.object(Group, "broadcast", side_effect=RuntimeError("lost")), pytest.raises(RuntimeError):
+                session.extend([60])
+            assert all(map(torch.equal, states_of(session), before))
+            logits += [session.extend([token]) for token in TOKENS[1:]]
+            assert session.captured == graphs
+            told.append((torch.stack(logits), *states_of(session)))
+        reader.close()
+    for others in told[1:]:
+        assert all(map(torch.equal, others, told[0]))
+    assert len(captures) == 1
+
+
+@pytest.mark.parametrize("method", [Pages(0.3, page_size=5), Retrieval(0.3)], ids=lambda method: method.name)
+def test_chosen_keys_beside_recurrent_layers(
+    captures: list[torch.device], monkeypatch: pytest.MonkeyPatch, method: Decoding
+) -> None:
+    """Layers without keys have no index, and count for nothing."""
+    monkeypatch.setattr(chosen, "CHUNKS", 2)
+    found, wanted = (
+        hybrid("lfm2", decoding=method).prefill(prompt(118, 29), max_new_tokens=8),
+        hybrid("lfm2", decoding=Pages(0.3, page_size=getattr(method, "page_size", 16)), backend="torch").prefill(
+            prompt(118, 29)
+        ),
+    )
+    assert close_to(read(found), read(wanted))
+    assert found.captured and found.share == wanted.share < 1
+    assert len(captures) == 1

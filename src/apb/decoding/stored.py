@@ -71,8 +71,9 @@ class SelectingStoredReader(StoredReader):
 
     def _make_tables(self, reader: SelectingReader, layers: int) -> None:
         """Graphs read these, so they stay where they are; what they point to may move."""
-        keys = [reader.cache.near(layer)[0] for layer in range(layers)]
-        self._kv_heads, device = [x.shape[1] for x in keys], keys[0].device
+        keys = {layer: reader.cache.near(layer)[0] for layer in reader.cache.indices}
+        self._kv_heads = [keys[layer].shape[1] if layer in keys else 0 for layer in range(layers)]
+        device = next(iter(keys.values())).device
         self._table = torch.zeros(layers, chosen.COLUMNS, dtype=torch.long, device=device)
         self._counts = torch.zeros(layers, max(self._kv_heads), chosen.CHUNKS, dtype=torch.int32, device=device)
         self._scratch = torch.empty(0, dtype=torch.int32, device=device)

@@ -78,6 +78,8 @@ class Attachment:
         recurrent = recurrent_modules(model)
         self.recurrent = len(recurrent)
         self._index = {module: layer_index(model, module) for module in (*recurrent, *self.modules)}
+        # Indices of the layers that attend.
+        self.attending = {self._index[module] for module in self.modules}
         self.devices = devices(model)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self.layers = layer_count(model.config)

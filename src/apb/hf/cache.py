@@ -136,7 +136,7 @@ class ShardCache(Cache):
             return
         for layer in self._kept():
             layer.make_room(1)
-        self._room = min(layer.room for layer in self._kept())
+        self._room = min((layer.room for layer in self._kept()), default=0)
 
     def advance(self) -> None:
         """Count one more token, which was appended if this rank keeps it."""

@@ -94,8 +94,11 @@ class _Single(Cache):
         return self._state.lightning
 
     def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
-        """Replace it."""
-        self._state.lightning = linear_cache
+        """Overwrite it, where it is."""
+        if self._state.lightning is None:
+            self._state.lightning = linear_cache
+        else:
+            self._state.lightning.copy_(linear_cache)
 
 
 def named_states(states: Mapping[int, State], name: str) -> dict[str, Tensor]:

@@ -86,8 +86,9 @@ class _Recorded(Group):
 def captured(run: Callable[[Group], Tensor], group: Group, device: torch.device) -> Callable[[], Tensor]:
     """Capture ``run``; the result replays it by graphs, with its all-gathers between or in them.
 
-    ``run`` is also called before the capture, so it must be idempotent. Nothing is sent to other ranks of ``group``
-    meanwhile: they may have captured theirs already. Processes that share weights capture at the same time.
+    ``run`` is also called before the capture, so what it writes must be what the first replay overwrites, or what is
+    written anew before it. Nothing is sent to other ranks of ``group`` meanwhile: they may have captured theirs
+    already. Processes that share weights capture at the same time.
     """
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))

@@ -20,10 +20,10 @@ from ..hf.cache import Layout, ShardCache
 from ..hf.stepping import StepCache
 from ..kernels import fused
 from ..layers.base import AttentionInput
-from ..layers.recurrent import RecurrentInput
 from ..layers.shards import StoredShard, merge_over_ranks
 from .alone import refuse_counting
 from .capture import captured
+from .states import FixedStates
 
 
 class Stepper:
@@ -57,12 +57,12 @@ class Stepper:
         layout, attachment = cache.layout, self._attachment
         if not self._steppable:
             return f"the decode method {self._decoding.name!r} has no kernels for captured steps"
-        if attachment.recurrent:
-            return "recurrent layers carry a state from token to token"
         if attachment.expands:
             return "keys and values are expanded from what the cache holds"
-        if None in layout.heads:
+        if any(layout.heads[layer] is None for layer in attachment.attending):
             return "some layers keep no keys and values"
+        if sum(bool(state.tensors()) for state in cache.states.values()) != attachment.recurrent:
+            return "recurrent layers have read no row"
         if layout.device.type != "cuda":
             return f"device type {layout.device.type} has no graphs"
         if len(attachment.devices) > 1:
@@ -103,7 +103,7 @@ class Stepper:
         if key not in self._steps:
             stored = self._decoding.stored_reader()
             assert stored is not None, "why_not was asked"
-            self._steps[key] = _Step(self._attachment, stored, *key, self._group)
+            self._steps[key] = _Step(self._attachment, stored, *key, FixedStates(caches[0].states), self._group)
         step = self._steps[key]
         logits = step.read(caches, readers, tokens, capture and self._graphs)
         if step.asks_total and len(caches) > 1:
@@ -123,11 +123,6 @@ class Stepper:
         self._steps.clear()
 
 
-def no_state(layer: RecurrentInput) -> Tensor:
-    """What a recurrent layer's module calls in passes that no model with such layers makes."""
-    raise AssertionError("models with recurrent layers are not stepped")
-
-
 def _key(caches: Sequence[ShardCache]) -> tuple[Layout, int]:
     """What steps are kept by. Few numbers of rows, as each is captured for itself: those between are padded."""
     return caches[0].layout, 1 << (len(caches) - 1).bit_length()
@@ -136,11 +131,21 @@ def _key(caches: Sequence[ShardCache]) -> tuple[Layout, int]:
 class _Step:
     """Reads one token over each of several caches of one layout: as many as there are rows, or fewer."""
 
-    def __init__(self, attachment: Attachment, stored: StoredReader, layout: Layout, rows: int, group: Group) -> None:
+    def __init__(
+        self,
+        attachment: Attachment,
+        stored: StoredReader,
+        layout: Layout,
+        rows: int,
+        states: FixedStates,
+        group: Group,
+    ) -> None:
         from ..kernels import decode  # Triton: there where GPUs are
 
         self._group = group = quick(group, layout.device)[0]
+        assert rows == 1 or not attachment.recurrent, "recurrent layers read rows in order"
         self._stored = stored
+        self._states = states
         # Everything that changes from step to step is in the GPU's memory, at fixed addresses. For every row: its
         # token, the token's position, and for every layer its slot in the cache, the number of keys it sees, and their
         # addresses.
@@ -169,7 +174,7 @@ class _Step:
             def attend(layer: AttentionInput) -> Tensor:
                 return merge_over_ranks(layer, *stored.attend(layer, shards[layer.index]), group).wait()
 
-            with torch.no_grad(), attachment.running(attend, no_state, cache.total):
+            with torch.no_grad(), attachment.running(attend, states.recur, cache.total):
                 return attachment.all_logits(ids, positions, cache)
 
         self._run: Callable[[Group], Tensor] = run
@@ -195,10 +200,14 @@ class _Step:
         if capture and self._replay is None and not self._cache.asked:
             replay = captured(self._run, self._group, self._table.device)
             self._replay = None if self._cache.asked else replay
+        states = caches[0].states  # a model that has any reads one row
+        self._states.take(states)  # not before, as a capture writes to them
         logits = self._run(self._group) if self._replay is None else self._replay()
         for reader in readers:
             self._stored.end(reader)
-        return self._group.broadcast(logits)[: len(caches)]
+        logits = self._group.broadcast(logits)[: len(caches)]
+        self._states.give(states)  # last: should anything fail, the session is where it was
+        return logits
 
     def _place(self, caches: Sequence[ShardCache], tokens: Sequence[int]) -> list[list[int]]:
         """Write the inputs of the next step to the GPU; copies are queued, nothing waits.

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..hf.stepping import StepCache
 from ..layers.base import AttentionInput, as_wide
+from ..layers.recurrent import RecurrentInput
 from ..layers.shards import merge_over_ranks
 from .alone import refuse_counting
-from .step import Stepper, no_state
+from .step import Stepper
 from .tokens import Continuation
 
 
@@ -91,7 +92,7 @@ def _read_in_a_pass(continuations: Sequence[Continuation], token_ids: Sequence[i
         cache.expect(range(start, start + 1))
     rows.total = max(starts) + 1
     try:
-        with torch.no_grad(), attachment.running(attend, no_state, rows.total):
+        with torch.no_grad(), attachment.running(attend, _no_state, rows.total):
             logits = group.broadcast(attachment.all_logits(ids, positions, rows))
         if rows.asked:
             refuse_counting(attachment)
@@ -100,3 +101,8 @@ def _read_in_a_pass(continuations: Sequence[Continuation], token_ids: Sequence[i
             cache.forget(start)
         raise
     return logits
+
+
+def _no_state(layer: RecurrentInput) -> Tensor:
+    """What a recurrent layer's module calls in passes that no model with such layers makes."""
+    raise AssertionError("models with recurrent layers read one session at a time")
