@@ -153,7 +153,9 @@ def test_two_gpus() -> None:
     share = f"{graph['of_limit']:.0%}".replace("%", " %")
     said = f"{graph['seconds'] * 1e3:.2f} ms a token by CUDA graphs, {share} of what their memory allows, and"
     assert f"{said} {plain['seconds'] * 1e3:.1f} ms without graphs" in text
-    assert f"One H200 takes {result('decode_whole_h200.json')['rows'][1]['seconds'] * 1e3:.2f} " in text
+    plain, graph = result("decode_single_rows_h200.json")["rows"]
+    assert f"One H200 takes {graph['seconds'] * 1e3:.2f} " in text
+    assert f" {graph['of_limit']:.0%}".replace("%", f" %, and {plain['seconds'] * 1e3:.1f} without.") in text
 
 
 def test_pages_on_a_gpu() -> None:
@@ -209,10 +211,12 @@ def test_one_gpu() -> None:
 
 
 def test_a_hybrid() -> None:
-    """The table of docs/benchmarks.md, and what the plan says now."""
+    """The table of docs/benchmarks.md, what the plan says now, and decode."""
     text, said, planned = page("docs/benchmarks.md"), [], []
     model = model_shape(shape_config("qwen3.5-9b"))
-    for number, name in (("one GPU", "prefill_hybrid"), ("two", "prefill_hybrid_two")):
+    runs = {"one GPU": "prefill_hybrid", "two": "prefill_hybrid_two"}
+    runs["two, states handed on"] = "prefill_hybrid_handed_on_two"
+    for number, name in runs.items():
         found = result(f"{name}_h200.json")
         rates = Ceilings(**{each: found["ceilings"][each] for each in ("linear", "attention", "link", "memory")})
         for row in found["rows"]:
@@ -230,11 +234,15 @@ def test_a_hybrid() -> None:
                 strategy=row["strategy"],
                 **blocks,
             )
-            handed_on = predict(plan, model, most_composed=0)  # as in these runs
-            planned.append(handed_on.seconds(rates, hidden=True))
+            cost = predict(plan, model, **({"most_composed": 0} if "handed on" in number else {}))
+            planned.append(cost.seconds(rates, hidden=True))
             assert planned[-1] == pytest.approx(row["seconds"], rel=0.1)
-    assert f"({', '.join(said[:3])} and {said[3]} s)" in text
-    assert f"the plan says {', '.join(f'{each:.2f}' for each in planned[:3])} and {planned[3]:.2f} s" in text
+    assert f"({said[0]}, {said[1]}, and handed on {said[4]} and {said[5]} s)" in text
+    told = [f"{each:.2f}" for each in planned]
+    assert f"It now says {', '.join(told[:3])} and {told[3]} s, and {told[4]} and {told[5]} handed on." in text
+    plain, graph = result("decode_hybrid_h200.json")["rows"]
+    takes = f"takes {graph['seconds'] * 1e3:.2f} ms by CUDA graphs on one H200, {graph['of_limit']:.0%}"
+    assert takes.replace("%", f" % of what its memory allows, and {plain['seconds'] * 1e3:.1f} ms without") in text
 
 
 def test_what_propagation_saves() -> None:
