@@ -75,6 +75,17 @@ def test_accuracy_of_a_real_model() -> None:
         figures = re.findall(r"[+-]?\d+\.\d", "|".join(row.split("|")[2:5]))
         held = [re.findall(r"[+-]?\d+\.\d", line) for line in report]
         assert figures in held, row
+    sections = "\n".join(report).split("\n## ")
+    told = page("docs/plan.md")
+    for model, rows in {
+        "qwen2.5-coder-1.5b": ["8 blocks |"],
+        "smollm2-135m": ["full |", "full, question first |", "4 blocks |", "8 blocks |", "4 blocks, question first |"],
+    }.items():
+        (section,) = (each for each in sections if each.startswith(model) and "4,096 tokens" in each.splitlines()[0])
+        for row in rows:
+            line = next(line for line in section.splitlines() if line.startswith(("| full", "| apb")) and row in line)
+            assert line.split("|")[2].strip() in told, line
+            assert model == "smollm2-135m" or line.split("|")[4].split(",")[0].strip() in told
 
 
 def test_prefill_predicted_and_measured() -> None:
