@@ -1,9 +1,10 @@
-"""Errors of recurrent layers against fp64, read in one run of rows or handed on from run to run.
+"""Errors of recurrent layers against fp64, read in one run of rows, handed on from run to run, or composed of runs.
 
     python benchmarks/recurrent_errors.py > benchmarks/results/recurrent_errors.json
 
 One layer of random weights per family, rows of random numbers, on the CPU, by transformers' torch functions. An error
-is the largest difference over the largest value: of the output of the last 4,096 rows, and of the final state.
+is the largest difference over the largest value: of the output of the last 4,096 rows, and of the final state. Gated
+delta nets have heads that forget slowly, so that a state in front of a run counts in all of it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from apb.distributed.collectives import Group
 from apb.hf.recurrent import recurrent_modules, take_over
+from apb.layers.composing import Composition
 from apb.layers.recurrent import RecurrentInput
+from apb.planning.runs import Run
 
 ROWS, RUNS = 4096, 8
 SMALL: dict[str, Any] = {
@@ -67,22 +71,37 @@ def layer_of(family: str) -> tuple[nn.Module, Any]:
         for weight in module.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=weight[0].numel() ** -0.5)
+        if type(module).__name__.endswith("GatedDeltaNet"):
+            decay: Any = module.A_log
+            decay.sub_(torch.linspace(0, 9, len(decay)))
     return model, module
 
 
-def read(model: Any, module: nn.Module, hidden: Tensor, run: int) -> tuple[Tensor, list[Tensor]]:
-    """A layer's output of all rows, read ``run`` rows at a time, and the state after them."""
+def read(model: Any, module: nn.Module, hidden: Tensor, run: int, way: str) -> tuple[Tensor, list[Tensor]] | None:
+    """A layer's output of all rows, ``run`` rows of which are handed on at a time, or composed as if ranks had them,
+    and the state after them; None if that cannot be.
+    """
     found: list[Any] = []
 
     def recur(layer: RecurrentInput) -> Tensor:
         state = layer.fresh()
         found.append(state)
+        if way == "composed":
+            out = torch.empty_like(layer.hidden)
+            runs = [Run(0, start, start + run, start) for start in range(0, layer.hidden.shape[1], run)]
+            if layer.composable is None:
+                found.clear()
+            else:
+                Composition(runs, Group()).read(layer.composable, layer.hidden, state, out)
+            return out
         return torch.cat([layer.read(rows, state) for rows in layer.hidden.split(run, 1)], 1)
 
     undo: Callable[[], None] = take_over(model, lambda: recur)
     with torch.no_grad():
         out = module(hidden)
     undo()
+    if not found:
+        return None
     return out, list(found[0].tensors().values())
 
 
@@ -98,15 +117,25 @@ def main() -> None:
     results = []
     for family in FAMILIES:
         for dtype in (torch.float32, torch.bfloat16):
-            for rows, run in ((ROWS, ROWS), (ROWS * RUNS, ROWS * RUNS), (ROWS * RUNS, ROWS)):
+            for rows, run, way in (
+                (ROWS, ROWS, "at once"),
+                (ROWS * RUNS, ROWS * RUNS, "at once"),
+                (ROWS * RUNS, ROWS, "handed on"),
+                (ROWS * RUNS, ROWS, "composed"),
+            ):
                 model, module = layer_of(family)
                 torch.manual_seed(1)
                 hidden = torch.randn(1, rows, SMALL["hidden_size"]).to(dtype)
                 model.to(dtype)
-                out, states = read(model, module, hidden, run)
+                found = read(model, module, hidden, run, way)
+                if found is None:
+                    continue
+                out, states = found
                 model.double()  # from the weights as the dtype has them
                 with InFloat64():
-                    exact, exact_states = read(model, module, hidden.double(), rows)
+                    wanted = read(model, module, hidden.double(), rows, "at once")
+                assert wanted is not None, "any layer reads at once"
+                exact, exact_states = wanted
                 assert exact.dtype == torch.float64
                 results.append(
                     {
@@ -114,6 +143,7 @@ def main() -> None:
                         "dtype": str(dtype).removeprefix("torch."),
                         "rows": rows,
                         "runs": rows // run,
+                        "way": way,
                         "output_error": error(out[:, -ROWS:], exact[:, -ROWS:]),
                         "state_error": max(error(*pair) for pair in zip(states, exact_states, strict=True)),
                     }

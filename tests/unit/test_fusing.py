@@ -149,8 +149,9 @@ def test_products_of_one_row(outputs: int, width: int, dtype: torch.dtype, with_
 
 @pytest.mark.triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("counts", [(7, 3), (64, 16, 16), (1, 130, 5)], ids=str)
-@pytest.mark.parametrize("width", [37, 64, 5000])
+@pytest.mark.parametrize(
+    ("counts", "width"), [((7, 3), 37), ((7, 3), 5000), ((64, 16, 16), 64), ((1, 130, 5), 37)], ids=str
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_several_layers_of_one_row(counts: tuple[int, ...], width: int, dtype: torch.dtype, with_bias: bool):
     """To the bit what each layer gives alone; and an MLP's gate, with what it opens."""
