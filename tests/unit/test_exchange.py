@@ -53,7 +53,7 @@ def row_of(rank: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, R
     """A rank's part of a row, and what both have: the row that it is added to, and the norm."""
     *parts, residual = [given(each, width, dtype).clamp(min=-30).view(1, 1, -1) for each in (*range(RANKS), 7)]
     weight = torch.linspace(-2, 2, width).to(dtype)
-    return parts[rank], residual, RowNorm(weight, 0.3, width % 4 == 0)
+    return parts[rank], residual, RowNorm(weight, 0.3, offset=width % 4 == 0, rounded=width % 4 != 0)
 
 
 @pytest.mark.timeout(240)

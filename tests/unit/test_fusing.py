@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 from torch.nn.functional import linear
+from transformers import LlamaConfig
 from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from apb import Engine, InputError, Prompt
 from apb.hf import fusing
 from apb.hf.recognizing import gate, rotates_halves, row_norm
-from apb.hf.stream import Stream
+from apb.hf.stream import Stream, Summand
 from apb.kernels.norm import RowNorm
 from families import PECULIAR, SMALL
 from families import make as make_family
@@ -280,6 +281,11 @@ def test_a_product_is_what_the_code_does_with_it(monkeypatch: pytest.MonkeyPatch
         "to another": lambda row, product: other + product,
         "alone": lambda row, product: 2 * product,
         "of another shape": lambda row, product: torch.cat([row.view(4, 4), product.view(4, 4)]),
+        "indexed": lambda row, product: row[0, -1] + product[0, -1],
+        "written to": lambda row, product: row + product.mul_(2),
+        "written to first": lambda row, product: (product.mul_(2), row + product)[1],
+        "written to in part": lambda row, product: (product.view(-1)[:4].zero_(), row + product)[1],
+        "looked at": lambda row, product: (row + product) * product.isfinite(),
         "by torch": lambda row, product: torch.add(row, product, alpha=2),
         "told": lambda row, product: torch.tensor([*product.shape, product.size(-1), product.dim(), product.itemsize]),
     }
@@ -296,39 +302,123 @@ def test_a_product_is_what_the_code_does_with_it(monkeypatch: pytest.MonkeyPatch
         undo()
 
 
+def test_a_norm_that_a_message_gave_along() -> None:
+    """It is taken for that norm of that sum alone: not of another one, nor after the sum was written to."""
+    stream, product = Stream(), torch.linspace(-1, 1, 4).view(1, 1, 4)
+    norms = [RowNorm(torch.full((4,), factor), 1e-5, offset=False, rounded=True) for factor in (1.0, 3.0)]
+    taken = []
+
+    def onto(x: torch.Tensor, row: torch.Tensor, norm: RowNorm | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        total = row + product
+        return total, None if norm is None else norm.of(total)
+
+    def compute(x: torch.Tensor, norm: RowNorm) -> torch.Tensor:
+        taken.append(False)
+        return norm.of(x)
+
+    def normed(x: torch.Tensor, norm: RowNorm) -> bool:
+        """True if the norm was there already; it is right in any case."""
+        taken.clear()
+        torch.testing.assert_close(stream.normed(x, norm, compute), norm.of(x))
+        return not taken
+
+    layer = Summand(stream, 4, lambda x: product.clone(), onto)
+    row = torch.ones(1, 1, 4)
+
+    def added() -> torch.Tensor:
+        normed(row, norms[0])
+        return row + layer(row)
+
+    assert not normed(added(), norms[0])  # seen to follow
+    assert normed(added(), norms[0])
+    assert not normed(added(), norms[1])  # another follows, from now on
+    assert normed(added(), norms[1]) and not normed(added(), norms[0])
+    normed(added(), norms[1])
+    total = added()
+    total += 1
+    assert not normed(total, norms[1])
+    normed(row, norms[0])
+    earlier = layer(row)  # with the norm that followed until then
+    normed(row + layer(row), norms[0])
+    normed(row, norms[0])
+    assert not normed(row + earlier, norms[0])
+
+
+class Changed(modeling_llama.LlamaRMSNorm):
+    """An RMS norm, but for a change that is given, of the rows in fp32, of the norm, or of eps."""
+
+    def __init__(self, rows: Any = None, normed: Any = None, eps: float = 1.0) -> None:
+        super().__init__(16, 1e-5)
+        self.rows, self.normed, self.factor = rows or (lambda x: x), normed or (lambda x: x), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.rows(x.float())
+        rows = rows * torch.rsqrt(rows.pow(2).mean(-1, keepdim=True) + self.factor * self.variance_epsilon)
+        return self.normed(self.weight * rows.to(x.dtype))
+
+
+class GatedMLP(modeling_llama.LlamaMLP):
+    """Llama's, but for what is done to the parts."""
+
+    def __init__(self, opening: Any = None, opened: Any = None) -> None:
+        super().__init__(LlamaConfig(hidden_size=8, intermediate_size=12, num_attention_heads=2))
+        self.opening, self.opened = opening or (lambda x: x), opened or (lambda x: x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.opening(self.gate_proj(x))) * self.opened(self.up_proj(x)))
+
+
 def test_what_modules_compute_is_found_out() -> None:
-    """By calling them: norms with either kind of factors, gates, RoPE; and what only looks like one is not taken."""
-    model = tiny_model("qwen3", heads=4, kv_heads=2, head_dim=16)
-    norm = model.model.norm
-    assert row_norm(norm) == RowNorm(norm.weight, norm.variance_epsilon, False)
-    gemma = make_family(*PECULIAR["gemma3_text"])
-    assert row_norm(gemma.model.norm) == RowNorm(gemma.model.norm.weight, gemma.model.norm.eps, True)
-    assert gate(model.model.layers[0].mlp) == "silu" and gate(gemma.model.layers[0].mlp) == "gelu_tanh"
-
-    class OtherEps(type(norm)):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super().forward(x) + 0 * self.eps
-
-    class Scaled(type(model.model.layers[0].mlp)):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 1.01 * super().forward(x)
-
-    class Doubled(type(norm)):  # type: ignore[misc]
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.variance_epsilon *= 2
-            return super().forward(x)
-
-    assert row_norm(nn.LayerNorm(16)) is None
-    norm.__class__ = OtherEps
-    assert row_norm(norm) is None
-    norm.__class__ = Doubled
-    assert row_norm(norm) is None
-    mlp = model.model.layers[0].mlp
-    mlp.__class__ = Scaled
-    assert gate(mlp) is None
+    """By calling them: norms of each kind of factors and rounding, gates, RoPE; and what only looks like one is not
+    taken, whatever makes the difference."""
+    llama = tiny_model("qwen3", heads=4, kv_heads=2, head_dim=16).model
+    gemma = make_family(*PECULIAR["gemma3_text"]).model
+    olmo = make_family("Olmo2ForCausalLM", SMALL).model
+    assert row_norm(llama.norm) == RowNorm(llama.norm.weight, 1e-6, offset=False, rounded=True)
+    assert row_norm(gemma.norm) == RowNorm(gemma.norm.weight, gemma.norm.eps, offset=True, rounded=False)
+    eps = olmo.norm.variance_epsilon
+    assert row_norm(olmo.norm) == RowNorm(olmo.norm.weight, eps, offset=False, rounded=False)
+    assert gate(llama.layers[0].mlp) == gate(GatedMLP()) == "silu" and gate(gemma.layers[0].mlp) == "gelu_tanh"
+    plain = Changed()
+    assert row_norm(plain) == RowNorm(plain.weight, 1e-5, offset=False, rounded=True)
+    others = {
+        "layer norm": nn.LayerNorm(16),
+        "another eps": Changed(eps=2.0),
+        "centred": Changed(rows=lambda x: x - x.mean(-1, keepdim=True)),
+        "clamped before": Changed(rows=lambda x: x.clamp(-100, 100)),
+        "scaled": Changed(normed=lambda x: 1.01 * x),
+        "in fp32": Changed(normed=lambda x: x.float()),
+    }
+    assert [name for name, module in others.items() if row_norm(module) is not None] == []
+    gates = {
+        "clamped": GatedMLP(opening=lambda x: x.clamp(max=10)),
+        "clamped values": GatedMLP(opened=lambda x: x.clamp(-10, 10)),
+        "shifted": GatedMLP(opened=lambda x: x + 1),
+        "scaled": GatedMLP(opening=lambda x: 1.01 * x),
+    }
+    assert [name for name, module in gates.items() if gate(module) is not None] == []
     assert rotates_halves(modeling_llama.apply_rotary_pos_emb)
     assert not rotates_halves(modeling_cohere.apply_rotary_pos_emb)
     assert not rotates_halves(lambda q, k, cos, sin, positions: (q, k))
+
+
+@pytest.mark.triton
+def test_modules_of_one_class_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is found out for itself; and has the weights that it has when it is called."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    norms = [modeling_llama.LlamaRMSNorm(8, eps) for eps in (1e-6, 0.5)]
+    mlps = [GatedMLP(), GatedMLP(opening=lambda x: x.clamp(max=0.01))]
+    modules = nn.ModuleList([*norms, *mlps]).requires_grad_(False)
+    x = torch.linspace(-1, 1, 8).view(1, 1, 8)
+    undo = fusing.fuse_parts(modules, Stream())
+    for scale in (1.0, 2.0):
+        for module in modules:
+            for layer in (module, *module.children()):
+                if hasattr(layer, "weight"):
+                    layer.weight = nn.Parameter(scale * layer.weight, requires_grad=False)
+            with torch.no_grad():
+                torch.testing.assert_close(module(x), type(module).forward(module, x), rtol=1e-5, atol=1e-6)
+    undo()
 
 
 @pytest.mark.triton
@@ -341,8 +431,8 @@ def test_norms_and_rope_of_few_rows(dtype: torch.dtype) -> None:
     room = 4 * torch.finfo(dtype).eps
     for shape in ((1, 1, 2048), (1, 3, 48), (1, 2, 5, 20)):
         x, weight = torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
-        for offset in (False, True):
-            norm = RowNorm(weight, 1e-5, offset)
+        for offset, rounded in ((False, True), (True, False), (False, False)):
+            norm = RowNorm(weight, 1e-5, offset, rounded)
             torch.testing.assert_close(few_rows.rms_norm(x, norm), norm.of(x), rtol=room, atol=room)
     for rows, width in ((1, 64), (3, 24)):
         q, k = (torch.randn(1, rows, heads, width).to(dtype).transpose(1, 2) for heads in (6, 2))

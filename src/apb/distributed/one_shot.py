@@ -27,6 +27,8 @@ from .collectives import Group, Pending
 CAPACITY = 1 << 19
 EXCHANGED = 1 << 16
 _DTYPES = (torch.float32, torch.bfloat16)
+# Numbers of the messages that are tried.
+_COUNTS = (4096, 96, 4096)
 # How far apart two ways to norm a row may be in 16 bits.
 _ROUNDING = 0.02
 # torch's kernel moves so many bytes at a time.
@@ -69,10 +71,11 @@ class Exchange:
         # Compiled before any rank waits for another: all by itself, each program gives up at once.
         self._place([self._memory.data_ptr()] * group.size, words, device)
         for dtype in _DTYPES:
-            row = torch.zeros(8, dtype=dtype, device=device)
-            self.sum(row)
-            self.all_gather(row)
-            self.sum_onto(row, row, RowNorm(row, 1.0, False))
+            for count in _COUNTS:
+                row = torch.zeros(count, dtype=dtype, device=device)
+                self.sum(row)
+                self.all_gather(row)
+                self.sum_onto(row, row, RowNorm(row, 1.0, offset=False, rounded=True))
         self._memory.zero_()
         for counted in (self._counted, self._counted_rows):
             counted.zero_()[-1] = _TRIED
@@ -284,10 +287,10 @@ def _right(made: Kernels, group: Group, device: torch.device) -> bool:
     """True if sums and gathers by kernels are those of the collectives, one message after the other."""
     found = []
     for dtype in _DTYPES:
-        for count in (4096, 96, 4096):
+        for count in _COUNTS:
             x = (torch.arange(count, device=device) % 61 - 30 + group.rank).to(dtype)  # sums that no dtype rounds
             total, every = group.sum(x.clone()), group.all_gather(x).wait()
-            onto, normed = made.sum_onto(x, x, norm := RowNorm(torch.ones_like(x), 1.0, False))
+            onto, normed = made.sum_onto(x, x, norm := RowNorm(torch.ones_like(x), 1.0, offset=False, rounded=True))
             found += [torch.equal(made.sum(x), total), torch.equal(made.all_gather(x), every)]
             found.append(torch.equal(onto, total + x))
             found.append(normed is None or torch.allclose(normed, norm.of(onto), rtol=_ROUNDING, atol=_ROUNDING))

@@ -207,7 +207,8 @@ class ShardCache(Cache):
 
     def cut(self, total: int) -> Tail:
         """As :meth:`forget`, but return what is dropped."""
-        tail = Tail({layer.index: layer.tail(total) for layer in self._kept()}, self.total, self.states)
+        states = {layer: state.copy() for layer, state in self.states.items()}  # steps write them in place
+        tail = Tail({layer.index: layer.tail(total) for layer in self._kept()}, self.total, states)
         self.forget(total)
         return tail
 
@@ -271,7 +272,7 @@ class ShardCache(Cache):
         """
         if self._addresses is not None:
             return self._addresses
-        self._addresses = places = []
+        places: list[tuple[int, int, int]] = []
         for layer in self.layers:
             if isinstance(layer, ShardLayer) and layer.keys is not None and layer.values is not None:
                 layer.arrive()
@@ -279,6 +280,7 @@ class ShardCache(Cache):
                 places.append((k, v, layer.keys.shape[2]))
             else:
                 places.append((0, 0, 0))
+        self._addresses = places
         return places
 
     def shard(self, layer: int) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def fuse_parts(model: PreTrainedModel, stream: Stream) -> Callable[[], None]:
         if layer in products:
             layer.summand = _summand(layer, stream)  # type: ignore[assignment]
     for together in given_alike(model, products, _part):
-        several = SeveralLayers([_part(layer) for layer in together])
+        several = SeveralLayers(together, _part)
         forwards = {layer: several.forward(number) for number, layer in enumerate(together)}
         undo.append(replace_forwards(together, forwards.__getitem__))
     attending = [module for module in model.modules() if hasattr(module, "layer_idx")]
@@ -88,36 +88,28 @@ def _part(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _summand(layer: nn.Linear, stream: Stream) -> Summand:
     """A layer's products with single rows."""
-    weight, bias = _part(layer)
 
     def product(row: Tensor) -> Tensor:
         from ..kernels import matvec  # needs Triton, which is there on GPUs
 
-        return matvec.linear(row, weight, bias)
+        return matvec.linear(row, *_part(layer))
 
     def onto(row: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
         from ..kernels import matvec
 
-        return matvec.linear(row, weight, bias, residual=residual), None
+        return matvec.linear(row, *_part(layer), residual=residual), None
 
-    return Summand(stream, weight.shape[0], product, onto)
+    return Summand(stream, layer.weight.shape[0], product, onto)
 
 
 def _fuse_norms(model: nn.Module, stream: Stream) -> Callable[[], None]:
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
-    known: dict[tuple[type[nn.Module], torch.Size], RowNorm | None] = {}
 
     def made(module: nn.Module) -> Callable[..., Any]:
-        kind, weight = type(module), getattr(module, "weight", None)
+        kind = type(module)
         many = compiled.setdefault(kind, torch.compile(kind.forward, dynamic=True))
-        if not isinstance(weight, Tensor):
-            return partial(_on_plain, many, module)
-        if (kind, weight.shape) not in known:
-            known[kind, weight.shape] = row_norm(module)
-        norm = known[kind, weight.shape]
-        if norm is None:
-            return partial(_on_plain, many, module)
-        return _Norm(norm._replace(weight=weight), partial(many, module), stream)
+        norm = row_norm(module)
+        return partial(_on_plain, many, module) if norm is None else _Norm(module, norm, many, stream)
 
     norms = [module for module in model.modules() if type(module).__name__.endswith(("Norm", "NormGated"))]
     return replace_forwards([module for module in norms if _untouched(module)], made)
@@ -165,16 +157,18 @@ def _on_plain(compiled: Callable[..., Any], module: nn.Module, x: Tensor, *args:
 class _Norm:
     """An RMS norm: of few rows by a kernel, of a single row of the residual stream as far as it is known already."""
 
-    def __init__(self, norm: RowNorm, many: Callable[..., Tensor], stream: Stream) -> None:
-        self._norm, self._many, self._stream = norm, many, stream
+    def __init__(self, module: Any, norm: RowNorm, many: Callable[..., Tensor], stream: Stream) -> None:
+        self._module, self._norm, self._many, self._stream = module, norm, many, stream
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        x, weight = plain(x), self._norm.weight
+        x, weight = plain(x), self._module.weight
         if args or kwargs:  # it was called without any to see what it is
-            return self._many(x, *args, **kwargs)
+            return self._many(self._module, x, *args, **kwargs)
         few = x.dim() in (3, 4) and x.shape[1] <= _FEW  # (1, rows, width), or (1, rows, heads, width)
         if not few or x.dtype != weight.dtype or not x.is_contiguous() or torch.is_grad_enabled():
-            return self._many(x)
+            return self._many(self._module, x)
+        if weight is not self._norm.weight:  # the model's owner gave it another
+            self._norm = self._norm._replace(weight=weight)
         if x.dim() == 3 and x.numel() == len(weight) and not x.is_inference():
             return self._stream.normed(x, self._norm, _row_normed)
         return _row_normed(x, self._norm)

@@ -21,13 +21,14 @@ Part = Callable[[nn.Module], tuple[Tensor, Tensor | None]]
 # Names of layers that are given the same rows, in the order in which attention calls them, and of an MLP's two.
 _ALIKE = ("q_proj", "k_proj", "v_proj")
 _GATE = ("gate_proj", "up_proj")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def single(input: Tensor, weight: Tensor) -> bool:
     """True for one row (..., width) without gradients, and weights (outputs, width) that the kernels read."""
     # Not a layer's in_features, which under tensor parallelism is the width of the whole layer.
     one = input.numel() == weight.shape[1] and weight.is_contiguous() and input.dtype == weight.dtype
-    return one and not torch.is_grad_enabled()
+    return one and input.dtype in _DTYPES and not torch.is_grad_enabled()
 
 
 def given_alike(model: nn.Module, layers: Collection[nn.Module], part: Part) -> list[list[nn.Module]]:
@@ -46,17 +47,14 @@ def given_alike(model: nn.Module, layers: Collection[nn.Module], part: Part) -> 
 
 def gated_mlps(model: nn.Module, layers: Collection[nn.Module], part: Part) -> dict[nn.Module, str]:
     """MLPs of three of some layers that do nothing but gate, and their activations."""
-    found, known = {}, dict[Any, str | None]()
+    found = {}
     for module in model.modules():
         pair = [getattr(module, name, None) for name in (*_GATE, "down_proj")]
         if not is_dense_mlp(module) or not all(layer in layers for layer in pair):
             continue
         plain = [part(layer) for layer in pair[:2] if layer is not None]
         if all(bias is None and weight.is_contiguous() for weight, bias in plain):
-            kind = type(module), *(type(each) for each in module.children())
-            if kind not in known:
-                known[kind] = gate(module)
-            activation = known[kind]
+            activation = gate(module)
             if activation is not None:
                 found[module] = activation
     return found
@@ -65,9 +63,10 @@ def gated_mlps(model: nn.Module, layers: Collection[nn.Module], part: Part) -> d
 def of_mlp(module: Any, activation: str, part: Part) -> Callable[..., Any]:
     """What stands for the forward of an MLP of :func:`gated_mlps`."""
     inner, down = module.forward, module.down_proj
-    opening, opened = (part(getattr(module, name))[0] for name in _GATE)
+    gates = [getattr(module, name) for name in _GATE]
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        opening, opened = (part(layer)[0] for layer in gates)
         if args or kwargs or not single(hidden, opening):
             return inner(hidden, *args, **kwargs)
         from ..kernels import matvec  # needs Triton, which is there on GPUs
@@ -84,19 +83,23 @@ class SeveralLayers:
     to since, computes its own.
     """
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Of each layer the weight (outputs, width) and the bias, which all or none have; see
-        :func:`apb.kernels.matvec.several`.
+    def __init__(self, layers: Sequence[nn.Module], part: Part) -> None:
         """
-        self._weights, self._biases = zip(*layers, strict=True)
+        Args:
+            layers: linear layers.
+            part: of each the weight (outputs, width) and the bias, which all or none have; see
+                :func:`apb.kernels.matvec.several`.
+        """
+        self._layers, self._part = layers, part
         self._given: tuple[Tensor, int] | None = None
         self._found: list[Tensor] = []
 
     def forward(self, number: int) -> Forward:
         """What stands for the forward of one of the layers."""
-        weight, bias = self._weights[number], self._biases[number]
+        layer, part = self._layers[number], self._part
 
         def forward(input: Tensor) -> Tensor:
+            weight, bias = part(layer)
             if not single(input, weight) or input.is_inference():  # which has no versions
                 return functional.linear(input, weight, bias)
             if number == 0:
@@ -115,5 +118,6 @@ class SeveralLayers:
     def _compute(self, input: Tensor) -> None:
         from ..kernels import matvec  # needs Triton, which is there on GPUs
 
+        weights, biases = zip(*(self._part(layer) for layer in self._layers), strict=True)
         self._given = input, input._version
-        self._found = matvec.several(input, self._weights, self._biases)
+        self._found = matvec.several(input, weights, biases)

@@ -1,7 +1,7 @@
 """What a model's own code computes, found out by calling it: so that a kernel can take its place for a few rows.
 
-Modules are called with stand-ins for their weights and parts, on the CPU in fp32, and what they return is compared
-with what a kernel would. So no list of families is needed, and a family that computes something else is left alone.
+Modules are called one by one with stand-ins for their weights and parts, on the CPU, and what they return is compared
+with what a kernel would. So no list of families is needed, and a module that computes something else is left alone.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Norms compute in fp32 whatever they are given.
 _CLOSE = 1e-5
+# Share of numbers that may be rounded otherwise: where rows are rounded once instead of twice, it is about a third.
+_FEW = 0.03
 
 
 class _Standing:
@@ -35,19 +37,20 @@ class _Standing:
 
 
 def row_norm(module: nn.Module) -> RowNorm | None:
-    """The RMS norm that a module is; None if it is another function."""
+    """The RMS norm that a module is; None if it is another function, or rounds otherwise in bf16."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1 or not isinstance(eps, float):
         return None
-    width = len(weight)
-    rows = _numbers(3, width) * torch.tensor([[1.0], [30.0], [eps**0.5]])  # the last tells where eps is added
-    stand = _numbers(width)
-    found = _called(module, rows, weight=stand)
-    for offset in (False, True):
-        norm = RowNorm(stand, eps, offset)
-        if _alike(found, norm.of(rows)):
-            return norm._replace(weight=weight)
+    # The last row tells where eps is added, those before it what is done to large numbers.
+    rows = _numbers(4, len(weight)) * torch.tensor([[1.0], [30.0], [1e4], [eps**0.5]])
+    stand = _numbers(len(weight))
+    narrow = rows.bfloat16(), stand.bfloat16()
+    found, rounded = _called(module, rows, weight=stand), _called(module, narrow[0], weight=narrow[1])
+    for offset, before in ((False, True), (True, False), (False, False), (True, True)):
+        wanted = RowNorm(narrow[1], eps, offset, before).of(narrow[0])
+        if _alike(found, RowNorm(stand, eps, offset, before).of(rows)) and _same_bits(rounded, wanted):
+            return RowNorm(weight, eps, offset, before)
     return None
 
 
@@ -55,15 +58,14 @@ def gate(module: nn.Module) -> str | None:
     """The activation, of those of :func:`apb.kernels.matvec.gated`, by which an MLP gates what ``up_proj`` gives
     ``down_proj``; None if that is not all it does.
     """
-    x = 3 * _numbers(2, 7)
-    parts = {
-        "gate_proj": lambda rows: rows + 0.1,
-        "up_proj": lambda rows: 2 * rows - 0.3,
-        "down_proj": lambda rows: 0.7 - rows,
-    }
-    found = _called(module, x, **parts)
+    # All pairs of numbers up to where some clamp them.
+    sizes = torch.tensor([0.1, 0.7, 2.9, 15.0, 300.0, 1e4], device="cpu")
+    values = torch.cat([sizes, -sizes])
+    opening, opened = (each.reshape(1, 1, -1) for each in torch.meshgrid(values, values, indexing="ij"))
+    parts = {"gate_proj": lambda rows: opening, "up_proj": lambda rows: opened, "down_proj": lambda rows: 0.7 - rows}
+    found = _called(module, opening, **parts)
     for name, function in _GATES.items():
-        if _alike(found, parts["down_proj"](function(parts["gate_proj"](x)) * parts["up_proj"](x))):
+        if _alike(found, 0.7 - function(opening) * opened):
             return name
     return None
 
@@ -102,6 +104,13 @@ def _alike(found: Any, wanted: Tensor) -> bool:
     if not isinstance(found, Tensor) or found.shape != wanted.shape or found.is_meta:
         return False
     return torch.allclose(found.cpu().double(), wanted.double(), rtol=_CLOSE, atol=_CLOSE)
+
+
+def _same_bits(found: Any, wanted: Tensor) -> bool:
+    """True for the same dtype and numbers, but for a few that a sum in another order rounds otherwise."""
+    if not isinstance(found, Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    return float((found != wanted).float().mean()) < _FEW
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -62,9 +62,11 @@ def run_shares(model: PreTrainedModel, group: Group, stream: Stream | None) -> C
     products: dict[nn.Module, Forward] = {
         module: _of_outputs(*_part(module), by_row) for module in shared if type(module) is nn.Linear
     }
+    # Made once: taking a part out of a DTensor takes the host as long as a launch.
+    parts = {module: _part(module) for module in shared}
     if by_row:
-        for together in given_alike(model, set(shared), _part):
-            several = SeveralLayers([_part(module) for module in together])
+        for together in given_alike(model, parts.keys(), parts.__getitem__):
+            several = SeveralLayers(together, parts.__getitem__)
             products |= {module: several.forward(number) for number, module in enumerate(together)}
 
     def made(module: nn.Module) -> Forward:
@@ -77,8 +79,8 @@ def run_shares(model: PreTrainedModel, group: Group, stream: Stream | None) -> C
 
     undo = [replace_forwards(shared, made)]
     if by_row:
-        mlps = gated_mlps(model, set(shared), _part)
-        undo.append(replace_forwards(list(mlps), lambda module: of_mlp(module, mlps[module], _part)))
+        mlps = gated_mlps(model, parts.keys(), parts.__getitem__)
+        undo.append(replace_forwards(list(mlps), lambda module: of_mlp(module, mlps[module], parts.__getitem__)))
 
     def undo_all() -> None:
         for each in reversed(undo):

@@ -58,6 +58,9 @@ class Stream:
 class Summand:
     """A linear layer of single rows whose product may be added to the residual stream.
 
+    What is seen decides, under tensor parallelism, which message is sent: processes that share weights read the same
+    rows in the same order, and so see the same.
+
     Attributes:
         follower: the norm of the sum, once it was seen.
     """
@@ -72,7 +75,8 @@ class Summand:
         """
         self.follower: RowNorm | None = None
         self._stream, self._outputs, self._product, self._onto = stream, outputs, product, onto
-        self._added: bool | None = None  # until it was seen
+        # None until it was seen; False for good, once something else was done with a product.
+        self._added: bool | None = None
 
     def __call__(self, input: Tensor) -> Tensor:
         """The product with a row (..., width), or what acts as it."""
@@ -81,49 +85,70 @@ class Summand:
             return self._product(input)
         if self._added is None:
             return _Product.of(self, input, row, self._product(input), None, is_total=False)
-        return _Product.of(self, input, row, *self._onto(input, row, self.follower), is_total=True)
+        total, normed = self._onto(input, row, self.follower)
+        ahead = None if normed is None or self.follower is None else (self.follower, normed)
+        return _Product.of(self, input, row, total, ahead, is_total=True)
 
     def _fits(self, row: Tensor, input: Tensor) -> bool:
         alike = row.shape == (*input.shape[:-1], self._outputs) and row.dtype == input.dtype
-        return alike and row.is_contiguous() and not row.is_inference()  # which has no versions
+        # Tensors of inference mode have no versions.
+        return alike and row.is_contiguous() and not (row.is_inference() or input.is_inference())
 
     def added(self, product: _Product, other: Any) -> Tensor | None:
         """The sum of a product and ``other``; None if that is not the row, or was written to since."""
-        if other is not product.row or other._version != product.version:
+        if self._added is False or other is not product.row or other._version != product.versions[0]:
             return None
         self._added = True
         total = product.held if product.is_total else other + product.held
         now = self._stream.now
         now.total = total, self
-        if product.normed is not None and self.follower is not None:
-            now.ahead = total, total._version, self.follower, product.normed
+        if product.ahead is not None:
+            now.ahead = total, total._version, *product.ahead
         return total
 
     def plain(self, product: _Product) -> Tensor:
         """The product itself, for code that does something else with it than to add it to the row."""
         self._added = False
-        return self._product(product.input) if product.is_total else product.held
+        if product.is_total:
+            assert product.input._version == product.versions[1], "what a layer was given was written to since"
+            product.held, product.is_total = self._product(product.input), False
+        return product.held
 
 
 class _Product(Tensor):
-    """Acts as a product; it may hold the sum that the model's code is expected to ask for."""
+    """Acts as a product; it may hold the sum that the model's code is expected to ask for.
+
+    Attributes:
+        summand, input: the layer, and what it was given.
+        row: what the product may be added to.
+        versions: of the row and of the input.
+        held: the product, or with ``is_total`` its sum with the row.
+        ahead: a norm of that sum, and the result.
+    """
 
     summand: Summand
     input: Tensor
     row: Tensor
-    version: int
+    versions: tuple[int, int]
     held: Tensor
-    normed: Tensor | None
+    ahead: tuple[RowNorm, Tensor] | None
     is_total: bool
 
     @classmethod
     def of(
-        cls, summand: Summand, input: Tensor, row: Tensor, held: Tensor, normed: Tensor | None, *, is_total: bool
+        cls,
+        summand: Summand,
+        input: Tensor,
+        row: Tensor,
+        held: Tensor,
+        ahead: tuple[RowNorm, Tensor] | None,
+        *,
+        is_total: bool,
     ) -> _Product:
         """One of ``input`` and a layer, which may be added to ``row``."""
         made = held.as_subclass(cls)
-        made.summand, made.input, made.row, made.version = summand, input, row, row._version
-        made.held, made.normed, made.is_total = held, normed, is_total
+        made.summand, made.input, made.row, made.versions = summand, input, row, (row._version, input._version)
+        made.held, made.ahead, made.is_total = held, ahead, is_total
         return made
 
     @classmethod
@@ -135,7 +160,7 @@ class _Product(Tensor):
                 total = product.summand.added(product, other)
                 if total is not None:
                     return total
-            if name == "dropout" and not (kwargs or {}).get("training"):  # which does nothing
+            if name == "dropout" and (kwargs or {}).get("training") is False:  # which does nothing
                 return args[0]
             if name in _TELLING:
                 told = func(*args, **(kwargs or {}))
@@ -148,8 +173,8 @@ def plain(given: Any) -> Any:
     """Arguments with the products themselves in place of what acts as them."""
     if isinstance(given, _Product):
         return given.summand.plain(given)
-    if isinstance(given, (list, tuple)):
-        return [plain(each) for each in given]
+    if type(given) in (list, tuple):  # no shapes, which are tuples of their own
+        return type(given)(plain(each) for each in given)
     if isinstance(given, dict):
         return {name: plain(each) for name, each in given.items()}
     return given

@@ -89,7 +89,7 @@ def sum_onto(
         _sum_onto[(1,)](
             x, residual, weight, total, normed, peers, counted, norm.eps, W=x.numel(), WORDS=words, RANK=rank,
             SIZE=len(peers), CAPACITY=ROW_WORDS, BLOCK=triton.next_power_of_2(words), HALVES=halves,
-            OFFSET=norm.offset, num_warps=_ROW_WARPS,
+            OFFSET=norm.offset, ROUNDED=norm.rounded, num_warps=_ROW_WARPS,
         )  # fmt: skip
     return total, normed
 
@@ -136,6 +136,7 @@ def _exchange(
 def _sum_onto(
     x, residual, weight, total, normed, peers, counted, eps, W: tl.constexpr, WORDS: tl.constexpr, RANK: tl.constexpr,
     SIZE: tl.constexpr, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, OFFSET: tl.constexpr,
+    ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """A whole row of W numbers in one program."""
     x, residual, weight, total, normed = _words(x), _words(residual), _words(weight), _words(total), _words(normed)
@@ -158,8 +159,8 @@ def _sum_onto(
     high = (high.to(dtype).to(tl.float32) + high_before).to(dtype).to(tl.float32)
     tl.store(total + at, _word(low, high, HALVES), mask=there)
     factor = tl.rsqrt(tl.sum(low * low + high * high, 0) / W + eps)
-    low = by_weight(low * factor, low_weight, OFFSET, dtype).to(tl.float32)
-    high = by_weight(high * factor, high_weight, OFFSET, dtype).to(tl.float32)
+    low = by_weight(low * factor, low_weight, OFFSET, ROUNDED, dtype).to(tl.float32)
+    high = by_weight(high * factor, high_weight, OFFSET, ROUNDED, dtype).to(tl.float32)
     tl.store(normed + at, _word(low, high, HALVES), mask=there)
     tl.store(counted, number)
 

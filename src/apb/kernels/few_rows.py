@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, norm: RowNorm) -> Tensor:
     with on_device_of(x):
         _rms_norm[(x.numel() // width,)](
             x, norm.weight, out, norm.eps, W=width, BW=triton.next_power_of_2(width), OFFSET=norm.offset,
-            num_warps=8 if width > 1024 else 1,
+            ROUNDED=norm.rounded,             num_warps=8 if width > 1024 else 1,
         )  # fmt: skip
     return out
 
@@ -44,21 +44,27 @@ def rotate_halves(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tenso
 
 
 @triton.jit
-def by_weight(x, weight, OFFSET: tl.constexpr, dtype: tl.constexpr):
+def by_weight(x, weight, OFFSET: tl.constexpr, ROUNDED: tl.constexpr, dtype: tl.constexpr):
     """Columns of a row that was divided by its root mean square, in fp32, times their factors, in ``dtype``."""
-    x = x * (1.0 + weight.to(tl.float32)) if OFFSET else x.to(dtype).to(tl.float32) * weight.to(tl.float32)
-    return x.to(dtype)
+    if ROUNDED:
+        x = x.to(dtype).to(tl.float32)
+    factors = weight.to(tl.float32)
+    if OFFSET:
+        factors += 1.0
+    return (x * factors).to(dtype)
 
 
 @triton.jit
-def _rms_norm(x, weight, out, eps, W: tl.constexpr, BW: tl.constexpr, OFFSET: tl.constexpr):
+def _rms_norm(
+    x, weight, out, eps, W: tl.constexpr, BW: tl.constexpr, OFFSET: tl.constexpr, ROUNDED: tl.constexpr
+):  # fmt: skip
     """One row."""
     at = tl.program_id(0).to(tl.int64) * W
     cols = tl.arange(0, BW)
     row = tl.load(x + at + cols, mask=cols < W, other=0.0).to(tl.float32)
     factors = tl.load(weight + cols, mask=cols < W, other=0.0)
     row *= tl.rsqrt(tl.sum(row * row, 0) / W + eps)
-    tl.store(out + at + cols, by_weight(row, factors, OFFSET, out.dtype.element_ty), mask=cols < W)
+    tl.store(out + at + cols, by_weight(row, factors, OFFSET, ROUNDED, out.dtype.element_ty), mask=cols < W)
 
 
 @triton.jit(do_not_specialize=["heads", "rows"])
