@@ -247,10 +247,13 @@ def test_captured_steps(records: Records, size: int) -> None:
             assert torch.equal(run, replayed)
 
 
+# These ranks run on the CPU, where kernels need the interpreter. With a GPU they are compiled for that, and tests/gpu
+# runs such steps: ranks.py those of ranks, test_steps_on_gpu.py those with recurrent layers, on one.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+
+
 @pytest.mark.triton
-# These ranks run on the CPU, where kernels need the interpreter. With a GPU they are compiled for that, and
-# tests/gpu/ranks.py runs them.
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+@interpreted
 @pytest.mark.parametrize("size", [2, 3])
 def test_steps_by_graphs(records: Records, size: int) -> None:
     """Two sessions in turn, by graphs that some ranks capture later than others, and in one pass: what ordinary passes
@@ -265,7 +268,7 @@ def test_steps_by_graphs(records: Records, size: int) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+@interpreted
 def test_states_by_graphs(records: Records) -> None:
     """As above, of a model with recurrent layers: the states of ordinary passes, to the bit alike on all ranks."""
     for rank, record in enumerate(records[2]):

@@ -187,7 +187,7 @@ class QuickGroup(Group):
     def row_sum_onto(self, x: Tensor, residual: Tensor, norm: RowNorm | None) -> tuple[Tensor, Tensor | None]:
         """See :meth:`Group.row_sum_onto`."""
         kind = self._kind(x, gather=False)
-        return (residual + self.sum(x), None) if kind is None else kind.sum_onto(x, residual, norm)
+        return super().row_sum_onto(x, residual, norm) if kind is None else kind.sum_onto(x, residual, norm)
 
     def _kind(self, x: Tensor, gather: bool) -> Kernels | None:
         return next((kind for kind in self.kinds if kind.takes(x, gather)), None)

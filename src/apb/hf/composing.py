@@ -26,16 +26,13 @@ _RULE = "torch_chunk_gated_delta_rule"
 
 # A rule as modules call it; what stands in for it, which is given the rule first.
 Rule = Callable[..., tuple[Tensor, Tensor | None]]
+# Calls a module's code with rows (1, n, width) and a state, which it carries on; the output of these rows.
+Read = Callable[[Tensor, Any], Tensor]
 
 
-def composable(
-    module: nn.Module, forward: Callable[..., Any], read: Callable[[Tensor, Any], Tensor]
-) -> Composable | None:
-    """How to compose the runs of a recurrent module; None if its code does not call the rule that can be composed.
-
-    Args:
-        forward: the module's code.
-        read: calls it with rows (1, n, width) and a state.
+def composable(module: nn.Module, forward: Callable[..., Any]) -> Callable[[Read], Composable] | None:
+    """How to compose the runs of a recurrent module, whose code is ``forward``, by what reads rows with it; None if it
+    does not call the rule that can be composed.
     """
     code = inspect.unwrap(forward)
     names = getattr(getattr(code, "__code__", None), "co_names", ())
@@ -46,11 +43,14 @@ def composable(
     if kernel - 1 > LEAST_COMPOSED:
         return None
 
-    def read_runs(rows: Tensor, pieces: Sequence[tuple[int, int]], state: Any, starts: Starts) -> Tensor:
-        with _replaced(code.__globals__, partial(_composed, pieces, starts)):
-            return read(rows, state)
+    def by(read: Read) -> Composable:
+        def read_runs(rows: Tensor, pieces: Sequence[tuple[int, int]], state: Any, starts: Starts) -> Tensor:
+            with _replaced(code.__globals__, partial(_composed, pieces, starts)):
+                return read(rows, state)
 
-    return Composable(kernel - 1, heads, key_dim, value_dim, read_runs)
+        return Composable(kernel - 1, heads, key_dim, value_dim, read_runs)
+
+    return by
 
 
 def _composed(

@@ -105,9 +105,7 @@ def _recurrent(model: PreTrainedModel, text: Any) -> Recurrent | None:
         return None
     parts = [part for module in modules for part in state_of(module.to(torch.bfloat16), text).tensors().values()]
     wide = sum(part.numel() for part in parts if part.dtype == torch.float32)
-    composables = [
-        runs for module in modules if (runs := composable(module, module.forward, module.forward)) is not None
-    ]
+    composables = [by(module.forward) for module in modules if (by := composable(module, module.forward)) is not None]
     return Recurrent(
         parameters=sum(_multiplied(part, text) for module in modules for part in module.modules()),
         narrow=sum(part.numel() for part in parts) - wide,

@@ -122,16 +122,12 @@ def _fuse_mlps(model: nn.Module, products: set[nn.Linear]) -> Callable[[], None]
     mlps = [module for module in model.modules() if is_dense_mlp(module) and _untouched(module)]
     gated = gated_mlps(model, products, _part)
     compiled = {kind: torch.compile(kind.forward, dynamic=True) for kind in {type(module) for module in mlps}}
-    undo = replace_forwards(mlps, lambda module: partial(_unless_single, compiled[type(module)], module))
-    undo_gated = replace_forwards(
-        [module for module in mlps if module in gated], lambda module: of_mlp(module, gated[module], _part)
-    )
 
-    def undo_all() -> None:
-        undo_gated()
-        undo()
+    def made(module: nn.Module) -> Callable[..., Any]:
+        inner = partial(_unless_single, compiled[type(module)], module)
+        return of_mlp(module, inner, gated[module], _part) if module in gated else inner
 
-    return undo_all
+    return replace_forwards(mlps, made)
 
 
 def _unless_single(compiled: Callable[..., Any], module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -60,9 +60,9 @@ def gated_mlps(model: nn.Module, layers: Collection[nn.Module], part: Part) -> d
     return found
 
 
-def of_mlp(module: Any, activation: str, part: Part) -> Callable[..., Any]:
-    """What stands for the forward of an MLP of :func:`gated_mlps`."""
-    inner, down = module.forward, module.down_proj
+def of_mlp(module: Any, inner: Callable[..., Any], activation: str, part: Part) -> Callable[..., Any]:
+    """What stands for the forward of an MLP of :func:`gated_mlps`; ``inner`` is that of several rows."""
+    down = module.down_proj
     gates = [getattr(module, name) for name in _GATE]
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -164,6 +164,7 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
     parameters = inspect.signature(original).parameters
     rows_name, index = next(iter(parameters)), int(module.layer_idx)  # type: ignore[arg-type]
     name = type(module).__name__
+    composed_by = composable(module, original)
     one_by_one = name.endswith(_ROW_BY_ROW) and name not in _MAMBA_2
     in_pieces = not one_by_one and not name.endswith(_AT_ONCE)
 
@@ -188,7 +189,7 @@ def _by_runs(module: nn.Module, states: int, recur: Callable[[], Recur | None]) 
                 return torch.cat([read(piece, state) for piece in rows.split(most, 1)], 1)
             return read(rows, state)
 
-        runs = composable(module, original, read)
+        runs = None if composed_by is None else composed_by(read)
         out = reader(RecurrentInput(index, given[rows_name], lambda: LayerState(states), read_on, runs))
         return (out, *rest) if rest else out
 

@@ -80,7 +80,9 @@ def run_shares(model: PreTrainedModel, group: Group, stream: Stream | None) -> C
     undo = [replace_forwards(shared, made)]
     if by_row:
         mlps = gated_mlps(model, parts.keys(), parts.__getitem__)
-        undo.append(replace_forwards(list(mlps), lambda module: of_mlp(module, mlps[module], parts.__getitem__)))
+        undo.append(
+            replace_forwards(list(mlps), lambda module: of_mlp(module, module.forward, mlps[module], parts.__getitem__))
+        )
 
     def undo_all() -> None:
         for each in reversed(undo):

@@ -117,8 +117,8 @@ class Composition:
 
     def _exchange(self, effects: Tensor, layer: Composable) -> list[Tensor]:
         """What each run does to the state."""
-        mine = effects.new_zeros(self._slots, *layer.effect)
-        mine[: len(effects)] = effects
+        if len(effects) < self._slots:
+            effects = torch.cat([effects, effects.new_zeros(self._slots - len(effects), *layer.effect)])
         with timed("communication"):
-            found = self._group.all_gather(mine).wait()
+            found = self._group.all_gather(effects).wait()
         return [found[run.rank, slot] for run, slot in zip(self._runs, self._slot, strict=True)]
