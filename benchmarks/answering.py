@@ -30,8 +30,8 @@ class Unit:
     count: int
 
 
-def answer(unit: Unit, processes: int) -> list[Record]:
-    """The records of a unit."""
+def answer(unit: Unit, processes: int, batch_size: int = 1) -> list[Record]:
+    """The records of a unit; ``processes`` and ``batch_size`` as of :class:`apb.evaluation.runner.Runner`."""
     from apb.evaluation.items import Skipped
     from apb.evaluation.records import Store, model_name
     from apb.evaluation.runner import Runner
@@ -39,7 +39,7 @@ def answer(unit: Unit, processes: int) -> list[Record]:
 
     engine = engines.engine()
     name = model_name(engine.model, str(engine.model.name_or_path))
-    runner = Runner(engine, name, unit.settings, Store(), processes)
+    runner = Runner(engine, name, unit.settings, Store(), processes, batch_size)
     skipped = Skipped()
     drawn = items(runner.tokenizer, unit.task, unit.length, unit.count, unit.seed, first=unit.first, skipped=skipped)
     found = [record for row in runner.run(drawn) for record in row]
@@ -80,6 +80,7 @@ def run(
     until: float,
     keep: Callable[[Record], Any],
     quantization: str | None = None,
+    batch_size: int = 1,
 ) -> int:
     """Answer units in ``jobs`` processes, and start none after ``until`` (of ``time.perf_counter``).
 
@@ -92,7 +93,7 @@ def run(
         while missing or running:
             while missing and len(running) < 2 * jobs and time.perf_counter() < until:
                 unit = missing.pop(0)
-                running[pool.submit(partial(answer, unit, jobs))] = unit
+                running[pool.submit(partial(answer, unit, jobs, batch_size))] = unit
             if time.perf_counter() >= until:  # what waits in the pool is left as well
                 missing = [running.pop(future) for future in list(running) if future.cancel()] + missing
             if not running:

@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=25, help="of each kind and length")
     parser.add_argument("--shard", type=int, default=5, help="samples of a unit")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=1, help="answers that a job writes side by side")
     parser.add_argument("--seconds", type=float, default=1e9, help="start no unit after that time")
     parser.add_argument("--speeds", type=Path, help="measure seconds of the main readings, and append them here")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file")
@@ -200,7 +201,7 @@ def main() -> None:
     store = Store(arguments.out)
     missing = remaining(units(arguments), store)
     until = began + arguments.seconds
-    left = run(arguments.model, missing, arguments.jobs, until, store.add, arguments.quantization)
+    left = run(arguments.model, missing, arguments.jobs, until, store.add, arguments.quantization, arguments.batch_size)
     store.close()
     if left:
         print(f"Out of time with {left} units left: run the command again to continue.", flush=True)

@@ -16,6 +16,7 @@ from .generation import Generation, Sampling
 from .hardware import Stopwatch
 from .hf.opening import Checkpoint
 from .passes.prefill import Progress
+from .planning.methods import Method
 from .planning.plan import Plan
 from .prefilling import Prefiller
 from .prompt import Prompt
@@ -94,17 +95,28 @@ class Engine(Prefiller):
         """An engine on the same model and ranks that reads exactly; this one, if it does."""
         if all(method.exact for method in self.reading.methods):
             return self
+        reading = self.reading
+        return self.reading_by(AUTO, allow_extrapolation=reading.allow_extrapolation, decoding=reading.decoding)
+
+    def reading_by(self, strategy: str | Method, **options: Any) -> Engine:
+        """An engine on the same model and ranks that reads otherwise; close it before this one.
+
+        If it decodes by the same method, it replays the CUDA graphs that this one has captured.
+
+        Args:
+            strategy, options: as in :meth:`apb.reading.Reading.of`.
+        """
         return Engine(
             self.model,
             self.tokenizer,
-            strategy=AUTO,
-            allow_extrapolation=self.reading.allow_extrapolation,
-            decoding=self.reading.decoding,
+            strategy=strategy,
             backend=self.backend,
             mesh=self.mesh,
             fused=self.fused,
             graphs=self.graphs,
-            verify=False,
+            verify=False,  # done, or left out on request, when this one was made
+            decoder=self._decoder,
+            **options,
         )
 
     def read(

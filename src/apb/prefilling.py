@@ -61,8 +61,10 @@ class Prefiller:
         fused: bool | None = None,
         graphs: bool = True,
         verify: bool = True,
+        decoder: Decoder | None = None,
         **reading: Any,
     ) -> None:
+        """Make an engine; ``decoder``: another engine's on the same model and ranks, to be used if it decodes alike."""
         self.reading = Reading.of(seed=seed, **reading)
         supported.check_supported(model.config)
         placement.check_map(model)
@@ -94,14 +96,18 @@ class Prefiller:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
         self._attachment = Attachment.of(model, self.fused, self.mesh.tensor)
-        self._decoder = Decoder(self._attachment, self.group, self.reading.decoding, backend, self.graphs)
+        alike = decoder is not None and (decoder.decoding, decoder.backend) == (self.reading.decoding, backend)
+        own = partial(Decoder, self._attachment, self.group, self.reading.decoding, backend, self.graphs)
+        self._decoder = decoder if decoder is not None and alike else own()
+        self._decoder_is_own = self._decoder is not decoder
         self._closed = False
 
     def close(self) -> None:
         """Restore the model to its state before the engine, which cannot read afterwards; may be called again."""
         if not self._closed:
             self._closed = True
-            self._decoder.close()
+            if self._decoder_is_own:
+                self._decoder.close()
             self._attachment.release()
 
     @property

@@ -320,15 +320,16 @@ class Session:
         return whole
 
 
-def extend_together(sessions: Sequence[Session], token_ids: Sequence[int]) -> None:
+def extend_together(sessions: Sequence[Session], token_ids: Sequence[int], rows: int = 1) -> None:
     """Read one token after each of several sessions in one pass, as :meth:`Session.extend` reads it after each, up to
     rounding; every rank calls it. The sessions are of one model, by any reading, and none has a reason to be alone.
+    ``rows``: as of :func:`apb.passes.together.read_together`.
 
     Whatever is raised, no session has been extended.
     """
     for session, token in zip(sessions, token_ids, strict=True):
         session._checked([token], read=1)
-    logits = read_together([session._continuation for session in sessions], token_ids)
+    logits = read_together([session._continuation for session in sessions], token_ids, rows)
     for session, token, row in zip(sessions, token_ids, logits, strict=True):
         session.logits = row
         session.token_ids.append(token)

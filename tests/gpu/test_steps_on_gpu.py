@@ -122,6 +122,23 @@ def test_sessions_in_one_pass(growth: int, made: Graphs, monkeypatch: pytest.Mon
     reader.close()
 
 
+def test_rows_beside_a_row_change_nothing_of_it(made: Graphs) -> None:
+    """In bf16, in steps of always as many rows, by one graph for engines that decode alike: to the bit."""
+    ours = engine(torch.bfloat16)
+    readers = [ours, ours.reading_by("full"), ours.reading_by("star", blocks=3)]
+    asked = [prompt(1003), prompt(40), prompt(2500, 53)]
+    sessions, again = ([r.prefill(one, max_new_tokens=20) for r, one in zip(readers, asked, strict=True)] for _ in "ab")
+    for _ in range(20):
+        tokens = [int(session.logits.argmax()) for session in sessions]
+        extend_together(sessions, tokens, 16)
+        for session, other, token in zip(again, sessions, tokens, strict=True):
+            extend_together([session], [token], 16)
+            assert torch.equal(session.logits, other.logits)
+    assert len(made) == 1
+    for each in reversed(readers):
+        each.close()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_several_sessions_in_bf16(fused: bool) -> None:
     """By graphs and without, three sessions in one pass are as near to fp32 as steps of each alone are."""

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import apb
 from answers import record, run_of
+from apb import answering
 from apb.compressors import Random, Recent
 from apb.decoding import Dense, Pages, Retrieval, Squeezed
+from apb.distributed.mesh import Mesh
 from apb.errors import InputError
 from apb.evaluation.items import Item
-from apb.evaluation.records import Store, model_name, read_records, write_records
+from apb.evaluation.records import Record, Store, model_name, read_records, write_records
 from apb.evaluation.report import score
 from apb.evaluation.runner import Runner
 from apb.evaluation.settings import Setting, settings
@@ -26,6 +29,7 @@ from apb.evaluation.summary import summarize
 from apb.methods import APB, option
 from apb.passes import prefill
 from command_line import Cli
+from together import together
 
 
 def test_interval_is_wilsons() -> None:
@@ -320,6 +324,73 @@ def test_decode_methods_answer_from_one_reading(checkpoint: Path, monkeypatch: p
     assert together[1].decode["share"] < 0.5
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_answers_are_written_together(size: int, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes of a token for each, whatever their lengths and readings, they are what each is alone; fewer where no
+    more caches fit. What cannot be read is a record with its error."""
+    items = [
+        Item("own", "notes", 600, str(number), "many words are here " * count, "Which?", ("yes",), "words", budget)
+        for number, (count, budget) in enumerate(((25, 6), (4, 3), (12, 9)))
+    ]
+    items.insert(1, replace(items[0], sample="none", max_new_tokens=10**6))
+    ways = [Setting.of("full"), Setting.of("star", blocks=3), Setting.of("apb", "recent", blocks=3)]
+    read, passes = answering.extend_together, []
+
+    def counted(sessions: Any, tokens: Any, rows: int) -> None:
+        passes.append((len(sessions), rows))
+        read(sessions, tokens, rows)
+
+    monkeypatch.setattr(answering, "extend_together", counted)
+
+    def answered(group: Any, batch_size: int) -> list[list[Record]]:
+        loaded = apb.Engine.from_pretrained(checkpoint, device="cpu")
+        engine = apb.Engine.from_model(loaded.model, loaded.tokenizer, mesh=Mesh.of(group))
+        return list(Runner(engine, "small", ways, Store(), batch_size=batch_size).run(items))
+
+    def told(rows: list[list[Record]]) -> list[list[Record]]:
+        return [[replace(each, seconds=0, prefill_s=0, processes=0, ranks=1) for each in row] for row in rows]
+
+    alone = together(lambda group: answered(group, 1), 1)[0]
+    assert [record.error is None for row in alone for record in row] == [*[True] * 3, *[False] * 3, *[True] * 6]
+    assert {*passes} == {(1, 1)}
+    passes.clear()
+    rows, *others = together(lambda group: answered(group, 5), size)
+    assert told(rows) == told(alone)
+    assert others == [[[]] * 4] * (size - 1)
+    assert {record.processes for row in rows for record in row} == {5}
+    assert passes[0] == (5, 5)  # two of the third item's, whose first answer opens the next pass
+    assert (4, 5) in passes
+    passes.clear()
+    monkeypatch.setattr(apb.Engine, "demand", lambda *_: (1, 1, 3))
+    assert told(together(lambda group: answered(group, 5), size)[0]) == told(alone)
+    assert max(passes) == (3, 5)
+
+
+def test_an_answer_that_cannot_be_written_ends_no_other(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are not finite are the error of one record; what a pass has no memory for is read one by one."""
+    engine = apb.Engine.from_pretrained(checkpoint, device="cpu")
+    items = [Item("own", "notes", 600, str(n), "word " * (40 + n), "Which?", ("yes",), "words", 5) for n in range(3)]
+    full, read = [Setting.of("full")], answering.extend_together
+    wanted = [row[0].prediction for row in Runner(engine, "small", full, Store()).run(items)]
+
+    def spoiled(sessions: Any, tokens: Any, rows: int) -> None:
+        read(sessions, tokens, rows)
+        if len(sessions) == 3:
+            sessions[1].logits = torch.full_like(sessions[1].logits, torch.nan)
+
+    def too_much(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    for stands_in in (spoiled, too_much):
+        monkeypatch.setattr(answering, "extend_together", stands_in)
+        found = [row[0] for row in Runner(engine, "small", full, Store(), batch_size=3).run(items)]
+        if stands_in is spoiled:
+            assert "NaN or infinite" in found.pop(1).error
+            assert [each.prediction for each in found] == wanted[::2]
+        else:
+            assert [each.prediction for each in found] == wanted
+
+
 def test_decode_methods_of_a_command(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
     """Options go to the methods that have them, several shares make several readings; what none has is refused."""
     place = ("--model", checkpoint, "--device", "cpu", "--json")
@@ -344,8 +415,8 @@ def test_a_run_is_resumed(cli: Cli, checkpoint: Path, tmp_path: Path, monkeypatc
     cli(*given, *place, "--samples", 2, "--out", path)
     before = path.read_text()
     answers = []
-    generate = apb.Engine.generate
-    monkeypatch.setattr(apb.Engine, "generate", lambda *a, **k: answers.append(1) or generate(*a, **k))
+    prefill = apb.Engine.prefill
+    monkeypatch.setattr(apb.Engine, "prefill", lambda *a, **k: answers.append(1) or prefill(*a, **k))
     resumed = cli(*given, *place, "--samples", 3, "--out", path).json
     assert len(answers) == 2
     assert path.read_text().startswith(before)

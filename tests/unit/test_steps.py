@@ -207,6 +207,27 @@ def test_a_model_that_counts_is_read_alone(captures: list[torch.device]) -> None
         assert close_to(read(session), passes(one))
 
 
+def test_steps_of_always_as_many_rows(captures: list[torch.device]) -> None:
+    """One capture for all engines that decode alike, and to the bit the same logits with any number beside them."""
+    ours = engine()
+    readers = [ours, ours.reading_by("full"), ours.reading_by("star", blocks=3)]
+    asked = [prompt(90), prompt(3), prompt(61, 29)]
+    sessions, again = ([r.prefill(one, max_new_tokens=8) for r, one in zip(readers, asked, strict=True)] for _ in "ab")
+    extend_together(sessions, TOKENS, 4)
+    for session, other, token in zip(again, sessions, TOKENS, strict=True):
+        extend_together([session], [token], 4)
+        assert torch.equal(session.logits, other.logits)
+        assert session.captured
+    assert len(captures) == 1
+    for reader in readers[1:]:
+        reader.close()
+    extend_together(sessions[:2], TOKENS[:2], 4)  # graphs are the first one's, which is still open
+    assert sessions[1].captured
+    assert len(captures) == 1
+    read(ours.reading_by("full", decoding="pages").prefill(asked[0], max_new_tokens=8))
+    assert len(captures) == 2
+
+
 def test_layers_are_looked_at_in_later_sessions(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a graph notes of a layer's attention is read of every session that it steps."""
     monkeypatch.setenv("APB_CHECK_FINITE", "1")

@@ -58,6 +58,12 @@ class Common:
             help="Read the document first, for this question, another (other), none or typical ones; ask afterwards."
         ),
     ] = None
+    batch_size: Annotated[
+        int,
+        typer.Option(
+            help="Answers that are written side by side, in steps of a token for each: fewer where they do not fit."
+        ),
+    ] = 1
     ranks: options.RankCount = None
     out: Annotated[
         Path | None,
@@ -76,6 +82,7 @@ class Request:
     loading: dict[str, Any]
     out: str | None
     as_json: bool
+    batch_size: int = 1
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -187,6 +194,7 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
     for name, number in limits.items():
         if number is not None:
             at_least(name, number, 1)
+    at_least("--batch-size", common.batch_size, 1)
     place, readings = check_readings(common.model, options.Ranks(common.ranks), common.readings)
     if common.ask_after is not None:
         readings = [replace(setting, ask_after=common.ask_after) for setting in readings]
@@ -197,7 +205,8 @@ def _start(suite: str, samples: dict[str, Any], common: Common, notes: dict[str,
     elif samples["limit"] is not None:
         check_length(samples["limit"], place.config)
     samples["budget"] = common.max_new_tokens
-    request = Request(suite, samples, readings, place.loading, _path(common.out), common.as_json, notes or {})
+    given = _path(common.out), common.as_json, common.batch_size, notes or {}
+    request = Request(suite, samples, readings, place.loading, *given)
     launch.run(run, place.processes, request)
 
 
@@ -221,7 +230,7 @@ def run(request: Request) -> None:
     items, total = samples_of(request, engine, skipped)
     store = Store(Path(request.out) if request.out and first else None)
     name, budget = model_name(engine.model, request.loading["model"]), request.samples["budget"]
-    runner = Runner(engine, name, request.readings, store, budget=budget)
+    runner = Runner(engine, name, request.readings, store, batch_size=request.batch_size, budget=budget)
     done = 0
     records = []
     with Bar("Answering", "sample", shown=first) as bar:

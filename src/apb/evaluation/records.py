@@ -35,7 +35,8 @@ class Record:
         strategy, compressor, blocks, anchor_length, passing_length, ranks: the reading, by the plan.
         exact: as in :class:`apb.Generation`; without an answer, by plan and decode method.
         device, dtype: of the run.
-        processes: number of runs that shared the machine; times measure speed only if it is 1.
+        processes: number of answers that were worked on at a time, in one run or in several that shared the machine;
+            times measure speed only if it is 1.
         prediction, answers, score: the model's answer, the correct ones, and 0 to 100.
         seconds, prefill_s: of the whole answer, and of prefill alone.
         decode: how the answer was decoded: its method, the share of the keys that tokens attended to, and if that is

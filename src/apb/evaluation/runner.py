@@ -16,9 +16,11 @@ from ..asking import NEUTRAL, TYPICAL, OfTokens
 from ..document import Document
 from ..engine import Engine
 from ..errors import InputError, NotFinite, unexpected
+from ..generation import Generation, Sampling
 from ..hardware import device_name
 from ..hf.sampling import ends_turn
 from ..prompt import Prompt
+from ..session import Session
 from ..state import State
 from .items import Item, prompt_hash
 from .records import Record, Store, file_name
@@ -39,6 +41,9 @@ class Runner:
         settings: the readings to compare.
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
+        batch_size: most answers that are written side by side, after their prompts were read one after the other: fewer
+            where their caches do not fit into memory. On GPUs a decode step has as many rows, whether or not all are
+            in use: so an answer does not depend on those beside it.
         budget: the longest answer, in tokens, if the user chose it and not the suite: then it is part of the reading.
         cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
@@ -48,6 +53,7 @@ class Runner:
     settings: Sequence[Setting]
     store: Store
     processes: int = 1
+    batch_size: int = 1
     budget: int | None = None
     cuts: list[int] = field(default_factory=list, init=False)
 
@@ -63,23 +69,31 @@ class Runner:
 
         Args:
             items: the items to answer; an iterator is consumed one at a time.
-            done: called after every answer.
+            done: called after every answer, or before those that are written together with later ones.
         """
         with ExitStack() as open_engines:
             engines = [open_engines.enter_context(closing(setting.engine(self.engine))) for setting in self.settings]
+            rows: list[list[Record | _Unwritten]] = []
             for item in items:
                 prompt = self._prompt(item)
-                records = []
+                rows.append([])
                 for _, beside in groupby(zip(self.settings, engines, strict=True), lambda each: each[0].reading):
                     shared = list(beside)
                     read = self._reading(item, prompt, shared)
                     for setting, engine in shared:
-                        record = self._answer(item, prompt, setting, engine, read)
-                        if record is not None:
-                            records.append(record)
+                        rows[-1].append(self._begun(item, prompt, setting, engine, read, rows))
+                        if len(_unwritten(rows)) == self.batch_size:
+                            self._write(rows)
                         if done is not None:
                             done()
-                yield records
+                while rows and not _unwritten(rows[:1]):
+                    yield self._kept(rows.pop(0))
+            self._write(rows)
+            yield from map(self._kept, rows)
+
+    def _kept(self, row: list[Record | _Unwritten]) -> list[Record]:
+        """The records of an item whose answers are all there; none on ranks other than 0."""
+        return [] if self.engine.group.rank else [each for each in row if isinstance(each, Record)]
 
     def _prompt(self, item: Item) -> Prompt | InputError:
         first = any(setting.method.question_first for setting in self.settings)
@@ -112,46 +126,21 @@ class Runner:
         state = State.of_session(session, engine.reading.arranged(read), (), engine.reading.compressor.name)
         return Document(engine, OfTokens(prompt.prefix, prompt.document), state)
 
-    def _answer(
+    def _begun(
         self,
         item: Item,
         prompt: Prompt | InputError,
         setting: Setting,
         engine: Engine,
         read: Callable[[], Document] | None,
-    ) -> Record | None:
-        """The record of an answer (or of the lack of a prompt), from the store or new; None on ranks other than 0.
+        rows: list[list[Record | _Unwritten]],
+    ) -> Record | _Unwritten:
+        """The record of an answer (or of the lack of a prompt), from the store or new, or what is left to do for it.
 
-        ``read``: see :meth:`_reading`. What it took counts for every setting that shares it.
+        ``read``: see :meth:`_reading`. What it took counts for every setting that shares it. ``rows``: see
+        :meth:`_write`, which is called if this prompt does not fit into memory beside theirs.
         """
-        group = engine.group
-        chosen = {} if self.budget is None else {"max_new_tokens": self.budget}
-        blank = Record(
-            suite=item.suite,
-            task=item.task,
-            length=item.length,
-            sample=item.sample,
-            prompt="",
-            prompt_tokens=0,
-            model=self.model,
-            asked=setting.asked | chosen,
-            strategy=setting.strategy,
-            compressor=None,
-            heads=self._heads(setting.heads),
-            blocks=0,
-            anchor_length=0,
-            passing_length=0,
-            ranks=group.size,
-            exact=False,
-            device=device_name(engine.device),
-            dtype=str(engine.dtype).removeprefix("torch."),
-            processes=self.processes,
-            prediction="",
-            answers=item.answers,
-            score=0.0,
-            seconds=0.0,
-            prefill_s=0.0,
-        )
+        blank = self._blank(item, setting, engine)
         try:
             if isinstance(prompt, InputError):
                 raise prompt
@@ -168,35 +157,123 @@ class Runner:
             known = self.store.get(blank.key)
             # Only rank 0 has the file, and all ranks must take the same branch.
             told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
-            if group.broadcast(told).item():
-                return known
+            if engine.group.broadcast(told).item():
+                return known or blank
             sampling: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stopping_criteria": self._ends}
-            state = None if read is None else read().state
-            start = time.perf_counter()
-            if state is None:
-                result = engine.generate(prompt, **sampling)
+            if read is None:
+                peak, held, room = engine.demand(plan, item.max_new_tokens)
+                if sum(each.held for each in _unwritten(rows)) + peak > room:
+                    self._write(rows)
+                start = time.perf_counter()
+                session = engine.prefill(prompt, max_new_tokens=item.max_new_tokens)
                 seconds = time.perf_counter() - start
-            else:
-                result = Document(engine, OfTokens(prompt.prefix, prompt.document), state).ask(prompt.query, **sampling)
-                seconds = state.prefill_s + time.perf_counter() - start
-                result.timing["prefill_s"] += state.prefill_s
+                return _Unwritten(blank, item.metric, session, Sampling(**sampling), seconds, held)
+            state = read().state
+            start = time.perf_counter()
+            result = Document(engine, OfTokens(prompt.prefix, prompt.document), state).ask(prompt.query, **sampling)
+            result.timing["prefill_s"] += state.prefill_s
+            return self._stored(_answered(blank, item.metric, result, state.prefill_s + time.perf_counter() - start))
         except (InputError, NotFinite) as error:  # raised on all ranks
-            record = replace(blank, error=str(error))
+            return self._stored(replace(blank, error=str(error)))
         except torch.OutOfMemoryError as error:
             if engine.mesh.everyone.size > 1:
                 raise
-            record = replace(blank, error=unexpected(error))
-        else:
-            record = replace(
-                blank,
-                prediction=result.text,
-                score=METRICS[item.metric](result.text, item.answers),
-                seconds=round(seconds, 6),
-                prefill_s=round(result.timing["prefill_s"], 6),
-                exact=result.exact,
-                decode=result.decode,
-            )
-        if group.rank:
-            return None
-        self.store.add(record)
+            return self._stored(replace(blank, error=unexpected(error)))
+
+    def _write(self, rows: list[list[Record | _Unwritten]]) -> None:
+        """Write the answers that are left to write in items' rows, all together, and put their records in place."""
+        unwritten = _unwritten(rows)
+        if not unwritten:
+            return
+        start = time.perf_counter()
+        results: Sequence[Generation | Exception]
+        try:
+            pairs = [(each.session, each.sampling) for each in unwritten]
+            results = self.engine.answering.together(pairs, self.batch_size)
+        except torch.OutOfMemoryError as error:
+            if self.engine.mesh.everyone.size > 1:
+                raise
+            results = [error] * len(unwritten)
+        seconds = time.perf_counter() - start
+        written = iter([each.record(result, seconds) for each, result in zip(unwritten, results, strict=True)])
+        for row in rows:
+            row[:] = [self._stored(next(written)) if isinstance(each, _Unwritten) else each for each in row]
+
+    def _stored(self, record: Record) -> Record:
+        if self.engine.group.rank == 0:
+            self.store.add(record)
         return record
+
+    def _blank(self, item: Item, setting: Setting, engine: Engine) -> Record:
+        """The record of an item that is to be answered."""
+        chosen = {} if self.budget is None else {"max_new_tokens": self.budget}
+        return Record(
+            suite=item.suite,
+            task=item.task,
+            length=item.length,
+            sample=item.sample,
+            prompt="",
+            prompt_tokens=0,
+            model=self.model,
+            asked=setting.asked | chosen,
+            strategy=setting.strategy,
+            compressor=None,
+            heads=self._heads(setting.heads),
+            blocks=0,
+            anchor_length=0,
+            passing_length=0,
+            ranks=engine.group.size,
+            exact=False,
+            device=device_name(engine.device),
+            dtype=str(engine.dtype).removeprefix("torch."),
+            processes=self.processes * self.batch_size,
+            prediction="",
+            answers=item.answers,
+            score=0.0,
+            seconds=0.0,
+            prefill_s=0.0,
+        )
+
+
+@dataclass(frozen=True)
+class _Unwritten:
+    """A prompt that has been read, and whose answer is to be written.
+
+    Attributes:
+        blank: the record without the answer.
+        metric: by which it is scored.
+        session, sampling: of the answer.
+        seconds: that reading took.
+        held: bytes of the cache on a rank.
+    """
+
+    blank: Record
+    metric: str
+    session: Session
+    sampling: Sampling
+    seconds: float
+    held: int
+
+    def record(self, result: Generation | Exception, seconds: float) -> Record:
+        """The record, of an answer that took these seconds to write, or of an error."""
+        if isinstance(result, Exception):
+            foreseen = isinstance(result, NotFinite)
+            return replace(self.blank, error=str(result) if foreseen else unexpected(result))
+        return _answered(self.blank, self.metric, result, self.seconds + seconds)
+
+
+def _unwritten(rows: Iterable[Iterable[Record | _Unwritten]]) -> list[_Unwritten]:
+    """The answers that are left to write in items' rows."""
+    return [each for row in rows for each in row if isinstance(each, _Unwritten)]
+
+
+def _answered(blank: Record, metric: str, result: Generation, seconds: float) -> Record:
+    return replace(
+        blank,
+        prediction=result.text,
+        score=METRICS[metric](result.text, blank.answers),
+        seconds=round(seconds, 6),
+        prefill_s=round(result.timing["prefill_s"], 6),
+        exact=result.exact,
+        decode=result.decode,
+    )

@@ -81,17 +81,8 @@ class Setting:
 
     def engine(self, engine: Engine) -> Engine:
         """An engine of this setting on another's model; close it when done."""
-        return Engine.from_model(
-            engine.model,
-            engine.tokenizer,
-            mesh=engine.mesh,
-            fused=engine.fused,
-            strategy=self.method,
-            compressor=self.compressor,
-            decoding=self.decoding,
-            propagation=self.propagation,
-            verify=False,  # done, or left out on request, when the other engine was made
-        )
+        options = {"compressor": self.compressor, "decoding": self.decoding, "propagation": self.propagation}
+        return engine.reading_by(self.method, **options)
 
 
 def settings(

@@ -2,7 +2,7 @@
 from the GPU's memory.
 
 The addresses of keys and values are read from there too, so CUDA graphs that were captured once serve every step of
-every session of an engine.
+every session of an engine, and of other engines on its model that decode alike.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .states import FixedStates
 
 
 class Stepper:
-    """Decode steps over the caches of all sessions of an engine, in any order.
+    """Decode steps over the caches of all sessions of an engine, and of those that share it, in any order.
 
     A graph replays the model as it was at capture; after a change of the model make a new engine.
     """
@@ -86,7 +86,12 @@ class Stepper:
         return self._batched
 
     def step(
-        self, caches: Sequence[ShardCache], readers: Sequence[Reader], tokens: Sequence[int], capture: bool = True
+        self,
+        caches: Sequence[ShardCache],
+        readers: Sequence[Reader],
+        tokens: Sequence[int],
+        capture: bool = True,
+        rows: int = 1,
     ) -> Tensor:
         """Read one token after what each cache holds. All ranks call this; should it fail, no cache has advanced.
 
@@ -95,11 +100,12 @@ class Stepper:
             readers: the decode method's, of each shard.
             tokens: an id for each.
             capture: capture graphs if there are none for so many such caches.
+            rows: of the pass at least; those beyond the caches are padding.
 
         Returns:
             logits (sessions, vocab) fp32 of the next tokens, rank 0's on all ranks.
         """
-        key = _key(caches)
+        key = _key(caches, rows)
         if key not in self._steps:
             stored = self._decoding.stored_reader()
             assert stored is not None, "why_not was asked"
@@ -112,9 +118,9 @@ class Stepper:
             cache.advance()
         return logits
 
-    def captured(self, caches: Sequence[ShardCache]) -> bool:
-        """True if there are graphs by which tokens over such caches are read."""
-        step = self._steps.get(_key(caches))
+    def captured(self, caches: Sequence[ShardCache], rows: int = 1) -> bool:
+        """True if there are graphs by which tokens over such caches are read, in passes of at least so many rows."""
+        step = self._steps.get(_key(caches, rows))
         return step is not None and step.captured
 
     def close(self) -> None:
@@ -123,9 +129,9 @@ class Stepper:
         self._steps.clear()
 
 
-def _key(caches: Sequence[ShardCache]) -> tuple[Layout, int]:
+def _key(caches: Sequence[ShardCache], rows: int) -> tuple[Layout, int]:
     """What steps are kept by. Few numbers of rows, as each is captured for itself: those between are padded."""
-    return caches[0].layout, 1 << (len(caches) - 1).bit_length()
+    return caches[0].layout, 1 << (max(len(caches), rows) - 1).bit_length()
 
 
 class _Step:

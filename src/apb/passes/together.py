@@ -22,7 +22,7 @@ from .step import Stepper
 from .tokens import Continuation
 
 
-def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int]) -> Tensor:
+def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int], rows: int = 1) -> Tensor:
     """Read one token after each of several prompts, of one model and the same ranks, in one pass.
 
     Every rank calls it. Should the pass fail, all caches are as they were.
@@ -30,6 +30,8 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
     Args:
         continuations: of different caches; each one's decode method attends to its own.
         token_ids: a token for each.
+        rows: of a captured step at least. In steps of always as many rows a row's numbers do not depend on how many of
+            them are in use: products of few rows sum in another order than those of many.
 
     Returns:
         logits (prompts, vocab) fp32 of the next tokens, on all ranks: those of :meth:`Continuation.read`, up to
@@ -43,8 +45,8 @@ def read_together(continuations: Sequence[Continuation], token_ids: Sequence[int
         logits, captured = _read_in_a_pass(continuations, token_ids), False
     else:
         readers = [each.reader for each in continuations]
-        logits = stepper.step(caches, readers, token_ids, any(each.capture for each in continuations))
-        captured = stepper.captured(caches)
+        logits = stepper.step(caches, readers, token_ids, any(each.capture for each in continuations), rows)
+        captured = stepper.captured(caches, rows)
     for each in continuations:
         each.captured = captured
     return logits
