@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from .detokenizing import Detokenizer, Stops
 from .distributed.collectives import Group
 from .errors import NotFinite
-from .generation import Generation, Sampling, Scored, decode
+from .generation import Choosing, Generation, Sampling, Scored, decode
 from .hardware import Stopwatch, fingerprint, peak_bytes
 from .hf.identity import quantization
 from .hf.sampling import left_out
@@ -49,14 +49,17 @@ class Answering:
         ``scored`` is called with every token's log-probabilities, if they are asked for, before the piece it ends in.
         ``read``: as in :func:`apb.generation.decode`.
         """
-        steps = self._steps(session, sampling, cancelled, scored, read)
-        while True:
-            try:
-                _, piece, _ = next(steps)
-            except StopIteration as stop:
-                return cast(Generation, stop.value)
+        watch = Stopwatch(self.devices[0])
+        text = _Text(session, sampling, self.tokenizer)
+        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer, read):
+            piece = text.add(token, ended)
+            if text.scores:
+                scored(text.scores[-1])
             if piece:
                 yield piece
+            if text.over:
+                break
+        return self._result(text, watch.seconds())
 
     def together(self, asked: Sequence[tuple[Session, Sampling]], rows: int) -> list[Generation | NotFinite]:
         """The answers of several sessions, in passes that read a token of each; every rank calls it.
@@ -68,20 +71,24 @@ class Answering:
         Returns:
             the answers, or where one could not be written the error.
         """
-        sessions = [session for session, _ in asked]
-        writing = {number: self._steps(*each, None, read=_has_been_read) for number, each in enumerate(asked)}
+        watch = Stopwatch(self.devices[0])
+        texts = [_Text(*each, self.tokenizer) for each in asked]
+        choosing = [Choosing(*each, self.model, self.everyone, self.tokenizer) for each in asked]
         found: dict[int, Generation | NotFinite] = {}
+        writing = list(range(len(asked)))
         while writing:
-            unread: dict[int, int] = {}
-            for number, steps in list(writing.items()):
+            # One wait for all: where processes share a GPU, each wait is for the others' turns.
+            choices = torch.stack([choosing[number].queued() for number in writing]).tolist()
+            for number, choice in zip(writing, choices, strict=True):
                 try:
-                    token, _, goes_on = next(steps)
-                except (StopIteration, NotFinite) as end:  # the latter on all ranks
-                    found[number] = end if isinstance(end, NotFinite) else end.value
-                    del writing[number]
+                    texts[number].add(*choosing[number].taken(choice))
+                except NotFinite as error:  # on all ranks
+                    found[number] = error
                 else:
-                    unread |= {number: token} if goes_on else {}
-            self._read([(sessions[number], token) for number, token in unread.items()], rows)
+                    if texts[number].over:
+                        found[number] = self._result(texts[number], watch.seconds())
+            writing = [number for number in writing if number not in found]
+            self._read([(asked[number][0], texts[number].token_ids[-1]) for number in writing], rows)
         return [found[number] for number in range(len(asked))]
 
     def _read(self, unread: Sequence[tuple[Session, int]], rows: int) -> None:
@@ -99,36 +106,8 @@ class Answering:
         for session, token in unread:
             session.extend([token])
 
-    def _steps(
-        self,
-        session: Session,
-        sampling: Sampling,
-        cancelled: Callable[[], bool] | None,
-        scored: Callable[[Scored], None] = lambda score: None,
-        read: Callable[[int], None] | None = None,
-    ) -> Generator[tuple[int, str, bool], None, Generation]:
-        """Yield every token with the text that it completes, and True if it is to be read before the next one."""
-        watch = Stopwatch(self.devices[0])
-        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer is not None else None
-        token_ids: list[int] = []
-        scores: list[Scored] = []
-        stops, ended = Stops(sampling.stop), False
-        for token, ended in decode(session, sampling, self.model, self.everyone, cancelled, self.tokenizer, read):
-            token_ids.append(token)
-            if sampling.top_logprobs is not None:
-                scores.append(Scored.of(session.logits, token, sampling.top_logprobs))
-                scored(scores[-1])
-            last = ended or len(token_ids) == sampling.max_new_tokens
-            piece = "" if detokenizer is None else stops.add(detokenizer.add(token, last), last)
-            yield token, piece, not last and not stops.found
-            if stops.found:
-                break
-        result = self._result(session, stops.text, token_ids, ended or stops.found, watch.seconds())
-        result.scored = scores
-        result.notes += left_out(self.model, sampling, self.tokenizer)
-        return result
-
-    def _result(self, session: Session, text: str, token_ids: list[int], ended: bool, decode_s: float) -> Generation:
+    def _result(self, text: _Text, decode_s: float) -> Generation:
+        session = text.session
         # The slowest and the largest rank count, and every rank reports the same.
         device = self.devices[0]
         largest = max(map(peak_bytes, self.devices))
@@ -140,16 +119,16 @@ class Answering:
         share = float(every[:, 3].mean())
         decoded_exactly = session.decoding.exact or share >= 1
         return Generation(
-            text=text,
-            token_ids=token_ids,
-            finish_reason="stop" if ended else "length",
+            text=text.stops.text,
+            token_ids=text.token_ids,
+            finish_reason="stop" if text.ended else "length",
             strategy=session.plan.strategy,
             exact=session.plan.exact and decoded_exactly,
             plan=session.plan.to_dict(),
             timing={
                 "prefill_s": prefill_s,
                 "decode_s": decode_s,
-                "decode_tokens_per_s": len(token_ids) / decode_s if decode_s else 0.0,
+                "decode_tokens_per_s": len(text.token_ids) / decode_s if decode_s else 0.0,
             },
             memory={"peak_bytes": int(peak)},
             fingerprint=fingerprint(device, self.model.dtype) | self._quantized(),
@@ -157,6 +136,8 @@ class Answering:
             prompt_tokens=session.plan.total,
             propagation=session.plan.propagated(),
             choice=session.plan.reason,
+            scored=text.scores,
+            notes=left_out(self.model, text.sampling, self.tokenizer),
         )
 
     def _quantized(self) -> dict[str, str]:
@@ -164,8 +145,42 @@ class Answering:
         return {} if name is None else {"quantization": name}
 
 
-def _has_been_read(token: int) -> None:
-    """What :func:`apb.generation.decode` calls for a token that its session has read already."""
+class _Text:
+    """An answer as it is written.
+
+    Attributes:
+        session, sampling: what it follows, and how its tokens are chosen.
+        token_ids: those so far.
+        scores: their log-probabilities, where they are asked for.
+        stops: the text so far.
+        ended: True if the model, a criterion or a text to stop at has ended it.
+    """
+
+    def __init__(self, session: Session, sampling: Sampling, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.session = session
+        self.sampling = sampling
+        self.token_ids: list[int] = []
+        self.scores: list[Scored] = []
+        self.stops = Stops(sampling.stop)
+        self.ended = False
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
+
+    @property
+    def over(self) -> bool:
+        """True if no token follows."""
+        return self.ended or len(self.token_ids) == self.sampling.max_new_tokens
+
+    def add(self, token: int, ended: bool) -> str:
+        """Add a token, with which the answer ended or not; the piece of text that it completes."""
+        self.token_ids.append(token)
+        self.ended = ended
+        if self.sampling.top_logprobs is not None:
+            self.scores.append(Scored.of(self.session.logits, token, self.sampling.top_logprobs))
+        if self._detokenizer is None:
+            return ""
+        piece = self.stops.add(self._detokenizer.add(token, self.over), self.over)
+        self.ended |= self.stops.found
+        return piece
 
 
 def whole(pieces: Generator[str, None, Generation]) -> Generation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -163,6 +163,77 @@ class Generation:
 _GOES_ON, _CANCELLED, _NO_LOGITS, _NO_SCORES, _FAILED = range(5)
 
 
+class Choosing:
+    """Chooses the tokens after a session. Rank 0 chooses and broadcasts, so that all ranks get the same tokens."""
+
+    def __init__(
+        self,
+        session: Session,
+        sampling: Sampling,
+        model: Any,
+        group: Group,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> None:
+        """Choose tokens as :func:`decode` does, with the same arguments."""
+        device = session.logits.device
+        self._session = session
+        self._sampling = sampling
+        self._group = group
+        self._cancelled = cancelled
+        self._read = len(session.token_ids)
+        self._ids = torch.empty(1, self._read + sampling.max_new_tokens, dtype=torch.long, device=device)
+        self._ids[0, : self._read] = torch.tensor(session.token_ids, device=device)
+        self._processors = checkpoint.processors(model, sampling, self._ids[:, : self._read], tokenizer)
+        self._criteria = checkpoint.criteria(model, sampling, tokenizer, device)
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._failure: Exception | None = None
+
+    def queued(self) -> Tensor:
+        """The next choice (3,) long, which the device may still be at work on: to be read, and given to :meth:`taken`.
+
+        The choices of several sessions can so be queued before the first one is waited for.
+        """
+        session, ids, read = self._session, self._ids, self._read
+        choice = torch.zeros(3, dtype=torch.long, device=ids.device)
+        if self._group.rank == 0 and self._cancelled is not None and self._cancelled():
+            choice[2] = _CANCELLED
+        elif self._group.rank == 0:
+            # The maximum is not finite if any logit is NaN or infinity, or all are -infinity. The error is raised
+            # later: waiting for the logits here would leave the GPU idle.
+            wrong = ~session.logits.max().isfinite()
+            # Processors may write into their input; the session's logits must not change.
+            logits = session.logits.masked_fill(wrong, 0.0).unsqueeze(0)
+            try:
+                scores = self._processors(_long(ids[:, :read]), _float(logits))
+                token, lost = _pick(scores, self._sampling.draws, self._generator)
+                ids[0, read] = choice[0] = token
+                if self._criteria:
+                    choice[1] = self._criteria(_long(ids[:, : read + 1]), _float(scores)).any()
+                choice[2] = torch.where(wrong, _NO_LOGITS, torch.where(lost, _NO_SCORES, _GOES_ON))
+            except Exception as error:  # of a processor; the other ranks wait for a choice
+                self._failure, choice[2] = error, _FAILED
+        self._read += 1
+        return self._group.broadcast(choice)
+
+    def taken(self, choice: Sequence[int]) -> tuple[int, bool]:
+        """The token of a choice, and True if the model or a criterion ended there; raises what :func:`decode` does."""
+        token_id, ended, state = choice
+        if state == _FAILED:
+            raise self._failure or RuntimeError("Choosing a token failed on rank 0.")
+        if state == _CANCELLED:
+            raise Cancelled("The answer was cancelled.")
+        if state == _NO_LOGITS:
+            raise NotFinite(self._session.what_is_not_finite(self._group))
+        if state == _NO_SCORES:
+            raise NotFinite("Logits processors left no token that could be drawn; ask for other settings of sampling.")
+        return token_id, bool(ended)
+
+
 def decode(
     session: Session,
     sampling: Sampling,
@@ -174,53 +245,16 @@ def decode(
 ) -> Iterator[tuple[int, bool]]:
     """Generate tokens after a session: yields (token id, True if the model or a criterion ended there).
 
-    Rank 0 chooses and broadcasts, so that all ranks yield the same tokens. All raise :class:`apb.Cancelled` once rank
-    0's ``cancelled``, called before every token, returns True, and :class:`apb.NotFinite` if no token can be chosen;
-    and whatever a processor or criterion raises on rank 0, the others a RuntimeError then.
+    All ranks raise :class:`apb.Cancelled` once rank 0's ``cancelled``, called before every token, returns True, and
+    :class:`apb.NotFinite` if no token can be chosen; and whatever a processor or criterion raises on rank 0, the others
+    a RuntimeError then.
     ``read`` has the session read a token, on every rank; by default :meth:`apb.Session.extend` does. The checkpoint's
     stop strings and a schema need the ``tokenizer``.
     """
-    device = session.logits.device
-    prompt = len(session.token_ids)
-    ids = torch.empty(1, prompt + sampling.max_new_tokens, dtype=torch.long, device=device)
-    ids[0, :prompt] = torch.tensor(session.token_ids, device=device)
-    processors = checkpoint.processors(model, sampling, ids[:, :prompt], tokenizer)
-    criteria = checkpoint.criteria(model, sampling, tokenizer, device)
-    generator = torch.Generator(device)
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-    failure: Exception | None = None
+    choosing = Choosing(session, sampling, model, group, tokenizer, cancelled)
     for step in range(sampling.max_new_tokens):
-        choice = torch.zeros(3, dtype=torch.long, device=device)
-        if group.rank == 0 and cancelled is not None and cancelled():
-            choice[2] = _CANCELLED
-        elif group.rank == 0:
-            # The maximum is not finite if any logit is NaN or infinity, or all are -infinity. The error is raised
-            # later: waiting for the logits here would leave the GPU idle.
-            wrong = ~session.logits.max().isfinite()
-            # Processors may write into their input; the session's logits must not change.
-            logits = session.logits.masked_fill(wrong, 0.0).unsqueeze(0)
-            try:
-                scores = processors(_long(ids[:, : prompt + step]), _float(logits))
-                token, lost = _pick(scores, sampling.draws, generator)
-                ids[0, prompt + step] = choice[0] = token
-                if criteria:
-                    choice[1] = criteria(_long(ids[:, : prompt + step + 1]), _float(scores)).any()
-                choice[2] = torch.where(wrong, _NO_LOGITS, torch.where(lost, _NO_SCORES, _GOES_ON))
-            except Exception as error:  # of a processor; the other ranks wait for a choice
-                failure, choice[2] = error, _FAILED
-        token_id, ended, state = group.broadcast(choice).tolist()
-        if state == _FAILED:
-            raise failure or RuntimeError("Choosing a token failed on rank 0.")
-        if state == _CANCELLED:
-            raise Cancelled("The answer was cancelled.")
-        if state == _NO_LOGITS:
-            raise NotFinite(session.what_is_not_finite(group))
-        if state == _NO_SCORES:
-            raise NotFinite("Logits processors left no token that could be drawn; ask for other settings of sampling.")
-        yield token_id, bool(ended)
+        token_id, ended = choosing.taken(choosing.queued().tolist())
+        yield token_id, ended
         if ended or step + 1 == sampling.max_new_tokens:
             return
         if read is None:
