@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import torch
 
 from .detokenizing import Detokenizer, Stops
 from .distributed.collectives import Group
-from .errors import NotFinite
+from .errors import InputError, NotFinite
 from .generation import Choosing, Generation, Sampling, Scored, decode
 from .hardware import Stopwatch, fingerprint, peak_bytes
 from .hf.identity import quantization
@@ -61,50 +62,58 @@ class Answering:
                 break
         return self._result(text, watch.seconds())
 
-    def together(self, asked: Sequence[tuple[Session, Sampling]], rows: int) -> list[Generation | NotFinite]:
+    def together(self, asked: Sequence[tuple[Session, Sampling]], rows: int) -> list[Generation | Exception]:
         """The answers of several sessions, in passes that read a token of each; every rank calls it.
+
+        Sessions whose tokens cannot be read with others', or not by captured steps, read each its own.
 
         Args:
             asked: the sessions, of one model by any reading, and how their tokens are chosen.
             rows: of a captured step at least; see :func:`apb.passes.together.read_together`.
 
         Returns:
-            the answers, or where one could not be written the error.
+            the answers; where one could not be written, the :class:`apb.InputError`, :class:`apb.NotFinite`, or, of a
+            process that works alone, ``torch.OutOfMemoryError``.
         """
         watch = Stopwatch(self.devices[0])
         texts = [_Text(*each, self.tokenizer) for each in asked]
-        choosing = [Choosing(*each, self.model, self.everyone, self.tokenizer) for each in asked]
-        found: dict[int, Generation | NotFinite] = {}
-        writing = list(range(len(asked)))
-        while writing:
+        choosing: dict[int, Choosing] = {}
+        found: dict[int, Generation | Exception] = {}
+        for number, each in enumerate(asked):
+            with _failing(found, number):
+                choosing[number] = Choosing(*each, self.model, self.everyone, self.tokenizer)
+        together = rows > 1 and all(session.why_apart is None for session, _ in asked)
+        while choosing:
             # One wait for all: where processes share a GPU, each wait is for the others' turns.
-            choices = torch.stack([choosing[number].queued() for number in writing]).tolist()
-            for number, choice in zip(writing, choices, strict=True):
-                try:
+            choices = torch.stack([each.queued() for each in choosing.values()]).tolist()
+            for number, choice in zip(choosing, choices, strict=True):
+                with _failing(found, number):
                     texts[number].add(*choosing[number].taken(choice))
-                except NotFinite as error:  # on all ranks
-                    found[number] = error
-                else:
                     if texts[number].over:
                         found[number] = self._result(texts[number], watch.seconds())
-            writing = [number for number in writing if number not in found]
-            self._read([(asked[number][0], texts[number].token_ids[-1]) for number in writing], rows)
+            choosing = {number: each for number, each in choosing.items() if number not in found}
+            unread = {number: (asked[number][0], texts[number].token_ids[-1]) for number in choosing}
+            together = together and bool(unread) and self._read_together([*unread.values()], rows)
+            if not together:
+                for number, (session, token) in unread.items():
+                    with _failing(found, number, memory=self.everyone.size == 1):
+                        session.extend([token])
+            choosing = {number: each for number, each in choosing.items() if number not in found}
         return [found[number] for number in range(len(asked))]
 
-    def _read(self, unread: Sequence[tuple[Session, int]], rows: int) -> None:
-        """Have sessions read a token each: in one pass, or one by one if the model or the memory leaves no choice."""
-        alone = any(session.why_alone is not None for session, _ in unread)
-        if unread and not alone:
-            try:
-                return extend_together([session for session, _ in unread], [token for _, token in unread], rows)
-            except torch.OutOfMemoryError:
-                if self.everyone.size > 1:  # the others do not know
-                    raise
-            except RuntimeError:
-                if unread[0][0].why_alone is None:  # the pass has not found a reason
-                    raise
-        for session, token in unread:
-            session.extend([token])
+    def _read_together(self, unread: Sequence[tuple[Session, int]], rows: int) -> bool:
+        """Have sessions read a token each in one pass; False if the memory or the model's code does not let them."""
+        try:
+            extend_together([session for session, _ in unread], [token for _, token in unread], rows)
+        except torch.OutOfMemoryError:
+            if self.everyone.size > 1:  # the others do not know
+                raise
+            return False
+        except RuntimeError:
+            if unread[0][0].why_apart is None:  # the pass has not found a reason
+                raise
+            return False
+        return True
 
     def _result(self, text: _Text, decode_s: float) -> Generation:
         session = text.session
@@ -143,6 +152,16 @@ class Answering:
     def _quantized(self) -> dict[str, str]:
         name = quantization(self.model)
         return {} if name is None else {"quantization": name}
+
+
+@contextmanager
+def _failing(found: dict[int, Generation | Exception], number: int, memory: bool = False) -> Iterator[None]:
+    """Note an answer's error in its place: one that all ranks raise, or that the memory is full."""
+    kept: tuple[type[Exception], ...] = (InputError, NotFinite, *([torch.OutOfMemoryError] if memory else []))
+    try:
+        yield
+    except kept as error:
+        found[number] = type(error)(*error.args)  # what was raised holds frames, and these all the sessions
 
 
 class _Text:

@@ -104,7 +104,8 @@ class Engine(Prefiller):
         If it decodes by the same method, it replays the CUDA graphs that this one has captured.
 
         Args:
-            strategy, options: as in :meth:`apb.reading.Reading.of`.
+            strategy, options: as in :meth:`apb.reading.Reading.of`; what is left out is not this engine's, but its
+                default.
         """
         return Engine(
             self.model,
@@ -115,7 +116,7 @@ class Engine(Prefiller):
             fused=self.fused,
             graphs=self.graphs,
             verify=False,  # done, or left out on request, when this one was made
-            decoder=self._decoder,
+            decoder=None if self.closed else self._decoder,
             **options,
         )
 

@@ -96,10 +96,13 @@ class Prefiller:
             raise InputError(f"fused=True cannot be had here: {obstacle}.")
         self.fused = obstacle is None if fused is None else fused
         self._attachment = Attachment.of(model, self.fused, self.mesh.tensor)
-        alike = decoder is not None and (decoder.decoding, decoder.backend) == (self.reading.decoding, backend)
-        own = partial(Decoder, self._attachment, self.group, self.reading.decoding, backend, self.graphs)
-        self._decoder = decoder if decoder is not None and alike else own()
-        self._decoder_is_own = self._decoder is not decoder
+        wanted = self._attachment, self.group, self.reading.decoding, backend
+        if decoder is None or (decoder.attachment, decoder.group, decoder.decoding, decoder.backend) != wanted:
+            decoder = Decoder(*wanted, self.graphs)
+            self._decoder_is_own = True
+        else:
+            self._decoder_is_own = False
+        self._decoder = decoder
         self._closed = False
 
     def close(self) -> None:

@@ -118,6 +118,18 @@ class Session:
         """The reason why :func:`extend_together` cannot read its tokens; None if it can."""
         return why_alone(self._decoder.attachment)
 
+    @property
+    def why_apart(self) -> str | None:
+        """The reason why its tokens are better read by passes of their own; None if there is none."""
+        if self._continuation.stepped and not self._decoder.stepper.batched:
+            return f"captured steps of the decode method {self.decoding.name!r} read one session"
+        return self.why_alone
+
+    def check_finite(self) -> None:
+        """NotFinite, with what is known of where that began, if no next token can be chosen; every rank calls it."""
+        if not self.logits.max().isfinite():
+            raise NotFinite(self.what_is_not_finite(self._group))
+
     def score(self, token_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """How likely these tokens are to follow; the session stays as it is, so that others may be scored after them.
 

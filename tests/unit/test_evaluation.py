@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from answers import record, run_of
 from apb import answering
 from apb.compressors import Random, Recent
 from apb.decoding import Dense, Pages, Retrieval, Squeezed
+from apb.distributed.collectives import Group
 from apb.distributed.mesh import Mesh
 from apb.errors import InputError
 from apb.evaluation.items import Item
@@ -28,6 +31,7 @@ from apb.evaluation.statistics import compare, difference, interval
 from apb.evaluation.summary import summarize
 from apb.methods import APB, option
 from apb.passes import prefill
+from apb.session import Session
 from command_line import Cli
 from together import together
 
@@ -352,26 +356,48 @@ def test_answers_are_written_together(size: int, checkpoint: Path, monkeypatch: 
 
     alone = together(lambda group: answered(group, 1), 1)[0]
     assert [record.error is None for row in alone for record in row] == [*[True] * 3, *[False] * 3, *[True] * 6]
-    assert {*passes} == {(1, 1)}
-    passes.clear()
+    assert passes == []
     rows, *others = together(lambda group: answered(group, 5), size)
     assert told(rows) == told(alone)
     assert others == [[[]] * 4] * (size - 1)
-    assert {record.processes for row in rows for record in row} == {5}
+    assert [{record.processes for record in row} for row in rows] == [{5}, {1}, {5, 4}, {4}]
+    assert all(record.seconds > record.prefill_s > 0 for row in rows for record in row if record.error is None)
     assert passes[0] == (5, 5)  # two of the third item's, whose first answer opens the next pass
     assert (4, 5) in passes
     passes.clear()
     monkeypatch.setattr(apb.Engine, "demand", lambda *_: (1, 1, 3))
     assert told(together(lambda group: answered(group, 5), size)[0]) == told(alone)
     assert max(passes) == (3, 5)
+    with pytest.raises(InputError, match="Batch size must be"):
+        answered(Group(), 0)
 
 
-def test_an_answer_that_cannot_be_written_ends_no_other(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits that are not finite are the error of one record; what a pass has no memory for is read one by one."""
+def test_an_answer_that_fails_ends_no_other(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits that are not finite, settings that cannot be followed, memory that is full: of one answer, while others
+    are written or are to be, which free theirs. No session outlives its batch, nor is kept by an error."""
     engine = apb.Engine.from_pretrained(checkpoint, device="cpu")
-    items = [Item("own", "notes", 600, str(n), "word " * (40 + n), "Which?", ("yes",), "words", 5) for n in range(3)]
-    full, read = [Setting.of("full")], answering.extend_together
-    wanted = [row[0].prediction for row in Runner(engine, "small", full, Store()).run(items)]
+    items = [Item("own", "notes", 600, str(n), "word " * (40 + n), "Which?", ("yes",), "words", 5) for n in range(4)]
+    alive: list[weakref.ref[Session]] = []
+    prefill, extend, read = apb.Engine.prefill, Session.extend, answering.extend_together
+
+    def kept(*given: Any, **more: Any) -> Session:
+        session = prefill(*given, **more)
+        alive.append(weakref.ref(session))
+        return session
+
+    def answered(batch_size: int) -> list[Record]:
+        alive.clear()
+        gc.disable()
+        try:
+            full = Runner(engine, "small", [Setting.of("full")], Store(), batch_size=batch_size)
+            found = [record for row in full.run(items) for record in row]
+            assert all(session() is None for session in alive)
+        finally:
+            gc.enable()
+        return found
+
+    monkeypatch.setattr(apb.Engine, "prefill", kept)
+    wanted = [record.prediction for record in answered(1)]
 
     def spoiled(sessions: Any, tokens: Any, rows: int) -> None:
         read(sessions, tokens, rows)
@@ -381,14 +407,57 @@ def test_an_answer_that_cannot_be_written_ends_no_other(checkpoint: Path, monkey
     def too_much(*_: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    for stands_in in (spoiled, too_much):
-        monkeypatch.setattr(answering, "extend_together", stands_in)
-        found = [row[0] for row in Runner(engine, "small", full, Store(), batch_size=3).run(items)]
-        if stands_in is spoiled:
-            assert "NaN or infinite" in found.pop(1).error
-            assert [each.prediction for each in found] == wanted[::2]
-        else:
-            assert [each.prediction for each in found] == wanted
+    def too_much_for_one(session: Session, tokens: Any) -> Any:
+        return too_much() if len(session.token_ids) == longest + 2 else extend(session, tokens)
+
+    def beside_others(*given: Any, **more: Any) -> Session:
+        return too_much() if sum(session() is not None for session in alive) > 1 else kept(*given, **more)
+
+    longest = max(len(item.prompt(engine.tokenizer)) for item in items)
+    for place, name, stands_in, failing, why in (
+        (answering, "extend_together", spoiled, [1], "NaN or infinite"),
+        (answering, "extend_together", too_much, [], ""),
+        (Session, "extend", too_much_for_one, [3], "memory"),
+        (apb.Engine, "prefill", beside_others, [], ""),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stands_in)
+            if name == "extend":
+                patch.setattr(answering, "extend_together", too_much)
+            found = answered(3)
+        assert [n for n, record in enumerate(found) if record.error is not None] == failing
+        assert all(why in str(found[n].error) for n in failing)
+        assert [r.prediction for r in found if r.error is None] == [w for n, w in enumerate(wanted) if n not in failing]
+    engine.model.generation_config.repetition_penalty = -1.0
+    for batch_size in (1, 3):
+        assert all("cannot be followed" in str(record.error) for record in answered(batch_size))
+
+
+def test_a_batch_on_the_command_line(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:
+    """It gives the same table; answers from one reading are written alone, and what is answered stays."""
+    path = tmp_path / "a.jsonl"
+    place = ("--length", 800, "--model", checkpoint, "--device", "cpu", "--json")
+    given = ("eval", "synthetic", "--task", "single", "--strategy", "full", "--strategy", "apb", "--blocks", 3, *place)
+    alone = cli(*given, "--samples", 3).json
+    cli(*given, "--samples", 1, "--batch-size", 4, "--out", path)
+    batch = cli(*given, "--samples", 3, "--batch-size", 4, "--out", path).json
+    assert [each["score"] for each in batch["results"]] == [each["score"] for each in alone["results"]]
+    assert [record.processes for record in read_records(path)] == [2, 2, 4, 4, 4, 4]
+    ways = (
+        "--decode",
+        "exact",
+        "--decode",
+        "streamed",
+        "--samples",
+        1,
+        "--batch-size",
+        4,
+        "--out",
+        tmp_path / "b.jsonl",
+    )
+    cli(*given, *ways)
+    assert {record.processes for record in read_records(tmp_path / "b.jsonl")} == {1}
+    assert "--batch-size must be" in cli(*given, "--samples", 1, "--batch-size", 0).err
 
 
 def test_decode_methods_of_a_command(cli: Cli, checkpoint: Path, tmp_path: Path) -> None:

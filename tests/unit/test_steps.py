@@ -24,6 +24,7 @@ import families
 import hybrids
 from apb.decoding import Decoding, Indexed, Pages, Retrieval, Squeezed, Streamed
 from apb.distributed.collectives import Group
+from apb.generation import Sampling
 from apb.hf.cache import ShardCache
 from apb.hf.cache_names import OWN_NAME
 from apb.hf.shard_layer import Arrival
@@ -224,8 +225,15 @@ def test_steps_of_always_as_many_rows(captures: list[torch.device]) -> None:
     extend_together(sessions[:2], TOKENS[:2], 4)  # graphs are the first one's, which is still open
     assert sessions[1].captured
     assert len(captures) == 1
-    read(ours.reading_by("full", decoding="pages").prefill(asked[0], max_new_tokens=8))
+    pages = ours.reading_by("full", decoding="pages")
+    alone, beside = (pages.prefill(one, max_new_tokens=8) for one in asked[:2])
+    pages.answering.together([(alone, Sampling(4)), (beside, Sampling(4))], 4)
+    assert alone.captured  # by its own steps, which take one row
     assert len(captures) == 2
+    for reader in (ours, pages):
+        reader.close()
+    anew, wanted = ours.exactly(), engine(backend="torch").exactly()  # a closed engine has no steps to share
+    assert close_to(read(anew.prefill(asked[1])), read(wanted.prefill(asked[1])))
 
 
 def test_layers_are_looked_at_in_later_sessions(captures: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from ..asking import NEUTRAL, TYPICAL, OfTokens
 from ..document import Document
 from ..engine import Engine
-from ..errors import InputError, NotFinite, unexpected
+from ..errors import InputError, NotFinite, at_least, unexpected
 from ..generation import Generation, Sampling
 from ..hardware import device_name
 from ..hf.sampling import ends_turn
@@ -42,8 +42,10 @@ class Runner:
         store: the store of records, including those of an earlier run.
         processes: number of runs that share the machine, for the records.
         batch_size: most answers that are written side by side, after their prompts were read one after the other: fewer
-            where their caches do not fit into memory. On GPUs a decode step has as many rows, whether or not all are
-            in use: so an answer does not depend on those beside it.
+            where their caches do not fit into memory. A captured step has as many rows, whether or not all are in use,
+            so there an answer does not depend on those beside it. Answers from a reading that is shared, or of a
+            document that was read before, are written alone. What an interrupted run had read but not answered is
+            read again.
         budget: the longest answer, in tokens, if the user chose it and not the suite: then it is part of the reading.
         cuts: tokens that documents lost to fit their limits, one number for each that lost any.
     """
@@ -60,6 +62,7 @@ class Runner:
     def __post_init__(self) -> None:
         if self.engine.tokenizer is None:
             raise InputError("Evaluation needs a tokenizer; give one to Engine.from_model.")
+        at_least("batch size", self.batch_size, 1)
         self.tokenizer = self.engine.tokenizer
         self._heads = cache(file_name)
         self._ends = ends_turn(self.engine.model, self.tokenizer)
@@ -146,56 +149,68 @@ class Runner:
                 raise prompt
             blank = replace(blank, prompt=prompt_hash(prompt), prompt_tokens=len(engine.reading.arranged(prompt)))
             plan = engine.plan(replace(prompt, asked=setting.ask_after != "none"), item.max_new_tokens)
-            blank = replace(
-                blank,
-                compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
-                blocks=plan.blocks,
-                anchor_length=plan.anchor_length,
-                passing_length=plan.passing_length,
-                exact=plan.exact and setting.decoding.exact,
-            )
-            known = self.store.get(blank.key)
-            # Only rank 0 has the file, and all ranks must take the same branch.
-            told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
-            if engine.group.broadcast(told).item():
-                return known or blank
-            sampling: dict[str, Any] = {"max_new_tokens": item.max_new_tokens, "stopping_criteria": self._ends}
-            if read is None:
-                peak, held, room = engine.demand(plan, item.max_new_tokens)
-                if sum(each.held for each in _unwritten(rows)) + peak > room:
-                    self._write(rows)
-                start = time.perf_counter()
-                session = engine.prefill(prompt, max_new_tokens=item.max_new_tokens)
-                seconds = time.perf_counter() - start
-                return _Unwritten(blank, item.metric, session, Sampling(**sampling), seconds, held)
-            state = read().state
-            start = time.perf_counter()
-            result = Document(engine, OfTokens(prompt.prefix, prompt.document), state).ask(prompt.query, **sampling)
-            result.timing["prefill_s"] += state.prefill_s
-            return self._stored(_answered(blank, item.metric, result, state.prefill_s + time.perf_counter() - start))
-        except (InputError, NotFinite) as error:  # raised on all ranks
+        except InputError as error:
             return self._stored(replace(blank, error=str(error)))
-        except torch.OutOfMemoryError as error:
-            if engine.mesh.everyone.size > 1:
-                raise
-            return self._stored(replace(blank, error=unexpected(error)))
+        blank = replace(
+            blank,
+            compressor=setting.compressor.name if setting.compressor and plan.passing_length else None,
+            blocks=plan.blocks,
+            anchor_length=plan.anchor_length,
+            passing_length=plan.passing_length,
+            exact=plan.exact and setting.decoding.exact,
+        )
+        known = self.store.get(blank.key)
+        # Only rank 0 has the file, and all ranks must take the same branch.
+        told = torch.tensor([known is not None], dtype=torch.long, device=engine.device)
+        if engine.group.broadcast(told).item():
+            return known or blank
+        peak, held, room = engine.demand(plan, item.max_new_tokens)
+        if sum(each.held for each in _unwritten(rows)) + peak > room:
+            self._write(rows)
+        while True:
+            try:
+                if read is None:
+                    return self._prefilled(blank, item, prompt, engine, held)
+                return self._stored(self._asked(blank, item, prompt, engine, read))
+            except (InputError, NotFinite) as error:  # raised on all ranks
+                return self._stored(replace(blank, error=str(error)))
+            except torch.OutOfMemoryError as error:
+                if engine.mesh.everyone.size > 1:
+                    raise
+                if not _unwritten(rows):
+                    return self._stored(replace(blank, error=unexpected(error)))
+            self._write(rows)  # which frees their memory
+
+    def _prefilled(self, blank: Record, item: Item, prompt: Prompt, engine: Engine, held: int) -> _Unwritten:
+        """A prompt that has been read at once with its question; ``held``: bytes of its cache."""
+        start = time.perf_counter()
+        session = engine.prefill(prompt, max_new_tokens=item.max_new_tokens)
+        session.check_finite()  # now, as the next prompt's layers are looked at anew
+        sampling = Sampling(**self._sampling(item))
+        return _Unwritten(blank, item.metric, session, sampling, time.perf_counter() - start, held)
+
+    def _asked(self, blank: Record, item: Item, prompt: Prompt, engine: Engine, read: Callable[[], Document]) -> Record:
+        """The record of an answer from a document that is read without its question, now or for another setting."""
+        state = read().state
+        start = time.perf_counter()
+        document = Document(engine, OfTokens(prompt.prefix, prompt.document), state)
+        result = document.ask(prompt.query, **self._sampling(item))
+        result.timing["prefill_s"] += state.prefill_s
+        return _answered(blank, item.metric, result, state.prefill_s + time.perf_counter() - start)
+
+    def _sampling(self, item: Item) -> dict[str, Any]:
+        return {"max_new_tokens": item.max_new_tokens, "stopping_criteria": self._ends}
 
     def _write(self, rows: list[list[Record | _Unwritten]]) -> None:
         """Write the answers that are left to write in items' rows, all together, and put their records in place."""
         unwritten = _unwritten(rows)
-        if not unwritten:
-            return
         start = time.perf_counter()
-        results: Sequence[Generation | Exception]
-        try:
-            pairs = [(each.session, each.sampling) for each in unwritten]
-            results = self.engine.answering.together(pairs, self.batch_size)
-        except torch.OutOfMemoryError as error:
-            if self.engine.mesh.everyone.size > 1:
-                raise
-            results = [error] * len(unwritten)
-        seconds = time.perf_counter() - start
-        written = iter([each.record(result, seconds) for each, result in zip(unwritten, results, strict=True)])
+        pairs = [(each.session, each.sampling) for each in unwritten]
+        results = self.engine.answering.together(pairs, self.batch_size)
+        seconds, processes = time.perf_counter() - start, self.processes * len(unwritten)
+        written = iter(
+            [each.record(result, seconds, processes) for each, result in zip(unwritten, results, strict=True)]
+        )
         for row in rows:
             row[:] = [self._stored(next(written)) if isinstance(each, _Unwritten) else each for each in row]
 
@@ -226,7 +241,7 @@ class Runner:
             exact=False,
             device=device_name(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
-            processes=self.processes * self.batch_size,
+            processes=self.processes,
             prediction="",
             answers=item.answers,
             score=0.0,
@@ -254,12 +269,13 @@ class _Unwritten:
     seconds: float
     held: int
 
-    def record(self, result: Generation | Exception, seconds: float) -> Record:
-        """The record, of an answer that took these seconds to write, or of an error."""
+    def record(self, result: Generation | Exception, seconds: float, processes: int) -> Record:
+        """The record, of an answer that took these seconds to write, one of so many at a time; or of an error."""
+        blank = replace(self.blank, processes=processes)
         if isinstance(result, Exception):
-            foreseen = isinstance(result, NotFinite)
-            return replace(self.blank, error=str(result) if foreseen else unexpected(result))
-        return _answered(self.blank, self.metric, result, self.seconds + seconds)
+            foreseen = isinstance(result, (InputError, NotFinite))
+            return replace(blank, error=str(result) if foreseen else unexpected(result))
+        return _answered(blank, self.metric, result, self.seconds + seconds)
 
 
 def _unwritten(rows: Iterable[Iterable[Record | _Unwritten]]) -> list[_Unwritten]:
