@@ -6,7 +6,8 @@
 # CHECKPOINTS: a folder with the folders of NAMES below, as save_pretrained writes them (with tokenizer and template).
 # OUT: a folder for real_NAME.jsonl.gz and real_models.md. If records are there already, only what is missing is answered.
 # SECONDS: start nothing after that time, 540 by default; give the command again until it says that all is answered.
-# JOBS, SAMPLES: processes (6 for each GPU) and samples of each kind and length (25); HEADS: retaining heads of the 0.5B.
+# JOBS, BATCH: processes (6 for each GPU), and answers that each of them writes side by side (10).
+# SAMPLES: of each kind and length (25); HEADS: retaining heads of the 0.5B.
 set -eu
 checkpoints=$1 out=$2 limit=${3:-540}
 cd "$(dirname "$0")/.."
@@ -22,7 +23,7 @@ answer() { # NAME LENGTH SET
     [ -f "$records" ] || { [ -f "$records.gz" ] && gunzip --keep "$records.gz"; } || true
     [ "$1" = qwen2.5-coder-0.5b ] && [ -n "${HEADS:-}" ] && heads=(--heads "$HEADS")
     "$python" benchmarks/real_models.py --model "$checkpoints/$1" --length "$2" --set "$3" --jobs "${JOBS:-$((6 * gpus))}" \
-        --samples "${SAMPLES:-25}" --seconds "$left" "${heads[@]}" --out "$records" || { [ $? = 3 ] && whole=no; }
+        --batch-size "${BATCH:-10}" --samples "${SAMPLES:-25}" --seconds "$left" "${heads[@]}" --out "$records" || { [ $? = 3 ] && whole=no; }
 }
 
 for length in 32768 16384 4096; do answer qwen2.5-coder-1.5b $length main; done

@@ -13,9 +13,11 @@ import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from apb.cli import demo
-from apb.evaluation.statistics import bootstrap
+from apb.evaluation.records import read_records
+from apb.evaluation.statistics import bootstrap, difference
 from apb.hf.counting import model_shape
 from apb.hf.random_weights import shape_config
+from apb.methods import APB
 from apb.planning.cost import Ceilings, predict
 from apb.planning.plan import Plan
 
@@ -26,6 +28,11 @@ RESULTS = ROOT / "benchmarks/results"
 def page(name: str) -> str:
     """A page's text, with single spaces."""
     return re.sub(r"\s+", " ", (ROOT / name).read_text(encoding="utf-8"))
+
+
+def table(name: str, head: str) -> list[str]:
+    """The rows of a page's table that begins so."""
+    return (ROOT / name).read_text(encoding="utf-8").split(head)[1].split("\n\n")[0].splitlines()[2:]
 
 
 def result(name: str) -> Any:
@@ -69,23 +76,64 @@ def test_what_the_picture_says_in_words() -> None:
 def test_accuracy_of_a_real_model() -> None:
     """README's table: each row's mean and intervals stand in one row of the report, in this order."""
     report = (RESULTS / "real_models.md").read_text().splitlines()
-    table = (ROOT / "README.md").read_text().split("| | mean score |")[1].split("\n\n")[0].splitlines()[2:]
-    assert len(table) == 6
-    for row in table:
+    told = table("README.md", "| | mean score |")
+    assert len(told) == 6
+    for row in told:
         figures = re.findall(r"[+-]?\d+\.\d", "|".join(row.split("|")[2:5]))
         held = [re.findall(r"[+-]?\d+\.\d", line) for line in report]
         assert figures in held, row
-    sections = "\n".join(report).split("\n## ")
-    told = page("docs/plan.md")
-    for model, rows in {
-        "qwen2.5-coder-1.5b": ["8 blocks |"],
-        "smollm2-135m": ["full |", "full, question first |", "4 blocks |", "8 blocks |", "4 blocks, question first |"],
-    }.items():
-        (section,) = (each for each in sections if each.startswith(model) and "4,096 tokens" in each.splitlines()[0])
-        for row in rows:
-            line = next(line for line in section.splitlines() if line.startswith(("| full", "| apb")) and row in line)
-            assert line.split("|")[2].strip() in told, line
-            assert model == "smollm2-135m" or line.split("|")[4].split(",")[0].strip() in told
+
+
+def section(model: str, tokens: str) -> dict[str, list[str]]:
+    """The first table of a model and length in the report on real models: a reading's cells by its name."""
+    sections = (RESULTS / "real_models.md").read_text().split("\n## ")
+    (found,) = (
+        each for each in sections if each.startswith(model.lower()) and f"{tokens} tokens" in each.splitlines()[0]
+    )
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found.split("\n\n")[1].splitlines()]
+    return {name: cells for name, *cells in rows}
+
+
+def test_default_plans_of_real_models() -> None:
+    """The table of docs/plan.md: means and intervals, of long texts by the default plan; and README's sentence on it."""
+    lines = table("docs/plan.md", "| | tokens |")
+    model, below = "", []
+    for line in lines:
+        name, tokens, full, first, ours, to_full, to_first = (cell.strip() for cell in line.split("|")[1:-1])
+        model = name.replace("Gemma-3", "Gemma3") or model
+        rows = section(model, tokens)
+        length, blocks = int(tokens.replace(",", "")), int(ours.split()[0])
+        assert Plan.of_method(APB(), 0, length - 300, 64).blocks == (blocks if length > 8192 else 1)
+        assert [full, first] == [rows["full"][0], rows["full, question first"][0]]
+        score, *differences = rows[f"apb, query-edge, {blocks} blocks"]
+        assert [ours, to_full, to_first] == [f"{blocks} blocks: {score}", *differences]
+        assert float(to_full.split()[0]) > 0
+        if float(to_first.split()[2].strip(",")) < 0:
+            below.append(f"{model} at {length // 1024}K")
+    assert below == ["SmolLM2-135M at 4K"]
+    assert "in one case of eight: SmolLM2-135M at 4K" in page("README.md")
+    assert len(lines) == 8
+
+
+def test_what_is_passed_on_by_a_real_model() -> None:
+    """The table of docs/compressors.md, from the answers."""
+    records = [r for r in read_records(RESULTS / "real_qwen2.5-coder-0.5b.jsonl.gz") if r.length == 16384]
+    records = [r for r in records if "ask_after" not in r.asked and r.heads is None]
+    usual = {"strategy": "apb", "blocks": 16, "compressor": "query-edge"}
+    default = [r for r in records if r.asked == usual]
+    assert {r.passing_length for r in default} <= set(range(120, 129))
+    told = table("docs/compressors.md", "| | mean score | to the default |")
+    changes = [{}, *({"passing_length": n} for n in (0, 64, 256, 512)), *({"anchor_length": n} for n in (512, 1024))]
+    changes += [{"compressor": name} for name in ("query", "recent", "random")]
+    assert len(told) == len(changes)
+    for line, change in zip(told, changes, strict=True):
+        found = [r for r in records if r.asked == usual | change]
+        beside = difference(found, default)
+        assert beside is not None and beside.samples == 475
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        assert cells[1] == f"{fmean(r.score for r in found):.1f}", line
+        low, high = beside.interval
+        assert cells[2] == ("" if not change else f"{beside.difference:+.1f} ({low:+.1f} to {high:+.1f})"), line
 
 
 def test_prefill_predicted_and_measured() -> None:
