@@ -98,11 +98,9 @@ class Prefiller:
         self._attachment = Attachment.of(model, self.fused, self.mesh.tensor)
         wanted = self._attachment, self.group, self.reading.decoding, backend
         if decoder is None or (decoder.attachment, decoder.group, decoder.decoding, decoder.backend) != wanted:
-            decoder = Decoder(*wanted, self.graphs)
-            self._decoder_is_own = True
-        else:
-            self._decoder_is_own = False
-        self._decoder = decoder
+            decoder = None
+        self._decoder_is_own = decoder is None
+        self._decoder = decoder or Decoder(*wanted, self.graphs)
         self._closed = False
 
     def close(self) -> None:

@@ -208,9 +208,7 @@ class Runner:
         pairs = [(each.session, each.sampling) for each in unwritten]
         results = self.engine.answering.together(pairs, self.batch_size)
         seconds, processes = time.perf_counter() - start, self.processes * len(unwritten)
-        written = iter(
-            [each.record(result, seconds, processes) for each, result in zip(unwritten, results, strict=True)]
-        )
+        written = (each.record(result, seconds, processes) for each, result in zip(unwritten, results, strict=True))
         for row in rows:
             row[:] = [self._stored(next(written)) if isinstance(each, _Unwritten) else each for each in row]
 
